@@ -1,0 +1,51 @@
+// Everything that the CPU module can run. A Python keyword argument per field of the params struct
+// (params.h).
+#include "bind.h"
+#include "cpu/kernels.h"
+
+PYBIND11_MODULE(HYPENET_MODULE, m) {
+  using namespace hypenet;
+
+#define GATED_DELTA_FIELDS(P)                                                                         \
+  FIELD(P, dtype), FIELD(P, delta), FIELD(P, num_threads), FIELD(P, B), FIELD(P, T), FIELD(P, H),     \
+      FIELD(P, HV), FIELD(P, K), FIELD(P, V), FIELD(P, scale), FIELD(P, q), FIELD(P, k), FIELD(P, v), \
+      FIELD(P, g), FIELD(P, beta)
+#define HYPE_FIELDS(P)                                                                                      \
+  FIELD(P, dtype), FIELD(P, num_threads), FIELD(P, B), FIELD(P, T), FIELD(P, H), FIELD(P, HK), FIELD(P, D), \
+      FIELD(P, scale), FIELD(P, logit_scale_base), FIELD(P, q), FIELD(P, k), FIELD(P, v), FIELD(P, gate)
+
+  using Fwd = GatedDeltaFwdParams;
+  const std::vector<Field<Fwd>> fwd = {GATED_DELTA_FIELDS(Fwd),   FIELD(Fwd, N), FIELD(Fwd, cu_seqlens),
+                                       FIELD(Fwd, initial_state), FIELD(Fwd, o), FIELD(Fwd, final_state)};
+  def_kernel<Fwd>(m, "gated_delta_chunk_fwd", cpu::gated_delta_chunk_fwd, fwd);
+  def_kernel<Fwd>(m, "gated_delta_recurrent_fwd", cpu::gated_delta_recurrent_fwd, fwd);
+
+  using Bwd = GatedDeltaBwdParams;
+  def_kernel<Bwd>(m, "gated_delta_chunk_bwd", cpu::gated_delta_chunk_bwd,
+                  {GATED_DELTA_FIELDS(Bwd), FIELD(Bwd, N), FIELD(Bwd, cu_seqlens), FIELD(Bwd, initial_state),
+                   FIELD(Bwd, do_), FIELD(Bwd, dfinal_state), FIELD(Bwd, dq), FIELD(Bwd, dk), FIELD(Bwd, dv),
+                   FIELD(Bwd, dg), FIELD(Bwd, dbeta), FIELD(Bwd, dinitial_state)});
+
+  using Step = GatedDeltaStepParams;
+  def_kernel<Step>(m, "gated_delta_step", cpu::gated_delta_step,
+                   {GATED_DELTA_FIELDS(Step), FIELD(Step, use_qk_l2norm), FIELD(Step, num_slots),
+                    FIELD(Step, state_indices), FIELD(Step, state), FIELD(Step, o)});
+
+  using HypeFwd = HypeAttentionFwdParams;
+  def_kernel<HypeFwd>(
+      m, "hype_attention_fwd", cpu::hype_attention_fwd,
+      {HYPE_FIELDS(HypeFwd), FIELD(HypeFwd, S), FIELD(HypeFwd, N), FIELD(HypeFwd, query_offset),
+       FIELD(HypeFwd, cu_seqlens), FIELD(HypeFwd, o), FIELD(HypeFwd, o_ungated), FIELD(HypeFwd, lse)});
+
+  using HypeBwd = HypeAttentionBwdParams;
+  def_kernel<HypeBwd>(
+      m, "hype_attention_bwd", cpu::hype_attention_bwd,
+      {HYPE_FIELDS(HypeBwd), FIELD(HypeBwd, S), FIELD(HypeBwd, N), FIELD(HypeBwd, query_offset),
+       FIELD(HypeBwd, cu_seqlens), FIELD(HypeBwd, o_ungated), FIELD(HypeBwd, lse), FIELD(HypeBwd, do_),
+       FIELD(HypeBwd, dq), FIELD(HypeBwd, dk), FIELD(HypeBwd, dv), FIELD(HypeBwd, dgate)});
+
+  using Decode = HypeAttentionDecodeParams;
+  def_kernel<Decode>(m, "hype_attention_decode", cpu::hype_attention_decode,
+                     {HYPE_FIELDS(Decode), FIELD(Decode, capacity), FIELD(Decode, cache_seqlens),
+                      FIELD(Decode, k_cache), FIELD(Decode, v_cache), FIELD(Decode, o)});
+}

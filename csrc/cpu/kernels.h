@@ -1,0 +1,16 @@
+// The CPU kernels. Each runs to the end on params.num_threads threads; results do not depend on their number.
+#pragma once
+
+#include "../params.h"
+
+namespace hypenet::cpu {
+
+Status gated_delta_chunk_fwd(const GatedDeltaFwdParams& params);
+Status gated_delta_chunk_bwd(const GatedDeltaBwdParams& params);
+Status gated_delta_recurrent_fwd(const GatedDeltaFwdParams& params);
+Status gated_delta_step(const GatedDeltaStepParams& params);
+Status hype_attention_fwd(const HypeAttentionFwdParams& params);
+Status hype_attention_bwd(const HypeAttentionBwdParams& params);
+Status hype_attention_decode(const HypeAttentionDecodeParams& params);
+
+}  // namespace hypenet::cpu

@@ -1,0 +1,132 @@
+// One struct per kernel: what the Python wrappers fill and the kernels read. Raw pointers and sizes, nothing
+// else.
+//
+// Letters: B batch, T tokens, H key heads, HV value heads (a multiple of H), K and V head dimensions, N
+// sequences, S keys, HK key-value heads, D head dimension of attention. `acc` is the accumulation type:
+// double where dtype is float64, float otherwise. Tensors without strides are contiguous. "or null" marks
+// what may be absent.
+#pragma once
+
+#include <cstdint>
+
+namespace hypenet {
+
+enum class DType : int { kFloat64 = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3 };
+
+// A [B, T, heads, dim] tensor whose last dimension is contiguous, or a [B, T, heads] one. Strides in
+// elements.
+struct View {
+  void* data;
+  int64_t batch, token, head;
+};
+
+// What a launcher returns: null, or the reason why it did not run.
+using Status = const char*;
+
+// ---- gated delta rule and simple GLA (delta = false: no beta, no correction)
+// --------------------------------------
+
+// Chunk and recurrent forward share it. N = B without cu_seqlens; B = 1 with it.
+struct GatedDeltaFwdParams {
+  DType dtype;
+  bool delta;
+  int64_t num_threads, B, T, H, HV, K, V, N;
+  double scale;
+  // inputs
+  View q, k;                  // [B, T, H, K] dtype
+  View v;                     // [B, T, HV, V] dtype
+  View g;                     // [B, T, HV] acc, log decay <= 0
+  View beta;                  // [B, T, HV] acc, null data without delta
+  const int64_t* cu_seqlens;  // [N + 1] or null
+  const void* initial_state;  // [N, HV, K, V] acc, or null
+  // outputs
+  void* o;            // [B, T, HV, V] dtype
+  void* final_state;  // [N, HV, K, V] acc
+};
+
+struct GatedDeltaBwdParams {
+  DType dtype;
+  bool delta;
+  int64_t num_threads, B, T, H, HV, K, V, N;
+  double scale;
+  // inputs, as in the forward
+  View q, k, v, g, beta;
+  const int64_t* cu_seqlens;
+  const void* initial_state;
+  View do_;                  // [B, T, HV, V] dtype
+  const void* dfinal_state;  // [N, HV, K, V] acc, or null
+  // outputs
+  void *dq, *dk;         // [B, T, H, K] dtype
+  void* dv;              // [B, T, HV, V] dtype
+  void* dg;              // [B, T, HV] acc
+  void* dbeta;           // [B, T, HV] acc, null without delta
+  void* dinitial_state;  // [N, HV, K, V] acc
+};
+
+// Decode: T tokens (usually one) per sequence, the state updated in place.
+struct GatedDeltaStepParams {
+  DType dtype;
+  bool delta, use_qk_l2norm;
+  int64_t num_threads, B, T, H, HV, K, V, num_slots;
+  double scale;
+  // inputs
+  View q, k, v, g, beta;         // as above
+  const int64_t* state_indices;  // [B] slot of each sequence, negative = skip it; null = slot b
+  // in place
+  void* state;  // [num_slots, HV, K, V] acc
+  // outputs
+  void* o;  // [B, T, HV, V] dtype
+};
+
+// ---- HyPE attention
+// -------------------------------------------------------------------------------------------------
+
+// Query t of a sequence stands at position query_offset + t. logit_scale_base = 0 means s_t = 1.
+struct HypeAttentionFwdParams {
+  DType dtype;
+  int64_t num_threads, B, T, S, H, HK, D, N, query_offset;
+  double scale, logit_scale_base;
+  // inputs
+  View q;                     // [B, T, H, D] dtype
+  View k, v;                  // [B, S, HK, D] dtype
+  View gate;                  // [B, T, H, D] dtype before the sigmoid, or null data
+  const int64_t* cu_seqlens;  // [N + 1] or null; with it B = 1, S = T, query_offset = 0
+  // outputs
+  void* o;          // [B, T, H, D] dtype, gated
+  void* o_ungated;  // [B, T, H, D] dtype, or null without gate
+  void* lse;        // [B, H, T] acc, natural log of the softmax denominator
+};
+
+struct HypeAttentionBwdParams {
+  DType dtype;
+  int64_t num_threads, B, T, S, H, HK, D, N, query_offset;
+  double scale, logit_scale_base;
+  // inputs
+  View q, k, v, gate;
+  const int64_t* cu_seqlens;
+  const void* o_ungated;  // [B, T, H, D] dtype; the output itself without gate
+  const void* lse;        // [B, H, T] acc
+  View do_;               // [B, T, H, D] dtype
+  // outputs
+  void* dq;       // [B, T, H, D] dtype
+  void *dk, *dv;  // [B, S, HK, D] dtype
+  void* dgate;    // [B, T, H, D] dtype, null without gate
+};
+
+// T query tokens (one or a few) per sequence against its cache; k, v are appended first where given.
+struct HypeAttentionDecodeParams {
+  DType dtype;
+  int64_t num_threads, B, T, H, HK, D, capacity;
+  double scale, logit_scale_base;
+  // inputs
+  View q;                        // [B, T, H, D] dtype
+  View k, v;                     // [B, T, HK, D] dtype, or null data
+  View gate;                     // [B, T, H, D] dtype, or null data
+  const int64_t* cache_seqlens;  // [B] valid keys before the append
+  // in place
+  View k_cache, v_cache;  // [B, capacity, HK, D] dtype
+  // outputs
+  void* o;  // [B, T, H, D] dtype
+};
+
+}  // namespace hypenet

@@ -1,0 +1,1 @@
+"""The conversion of a Transformer into a hybrid linear-attention model."""

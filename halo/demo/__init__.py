@@ -1,0 +1,1 @@
+"""A complete conversion that runs on a laptop: corpus, teacher, report."""

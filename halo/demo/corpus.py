@@ -1,0 +1,49 @@
+"""Text that every Python installation has: the standard library's documentation, sources and licence.
+
+A document is one topic of `pydoc_data.topics`, one source file, or the licence. Whole documents are held out, chosen by
+a hash of their names, so the split is the same on every machine. The text itself follows the installed Python version.
+"""
+
+import hashlib
+import sysconfig
+from pathlib import Path
+
+SPLITS = ("train", "heldout")
+HELDOUT_SHARE = 1 / 16
+# Tests and tables would drown the prose; site-packages differs between machines.
+SKIPPED_DIRECTORIES = frozenset(
+    {"__pycache__", "dist-packages", "encodings", "ensurepip", "idlelib", "lib2to3", "site-packages", "test", "tests"}
+    | {"turtledemo", "pydoc_data"}
+)
+LICENCE_NAMES = ("LICENSE.txt", "LICENSE")
+
+
+def documents(split: str) -> list[str]:
+    """The documents of `split` ("train" or "heldout"), ordered by name."""
+    if split not in SPLITS:
+        raise ValueError(f"documents: split must be one of {SPLITS}, got {split!r}")
+    named = _named_documents()
+    return [named[name] for name in sorted(named) if is_heldout(name) == (split == "heldout")]
+
+
+def is_heldout(name: str) -> bool:
+    digest = hashlib.sha256(name.encode()).digest()
+    return int.from_bytes(digest[:4], "big") < HELDOUT_SHARE * 2**32
+
+
+def _named_documents() -> dict[str, str]:
+    from pydoc_data.topics import topics
+
+    named = {f"topics/{name}": text for name, text in topics.items()}
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    for path in stdlib.rglob("*.py"):
+        relative = path.relative_to(stdlib)
+        generated = path.name.startswith("_sysconfigdata") or relative.parts[0].startswith("config-")
+        if generated or SKIPPED_DIRECTORIES.intersection(relative.parts):
+            continue
+        named[relative.as_posix()] = path.read_text(encoding="utf-8", errors="replace")
+    for name in LICENCE_NAMES:
+        if (stdlib / name).is_file():
+            named["licence"] = (stdlib / name).read_text(encoding="utf-8", errors="replace")
+            break
+    return {name: text for name, text in named.items() if text.strip()}

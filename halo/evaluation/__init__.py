@@ -1,0 +1,1 @@
+"""What a model can do: needle recall and bits per byte."""

@@ -1,0 +1,167 @@
+"""Key-value recall in the style of RULER's needle tasks.
+
+An episode is text with needles at random depths and queries at its end:
+
+    ... text ...
+    The magic number for quiet river is 48213.
+    ... text ...
+    The magic number for quiet river is 48213.      <- a query: the model has to produce the digits
+
+One generator serves the training of the demo's teacher, the choice of layers and the evaluation at any length. It works
+in token space: a needle is spliced between two tokens of the text, so an episode has exactly the requested length and
+tokenising its decoded text again may differ where the text was cut. A key is two words that are one token each, drawn
+from all such words of the vocabulary; the keys of an episode share no word.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+NUM_DIGITS = 5
+NEEDLE_PREFIX = "\nThe magic number for"
+NEEDLE_LINK = " is"
+NEEDLE_END = "."
+MIN_WORD_LETTERS = 4
+
+
+@dataclass(frozen=True)
+class Episode:
+    input_ids: np.ndarray  # [length], int64
+    needle_starts: np.ndarray  # [num_needles], where the first digit of a needle's value stands
+    answer_starts: np.ndarray  # [num_queries], where the first digit of an answer stands
+    answers: tuple[str, ...]  # the digits, in the order of the queries
+
+
+class NeedleTask:
+    """Episodes over one token stream. `haystack` is what `token_stream` returns."""
+
+    def __init__(self, tokenizer, haystack: np.ndarray):
+        self.haystack = haystack
+        self.bos = _bos(tokenizer)
+        encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
+        self.prefix, self.link, self.end = encode(NEEDLE_PREFIX), encode(NEEDLE_LINK), encode(NEEDLE_END)
+        self.newline = encode("\n")
+        # " 4" then "8": a value follows a space, which byte-level BPE keeps with its first digit, or as a token before it.
+        spaced = [encode(f" {digit}") for digit in range(10)]
+        self.link += spaced[0][:-1]
+        self.first_digit = np.array([ids[-1] for ids in spaced])
+        self.next_digit = np.array([encode(str(digit))[-1] for digit in range(10)])
+        self.words = key_words(tokenizer)
+        self.query_length = len(self.prefix) + 2 + len(self.link) + NUM_DIGITS + len(self.end)
+        self.needle_length = self.query_length + len(self.newline)
+        self._answer_offset = len(self.prefix) + 2 + len(self.link)
+
+    def min_length(self, num_needles: int, num_queries: int) -> int:
+        return 1 + num_needles * self.needle_length + num_queries * self.query_length
+
+    def episode(self, rng: np.random.Generator, length: int, num_needles: int = 4, num_queries: int = 3) -> Episode:
+        """One episode of exactly `length` tokens, the first of them the start-of-text token."""
+        num_text = length - self.min_length(num_needles, num_queries)
+        if num_text < 0 or not 1 <= num_queries <= num_needles:
+            raise ValueError(
+                f"NeedleTask.episode: {num_needles} needles and {num_queries} queries need 1 <= queries <= needles and at "
+                f"least {self.min_length(num_needles, num_queries)} tokens, got {length}"
+            )
+        start = rng.integers(0, max(1, len(self.haystack) - num_text + 1))
+        text = np.resize(self.haystack[start : start + num_text], num_text)
+        depths = np.sort(rng.integers(0, num_text + 1, size=num_needles))
+        words = rng.choice(self.words, size=(num_needles, 2), replace=False)
+        digits = rng.integers(0, 10, size=(num_needles, NUM_DIGITS))
+        sentences = [self._sentence(words[i], digits[i]) for i in range(num_needles)]
+
+        pieces, needle_starts, position, cut = [[self.bos]], [], 1, 0
+        for sentence, depth in zip(sentences, depths, strict=True):
+            pieces += [text[cut:depth], sentence, self.newline]
+            needle_starts.append(position + depth - cut + self._answer_offset)
+            position += depth - cut + self.needle_length
+            cut = depth
+        pieces.append(text[cut:])
+        asked = rng.permutation(num_needles)[:num_queries]
+        pieces += [sentences[i] for i in asked]
+        return Episode(
+            input_ids=np.concatenate(pieces).astype(np.int64),
+            needle_starts=np.array(needle_starts),
+            answer_starts=self.answer_starts(length, num_queries),
+            answers=tuple("".join(map(str, digits[i])) for i in asked),
+        )
+
+    def answer_starts(self, length: int, num_queries: int) -> np.ndarray:
+        """Where answers begin: the same for every episode with this length and number of queries."""
+        return length - self.query_length * np.arange(num_queries, 0, -1) + self._answer_offset
+
+    def _sentence(self, words: np.ndarray, digits: np.ndarray) -> np.ndarray:
+        value = [self.first_digit[digits[0]], *self.next_digit[digits[1:]]]
+        return np.array([*self.prefix, *words, *self.link, *value, *self.end])
+
+
+def key_words(tokenizer) -> np.ndarray:
+    """Ids of all tokens that are a space and a lower-case word."""
+    words = []
+    for index in range(len(tokenizer)):
+        text = tokenizer.decode([index])
+        word = text[1:]
+        if text[:1] == " " and len(word) >= MIN_WORD_LETTERS and word.isascii() and word.isalpha() and word.islower():
+            words.append(index)
+    return np.array(words)
+
+
+def token_stream(tokenizer, documents: Iterable[str]) -> np.ndarray:
+    """All documents as one array of tokens, each document after a start-of-text token."""
+    encoded = tokenizer(list(documents), add_special_tokens=False)["input_ids"]
+    return np.concatenate([np.array([_bos(tokenizer), *ids], dtype=np.int32) for ids in encoded])
+
+
+@torch.no_grad()
+def recall(
+    model,
+    tokenizer,
+    length: int,
+    num_samples: int = 50,
+    seed: int = 0,
+    *,
+    haystack: np.ndarray | None = None,
+    num_needles: int = 4,
+    num_queries: int = 3,
+    batch_size: int = 1,
+) -> dict:
+    """Share of answers that greedy decoding gets right in all digits, at `length` tokens.
+
+    One forward per batch: an answer counts when every digit is the argmax after the true text before it, which is the
+    same as decoding that answer greedily. `model` is a causal language model of transformers that takes `logits_to_keep`.
+    `haystack` is a token stream, by default the held-out corpus. Returns recall, its standard error over episodes
+    (answers of one episode are not independent) and n, the number of answers.
+    """
+    if haystack is None:
+        from halo.demo.corpus import documents
+
+        haystack = token_stream(tokenizer, documents("heldout"))
+    task = NeedleTask(tokenizer, haystack)
+    rng = np.random.default_rng(seed)
+    num_logits = num_queries * task.query_length
+    starts = task.answer_starts(length, num_queries) - (length - num_logits)
+    positions = torch.from_numpy(starts[:, None] + np.arange(NUM_DIGITS))  # [num_queries, NUM_DIGITS]
+    was_training = model.training
+    model.eval()
+    scores = []
+    for first in range(0, num_samples, batch_size):
+        count = min(batch_size, num_samples - first)
+        episodes = [task.episode(rng, length, num_needles, num_queries).input_ids for _ in range(count)]
+        input_ids = torch.from_numpy(np.stack(episodes)).to(model.device)
+        logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=num_logits).logits
+        # The logits at position i are about token i + 1.
+        predicted = logits.argmax(-1)[:, positions - 1].cpu()
+        expected = input_ids[:, -num_logits:][:, positions].cpu()
+        scores += (predicted == expected).all(-1).double().mean(-1).tolist()
+    model.train(was_training)
+    stderr = float(np.std(scores, ddof=1)) / math.sqrt(num_samples) if num_samples > 1 else float("nan")
+    return {"recall": float(np.mean(scores)), "stderr": stderr, "n": num_samples * num_queries}
+
+
+def _bos(tokenizer) -> int:
+    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if bos is None:
+        raise ValueError("needle: the tokenizer needs a bos or an eos token, got neither")
+    return bos

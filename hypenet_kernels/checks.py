@@ -1,0 +1,73 @@
+"""What every op checks, written once for all devices. A failed check says op, argument, rule and what it got.
+
+TypeError: dtype or kind of device. ValueError: rank, shape, layout, range. NotImplementedError: legal, but not built.
+"""
+
+import torch
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+CPU_FLOATS = (torch.float64, torch.float32, torch.bfloat16)
+
+
+def fail(error, op, argument, rule, got):
+    raise error(f"{op}: {argument} must {rule}, got {got}")
+
+
+def tensor(op, name, x):
+    if not isinstance(x, torch.Tensor):
+        fail(TypeError, op, name, "be a tensor", type(x).__name__)
+
+
+def rank(op, name, x, dims):
+    """dims: the letters of the dimensions, as in 'B T H K'."""
+    tensor(op, name, x)
+    if x.dim() != len(dims.split()):
+        fail(ValueError, op, name, f"have {len(dims.split())} dimensions [{', '.join(dims.split())}]", list(x.shape))
+
+
+def shape(op, name, x, expected):
+    tensor(op, name, x)
+    if list(x.shape) != list(expected):
+        fail(ValueError, op, name, f"have shape {list(expected)}", list(x.shape))
+
+
+def dtype(op, name, x, allowed):
+    if x.dtype not in allowed:
+        names = " or ".join(str(d).removeprefix("torch.") for d in allowed)
+        fail(TypeError, op, name, f"be {names}", str(x.dtype).removeprefix("torch."))
+
+
+def same_dtype(op, name, x, like):
+    if x.dtype != like.dtype:
+        fail(TypeError, op, name, f"have q's dtype {like.dtype}", x.dtype)
+
+
+def same_device(op, like, **others):
+    for name, x in others.items():
+        if x is not None and x.device != like.device:
+            fail(ValueError, op, name, f"be on q's device {like.device}", x.device)
+
+
+def multiple(op, name, value, of_name, of):
+    if of == 0 or value % of:
+        fail(ValueError, op, name, f"be a multiple of {of_name} = {of}", value)
+
+
+def cu_seqlens(op, x, B, T):
+    """[N + 1] int32 or int64, from 0 to T, never falling; only with B = 1. Values are checked on the CPU only."""
+    rank(op, "cu_seqlens", x, "N+1")
+    dtype(op, "cu_seqlens", x, (torch.int32, torch.int64))
+    if B != 1:
+        fail(ValueError, op, "q", "have batch size 1 with cu_seqlens (pack the sequences along T)", B)
+    if x.numel() < 1:
+        fail(ValueError, op, "cu_seqlens", "have at least one entry", list(x.shape))
+    if x.device.type == "cpu" and (x[0] != 0 or x[-1] != T or (x.diff() < 0).any()):
+        fail(ValueError, op, "cu_seqlens", f"rise from 0 to T = {T} without falling", x.tolist())
+
+
+def no_grad(op, **tensors):
+    """Decode ops mutate their state and have no backward."""
+    if torch.is_grad_enabled():
+        for name, x in tensors.items():
+            if isinstance(x, torch.Tensor) and x.requires_grad:
+                fail(ValueError, op, name, "not require grad (a decode op has no backward; use torch.no_grad())", True)

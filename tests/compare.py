@@ -1,0 +1,43 @@
+"""The only place where a tolerance stands, and how it is derived.
+
+A result is measured as RMS(error) / RMS(reference) against a float64 reference. The bound for a low-precision result
+is twice the error that an eager implementation of the same formula makes in that precision, plus the precision's own
+rounding; where no eager result is given, a fixed multiple of the rounding of the accumulation type.
+"""
+
+import torch
+
+# Relative RMS error of a kernel that accumulates in this type, over the sums of thousands of terms taken here.
+ACCUMULATED = {torch.float64: 1e-10, torch.float32: 2e-6}
+MEANINGFUL_RMS = 1e-3
+
+
+def rms(x):
+    return x.double().square().mean().sqrt().item()
+
+
+def assert_matches_reference(name, result, reference, eager=None, dtype=None):
+    """RMS(result - reference) <= bound * RMS(reference). `dtype`: precision of the inputs; default result.dtype."""
+    dtype = result.dtype if dtype is None else dtype
+    assert result.shape == reference.shape, f"{name}: shape {list(result.shape)}, expected {list(reference.shape)}"
+    if reference.numel() == 0:
+        return
+    reference, result = reference.double(), result.detach().double()
+    size = rms(reference)
+    assert size > MEANINGFUL_RMS, f"{name}: the reference is nearly zero (RMS {size:.1e}); the test means nothing"
+    error = (result - reference).abs()
+    ratio = rms(error) / size
+    bound = _bound(dtype, reference, eager, size)
+    if not ratio <= bound:
+        worst = error.nan_to_num(float("inf")).argmax().item()
+        index = [int(i) for i in torch.unravel_index(torch.tensor(worst), reference.shape)]
+        raise AssertionError(
+            f"{name}: RMS error {ratio:.3e} of the reference's RMS, at most {bound:.3e} allowed; worst at {index}: "
+            f"got {result.flatten()[worst]:.8g}, expected {reference.flatten()[worst]:.8g}"
+        )
+
+
+def _bound(dtype, reference, eager, size):
+    if eager is not None:
+        return 2 * rms(eager.double() - reference) / size + torch.finfo(dtype).eps
+    return ACCUMULATED.get(dtype, 2 * torch.finfo(dtype).eps)
