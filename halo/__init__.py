@@ -1,1 +1,1 @@
-"""The conversion of a Transformer into a hybrid linear-attention model."""
+"""The conversion of a Qwen3 Transformer into a HypeNet: transfer, align, select, distil, fine-tune, scale, evaluate."""
