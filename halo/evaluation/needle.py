@@ -44,7 +44,7 @@ class NeedleTask:
         encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
         self.prefix, self.link, self.end = encode(NEEDLE_PREFIX), encode(NEEDLE_LINK), encode(NEEDLE_END)
         self.newline = encode("\n")
-        # " 4" then "8": a value follows a space, which byte-level BPE keeps with its first digit, or as a token before it.
+        # A value follows a space, which byte-level BPE keeps with the first digit or makes a token of its own.
         spaced = [encode(f" {digit}") for digit in range(10)]
         self.link += spaced[0][:-1]
         self.first_digit = np.array([ids[-1] for ids in spaced])
@@ -62,8 +62,8 @@ class NeedleTask:
         num_text = length - self.min_length(num_needles, num_queries)
         if num_text < 0 or not 1 <= num_queries <= num_needles:
             raise ValueError(
-                f"NeedleTask.episode: {num_needles} needles and {num_queries} queries need 1 <= queries <= needles and at "
-                f"least {self.min_length(num_needles, num_queries)} tokens, got {length}"
+                f"NeedleTask.episode: {num_needles} needles and {num_queries} queries need 1 <= queries <= needles "
+                f"and at least {self.min_length(num_needles, num_queries)} tokens, got {length}"
             )
         start = rng.integers(0, max(1, len(self.haystack) - num_text + 1))
         text = np.resize(self.haystack[start : start + num_text], num_text)
@@ -130,7 +130,7 @@ def recall(
     """Share of answers that greedy decoding gets right in all digits, at `length` tokens.
 
     One forward per batch: an answer counts when every digit is the argmax after the true text before it, which is the
-    same as decoding that answer greedily. `model` is a causal language model of transformers that takes `logits_to_keep`.
+    same as decoding that answer greedily. `model` is a causal language model of transformers with `logits_to_keep`.
     `haystack` is a token stream, by default the held-out corpus. Returns recall, its standard error over episodes
     (answers of one episode are not independent) and n, the number of answers.
     """
