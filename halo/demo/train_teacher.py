@@ -1,20 +1,22 @@
 """Train the demo's teacher: `python -m halo.demo.train_teacher --out halo/demo/teacher`.
 
-A Qwen3 of about 1.4M parameters learns the corpus and key-value recall. The budget is a number of tokens and a batch is a
-function of (seed, step), so a run repeats, and a killed run resumes from `--run-dir`. The context grows in phases;
-repeated random segments in the early ones make induction heads appear, without which recall never does.
+A small Qwen3 learns the corpus and key-value recall. The budget is a number of tokens and a batch is a function of
+(seed, step), so a run repeats, and a killed run resumes from `--run-dir`. The context grows in phases; repeated random
+segments in the early ones make induction heads appear, without which recall comes late or never.
 """
 
 import argparse
 import json
 import math
 import os
+import platform
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
@@ -177,7 +179,6 @@ class Run:
         self.log(event="start", train_tokens=len(train), heldout_tokens=len(self.heldout), num_steps=self.num_steps)
 
     def train(self) -> None:
-        loss_fn = torch.compile(weighted_loss, dynamic=False) if self.args.compile else weighted_loss
         losses, logged_at, saved_at, tokens = [], time.monotonic(), time.monotonic(), 0
         while self.step < self.num_steps:
             progress = self.step / self.num_steps
@@ -186,8 +187,7 @@ class Run:
             rate = self.recipe.rate(self.step, progress)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.args.bfloat16):
-                loss = loss_fn(self.model, ids, weights)
+            loss = weighted_loss(self.model, ids, weights)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
             self.optimizer.step()
@@ -267,8 +267,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=Recipe.num_tokens)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--bfloat16", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--log-every", type=int, default=25)
     parser.add_argument("--evaluate-every", type=int, default=200)
     parser.add_argument("--checkpoint-seconds", type=float, default=120)
@@ -287,7 +285,12 @@ def finish(run: Run, out: Path) -> None:
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "tokens": run.num_steps * run.recipe.batch_tokens,
         "seed": run.args.seed,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
+        },
         **run.evaluate((128, 256, 512, 1024, 2048), num_samples=100, num_tokens=65536),
     }
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
