@@ -4,6 +4,7 @@ TypeError: dtype or kind of device. ValueError: rank, shape, layout, range. NotI
 """
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CPU_FLOATS = (torch.float64, torch.float32, torch.bfloat16)
@@ -16,6 +17,17 @@ def fail(error, op, argument, rule, got):
 def tensor(op, name, x):
     if not isinstance(x, torch.Tensor):
         fail(TypeError, op, name, "be a tensor", type(x).__name__)
+
+
+def tensors(op, q, **others):
+    """q and what else is given: tensors, all on one device for which there are kernels."""
+    tensor(op, "q", q)
+    for name, x in others.items():
+        if x is not None:
+            tensor(op, name, x)
+    same_device(op, q, **others)
+    if q.device.type not in ("cpu", "meta"):
+        fail(NotImplementedError, op, "q", "be on the CPU (the only device built)", q.device)
 
 
 def rank(op, name, x, dims):
@@ -37,9 +49,26 @@ def dtype(op, name, x, allowed):
         fail(TypeError, op, name, f"be {names}", str(x.dtype).removeprefix("torch."))
 
 
+def element(op, name, x):
+    """A float type; float16 is not built for the CPU."""
+    dtype(op, name, x, FLOATS)
+    if x.dtype not in CPU_FLOATS and x.device.type == "cpu":
+        names = " or ".join(str(d).removeprefix("torch.") for d in CPU_FLOATS)
+        fail(NotImplementedError, op, name, f"be {names} on the CPU", "float16")
+
+
 def same_dtype(op, name, x, like):
     if x.dtype != like.dtype:
         fail(TypeError, op, name, f"have q's dtype {like.dtype}", x.dtype)
+
+
+def like(op, name, x, like_name, other):
+    """Shape and dtype of another argument."""
+    tensor(op, name, x)
+    if x.shape != other.shape:
+        fail(ValueError, op, name, f"have {like_name}'s shape {list(other.shape)}", list(x.shape))
+    if x.dtype != other.dtype:
+        fail(TypeError, op, name, f"have {like_name}'s dtype {other.dtype}", x.dtype)
 
 
 def same_device(op, like, **others):
@@ -54,15 +83,17 @@ def multiple(op, name, value, of_name, of):
 
 
 def cu_seqlens(op, x, B, T):
-    """[N + 1] int32 or int64, from 0 to T, never falling; only with B = 1. Values are checked on the CPU only."""
+    """[N + 1] int32 or int64, from 0 to T, never falling; only with B = 1. Values are checked on the CPU, where there are any."""
     rank(op, "cu_seqlens", x, "N+1")
     dtype(op, "cu_seqlens", x, (torch.int32, torch.int64))
     if B != 1:
         fail(ValueError, op, "q", "have batch size 1 with cu_seqlens (pack the sequences along T)", B)
     if x.numel() < 1:
         fail(ValueError, op, "cu_seqlens", "have at least one entry", list(x.shape))
-    if x.device.type == "cpu" and (x[0] != 0 or x[-1] != T or (x.diff() < 0).any()):
-        fail(ValueError, op, "cu_seqlens", f"rise from 0 to T = {T} without falling", x.tolist())
+    if x.device.type == "cpu" and not isinstance(x, FakeTensor):
+        bounds = x.tolist()
+        if bounds[0] != 0 or bounds[-1] != T or bounds != sorted(bounds):
+            fail(ValueError, op, "cu_seqlens", f"rise from 0 to T = {T} without falling", bounds)
 
 
 def no_grad(op, **tensors):
