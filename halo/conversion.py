@@ -1,0 +1,291 @@
+"""One conversion: the order of the stages, what each needs and leaves, and what is already done.
+
+Every stage owns the directory <out>/<stage>. It is finished when done.json stands there, written last; done.json holds
+the settings that made the result and those of the stages before it, so a result is never mistaken for another's.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from torch import nn
+
+from halo import models, plan
+from halo.config import STAGE_HELP, Config, HaloError
+from halo.data import Corpus
+from halo.progress import StageProgress, say, warn
+from halo.stages.align import Align
+from halo.stages.distill import Distill
+from halo.stages.evaluate import evaluate
+from halo.stages.finetune import Finetune
+from halo.stages.scale import choose_scale
+from halo.stages.select import measure_swaps
+from halo.trainer import CHECKPOINT, Stage, train, write_atomically
+
+STAGES = tuple(STAGE_HELP)
+DONE = "done.json"
+SELECTION = "selection.json"
+SCALE = "scale.json"
+RESULTS = "results.json"
+
+
+class Conversion:
+    """Runs stages of `config`. Teacher, tokenizer and data are loaded once, when first needed."""
+
+    def __init__(self, config: Config, like: "Conversion | None" = None):
+        """`like`: a conversion with the same teacher, data and seed, whose loaded ones are used."""
+        self.config = config
+        self.out = config.out
+        self.device = _device(config.device)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        if like is not None:
+            self.teacher, self.corpus = like.teacher, like.corpus
+        self.stages: dict[str, Callable[[], None]] = {
+            "transfer": self._transfer,
+            "align": self._align,
+            "select": self._select,
+            "distill": self._distill,
+            "finetune": self._finetune,
+            "scale": self._scale,
+            "eval": self._evaluate,
+        }
+
+    def run(self) -> None:
+        """All stages, those that are done skipped."""
+        for stage in STAGES:
+            self.run_stage(stage)
+
+    def run_stage(self, stage: str) -> None:
+        """One stage; the one before it must be done."""
+        if stage in ("transfer", "align") and self.config.aligned is not None:
+            say(f"{stage:10} taken from {self._aligned}")
+            return
+        directory = self.directory(stage)
+        settings = self._settings(stage)
+        if (directory / DONE).is_file():
+            self._check_settings(directory, settings)
+            say(f"{stage:10} done already in {directory}")
+            return
+        before = STAGES.index(stage) - 1
+        if before >= 0:
+            self._require(STAGES[before])
+        directory.mkdir(parents=True, exist_ok=True)
+        plain = self.config.model_dump(mode="json")
+        self.out.joinpath("config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+        began = time.monotonic()
+        self.stages[stage]()
+        record = {"stage": stage, "seconds": round(time.monotonic() - began, 1), "settings": settings}
+        write_atomically(directory / DONE, lambda path: path.write_text(json.dumps(record, indent=1)))
+        (directory / CHECKPOINT).unlink(missing_ok=True)
+        say(f"{stage:10} done in {record['seconds']:.0f} s -> {directory}")
+
+    def directory(self, stage: str) -> Path:
+        """Where a stage's result is."""
+        if stage == "align" and self.config.aligned is not None:
+            return self._aligned
+        return self.out / stage
+
+    @cached_property
+    def teacher(self) -> nn.Module:
+        return self._teacher_and_tokenizer[0]
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        tokenizer = self._teacher_and_tokenizer[1]
+        return Corpus(self.config.data, tokenizer, self.config.seed, self.out / "data")
+
+    @cached_property
+    def _teacher_and_tokenizer(self):
+        return models.load_teacher(self.config.teacher, self.device)
+
+    @property
+    def _aligned(self) -> Path:
+        """Another conversion's align directory, given itself or by its parent."""
+        path = self.config.aligned
+        return path / "align" if (path / "align" / DONE).is_file() else path
+
+    @property
+    def layers(self) -> list[int]:
+        """The softmax layers chosen by the select stage."""
+        return json.loads((self.directory("select") / SELECTION).read_text())["layers"]
+
+    def converted(self) -> nn.Module:
+        """The finished model."""
+        return models.load_hypenet(self.out / "model", self.device)
+
+    def _transfer(self) -> None:
+        torch.manual_seed(self.config.seed)
+        models.make_twins(self.teacher, self.config.mixer).save_pretrained(self.directory("transfer"))
+
+    def _align(self) -> None:
+        twins = models.load_hypenet(self.directory("transfer"), self.device)
+        stage = Align(self.teacher, twins, self.config.align, self.config.data.isolate_documents)
+        self._train(stage)
+        twins.save_pretrained(self.directory("align"))
+
+    def _select(self) -> None:
+        settings, seed = self.config.select, self.config.seed
+        num_layers = self.teacher.config.num_hidden_layers
+        keep = settings.keep or max(1, num_layers // 4)
+        record: dict = {"num_layers": num_layers, "score": settings.score}
+        if settings.layers is not None:
+            if not settings.layers or max(settings.layers) >= num_layers:
+                raise HaloError(f"select.layers: must be layers below {num_layers}, got {settings.layers}")
+            record |= {"score": "given", "layers": sorted(set(settings.layers))}
+        elif keep > num_layers:
+            raise HaloError(f"select.keep: must be at most the teacher's {num_layers} layers, got {keep}")
+        elif settings.score == "even":
+            record["layers"] = plan.even_layers(num_layers, keep)
+        else:
+            twins = models.load_hypenet(self.directory("align"), self.device)
+            with StageProgress("select", num_layers) as progress:
+                measured = measure_swaps(
+                    self.teacher, twins, self.corpus, settings, lambda done: progress.update(done, "layers swapped")
+                )
+            rule = plan.ScoreRule(settings.score, settings.language_weight, settings.eps)
+            chosen = plan.choose(measured, keep, rule, settings.bootstrap, settings.stable_share, seed)
+            record |= _selection_record(measured, chosen)
+            for warning in chosen.warnings:
+                warn(warning)
+        say(f"{'select':10} softmax attention stays in layers {record['layers']} (score: {record['score']})")
+        _write_json(self.directory("select") / SELECTION, record)
+
+    def _distill(self) -> None:
+        settings = self.config.distill
+        twins = models.load_hypenet(self.directory("align"), self.device)
+        torch.manual_seed(self.config.seed)
+        student = models.make_student(self.teacher, twins, self.layers, self.config.mixer, settings.gate_init)
+        del twins
+        self._train(Distill(self.teacher, student, settings, self.config.data.isolate_documents))
+        student.save_pretrained(self.directory("distill"))
+
+    def _finetune(self) -> None:
+        student = models.load_hypenet(self.directory("distill"), self.device)
+        self._train(Finetune(student, self.config.finetune, self.config.data.isolate_documents))
+        student.save_pretrained(self.directory("finetune"))
+
+    def _scale(self) -> None:
+        student = models.load_hypenet(self.directory("finetune"), self.device)
+        grid = self.config.scale.grid
+        with StageProgress("scale", len(grid)) as progress:
+            rows = choose_scale(
+                student, self.corpus, self.config.scale, lambda done: progress.update(done, "bases tried")
+            )
+        best, second = rows[0], rows[1] if len(rows) > 1 else None
+        if second and second["advantage_error"] is not None and second["advantage"] < 2 * second["advantage_error"]:
+            warn(
+                f"the base of the scale is not settled: a = {best['a']} is better than a = {second['a']} by "
+                f"{second['advantage']:.4f} +- {second['advantage_error']:.4f} nats; measure more documents"
+            )
+        say(f"{'scale':10} a = {best['a']}, loss {best['loss']:.4f}")
+        _write_json(self.directory("scale") / SCALE, {"a": best["a"], "length": self.config.scale.length, "grid": rows})
+        student.save_pretrained(self.out / "model")
+        self.corpus.tokenizer.save_pretrained(self.out / "model")
+
+    def _evaluate(self) -> None:
+        settings = self.config.eval
+        student = self.converted()
+        chosen = student.config.attn_logits_scaling
+        labelled = [("teacher", self.teacher, None), ("converted", student, chosen)]
+        if chosen is not None:
+            labelled.append(("converted, no scale", student, None))
+        rows = []
+        with StageProgress("eval", len(labelled) * len(settings.multiples)) as progress:
+            for label, model, scaling in labelled:
+                model.config.attn_logits_scaling = scaling
+                for row in evaluate(model, label, self.corpus, settings):
+                    rows.append(row)
+                    progress.update(len(rows), f"{label}, {row['length']} tokens: recall {row['recall']:.2f}")
+        _write_json(self.directory("eval") / RESULTS, {"training_length": settings.length, "rows": rows})
+
+    def _train(self, stage: Stage) -> None:
+        settings = stage.settings
+        offset = STAGES.index(stage.name)
+        batches = self.corpus.batches(settings.length, settings.batch, settings.needle_ratio, offset)
+        train(stage, batches, self.directory(stage.name), self.device, self.config.precision, self.config.seed)
+
+    def _settings(self, stage: str) -> dict:
+        """All settings that a stage's result depends on, its own and those of the stages before it."""
+        config = self.config
+        shared = {"teacher": config.teacher, "mixer": config.mixer, "seed": config.seed, "precision": config.precision}
+        settings = {**shared, "data": config.data.model_dump(mode="json")}
+        if config.aligned is not None:
+            settings["aligned"] = str(config.aligned)
+        for name in STAGES[: STAGES.index(stage) + 1]:
+            section = getattr(config, name, None)
+            if section is not None and not (name == "align" and config.aligned is not None):
+                settings[name] = section.model_dump(mode="json")
+        return settings
+
+    def _check_settings(self, directory: Path, settings: dict) -> None:
+        made_with = json.loads((directory / DONE).read_text())["settings"]
+        difference = _first_difference(made_with, settings)
+        if difference:
+            raise HaloError(
+                f"{directory}: was made with other settings ({difference}); give another --out or delete it"
+            )
+
+    def _require(self, stage: str) -> None:
+        directory = self.directory(stage)
+        if not (directory / DONE).is_file():
+            if stage == "align" and self.config.aligned is not None:
+                raise HaloError(f"aligned: must be the directory of a finished conversion, got {self.config.aligned}")
+            raise HaloError(f"{directory}: must hold the result of {stage}; run `halo {stage}` first")
+        if not (stage == "align" and self.config.aligned is not None):
+            self._check_settings(directory, self._settings(stage))
+
+
+def _selection_record(measured: plan.Measurements, chosen: plan.Plan) -> dict:
+    drops = plan.measure_drops(measured)
+    columns = {key: value.tolist() for key, value in asdict(drops).items()}
+    columns |= {"score_value": chosen.scores.tolist(), "score_error": chosen.score_error.tolist()}
+    columns |= {"kept_share": chosen.kept_share.tolist()}
+    layers = range(len(chosen.scores))
+    rows = [{"layer": layer} | {key: column[layer] for key, column in columns.items()} for layer in layers]
+    return {
+        "layers": chosen.layers,
+        "teacher_recall": float(measured.recall.mean()),
+        "teacher_loss": float(measured.loss.mean()),
+        "episodes": len(measured.recall),
+        "chunks": len(measured.loss),
+        "warnings": chosen.warnings,
+        "table": rows,
+    }
+
+
+def _first_difference(old: dict, new: dict, prefix: str = "") -> str | None:
+    for key in [*old, *(key for key in new if key not in old)]:
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found = _first_difference(before, after, f"{prefix}{key}.")
+            if found:
+                return found
+        elif before != after:
+            return f"{prefix}{key}: {before} there, {after} now"
+    return None
+
+
+def _write_json(path: Path, record: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda partial: partial.write_text(json.dumps(record, indent=1, default=_jsonable)))
+
+
+def _jsonable(value):
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"results: must be plain numbers, got {type(value).__name__}")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise HaloError(f"device: must be one that this machine has, got {name}")
+    return torch.device(name)

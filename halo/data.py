@@ -1,0 +1,435 @@
+"""Text to batches: read, tokenise, pack into chunks of fixed length, shuffle under a seed, resume at the next batch.
+
+A chunk is `length` tokens of documents laid end to end, each closed by the tokenizer's EOS; `document_ids` counts the
+documents inside a chunk, so a stage can keep them apart. Training chunks may be mixed with recall episodes. A batch
+depends on nothing but the settings, the seed and the number of batches before it.
+"""
+
+import hashlib
+import json
+import random
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from halo.config import DataSettings, HaloError
+from halo.demo import corpus
+from halo.evaluation.needle import NeedleTask
+
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
+STREAMED_HELD_OUT_DOCUMENTS = 500
+MAX_NEEDLES = 8
+
+# (sample number, length) -> token ids int64 [length] of one recall episode
+EpisodeMaker = Callable[[int, int], np.ndarray]
+
+
+@dataclass
+class Batch:
+    """input_ids int64 [B, T]; document_ids int32 [B, T], not decreasing along T."""
+
+    input_ids: Tensor
+    document_ids: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(self.input_ids.to(device), self.document_ids.to(device))
+
+    def split(self, size: int | None) -> list["Batch"]:
+        """Pieces of `size` sequences."""
+        if size is None or size >= self.input_ids.shape[0]:
+            return [self]
+        pairs = zip(self.input_ids.split(size), self.document_ids.split(size), strict=True)
+        return [Batch(ids, documents) for ids, documents in pairs]
+
+    def cu_seqlens(self) -> Tensor:
+        """int32 [documents + 1]: where documents start in the flattened batch, and its length."""
+        starts = torch.ones_like(self.document_ids, dtype=torch.bool)
+        starts[:, 1:] = self.document_ids[:, 1:] != self.document_ids[:, :-1]
+        offsets = starts.flatten().nonzero()[:, 0]
+        return torch.cat([offsets, offsets.new_tensor([starts.numel()])]).int()
+
+
+class TokenStore:
+    """Tokenised documents: tokens int32 [total], offsets int64 [documents + 1]; each document ends in EOS."""
+
+    def __init__(self, tokens: np.ndarray, offsets: np.ndarray):
+        self.tokens, self.offsets = tokens, offsets
+
+    @classmethod
+    def build(cls, texts: Iterable[str], tokenizer) -> "TokenStore":
+        pieces, lengths, waiting = [], [], []
+
+        def encode():
+            for ids in tokenizer(waiting, add_special_tokens=False, verbose=False)["input_ids"] if waiting else []:
+                pieces.append(np.array([*ids, tokenizer.eos_token_id], dtype=np.int32))
+                lengths.append(len(ids) + 1)
+            waiting.clear()
+
+        for text in texts:
+            waiting.append(text)
+            if len(waiting) == 256:
+                encode()
+        encode()
+        tokens = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
+        return cls(tokens, np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64))
+
+    @classmethod
+    def cached(cls, directory: Path, texts: Callable[[], Iterable[str]], tokenizer) -> "TokenStore":
+        """The store saved under `directory`, made from `texts()` if it is not there."""
+        if not (directory / "offsets.npy").is_file():
+            store = cls.build(texts(), tokenizer)
+            directory.mkdir(parents=True, exist_ok=True)
+            np.save(directory / "tokens.npy", store.tokens)
+            np.save(directory / "offsets.npy", store.offsets)
+        return cls(np.load(directory / "tokens.npy", mmap_mode="r"), np.load(directory / "offsets.npy"))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def document(self, index: int) -> np.ndarray:
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+
+class PackedOrder:
+    """One epoch over a store: documents in seeded order, laid end to end, cut into chunks, chunks in seeded order."""
+
+    def __init__(self, store: TokenStore, length: int, seed: int, epoch: int):
+        rng = np.random.default_rng([seed, epoch])
+        self.store, self.length = store, length
+        self.documents = rng.permutation(len(store))
+        self.ends = np.cumsum(np.diff(store.offsets)[self.documents])
+        total = int(self.ends[-1]) if len(store) else 0
+        # A new start each epoch, so that chunks are not cut at the same places again.
+        self.shift = int(rng.integers(length)) if total >= 2 * length else 0
+        self.chunks = rng.permutation((total - self.shift) // length)
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def chunk(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and document ids [length] of the index-th chunk of this epoch."""
+        start = self.shift + int(self.chunks[index]) * self.length
+        ids, documents = np.empty(self.length, np.int64), np.empty(self.length, np.int32)
+        slot, filled = int(np.searchsorted(self.ends, start, side="right")), 0
+        first = slot
+        while filled < self.length:
+            tokens = self.store.document(self.documents[slot])
+            skip = len(tokens) - (int(self.ends[slot]) - start - filled)
+            piece = tokens[skip : skip + self.length - filled]
+            ids[filled : filled + len(piece)] = piece
+            documents[filled : filled + len(piece)] = slot - first
+            filled += len(piece)
+            slot += 1
+        return ids, documents
+
+
+class ChunkStream(IterableDataset):
+    """Endless batches; `state_dict` and `load_state_dict` hold the position. Subclasses say what the next chunk is."""
+
+    def __init__(self, length: int, batch: int, seed: int, needle_ratio: float, episode: EpisodeMaker | None):
+        if needle_ratio and episode is None:
+            raise ValueError("ChunkStream: episode must be given with needle_ratio > 0")
+        self.length, self.batch, self.seed = length, batch, seed
+        self.needle_ratio, self.episode = needle_ratio, episode
+        self.samples = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            ids, documents = zip(*(self._sample() for _ in range(self.batch)), strict=True)
+            yield Batch(torch.from_numpy(np.stack(ids)), torch.from_numpy(np.stack(documents)))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"samples": self.samples}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.samples = state["samples"]
+
+    def next_chunk(self) -> tuple[np.ndarray, np.ndarray]:
+        raise NotImplementedError
+
+    def _sample(self) -> tuple[np.ndarray, np.ndarray]:
+        number = self.samples
+        self.samples += 1
+        if self.needle_ratio and random.Random(f"{self.seed}:{number}").random() < self.needle_ratio:
+            return self.episode(number, self.length), np.zeros(self.length, np.int32)
+        return self.next_chunk()
+
+
+class StoredChunks(ChunkStream):
+    """Chunks of a TokenStore, epoch after epoch."""
+
+    def __init__(self, store: TokenStore, **options):
+        super().__init__(**options)
+        self.store, self.position, self.epoch = store, 0, 0
+        self.order = PackedOrder(store, self.length, self.seed, 0)
+        if not len(self.order):
+            raise HaloError(f"data: must hold at least one chunk of {self.length} tokens, got {len(store.tokens)}")
+
+    def next_chunk(self):
+        if self.position == len(self.order):
+            self._start_epoch(self.epoch + 1)
+        self.position += 1
+        return self.order.chunk(self.position - 1)
+
+    def state_dict(self):
+        return super().state_dict() | {"position": self.position, "epoch": self.epoch}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self._start_epoch(state["epoch"])
+        self.position = state["position"]
+
+    def _start_epoch(self, epoch: int) -> None:
+        self.epoch, self.position = epoch, 0
+        self.order = PackedOrder(self.store, self.length, self.seed, epoch)
+
+
+class StreamedChunks(ChunkStream):
+    """Chunks of a streamed dataset, shuffled through a buffer of chunks that is part of the saved position.
+
+    `rows`: a datasets.IterableDataset. Its own shuffle buffer would be refilled, not restored, on resume.
+    """
+
+    def __init__(self, rows, encode: Callable[[dict], list[int] | None], shuffle_buffer: int, **options):
+        super().__init__(**options)
+        self.rows, self.encode, self.shuffle_buffer = rows, encode, shuffle_buffer
+        self.rng = np.random.default_rng(self.seed)
+        self.buffer: list[tuple[np.ndarray, np.ndarray]] = []
+        self.left_ids, self.left_documents = np.zeros(0, np.int64), np.zeros(0, np.int32)
+        self.chunks = self._pack()
+
+    def next_chunk(self):
+        while len(self.buffer) < self.shuffle_buffer:
+            self.buffer.append(next(self.chunks))
+        slot = int(self.rng.integers(len(self.buffer)))
+        chosen, self.buffer[slot] = self.buffer[slot], self.buffer[-1]
+        self.buffer.pop()
+        return chosen
+
+    def state_dict(self):
+        arrays = {"left_ids": self.left_ids, "left_documents": self.left_documents, "buffer": list(self.buffer)}
+        return super().state_dict() | arrays | {"rows": self.rows.state_dict(), "rng": self.rng.bit_generator.state}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.left_ids, self.left_documents = state["left_ids"], state["left_documents"]
+        self.buffer = list(state["buffer"])
+        self.rng.bit_generator.state = state["rng"]
+        self.rows.load_state_dict(state["rows"])
+        self.chunks = self._pack()
+
+    def _pack(self):
+        while True:
+            empty = True
+            for row in self.rows:
+                document = self.encode(row)
+                if document is None:
+                    continue
+                empty = False
+                number = self.left_documents[-1] + 1 if len(self.left_documents) else 0
+                self.left_ids = np.concatenate([self.left_ids, np.asarray(document, np.int64)])
+                self.left_documents = np.concatenate([self.left_documents, np.full(len(document), number, np.int32)])
+                while len(self.left_ids) >= self.length:
+                    ids, documents = self.left_ids[: self.length], self.left_documents[: self.length]
+                    self.left_ids = self.left_ids[self.length :]
+                    self.left_documents = self.left_documents[self.length :]
+                    yield ids, documents - documents[0]
+            if empty:
+                raise HaloError("data.source: must hold text, got an empty dataset")
+
+
+class Corpus:
+    """The data of one conversion: training batches, and held-out text that training never sees."""
+
+    def __init__(self, settings: DataSettings, tokenizer, seed: int = 0, cache: Path | None = None):
+        if tokenizer.eos_token_id is None:
+            raise HaloError("teacher: its tokenizer must have an EOS token to end documents with, got none")
+        self.settings, self.tokenizer, self.seed, self.cache = settings, tokenizer, seed, cache
+        self.source = _open(settings)
+        self._stores: dict[bool, TokenStore] = {}
+
+    def batches(
+        self, length: int, batch: int, needle_ratio: float | None = None, offset: int = 0
+    ) -> StatefulDataLoader:
+        """Endless training batches. `offset` gives each stage its own order and episodes under one seed."""
+        ratio = self.settings.needle_ratio if needle_ratio is None else needle_ratio
+        seed = self.seed + 1000 * offset
+        episode = self.episodes(seed) if ratio else None
+        options = {"length": length, "batch": batch, "seed": seed, "needle_ratio": ratio, "episode": episode}
+        if isinstance(self.source, StreamedText):
+            rows = self.source.rows(shuffle_seed=seed)
+            stream = StreamedChunks(rows, self._encode_row, self.settings.shuffle_buffer, **options)
+        else:
+            stream = StoredChunks(self.store(held_out=False), **options)
+        with warnings.catch_warnings():
+            # torchdata's own use of a torch function that warns.
+            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+            return StatefulDataLoader(stream, batch_size=None, num_workers=0)
+
+    def episodes(self, seed: int, held_out: bool = False) -> EpisodeMaker:
+        """Recall episodes with 1 to MAX_NEEDLES needles, as many as fit, every one asked for."""
+        streamed = isinstance(self.source, StreamedText)
+        task = NeedleTask(self.tokenizer, self.store(held_out or streamed).tokens)
+        cost = task.needle_length + task.query_length
+
+        def make(number: int, length: int) -> np.ndarray:
+            rng = np.random.default_rng([seed, number])
+            count = int(rng.integers(1, max(2, min(MAX_NEEDLES, (length - 1) // cost) + 1)))
+            return task.episode(rng, length, num_needles=count, num_queries=count).input_ids
+
+        return make
+
+    def held_out_chunks(self, count: int, length: int) -> Tensor:
+        """int64 [n, length] of packed held-out text, n <= count chosen under the seed."""
+        order = PackedOrder(self.store(held_out=True), length, self.seed, 0)
+        if len(order) < 2:
+            raise HaloError(f"data.held_out: must leave at least two chunks of {length} tokens, got {len(order)}")
+        return torch.from_numpy(np.stack([order.chunk(i)[0] for i in range(min(count, len(order)))]))
+
+    def held_out_documents(self, count: int, length: int) -> Tensor:
+        """int64 [n, length]: the beginnings of n <= count held-out documents that are long enough."""
+        store = self.store(held_out=True)
+        sizes = np.diff(store.offsets)
+        long_enough = np.flatnonzero(sizes >= length)
+        if not len(long_enough):
+            longest = int(sizes.max()) if len(sizes) else 0
+            raise HaloError(f"scale.length: must be at most the longest held-out document ({longest}), got {length}")
+        chosen = np.random.default_rng(self.seed).permutation(long_enough)[:count]
+        return torch.from_numpy(np.stack([store.document(i)[:length].astype(np.int64) for i in chosen]))
+
+    def held_out_texts(self) -> Iterator[str]:
+        """The held-out documents as text."""
+        return self.source.texts(held_out=True)
+
+    def store(self, held_out: bool) -> TokenStore:
+        """All tokenised documents of one side of the split."""
+        if held_out not in self._stores:
+            texts = lambda: self.source.texts(held_out)  # noqa: E731
+            if self.cache is None:
+                self._stores[held_out] = TokenStore.build(texts(), self.tokenizer)
+            else:
+                name = f"{'held_out' if held_out else 'train'}-{self._fingerprint()}"
+                self._stores[held_out] = TokenStore.cached(self.cache / name, texts, self.tokenizer)
+        return self._stores[held_out]
+
+    def _fingerprint(self) -> str:
+        vocabulary = json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
+        parts = [self.source.fingerprint(), vocabulary, self.settings.model_dump_json()]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+    def _encode_row(self, row: dict) -> list[int] | None:
+        text = row[self.settings.field]
+        if not text or is_held_out(text, self.settings.held_out):
+            return None
+        return [
+            *self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
+            self.tokenizer.eos_token_id,
+        ]
+
+
+def is_held_out(text: str, share: float) -> bool:
+    """Whether a document is for evaluation only: a property of its text, the same in every run and source."""
+    return zlib.crc32(text[:4096].encode()) % 1_000_000 < share * 1_000_000
+
+
+class LocalText:
+    """A file, or all text files under a directory in name order."""
+
+    def __init__(self, settings: DataSettings, path: Path):
+        self.settings, self.path = settings, path
+        files = [path] if path.is_file() else sorted(path.rglob("*"))
+        self.files = [file for file in files if file.suffix in TEXT_SUFFIXES and file.is_file()]
+        if not self.files:
+            raise HaloError(f"data.source: must hold files ending in {', '.join(TEXT_SUFFIXES)}, got {path}")
+
+    def texts(self, held_out: bool) -> Iterator[str]:
+        for file in self.files:
+            for text in self._documents(file):
+                if text and is_held_out(text, self.settings.held_out) == held_out:
+                    yield text
+
+    def fingerprint(self) -> str:
+        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
+        return json.dumps(stats)
+
+    def _documents(self, file: Path) -> Iterator[str]:
+        if file.suffix != ".jsonl":
+            yield file.read_text(errors="replace")
+            return
+        with file.open() as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    text = json.loads(line)[self.settings.field] if line.strip() else ""
+                except (ValueError, KeyError, TypeError):
+                    field = self.settings.field
+                    raise HaloError(f"{file}:{number}: must be a JSON object with the key {field}") from None
+                yield text
+
+
+class StreamedText:
+    """A Hugging Face dataset, read as it downloads."""
+
+    def __init__(self, settings: DataSettings):
+        self.settings = settings
+        self.rows(shuffle_seed=0)
+
+    def rows(self, shuffle_seed: int):
+        import datasets
+
+        name, subset = self.settings.source, self.settings.subset
+        try:
+            rows = datasets.load_dataset(name, subset, split=self.settings.split, streaming=True)
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise HaloError(
+                f"data.source: must be an existing path or a dataset that can be reached, got {name} ({reason})"
+            ) from None
+        # A buffer of one shuffles the order of the shards only, which is restored exactly.
+        return rows.shuffle(seed=shuffle_seed, buffer_size=1)
+
+    def texts(self, held_out: bool) -> Iterator[str]:
+        found = 0
+        for row in self.rows(shuffle_seed=0):
+            text = row[self.settings.field]
+            if text and is_held_out(text, self.settings.held_out) == held_out:
+                yield text
+                found += 1
+                if found == STREAMED_HELD_OUT_DOCUMENTS:
+                    return
+
+    def fingerprint(self) -> str:
+        return f"{self.settings.source}:{self.settings.subset}:{self.settings.split}"
+
+
+class StandardLibrary:
+    """The text that comes with Python, with the corpus's own split."""
+
+    def texts(self, held_out: bool) -> Iterator[str]:
+        return iter(corpus.documents("heldout" if held_out else "train"))
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for held_out in (False, True):
+            for text in self.texts(held_out):
+                digest.update(text.encode())
+        return digest.hexdigest()
+
+
+def _open(settings: DataSettings):
+    path = Path(settings.source)
+    if settings.source == "stdlib":
+        return StandardLibrary()
+    if path.exists():
+        return LocalText(settings, path)
+    if path.suffix in TEXT_SUFFIXES or path.is_absolute() or settings.source.startswith(".") or len(path.parts) > 2:
+        raise HaloError(f"data.source: must be an existing file or directory, got {settings.source}")
+    return StreamedText(settings)

@@ -1,0 +1,163 @@
+"""Which layers stay attention: scores of one-layer swaps, their errors, and how stable the choice is.
+
+A swap i replaces the mixer of layer i of the teacher by its aligned recurrent twin. It is measured by recall r in
+[0, 1] on N episodes and by next-token loss l in nats on M chunks of text. Every swap and the teacher see the same
+samples, so a drop is a mean of per-sample differences and has a small, honest standard error:
+
+    recall_drop_i   = mean_n(r_teacher,n - r_i,n)
+    loss_rise_i     = mean_m(l_i,m - l_teacher,m)          language_drop_i = 1 - exp(-loss_rise_i)
+
+The language drop is the share of the (geometric mean) probability of the right token that is lost: like recall, a
+number below 1.
+
+    difference   recall_drop_i - w * language_drop_i
+    ratio        recall_drop_i / max(language_drop_i, 2 * largest standard error of a language drop)
+    paper        (max_j R_j - R_i) / (max_j C_j - C_i + eps) with R recall, C = exp(-loss): HALO's published form
+
+The published ratio divides by a number that is zero by construction for the best layer, and within its error of zero
+for others: a layer without any effect can win. The denominator of `ratio` is never below what can be measured.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """recall [N] and loss [M] of the teacher; swapped_recall [L, N] and swapped_loss [L, M] of the swaps. float64."""
+
+    recall: np.ndarray
+    loss: np.ndarray
+    swapped_recall: np.ndarray
+    swapped_loss: np.ndarray
+
+    def __post_init__(self):
+        layers = self.swapped_recall.shape[0]
+        if self.swapped_recall.shape != (layers, *self.recall.shape) or self.recall.ndim != 1:
+            raise ValueError(
+                f"Measurements: swapped_recall must have shape [L, {len(self.recall)}], got {self.swapped_recall.shape}"
+            )
+        if self.swapped_loss.shape != (layers, *self.loss.shape) or self.loss.ndim != 1:
+            raise ValueError(
+                f"Measurements: swapped_loss must have shape [{layers}, {len(self.loss)}], "
+                f"got {self.swapped_loss.shape}"
+            )
+
+    def resample(self, rng: np.random.Generator) -> "Measurements":
+        """The same swaps on episodes and chunks drawn with replacement."""
+        episodes = rng.integers(len(self.recall), size=len(self.recall))
+        chunks = rng.integers(len(self.loss), size=len(self.loss))
+        return Measurements(
+            self.recall[episodes], self.loss[chunks], self.swapped_recall[:, episodes], self.swapped_loss[:, chunks]
+        )
+
+
+@dataclass(frozen=True)
+class ScoreRule:
+    """How drops become scores."""
+
+    name: str = "difference"
+    language_weight: float = 1.0
+    eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class Drops:
+    """Mean and standard error over samples, each [L]; loss_rise in nats per token, the others in [-1, 1]."""
+
+    recall_drop: np.ndarray
+    recall_error: np.ndarray
+    loss_rise: np.ndarray
+    loss_error: np.ndarray
+    language_drop: np.ndarray
+    language_error: np.ndarray
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The choice. `kept_share` [L]: in which share of resamples a layer is kept; `score_error` [L]: bootstrap."""
+
+    layers: list[int]
+    scores: np.ndarray
+    score_error: np.ndarray
+    kept_share: np.ndarray
+    warnings: list[str]
+
+
+def measure_drops(measured: Measurements) -> Drops:
+    """Paired drops of every swap."""
+    recall_drop, recall_error = _mean_and_error(measured.recall - measured.swapped_recall)
+    loss_rise, loss_error = _mean_and_error(measured.swapped_loss - measured.loss)
+    kept = np.exp(-loss_rise)
+    return Drops(recall_drop, recall_error, loss_rise, loss_error, 1 - kept, kept * loss_error)
+
+
+def scores(measured: Measurements, rule: ScoreRule) -> np.ndarray:
+    """The score of every layer [L]; the largest are kept."""
+    if rule.name == "paper":
+        return paper_scores(measured.swapped_recall.mean(1), np.exp(-measured.swapped_loss.mean(1)), rule.eps)
+    drops = measure_drops(measured)
+    if rule.name == "difference":
+        return drops.recall_drop - rule.language_weight * drops.language_drop
+    if rule.name == "ratio":
+        floor = max(2 * drops.language_error.max(), np.finfo(np.float64).tiny)
+        return drops.recall_drop / np.maximum(drops.language_drop, floor)
+    raise ValueError(f"scores: rule must be difference, ratio or paper, got {rule.name}")
+
+
+def choose(measured: Measurements, keep: int, rule: ScoreRule, resamples: int, stable_share: float, seed: int) -> Plan:
+    """The `keep` best layers, with a bootstrap over samples that says how far the choice can be trusted."""
+    best = scores(measured, rule)
+    layers = top_layers(best, keep)
+    rng = np.random.default_rng(seed)
+    drawn = np.stack([scores(measured.resample(rng), rule) for _ in range(resamples)])
+    kept = np.zeros(len(best))
+    for row in drawn:
+        kept[top_layers(row, keep)] += 1 / resamples
+    error = drawn.std(0, ddof=1) if resamples > 1 else np.full(len(best), np.nan)
+    return Plan(layers, best, error, kept, _warnings(measured, rule, layers, kept, stable_share))
+
+
+def top_layers(values: np.ndarray, keep: int) -> list[int]:
+    """The indices of the `keep` largest values, in layer order; the earlier layer wins a tie."""
+    return sorted(np.argsort(-values, kind="stable")[:keep].tolist())
+
+
+def even_layers(num_layers: int, keep: int) -> list[int]:
+    """`keep` layers at equal distances, the first of each group: attention, RNN, RNN, RNN for a quarter."""
+    return [i * num_layers // keep for i in range(keep)]
+
+
+def paper_scores(recall: np.ndarray, language: np.ndarray, eps: float) -> np.ndarray:
+    """HALO's score (section 4.2): the maxima run over the swapped models, not over the teacher. All in [0, 1]."""
+    return (recall.max() - recall) / (language.max() - language + eps)
+
+
+def _warnings(measured, rule, layers, kept, stable_share) -> list[str]:
+    warnings = []
+    unsure = [layer for layer in layers if kept[layer] < stable_share]
+    if unsure:
+        rivals = [layer for layer in np.argsort(-kept).tolist() if layer not in layers][: len(unsure)]
+        listed = ", ".join(f"{layer} ({kept[layer]:.0%})" for layer in unsure)
+        rival_list = ", ".join(f"{layer} ({kept[layer]:.0%})" for layer in rivals)
+        warnings.append(
+            f"the choice of layers is not stable: kept in fewer than {stable_share:.0%} of resamples: {listed}; "
+            f"next in line: {rival_list}. Measure more samples, or fix select.layers"
+        )
+    drops = measure_drops(measured)
+    dropped = [layer for layer in top_layers(drops.recall_drop, len(layers)) if layer not in layers]
+    weakest = min(layers, key=lambda layer: drops.recall_drop[layer])
+    for layer in dropped:
+        gap, error = _mean_and_error(measured.swapped_recall[weakest] - measured.swapped_recall[layer])
+        if gap > 2 * error and gap > 0.05:
+            warnings.append(
+                f"score {rule.name!r} drops layer {layer}, whose swap costs {drops.recall_drop[layer]:.2f} of recall, "
+                f"and keeps layer {weakest}, whose swap costs {drops.recall_drop[weakest]:.2f}"
+            )
+    return warnings
+
+
+def _mean_and_error(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over the last axis and its standard error."""
+    return samples.mean(-1), samples.std(-1, ddof=1) / np.sqrt(samples.shape[-1])

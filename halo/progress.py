@@ -1,0 +1,48 @@
+"""What a person sees while a stage runs: a bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+console = Console(highlight=False)
+LINE_SECONDS = 10.0
+
+
+class StageProgress:
+    """A context manager; `update(step, loss, tokens_per_second)` after each reported step."""
+
+    def __init__(self, name: str, total: int):
+        self.name, self.total = name, total
+        self.bar = self.task = None
+        self.last_line = time.monotonic()
+
+    def __enter__(self):
+        if console.is_terminal:
+            columns = (TextColumn("{task.description:10}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+            self.bar = Progress(*columns, TextColumn("{task.fields[note]}"), TimeRemainingColumn(), console=console)
+            self.task = self.bar.add_task(self.name, total=self.total, note="")
+            self.bar.start()
+        return self
+
+    def __exit__(self, *exception):
+        if self.bar:
+            self.bar.stop()
+
+    def update(self, done: int, note: str) -> None:
+        if self.bar:
+            self.bar.update(self.task, completed=done, note=note)
+        elif done == self.total or time.monotonic() - self.last_line >= LINE_SECONDS:
+            self.last_line = time.monotonic()
+            say(f"{self.name:10} {done}/{self.total}  {note}")
+
+
+def say(text: str) -> None:
+    """One line of information on standard output."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """One line of warning on standard error."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,208 @@
+"""report.md and its plots, written from the JSON and JSONL files that a conversion leaves."""
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import yaml
+from matplotlib import pyplot as plt
+
+from halo.config import HaloError
+
+TRAINED = ("align", "distill", "finetune")
+LOSS_NAMES = {
+    "align": "mean squared error",
+    "distill": "KL from the teacher, nats",
+    "finetune": "next-token loss, nats",
+}
+MARKERS = "osD^v*"
+
+
+def write_report(out: Path) -> Path:
+    """Writes <out>/report.md with what is there, and training.png, selection.png, evaluation.png; returns its path."""
+    if not (out / "config.yaml").is_file():
+        raise HaloError(f"{out}: must be the directory of a conversion (it has no config.yaml)")
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    directories = {stage: out / stage for stage in TRAINED}
+    if config["aligned"]:
+        aligned = Path(config["aligned"])
+        directories["align"] = aligned / "align" if (aligned / "align").is_dir() else aligned
+    sections = [
+        f"# Conversion of {config['teacher']} ({config['mixer']} layers)\n",
+        _training_section(out, config, directories),
+        _selection_section(out),
+        _scale_section(out),
+        _evaluation_section(out),
+    ]
+    path = out / "report.md"
+    path.write_text("\n".join(section for section in sections if section))
+    return path
+
+
+def evaluation_table(rows: list[dict]) -> str:
+    """Markdown: one line per model, recall and bits per byte at every length."""
+    lengths = sorted({row["length"] for row in rows})
+    multiples = {row["length"]: row["multiple"] for row in rows}
+    head = " | ".join(f"{length} ({multiples[length]}x)" for length in lengths)
+    lines = []
+    for title, cell in (("needle recall", _recall_cell), ("bits per byte", _bits_cell)):
+        lines += [f"| {title} | {head} |", "|---|" + "---:|" * len(lengths)]
+        for label in dict.fromkeys(row["model"] for row in rows):
+            by_length = {row["length"]: row for row in rows if row["model"] == label}
+            cells = [cell(by_length[length]) if length in by_length else "" for length in lengths]
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plot_evaluation(rows: list[dict], training_length: int, path: Path) -> None:
+    """Recall and bits per byte against length, one line per model with its standard errors."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    for marker, label in zip(MARKERS, dict.fromkeys(row["model"] for row in rows), strict=False):
+        own = [row for row in rows if row["model"] == label]
+        for axes, key in zip(panels, ("recall", "bits_per_byte"), strict=True):
+            points = [(row["length"], row[key], row[f"{key}_error"] or 0) for row in own if row[key] is not None]
+            if points:
+                lengths, values, errors = zip(*points, strict=True)
+                axes.errorbar(lengths, values, yerr=errors, marker=marker, capsize=2, label=label)
+    lengths = sorted({row["length"] for row in rows})
+    for axes, title in zip(panels, ("needle recall", "bits per byte on held-out text"), strict=True):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [str(length) for length in lengths])
+        axes.axvline(training_length, color="grey", linestyle=":", linewidth=1)
+        axes.set_xlabel("context, tokens (dotted: the teacher's training length)")
+        axes.set_title(title)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylim(-0.03, 1.03)
+    panels[0].legend()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def read_metrics(directory: Path) -> list[dict]:
+    """The lines of a stage's metrics.jsonl; empty if it has none."""
+    path = directory / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def read_json(path: Path) -> dict | None:
+    """A JSON file, or None if it is not there."""
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _training_section(out: Path, config: dict, directories: dict[str, Path]) -> str:
+    metrics = {stage: lines for stage, directory in directories.items() if (lines := read_metrics(directory))}
+    if not metrics:
+        return ""
+    figure, panels = plt.subplots(
+        1, len(metrics), figsize=(4.6 * len(metrics), 3.6), constrained_layout=True, squeeze=False
+    )
+    table = ["| stage | steps | tokens | length | first loss | last loss | seconds | tokens/s |", "|---|" + "---:|" * 7]
+    for axes, (stage, lines) in zip(panels[0], metrics.items(), strict=True):
+        numbers = config[stage]
+        axes.plot([line["step"] for line in lines], [line["loss"] for line in lines])
+        axes.set_title(stage)
+        axes.set_xlabel("step")
+        axes.set_ylabel(LOSS_NAMES[stage])
+        axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+        tokens = lines[-1]["step"] * numbers["batch"] * numbers["length"]
+        seconds = lines[-1]["seconds"]
+        table.append(
+            f"| {stage} | {lines[-1]['step']} | {tokens:,} | {numbers['length']} | {lines[0]['loss']:.4g} | "
+            f"{lines[-1]['loss']:.4g} | {seconds:.0f} | {tokens / max(seconds, 1e-9):,.0f} |"
+        )
+    figure.savefig(out / "training.png", dpi=130)
+    plt.close(figure)
+    return "\n".join(["## Training\n", *table, "", "![losses](training.png)", "", _alignment_table(metrics)])
+
+
+def _alignment_table(metrics: dict[str, list[dict]]) -> str:
+    if "align" not in metrics:
+        return ""
+    first, last = metrics["align"][0]["relative_loss"], metrics["align"][-1]["relative_loss"]
+    lines = ["Error of every recurrent twin as a share of its attention layer's output power:\n"]
+    lines += ["| layer | " + " | ".join(str(layer) for layer in range(len(last))) + " |", "|---|" + "---:|" * len(last)]
+    for title, values in (("before", first), ("after", last)):
+        lines.append(f"| {title} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _selection_section(out: Path) -> str:
+    record = read_json(out / "select" / "selection.json")
+    if record is None:
+        return ""
+    lines = ["## Selection\n", f"Softmax attention stays in layers {record['layers']} (score: {record['score']}).\n"]
+    if "table" not in record:
+        return "\n".join(lines)
+    lines += [
+        f"Teacher: recall {record['teacher_recall']:.3f}, loss {record['teacher_loss']:.3f} nats; every layer swapped "
+        f"alone, on the same {record['episodes']} episodes and {record['chunks']} chunks.\n",
+        "| layer | recall drop | loss rise, nats | language drop | score | kept in resamples |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in record["table"]:
+        name = f"**{row['layer']}**" if row["layer"] in record["layers"] else str(row["layer"])
+        lines.append(
+            f"| {name} | {row['recall_drop']:.3f} ± {row['recall_error']:.3f} | {row['loss_rise']:.4f} ± "
+            f"{row['loss_error']:.4f} | {row['language_drop']:.4f} ± {row['language_error']:.4f} | "
+            f"{row['score_value']:.3f} ± {row['score_error']:.3f} | {row['kept_share']:.0%} |"
+        )
+    lines += ["", *(f"Warning: {warning}.\n" for warning in record["warnings"]), "![drops](selection.png)\n"]
+    _plot_selection(record, out / "selection.png")
+    return "\n".join(lines)
+
+
+def _plot_selection(record: dict, path: Path) -> None:
+    table = record["table"]
+    colors = ["tab:orange" if row["layer"] in record["layers"] else "tab:blue" for row in table]
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.4), constrained_layout=True)
+    for axes, key, title in zip(
+        panels, ("recall", "language"), ("recall drop of the swap", "language drop of the swap"), strict=True
+    ):
+        heights, errors = ([row[f"{key}_{kind}"] for row in table] for kind in ("drop", "error"))
+        axes.bar([row["layer"] for row in table], heights, yerr=errors, color=colors, capsize=2)
+        axes.set_title(title)
+        axes.set_xlabel("layer (orange: stays attention)")
+        axes.grid(alpha=0.3, axis="y")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _scale_section(out: Path) -> str:
+    record = read_json(out / "scale" / "scale.json")
+    if record is None:
+        return ""
+    chosen = "no scale" if record["a"] is None else f"a = {record['a']:g}"
+    lines = [
+        "## Scale\n",
+        f"Chosen: {chosen}, by the loss on {record['grid'][0]['documents']} held-out documents of {record['length']} "
+        "tokens.\n",
+        "| a | loss, nats | above the best |",
+        "|---:|---:|---:|",
+    ]
+    for row in sorted(record["grid"], key=lambda row: row["a"] or 0):
+        name = "none" if row["a"] is None else f"{row['a']:g}"
+        error = "" if row["advantage_error"] is None else f" ± {row['advantage_error']:.4f}"
+        lines.append(f"| {name} | {row['loss']:.4f} | {row['advantage']:.4f}{error} |")
+    return "\n".join([*lines, ""])
+
+
+def _evaluation_section(out: Path) -> str:
+    record = read_json(out / "eval" / "results.json")
+    if record is None:
+        return ""
+    plot_evaluation(record["rows"], record["training_length"], out / "evaluation.png")
+    return "\n".join(["## Evaluation\n", evaluation_table(record["rows"]), "![evaluation](evaluation.png)\n"])
+
+
+def _recall_cell(row: dict) -> str:
+    return f"{row['recall']:.2f} ± {row['recall_error']:.2f}"
+
+
+def _bits_cell(row: dict) -> str:
+    if row["bits_per_byte"] is None:
+        return "not enough text"
+    return f"{row['bits_per_byte']:.3f} ± {row['bits_per_byte_error'] or 0:.3f}"

@@ -1,0 +1,52 @@
+"""Stage 1: every recurrent mixer learns to give its attention layer's output from that layer's input (HALO, 4.2).
+
+One teacher forward serves all layers. A mixer sees the teacher's own activations, so the layers are independent
+regressions; clipping each layer's gradient on its own keeps them so.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from halo import models
+from halo.config import AlignSettings
+from halo.data import Batch
+from halo.losses import mixer_mse
+
+
+@dataclass
+class Align:
+    """`student` has a recurrent mixer in every layer; nothing else of it is used or changed."""
+
+    teacher: nn.Module
+    student: nn.Module
+    settings: AlignSettings
+    isolate_documents: bool = False
+    name: ClassVar[str] = "align"
+
+    def build(self) -> nn.Module:
+        self.teacher.requires_grad_(False).eval()
+        self.student.requires_grad_(False)
+        self.mixers = nn.ModuleList(models.mixers(self.student)).requires_grad_(True).train()
+        return self.mixers
+
+    def loss(self, batch: Batch):
+        with torch.no_grad(), models.recorded_attention(self.teacher) as recorded:
+            models.hidden_states(self.teacher, batch, self.isolate_documents)
+        cu_seqlens = batch.cu_seqlens() if self.isolate_documents else None
+        outputs = [
+            models.run_mixer(mixer, call.x_BTD, call.position_embeddings, cu_seqlens)
+            for mixer, call in zip(self.mixers, recorded, strict=True)
+        ]
+        losses = mixer_mse(outputs, [call.y_BTD for call in recorded])
+        powers = torch.stack([call.y_BTD.float().square().mean() for call in recorded])
+        total = losses.sum() if self.settings.clip_scope == "layer" else losses.mean()
+        detached = losses.detach()
+        return total, {"loss": detached.mean(), "relative_loss": detached / powers, "layer_losses": detached}
+
+    def clip_groups(self, module: nn.Module) -> list[list[nn.Parameter]]:
+        if self.settings.clip_scope == "all":
+            return [list(module.parameters())]
+        return [list(mixer.parameters()) for mixer in module]

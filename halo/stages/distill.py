@@ -1,0 +1,42 @@
+"""Stage 2: the hybrid learns the teacher's next-token distribution, every weight of it (HALO, 4.3)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from halo import models
+from halo.config import DistillSettings
+from halo.data import Batch
+from halo.losses import kl_divergence
+
+
+@dataclass
+class Distill:
+    teacher: nn.Module
+    student: nn.Module
+    settings: DistillSettings
+    isolate_documents: bool = False
+    name: ClassVar[str] = "distill"
+
+    def build(self) -> nn.Module:
+        self.teacher.requires_grad_(False).eval()
+        return self.student.requires_grad_(True).train()
+
+    def loss(self, batch: Batch):
+        with torch.no_grad():
+            teacher_BTD = models.hidden_states(self.teacher, batch, self.isolate_documents)
+        student_BTD = models.hidden_states(self.student, batch, self.isolate_documents)
+        loss = kl_divergence(
+            student_BTD,
+            self.student.get_output_embeddings().weight,
+            teacher_BTD,
+            self.teacher.get_output_embeddings().weight,
+            self.settings.token_chunk,
+            self.settings.vocab_chunk,
+        )
+        return loss, {"loss": loss.detach()}
+
+    def clip_groups(self, module: nn.Module) -> list[list[nn.Parameter]]:
+        return [list(module.parameters())]

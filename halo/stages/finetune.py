@@ -1,0 +1,32 @@
+"""Stage 3: next-token loss on longer context, without a teacher (HALO, 4.4)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from halo import models
+from halo.config import FinetuneSettings
+from halo.data import Batch
+from halo.losses import next_token_labels, next_token_loss
+
+
+@dataclass
+class Finetune:
+    student: nn.Module
+    settings: FinetuneSettings
+    isolate_documents: bool = False
+    name: ClassVar[str] = "finetune"
+
+    def build(self) -> nn.Module:
+        return self.student.requires_grad_(True).train()
+
+    def loss(self, batch: Batch):
+        student_BTD = models.hidden_states(self.student, batch, self.isolate_documents)
+        labels = next_token_labels(batch.input_ids, batch.document_ids)
+        head = self.student.get_output_embeddings().weight
+        loss = next_token_loss(student_BTD, head, labels, self.settings.token_chunk, self.settings.vocab_chunk)
+        return loss, {"loss": loss.detach()}
+
+    def clip_groups(self, module: nn.Module) -> list[list[nn.Parameter]]:
+        return [list(module.parameters())]

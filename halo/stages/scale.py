@@ -1,0 +1,58 @@
+"""Choice of the base `a` of s_t = ln(t + a) / ln(a) after training, by the loss on long held-out documents."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+
+from halo import models
+from halo.config import ScaleSettings
+from halo.data import Corpus
+from halo.stages.select import chunk_losses
+
+
+def choose_scale(
+    model: nn.Module, corpus: Corpus, settings: ScaleSettings, on_progress: Callable[[int], None]
+) -> list[dict]:
+    """Loss and its standard error for every base in the grid, best first; leaves the best one set in `model`.
+
+    `advantage` is how much lower the best loss is, paired over documents, with its standard error.
+    """
+    model.eval()
+    documents = long_documents(corpus, settings)
+    losses = []
+    for done, base in enumerate(settings.grid, 1):
+        models.set_logit_scale_base(model, base)
+        losses.append(chunk_losses(model, documents, batch=1))
+        on_progress(done)
+    best = int(np.argmin([loss.mean() for loss in losses]))
+    models.set_logit_scale_base(model, settings.grid[best])
+    rows = [_row(base, loss, losses[best]) for base, loss in zip(settings.grid, losses, strict=True)]
+    return sorted(rows, key=lambda row: row["loss"])
+
+
+def long_documents(corpus: Corpus, settings: ScaleSettings) -> torch.Tensor:
+    """int64 [documents, length]: beginnings of held-out documents, the given share replaced by recall episodes."""
+    num_episodes = round(settings.needle_ratio * settings.documents)
+    parts = []
+    if num_episodes < settings.documents:
+        parts.append(corpus.held_out_documents(settings.documents - num_episodes, settings.length))
+    if num_episodes:
+        episode = corpus.episodes(corpus.seed, held_out=True)
+        parts.append(torch.from_numpy(np.stack([episode(i, settings.length) for i in range(num_episodes)])))
+    return torch.cat(parts)
+
+
+def _row(base: float | None, loss: np.ndarray, best: np.ndarray) -> dict:
+    root = np.sqrt(max(len(loss), 1))
+    spread = lambda values: float(values.std(ddof=1) / root) if len(values) > 1 else None  # noqa: E731
+    gap = loss - best
+    return {
+        "a": base,
+        "loss": float(loss.mean()),
+        "loss_error": spread(loss),
+        "advantage": float(gap.mean()),
+        "advantage_error": spread(gap),
+        "documents": len(loss),
+    }

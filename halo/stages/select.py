@@ -1,0 +1,72 @@
+"""Layer selection: each layer of the teacher swapped for its aligned twin in memory, measured on the same samples."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from halo import models
+from halo.config import SelectSettings
+from halo.data import Batch, Corpus
+from halo.evaluation.needle import NUM_DIGITS, NeedleTask
+from halo.losses import next_token_labels, token_losses
+from halo.plan import Measurements
+
+NUM_NEEDLES, NUM_QUERIES = 4, 3
+
+
+def measure_swaps(
+    teacher: nn.Module, twins: nn.Module, corpus: Corpus, settings: SelectSettings, on_progress: Callable[[int], None]
+) -> Measurements:
+    """Per-sample recall and loss of the teacher and of all one-layer swaps; `on_progress` gets the number done."""
+    teacher.eval()
+    episodes = RecallEpisodes(corpus, settings.recall_samples, settings.recall_length)
+    chunks = corpus.held_out_chunks(settings.language_samples, settings.language_length)
+    measure = lambda: (episodes.recall(teacher, settings.batch), chunk_losses(teacher, chunks, settings.batch))  # noqa: E731
+    recall, loss = measure()
+    swapped_recall, swapped_loss = [], []
+    for layer in range(teacher.config.num_hidden_layers):
+        with models.swapped(teacher, twins, layer):
+            layer_recall, layer_loss = measure()
+        swapped_recall.append(layer_recall)
+        swapped_loss.append(layer_loss)
+        on_progress(layer + 1)
+    return Measurements(recall, loss, np.stack(swapped_recall), np.stack(swapped_loss))
+
+
+class RecallEpisodes:
+    """A fixed set of needle episodes over held-out text."""
+
+    def __init__(self, corpus: Corpus, count: int, length: int):
+        task = NeedleTask(corpus.tokenizer, corpus.store(held_out=True).tokens)
+        rng = np.random.default_rng(corpus.seed)
+        episodes = [task.episode(rng, length, NUM_NEEDLES, NUM_QUERIES) for _ in range(count)]
+        self.input_ids = torch.from_numpy(np.stack([episode.input_ids for episode in episodes]))
+        starts = torch.from_numpy(task.answer_starts(length, NUM_QUERIES))
+        self.positions = starts[:, None] + torch.arange(NUM_DIGITS)
+
+    @torch.no_grad()
+    def recall(self, model: nn.Module, batch: int) -> np.ndarray:
+        """Share of an episode's answers whose digits are all the argmax, float64 [count]."""
+        scores = []
+        head = model.get_output_embeddings().weight
+        for ids in self.input_ids.split(batch):
+            hidden_BTD = model.base_model(input_ids=ids.to(head.device), use_cache=False).last_hidden_state
+            # What position i says about token i + 1.
+            predicted = (hidden_BTD[:, self.positions - 1].float() @ head.float().T).argmax(-1).cpu()
+            scores.append((predicted == ids[:, self.positions]).all(-1).double().mean(-1))
+        return torch.cat(scores).numpy()
+
+
+@torch.no_grad()
+def chunk_losses(model: nn.Module, chunks: Tensor, batch: int) -> np.ndarray:
+    """Mean next-token loss of each chunk [n, T] in nats, float64 [n]."""
+    losses = []
+    head = model.get_output_embeddings().weight
+    for ids in chunks.split(batch):
+        ids = ids.to(head.device)
+        hidden_BTD = models.hidden_states(model, Batch(ids, torch.zeros_like(ids, dtype=torch.int32)))
+        per_token = token_losses(hidden_BTD, head, next_token_labels(ids))
+        losses.append(per_token.double().sum(-1).cpu() / (ids.shape[1] - 1))
+    return torch.cat(losses).numpy()

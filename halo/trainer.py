@@ -1,0 +1,180 @@
+"""The one training loop. A stage says what is built, what trains and what the loss is; the loop knows no stage.
+
+A run that is killed and started again continues from its last checkpoint with the same batches, the same random
+numbers and the same optimiser state, so its losses are bit for bit those of a run that was never killed.
+"""
+
+import json
+import math
+import os
+import random
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from halo.config import HaloError, TrainingSettings
+from halo.data import Batch
+from halo.progress import StageProgress, say
+
+CHECKPOINT = "checkpoint.pt"
+METRICS = "metrics.jsonl"
+
+
+class Stage(Protocol):
+    """A dataclass of what the stage needs, and these."""
+
+    name: str
+    settings: TrainingSettings
+
+    def build(self) -> nn.Module:
+        """Builds and freezes; the trainable parameters of the returned module are trained and checkpointed."""
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """A scalar to differentiate, and what to log: `loss` and whatever else, each a tensor without gradient."""
+
+    def clip_groups(self, module: nn.Module) -> list[list[nn.Parameter]]:
+        """Which parameters share one clipped gradient norm."""
+
+
+def train(stage: Stage, batches, directory: Path, device: torch.device, precision: str = "fp32", seed: int = 0):
+    """Runs all steps of a stage and returns the trained module.
+
+    `batches` is a StatefulDataLoader of Batch. `directory` receives metrics.jsonl and, while the stage is not finished,
+    checkpoint.pt; a checkpoint found there is continued. Weights and optimiser state are fp32; `precision` "bf16" runs
+    the forward under autocast. Raises HaloError when the loss is not finite.
+    """
+    settings = stage.settings
+    random.seed(seed), np.random.seed(seed % 2**32), torch.manual_seed(seed)
+    directory.mkdir(parents=True, exist_ok=True)
+    module = stage.build()
+    groups = stage.clip_groups(module)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+    )
+    start, elapsed = _resume(stage, directory, module, optimizer, batches)
+    autocast = nullcontext() if precision == "fp32" else torch.autocast(device.type, torch.bfloat16)
+    source = iter(batches)
+    last_step, last_time = start, time.monotonic()
+    began = last_time - elapsed
+    tokens = settings.batch * settings.length
+    with StageProgress(stage.name, settings.steps) as progress, (directory / METRICS).open("a") as metrics:
+        for step in range(start, settings.steps):
+            rate = learning_rate(step, settings)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            logged = _backward(stage, next(source).to(device), settings.micro_batch, autocast)
+            norms = torch.stack([_clip(group, settings.clip) for group in groups])
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            done = step + 1
+            if done % settings.log_every == 0 or done == settings.steps or done == 1:
+                record = {"step": done, "lr": rate, "grad_norm": float(norms.max())}
+                record |= {key: value.tolist() for key, value in logged.items()}
+                _check_finite(stage, record)
+                now = time.monotonic()
+                speed = tokens * (done - last_step) / max(now - last_time, 1e-9)
+                last_step, last_time = done, now
+                record |= {"seconds": round(now - began, 3), "tokens_per_second": round(speed)}
+                metrics.write(json.dumps(record) + "\n")
+                metrics.flush()
+                progress.update(done, f"loss {record['loss']:.4f}  {speed:,.0f} tokens/s")
+            if done % settings.checkpoint_every == 0 and done < settings.steps:
+                _save(stage, directory, module, optimizer, batches, done, time.monotonic() - began)
+    return module
+
+
+def learning_rate(step: int, settings: TrainingSettings) -> float:
+    """Rate of the update number `step` (from 0): linear warm-up from 0, then a cosine to `final_learning_rate`."""
+    if step < settings.warmup:
+        return settings.learning_rate * step / settings.warmup
+    progress = (step - settings.warmup) / max(settings.steps - 1 - settings.warmup, 1)
+    drop = settings.learning_rate - settings.final_learning_rate
+    return settings.final_learning_rate + 0.5 * drop * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def write_atomically(path: Path, write) -> None:
+    """Calls `write(path)` on a neighbour of `path` and renames: after a kill there is the old file or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    write(partial)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _backward(stage: Stage, batch: Batch, micro_batch: int | None, autocast) -> dict[str, Tensor]:
+    """Gradients of the mean over micro-batches; returns the mean of what the stage logs."""
+    parts = batch.split(micro_batch)
+    sums: dict[str, Tensor] = {}
+    for part in parts:
+        with autocast:
+            loss, logged = stage.loss(part)
+        (loss / len(parts)).backward()
+        for key, value in logged.items():
+            value = value.detach() / len(parts)
+            sums[key] = sums[key] + value if key in sums else value
+    return sums
+
+
+def _clip(parameters: list[nn.Parameter], limit: float) -> Tensor:
+    return nn.utils.clip_grad_norm_(parameters, limit)
+
+
+def _check_finite(stage: Stage, record: dict[str, Any]) -> None:
+    if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
+        raise HaloError(
+            f"{stage.name}: loss and gradient must stay finite, got loss {record['loss']} and gradient norm "
+            f"{record['grad_norm']} at step {record['step']}; lower {stage.name}.learning_rate or {stage.name}.clip"
+        )
+
+
+def _save(stage, directory, module, optimizer, batches, done: int, elapsed: float) -> None:
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    state = {
+        "settings": stage.settings.model_dump(mode="json"),
+        "step": done,
+        "elapsed": elapsed,
+        "model": {name: value for name, value in module.state_dict().items() if name in trained},
+        "optimizer": optimizer.state_dict(),
+        "data": batches.state_dict(),
+        "random": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "metrics_bytes": (directory / METRICS).stat().st_size,
+    }
+    write_atomically(directory / CHECKPOINT, lambda path: torch.save(state, path))
+
+
+def _resume(stage, directory, module, optimizer, batches) -> tuple[int, float]:
+    """Restores the last checkpoint, if any; returns the number of finished steps and the seconds they took."""
+    path = directory / CHECKPOINT
+    if not path.is_file():
+        (directory / METRICS).unlink(missing_ok=True)
+        return 0, 0.0
+    # The file is our own: it holds Python and NumPy generator states, which the restricted unpickler refuses.
+    state = torch.load(path, map_location="cpu", weights_only=False)
+    if state["settings"] != stage.settings.model_dump(mode="json"):
+        raise HaloError(
+            f"{path}: must come from the same {stage.name} settings; give another --out or delete {directory}"
+        )
+    missing, unexpected = module.load_state_dict(state["model"], strict=False)
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    if unexpected or trained.intersection(missing):
+        raise HaloError(f"{path}: must hold this model's weights; give another --out or delete {directory}")
+    optimizer.load_state_dict(state["optimizer"])
+    batches.load_state_dict(state["data"])
+    random.setstate(state["random"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    # Lines written after the checkpoint are written again.
+    os.truncate(directory / METRICS, state["metrics_bytes"])
+    say(f"{stage.name}: continues after step {state['step']}")
+    return state["step"], state["elapsed"]
