@@ -1,0 +1,27 @@
+"""HypeNet: hybrids of softmax attention and linear recurrences, for transformers."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from hypenet.cache import HypeNetCache
+from hypenet.configuration_hypenet import HypeNetConfig
+from hypenet.context import MixerContext
+from hypenet.conversion import from_qwen3
+from hypenet.mixers import GatedDeltaNet, LightningAttention, SoftmaxAttention
+from hypenet.modeling_hypenet import HypeNetForCausalLM, HypeNetModel, HypeNetPreTrainedModel
+
+AutoConfig.register("hypenet", HypeNetConfig, exist_ok=True)
+AutoModel.register(HypeNetConfig, HypeNetModel, exist_ok=True)
+AutoModelForCausalLM.register(HypeNetConfig, HypeNetForCausalLM, exist_ok=True)
+
+__all__ = [
+    "GatedDeltaNet",
+    "HypeNetCache",
+    "HypeNetConfig",
+    "HypeNetForCausalLM",
+    "HypeNetModel",
+    "HypeNetPreTrainedModel",
+    "LightningAttention",
+    "MixerContext",
+    "SoftmaxAttention",
+    "from_qwen3",
+]

@@ -1,0 +1,373 @@
+"""The token mixers of a HypeNet: softmax attention without positions, Lightning attention, gated DeltaNet.
+
+All are called as mixer(x_BTC, context) -> y_BTC and can be built from a teacher's attention layer with `from_qwen3`.
+B batch, T tokens, C hidden size, H heads, D head dimension, K and V rows and columns of a state.
+"""
+
+import math
+from typing import Self
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hypenet.configuration_hypenet import GDN, LIGHTNING, SOFTMAX, HypeNetConfig
+from hypenet.context import MixerContext
+from hypenet_kernels import (
+    chunk_gated_delta_rule,
+    chunk_simple_gla,
+    gated_delta_step,
+    hype_attention,
+    hype_attention_decode,
+    simple_gla_step,
+)
+
+COPIED_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+GATE_INITS = ("random", "open")
+
+
+class HypeNetRMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, accumulated in float32 or better."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class Mixer(nn.Module):
+    """What the mixers share: projections to heads, per-head norms, rotary embedding, weights taken from a teacher."""
+
+    mixer_type: str
+    full_precision: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        config: HypeNetConfig,
+        layer_idx: int,
+        heads: tuple[int, int],
+        head_dim: int,
+        *,
+        bias: bool,
+        use_qk_norm: bool,
+        use_rope: bool,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads, self.num_kv_heads = heads
+        self.head_dim = head_dim
+        self.use_rope = use_rope
+        width, kv_width = self.num_heads * head_dim, self.num_kv_heads * head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=bias)
+        self.q_norm = HypeNetRMSNorm(head_dim, config.rms_norm_eps) if use_qk_norm else None
+        self.k_norm = HypeNetRMSNorm(head_dim, config.rms_norm_eps) if use_qk_norm else None
+
+    def qkv(self, x_BTC: torch.Tensor, context: MixerContext) -> tuple[torch.Tensor, ...]:
+        """q [B, T, H, D] and k, v [B, T, HK, D], normalised and rotated as this mixer does it, all of one dtype."""
+        q, k, v = (proj(x_BTC).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.activate(q), self.activate(k), self.activate(v)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.use_rope:
+            q, k = rotate(q, *context.position_embeddings), rotate(k, *context.position_embeddings)
+        return q.to(v.dtype), k.to(v.dtype), v
+
+    def activate(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def unshare(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values repeated to one head for each query head."""
+        group = self.num_heads // self.num_kv_heads
+        return (k, v) if group == 1 else (k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2))
+
+    def new_tokens_only(self, x: torch.Tensor, context: MixerContext) -> torch.Tensor:
+        """x [B, T, H, ...] with zeros where a decode step meets padding, so that it leaves no trace in a state."""
+        if context.keep is None:
+            return x
+        return x * context.keep.view(*context.keep.shape, *[1] * (x.dim() - 2)).to(x.dtype)
+
+    @classmethod
+    def from_qwen3(cls, attention: nn.Module, config: HypeNetConfig, layer_idx: int, gate_init: str = "random") -> Self:
+        """A mixer with the weights of a `Qwen3Attention` (or of a `SoftmaxAttention`), in its dtype, on its device.
+
+        Key and value heads are repeated where this mixer has more of them. What the teacher has not is new: an output
+        gate starts as published with gate_init "random" (N(0, initializer_range^2) in softmax layers, PyTorch's own
+        initialisation in recurrent ones) and without effect with "open".
+        """
+        if gate_init not in GATE_INITS:
+            raise ValueError(f"from_qwen3: gate_init must be one of {GATE_INITS}, got {gate_init!r}")
+        weight = attention.q_proj.weight
+        with torch.device(weight.device):
+            mixer = cls(config, layer_idx).to(weight.dtype)
+        mixer.copy_projections(attention)
+        mixer.init_gate(gate_init)
+        return mixer
+
+    def init_gate(self, gate_init: str) -> None:
+        """The output gate at the start of a conversion."""
+        raise NotImplementedError
+
+    def copy_projections(self, attention: nn.Module) -> None:
+        """Projections and norms of an attention layer; its key and value heads repeated, head by head, to fill ours."""
+        source = attention.state_dict()
+        with torch.no_grad():
+            for name, target in self.state_dict(keep_vars=True).items():
+                if name not in source or name.split(".")[0] not in COPIED_MODULES:
+                    continue
+                weight = source[name]
+                if name.startswith(("k_proj.", "v_proj.")):
+                    heads = weight.unflatten(0, (-1, self.head_dim))
+                    weight = heads.repeat_interleave(self.num_kv_heads // heads.shape[0], dim=0).flatten(0, 1)
+                target.copy_(weight)
+
+    def open_gate(self, gate: nn.Linear) -> None:
+        """sigmoid(0) = 1/2 everywhere and twice the output projection: the layer starts as if it had no gate."""
+        with torch.no_grad():
+            for parameter in gate.parameters():
+                parameter.zero_()
+            self.o_proj.weight.mul_(2)
+
+    def _apply(self, fn, recurse=True):
+        # Decays lose their meaning in half precision, so these tensors only change device there.
+        kept = [getattr(self, name) for name in self.full_precision]
+
+        def keep_precision(x):
+            y = fn(x)
+            half = y.dtype in (torch.bfloat16, torch.float16)
+            return x.to(y.device) if half and any(x is tensor for tensor in kept) else y
+
+        return super()._apply(keep_precision, recurse)
+
+
+class SoftmaxAttention(Mixer):
+    """o_t = sum_{i <= t} softmax_i(s_t q_t . k_i / sqrt(D)) v_i, times sigmoid(x Wz); no positions, s_t by HyPE.
+
+    Source: arXiv 2601.22156, section 3. With `attn_use_rope` and without `attn_use_output_gate` it is Qwen3's layer.
+    """
+
+    mixer_type = SOFTMAX
+
+    def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
+        super().__init__(
+            config,
+            layer_idx,
+            (config.num_attention_heads, config.num_key_value_heads),
+            config.head_dim,
+            bias=config.attention_bias,
+            use_qk_norm=True,
+            use_rope=config.attn_use_rope,
+        )
+        width = self.num_heads * self.head_dim
+        self.o_gate = nn.Linear(config.hidden_size, width, bias=False) if config.attn_use_output_gate else None
+
+    def forward(self, x_BTC: torch.Tensor, context: MixerContext) -> torch.Tensor:
+        q, k, v = self.qkv(x_BTC, context)
+        gate = None if self.o_gate is None else self.o_gate(x_BTC).view_as(q)
+        o = self.attend(q, k, v, gate, context)
+        return self.o_proj(o.flatten(-2))
+
+    def attend(self, q, k, v, gate, context: MixerContext) -> torch.Tensor:
+        """Attention of the new tokens over the cache and themselves; appends k and v to the cache. [B, T, H, D]"""
+        options = {
+            "scale": self.head_dim**-0.5 * self.config.logit_scale_constant,
+            "logit_scale_base": self.config.logit_scale_base,
+        }
+        if context.cache is None:
+            return hype_attention(q, k, v, gate=gate, cu_seqlens=context.cu_seqlens, **options)
+        stored = context.cache.reserve(self.layer_idx, k, context.longest)
+        if context.step:
+            lengths = context.cache.lengths
+            return hype_attention_decode(q, stored.keys, stored.values, lengths, k=k, v=v, gate=gate, **options)
+        start, stop = context.past, context.past + k.shape[1]
+        for buffer, new in ((stored.keys, k.detach()), (stored.values, v.detach())):
+            if context.slots is None:
+                buffer[:, start:stop] = new
+            else:
+                buffer[context.slots] = new[0]
+        if context.past == 0:
+            return hype_attention(q, k, v, gate=gate, cu_seqlens=context.cu_seqlens, **options)
+        if context.cu_seqlens is None:
+            keys, values = stored.keys[:, :stop], stored.values[:, :stop]
+            return hype_attention(q, keys, values, gate=gate, query_offset=start, **options)
+        o = torch.empty_like(q)
+        for b, (first, last, length) in enumerate(context.spans):
+            keys, values = (x[b : b + 1, : length + last - first] for x in (stored.keys, stored.values))
+            own_gate = None if gate is None else gate[:, first:last]
+            o[:, first:last] = hype_attention(
+                q[:, first:last], keys, values, gate=own_gate, query_offset=length, **options
+            )
+        return o
+
+    def init_gate(self, gate_init: str) -> None:
+        if self.o_gate is not None and gate_init == "open":
+            self.open_gate(self.o_gate)
+        elif self.o_gate is not None:
+            nn.init.normal_(self.o_gate.weight, std=self.config.initializer_range)
+
+
+class LightningAttention(Mixer):
+    """S_t = gamma_h S_{t-1} + k_t v_t^T ; o_t = scale S_t^T q_t ; y = (RMSNorm(o) sigmoid(x Wz)) Wo; q and k with RoPE.
+
+    gamma_h = exp(-slope_h) with the ALiBi slopes. The norm runs over all heads together. Source: arXiv 2601.22156.
+    """
+
+    mixer_type = LIGHTNING
+    full_precision = ("log_decay",)
+
+    def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
+        heads, head_dim, bias = config.lightning_nh, config.lightning_head_dim, config.attention_bias
+        super().__init__(
+            config,
+            layer_idx,
+            (heads, config.lightning_nkv),
+            head_dim,
+            bias=bias,
+            use_qk_norm=config.lightning_use_qk_norm,
+            use_rope=config.lightning_use_rope,
+        )
+        width = heads * head_dim
+        self.scale = {"1/sqrt(d)": head_dim**-0.5, "1/d": 1 / head_dim, "1": 1.0}[config.lightning_scale]
+        self.register_buffer("log_decay", alibi_log_decay(heads), persistent=False)
+        self.o_norm = HypeNetRMSNorm(width, config.rms_norm_eps) if config.lightning_use_output_norm else None
+        self.z_proj = nn.Linear(config.hidden_size, width, bias=bias) if config.lightning_use_output_gate else None
+
+    def forward(self, x_BTC: torch.Tensor, context: MixerContext) -> torch.Tensor:
+        q, k, v = self.qkv(x_BTC, context)
+        k, v = self.unshare(k, v)
+        if context.step:
+            g = self.new_tokens_only(self.log_decay.expand(k.shape[:3]), context)
+            k = self.new_tokens_only(k, context)
+            o = simple_gla_step(q, k, v, g, context.state(self.layer_idx), scale=self.scale)
+        else:
+            o, state = chunk_simple_gla(
+                q,
+                k,
+                v,
+                g_gamma=self.log_decay,
+                scale=self.scale,
+                initial_state=context.state(self.layer_idx),
+                output_final_state=context.cache is not None,
+                cu_seqlens=context.cu_seqlens,
+            )
+            context.store_state(self.layer_idx, state)
+        y = o.flatten(-2)
+        if self.o_norm is not None:
+            y = self.o_norm(y)
+        if self.z_proj is not None:
+            y = y * self.z_proj(x_BTC).sigmoid()
+        return self.o_proj(y)
+
+    def init_gate(self, gate_init: str) -> None:
+        if self.z_proj is not None and gate_init == "open":
+            self.open_gate(self.z_proj)
+
+
+class GatedDeltaNet(Mixer):
+    """S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T ; y = RMSNorm(scale S_t^T q_t) silu(x Wg) Wo.
+
+    q and k of unit length, beta_t = 2 sigmoid(x Wb), ln alpha_t = -exp(A_log) softplus(x Wa + dt_bias), the norm over
+    each head. Source: arXiv 2412.06464; negative eigenvalues (beta up to 2): arXiv 2411.12537.
+    """
+
+    mixer_type = GDN
+    full_precision = ("A_log", "dt_bias")
+
+    def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
+        heads = config.gdn_nh
+        if config.gdn_expand_v != 1:
+            raise NotImplementedError(f"GatedDeltaNet: gdn_expand_v must be 1, got {config.gdn_expand_v}")
+        super().__init__(
+            config,
+            layer_idx,
+            (heads, config.gdn_nkv),
+            config.head_dim,
+            bias=False,
+            use_qk_norm=config.gdn_use_qk_norm,
+            use_rope=config.gdn_use_rope,
+        )
+        self.a_proj = nn.Linear(config.hidden_size, heads, bias=False)
+        self.b_proj = nn.Linear(config.hidden_size, heads, bias=False)
+        self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.empty(heads, dtype=torch.float32))
+        self.o_norm = HypeNetRMSNorm(config.head_dim, config.rms_norm_eps)
+        width = heads * config.head_dim
+        self.g_proj = nn.Linear(config.hidden_size, width, bias=False) if config.gdn_use_gate else None
+        A_log, dt_bias = self.initial_decay()
+        self.A_log.data.copy_(A_log)
+        self.dt_bias.data.copy_(dt_bias)
+
+    def initial_decay(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(A_log, dt_bias): A uniform in (0, 16), softplus(dt_bias) log-uniform in [1e-3, 0.1]."""
+        A = torch.empty_like(self.A_log).uniform_(0, 16).clamp_(min=1e-4)
+        dt = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(0.1)).exp()
+        return A.log(), dt + torch.log(-torch.expm1(-dt))
+
+    def activate(self, x: torch.Tensor) -> torch.Tensor:
+        return F.silu(x) if self.config.gdn_activation == "silu" else x
+
+    def forward(self, x_BTC: torch.Tensor, context: MixerContext) -> torch.Tensor:
+        q, k, v = self.qkv(x_BTC, context)
+        k, v = self.unshare(k, v)
+        beta = 2 * self.b_proj(x_BTC).sigmoid()
+        dt = F.softplus(self.a_proj(x_BTC).to(torch.promote_types(torch.float32, x_BTC.dtype)) + self.dt_bias)
+        g = -self.A_log.exp() * dt
+        if context.step:
+            g, beta = self.new_tokens_only(g, context), self.new_tokens_only(beta, context)
+            state = context.state(self.layer_idx)
+            o = gated_delta_step(q, k, v, g, beta, state, use_qk_l2norm_in_kernel=True)
+        else:
+            o, state = chunk_gated_delta_rule(
+                q,
+                k,
+                v,
+                g,
+                beta,
+                initial_state=context.state(self.layer_idx),
+                output_final_state=context.cache is not None,
+                use_qk_l2norm_in_kernel=True,
+                cu_seqlens=context.cu_seqlens,
+            )
+            context.store_state(self.layer_idx, state)
+        o = self.o_norm(o)
+        if self.g_proj is not None:
+            o = o * F.silu(self.g_proj(x_BTC)).view_as(o)
+        return self.o_proj(o.flatten(-2))
+
+    def init_gate(self, gate_init: str) -> None:
+        if self.g_proj is not None and gate_init == "open":
+            raise ValueError(
+                "from_qwen3: gate_init must be 'random' for gdn layers (a swish gate has no neutral value), got 'open'"
+            )
+
+
+MIXERS = {mixer.mixer_type: mixer for mixer in (SoftmaxAttention, LightningAttention, GatedDeltaNet)}
+
+
+def alibi_log_decay(heads: int) -> torch.Tensor:
+    """ln gamma_h = -2^(-8h/H), h = 1..H, float32 [H].
+
+    For H that is no power of two, as ALiBi does it: those of the next lower power of two, then every second one of the
+    next higher. Source: arXiv 2108.12409; arXiv 2601.22156, section 3.
+    """
+    power = 2 ** int(math.log2(heads))
+    slopes = [2 ** (-8 * h / power) for h in range(1, power + 1)]
+    slopes += [2 ** (-8 * h / (2 * power)) for h in range(1, 2 * power + 1, 2)][: heads - power]
+    return -torch.tensor(slopes, dtype=torch.float32)
+
+
+def rotate(x_BTHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding in the half-split layout; cos and sin [B or 1, T, D]."""
+    half = x_BTHD.shape[-1] // 2
+    cos, sin = cos[..., None, :half], sin[..., None, :half]
+    x1, x2 = x_BTHD[..., :half], x_BTHD[..., half:]
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)

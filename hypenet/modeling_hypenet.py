@@ -1,0 +1,305 @@
+"""HypeNet for transformers: a pre-norm decoder whose token mixers are softmax attention or a linear recurrence.
+
+Source: "Hybrid Linear Attention Done Right", arXiv 2601.22156, section 3 and appendix A; where the paper and its code
+differ, the code, so that published checkpoints mean what they meant. B batch, T tokens, C hidden size.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RotaryEmbedding
+from transformers.utils import can_return_tuple
+
+from hypenet.cache import HypeNetCache
+from hypenet.configuration_hypenet import HypeNetConfig
+from hypenet.context import (
+    MAX_STEP_TOKENS,
+    MixerContext,
+    Packing,
+    document_starts,
+    new_token_mask,
+    packed_positions,
+)
+from hypenet.mixers import MIXERS, GatedDeltaNet, HypeNetRMSNorm, LightningAttention, Mixer, alibi_log_decay
+
+
+class HypeNetDecoderLayer(GradientCheckpointingLayer):
+    """H = X + Mixer(RMSNorm(X)) ; Y = H + MLP(RMSNorm(H))."""
+
+    def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = MIXERS[config.mixer_types[layer_idx]](config, layer_idx)
+        self.mlp = Qwen3MLP(config)
+        self.input_layernorm = HypeNetRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = HypeNetRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x_BTC: torch.Tensor, context: MixerContext) -> torch.Tensor:
+        x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), context)
+        return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
+
+
+class HypeNetPreTrainedModel(PreTrainedModel):
+    config: HypeNetConfig
+    config_class = HypeNetConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["HypeNetDecoderLayer"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["A_log", "dt_bias"]
+    # A recurrent state cannot be rolled back, which assisted generation would need.
+    _is_stateful = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, LightningAttention):
+            init.copy_(module.log_decay, alibi_log_decay(module.num_heads))
+        elif isinstance(module, GatedDeltaNet):
+            A_log, dt_bias = module.initial_decay()
+            init.copy_(module.A_log, A_log)
+            init.copy_(module.dt_bias, dt_bias)
+
+
+class HypeNetModel(HypeNetPreTrainedModel):
+    """The decoder without the language-model head."""
+
+    def __init__(self, config: HypeNetConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(HypeNetDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = HypeNetRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = Qwen3RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: HypeNetCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states [B, T, C] after the final norm; zero at padding.
+
+        Args:
+            input_ids: int64 [B, T]; or `inputs_embeds` [B, T, C].
+            attention_mask: [B, T] or [B, tokens in the cache + T], 0 where a token is padding, on any side. Padding
+                costs nothing and changes nothing: each sequence gives what it gives alone.
+            position_ids: [B, T] for the rotary embedding; by default each sequence counts its real tokens. Without
+                mask and cache, positions that restart within a row separate packed documents.
+            past_key_values: What the earlier tokens left behind. A call that continues a cache is inference: no
+                gradient flows through it.
+            use_cache: Default `config.use_cache`, and False while training.
+            cu_seqlens: int32 [N + 1] with B = 1: N packed documents, isolated from each other. transformers' name for
+                it, `cu_seq_lens_q`, is accepted too.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("HypeNetModel: exactly one of input_ids and inputs_embeds must be given")
+        if output_attentions:
+            raise NotImplementedError("HypeNetModel: output_attentions must be False; the kernels never form them")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        x_BTC = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        B, T = x_BTC.shape[:2]
+        cu_seqlens = kwargs.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
+        if cu_seqlens is None and attention_mask is None and past_key_values is None:
+            x_BTC, position_ids, cu_seqlens = self._split_documents(x_BTC, position_ids)
+        packing = None
+        if cu_seqlens is None:
+            cache = self._cache(past_key_values, use_cache)
+            context, packing = self._plan(x_BTC, attention_mask, position_ids, cache)
+        else:
+            if attention_mask is not None or past_key_values is not None or use_cache:
+                raise ValueError("HypeNetModel: cu_seqlens must come without attention_mask and without a cache")
+            context = self._plan_documents(x_BTC, position_ids, cu_seqlens)
+        restore = self._restore(B, T, context, packing)
+        x_BTC = x_BTC if packing is None else packing.pack(x_BTC)
+
+        trace = []
+        with torch.set_grad_enabled(torch.is_grad_enabled() and context.past == 0):
+            for layer in self.layers:
+                if output_hidden_states:
+                    trace.append(restore(x_BTC))
+                x_BTC = layer(x_BTC, context)
+            x_BTC = restore(self.norm(x_BTC))
+        self._advance(context, T, packing)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x_BTC,
+            past_key_values=context.cache,
+            hidden_states=(*trace, x_BTC) if output_hidden_states else None,
+        )
+
+    def swap_mixer(self, layer_idx: int, mixer: Mixer) -> Mixer:
+        """Puts `mixer` into layer `layer_idx`, notes its kind in the configuration, and returns the former mixer."""
+        layer = self.layers[layer_idx]
+        former, layer.self_attn = layer.self_attn, mixer
+        mixers = list(self.config.mixer_types)
+        mixers[layer_idx] = mixer.mixer_type
+        self.config.set_mixer_types(mixers)
+        return former
+
+    def _cache(self, past_key_values: HypeNetCache | None, use_cache: bool | None) -> HypeNetCache | None:
+        if past_key_values is not None and not isinstance(past_key_values, HypeNetCache):
+            raise TypeError(
+                f"HypeNetModel: past_key_values must be a HypeNetCache, got {type(past_key_values).__name__}"
+            )
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if self.gradient_checkpointing and self.training:
+            use_cache = False
+        if not use_cache:
+            return None
+        return HypeNetCache(self.config) if past_key_values is None else past_key_values
+
+    def _split_documents(self, x_BTC, position_ids):
+        """Packed documents told apart by their positions: ([1, B T, C], [1, B T], cu_seqlens), or nothing changed."""
+        unchanged = x_BTC, position_ids, None
+        if position_ids is None or x_BTC.shape[1] == 0 or torch.compiler.is_compiling():
+            return unchanged
+        position_ids = position_ids.expand(x_BTC.shape[:2])
+        cu_seqlens = document_starts(position_ids)
+        return unchanged if cu_seqlens is None else (x_BTC.flatten(0, 1)[None], position_ids.reshape(1, -1), cu_seqlens)
+
+    def _plan_documents(self, x_BTC, position_ids, cu_seqlens) -> MixerContext:
+        if x_BTC.shape[0] != 1:
+            raise ValueError(f"HypeNetModel: input_ids must have a batch of 1 with cu_seqlens, got {x_BTC.shape[0]}")
+        if position_ids is None:
+            position_ids = packed_positions(cu_seqlens, x_BTC.shape[1])
+        return MixerContext(self.rotary_emb(x_BTC, position_ids), cu_seqlens)
+
+    def _plan(self, x_BTC, attention_mask, position_ids, cache) -> tuple[MixerContext, Packing | None]:
+        """How the layers run: on the [B, T] batch as it is, one in-place step, or packed if there is padding."""
+        B, T = x_BTC.shape[:2]
+        past = 0 if cache is None else cache.get_seq_length()
+        mask = new_token_mask(attention_mask, B, T, past)
+        if cache is not None:
+            cache.prepare(B, x_BTC.device)
+        # A single cached token is masked on the device; only for longer inputs is it asked whether there is padding.
+        if mask is not None and (past == 0 or T > 1) and bool(mask.all()):
+            mask = None
+        step = past > 0 and 0 < T <= MAX_STEP_TOKENS and (mask is None or T == 1)
+        packing = None
+        if not step and (mask is not None or (past > 0 and cache.ragged)):
+            packing = Packing(x_BTC.new_ones(B, T, dtype=torch.bool) if mask is None else mask)
+
+        if position_ids is None:
+            order = torch.arange(T, device=x_BTC.device)[None] if mask is None else mask.cumsum(1).sub_(1).clamp_(min=0)
+            position_ids = order if past == 0 else order + cache.lengths[:, None]
+        context = MixerContext(cache=cache, past=past, step=step, keep=mask if step else None, longest=T)
+        if packing is not None:
+            position_ids = packing.pack(position_ids)
+            context.cu_seqlens = packing.cu_seqlens
+            if cache is not None:
+                self._plan_packed_cache(context, packing)
+        context.position_embeddings = self.rotary_emb(x_BTC, position_ids)
+        return context, packing
+
+    @staticmethod
+    def _restore(B: int, T: int, context: MixerContext, packing: Packing | None) -> Callable:
+        """The function that makes [B, T, C], zero at padding, of what a layer returns."""
+        if packing is not None:
+            return packing.unpack
+        if context.keep is not None:
+            return lambda x: x * context.keep[..., None].to(x.dtype)
+        return lambda x: x.view(B, T, -1)
+
+    @staticmethod
+    def _advance(context: MixerContext, columns: int, packing: Packing | None) -> None:
+        if context.cache is None:
+            return
+        tokens = columns if packing is None else packing.counts
+        if context.keep is not None:
+            tokens = context.keep[:, 0].to(torch.int32)
+        ragged = packing is not None or context.keep is not None
+        context.cache.advance(columns, tokens, context.longest, ragged)
+
+    @staticmethod
+    def _plan_packed_cache(context: MixerContext, packing: Packing) -> None:
+        lengths = context.cache.lengths
+        context.slots = (packing.rows, packing.order + lengths[packing.rows])
+        context.longest = int(packing.counts.max())
+        if context.past > 0:
+            bounds = packing.cu_seqlens.tolist()
+            context.spans = list(zip(bounds, bounds[1:], lengths.tolist(), strict=False))
+
+
+class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
+    """The decoder with a language-model head, for training and `generate`."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: HypeNetConfig) -> None:
+        super().__init__(config)
+        self.model = HypeNetModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: HypeNetCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, T or logits_to_keep, vocabulary], and with `labels` [B, T] (-100 where none) the next-token loss.
+
+        The other arguments are those of `HypeNetModel.forward`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    def swap_mixer(self, layer_idx: int, mixer: Mixer) -> Mixer:
+        """See `HypeNetModel.swap_mixer`."""
+        return self.model.swap_mixer(layer_idx, mixer)
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ) -> None:
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                "HypeNetForCausalLM.generate: cache_implementation must be None, "
+                f"got {generation_config.cache_implementation!r}"
+            )
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = HypeNetCache(self.config, capacity=max_cache_length)
+            return
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
