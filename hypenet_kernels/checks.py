@@ -83,7 +83,7 @@ def multiple(op, name, value, of_name, of):
 
 
 def cu_seqlens(op, x, B, T):
-    """[N + 1] int32 or int64, from 0 to T, never falling; only with B = 1. Values are checked on the CPU, where there are any."""
+    """[N + 1] int32 or int64, from 0 to T, never falling; only with B = 1. Values are checked where there are any."""
     rank(op, "cu_seqlens", x, "N+1")
     dtype(op, "cu_seqlens", x, (torch.int32, torch.int64))
     if B != 1:

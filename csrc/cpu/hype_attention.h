@@ -1,0 +1,137 @@
+// What the attention kernels share: sequences, position scale, rows and blocks in the accumulation type.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#include "../params.h"
+#include "dtype.h"
+#include "simd.h"
+#include "workspace.h"
+
+namespace hypenet::cpu::attention {
+
+constexpr int64_t kQueryBlock = 64;
+constexpr int64_t kKeyBlock = 64;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Sequence n: T queries against S keys, query t at position offset + t, both starting at row `first` of
+// `batch`.
+struct Sequence {
+  int64_t batch, first, T, S, offset;
+};
+
+template <class Params>
+Sequence sequence(const Params& p, int64_t n) {
+  if (p.cu_seqlens == nullptr) return {n, 0, p.T, p.S, p.query_offset};
+  const int64_t first = p.cu_seqlens[n], length = p.cu_seqlens[n + 1] - first;
+  return {0, first, length, length, 0};
+}
+
+// What both products of a pass over the visible pairs cost, roughly.
+template <class Params>
+double multiply_adds(const Params& p) {
+  return 2.0 * p.B * p.H * p.T * (p.query_offset + p.T / 2.0) * p.D;
+}
+
+// s_t = ln(t + a) / ln(a) at position t; 1 where there is no base.
+inline double position_scale(int64_t t, double logit_scale_base) {
+  if (logit_scale_base == 0) return 1;
+  return std::log(static_cast<double>(t) + logit_scale_base) / std::log(logit_scale_base);
+}
+
+// Rows of one head: row r starts at data + r * stride.
+template <class T>
+struct Rows {
+  T* data;
+  int64_t stride;
+
+  T* operator[](int64_t r) const { return data + r * stride; }
+};
+
+template <class Element>
+Rows<Element> head_rows(const View& x, int64_t batch, int64_t token, int64_t head) {
+  if (x.data == nullptr) return {nullptr, 0};
+  return {static_cast<Element*>(x.data) + batch * x.batch + token * x.token + head * x.head, x.token};
+}
+
+// The same for a contiguous [B, T, heads, D] tensor.
+template <class Element>
+Rows<Element> head_rows(std::conditional_t<std::is_const_v<Element>, const void*, void*> x, int64_t T,
+                        int64_t heads, int64_t D, int64_t batch, int64_t token, int64_t head) {
+  if (x == nullptr) return {nullptr, 0};
+  return {static_cast<Element*>(x) + ((batch * T + token) * heads + head) * D, heads * D};
+}
+
+template <class Element, class Acc>
+void load_row(const Element* x, int64_t D, Acc* y) {
+  for (int64_t d = 0; d < D; ++d) y[d] = static_cast<Acc>(x[d]);
+}
+
+template <class Element, class Acc>
+void store_row(const Acc* x, int64_t D, Element* y) {
+  for (int64_t d = 0; d < D; ++d) y[d] = static_cast<Element>(x[d]);
+}
+
+// Copies the rows to y [rows, D] in the accumulation type: what several products read is contiguous, since
+// lines a power of two apart would evict one another from the first cache.
+template <class Element, class Acc>
+void load_rows(Rows<Element> x, int64_t rows, int64_t D, Acc* y) {
+  for (int64_t r = 0; r < rows; ++r) load_row(x[r], D, y + r * D);
+}
+
+template <class T>
+T row_max(const T* x, int64_t n) {
+  T max = -std::numeric_limits<T>::infinity();
+  int64_t i = 0;
+  if (n >= kLanes<T>) {
+    vec<T> lanes = load(x);
+    for (i = kLanes<T>; i + kLanes<T> <= n; i += kLanes<T>) {
+      const vec<T> next = load(x + i);
+      lanes = next > lanes ? next : lanes;
+    }
+    for (int lane = 0; lane < kLanes<T>; ++lane) max = std::max(max, T(lanes[lane]));
+  }
+  for (; i < n; ++i) max = std::max(max, x[i]);
+  return max;
+}
+
+// x = exp(x - shift) in place; returns the sum.
+template <class T>
+T exp_row(T* x, int64_t n, T shift) {
+  vec<T> total{};
+  int64_t i = 0;
+  for (; i + kLanes<T> <= n; i += kLanes<T>) {
+    const vec<T> y = exp<T>(load(x + i) - shift);
+    store(x + i, y);
+    total += y;
+  }
+  T rest = 0;
+  if (i < n) {
+    const int count = static_cast<int>(n - i);
+    store_partial(x + i, exp<T>(load_partial(x + i, count) - shift), count);
+    for (; i < n; ++i) rest += x[i];
+  }
+  return sum<T>(total) + rest;
+}
+
+// y = sigmoid(x); the exponent taken is never positive.
+template <class T>
+void sigmoid_in_place(T* x, int64_t n) {
+  const auto sigmoid = [](vec<T> v) {
+    const vec<T> e = exp<T>(v < 0 ? v : -v);
+    return (v < 0 ? e : broadcast(T(1))) / (e + 1);
+  };
+  int64_t i = 0;
+  for (; i + kLanes<T> <= n; i += kLanes<T>) store(x + i, sigmoid(load(x + i)));
+  if (i < n) {
+    const int count = static_cast<int>(n - i);
+    store_partial(x + i, sigmoid(load_partial(x + i, count)), count);
+  }
+}
+
+}  // namespace hypenet::cpu::attention

@@ -1,0 +1,269 @@
+"""HyPE attention: causal grouped-query softmax attention without position encoding, and its decode form.
+
+x_ti = s_t scale q_t . k_i,  i <= t        logits; query head h reads key head h // (H / HK)
+s_t  = ln(t + a) / ln(a)                   position scale, t counted from 0 at the first key; a = logit_scale_base
+o_t  = sum_i softmax_i(x_ti) v_i           times sigmoid(gate_t) where there is a gate
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from hypenet_kernels import checks, native
+
+
+def hype_attention(q, k, v, *, logit_scale_base=None, gate=None, scale=None, query_offset=0, cu_seqlens=None):
+    """Causal attention of T queries at positions query_offset ... query_offset + T - 1 over all keys up to each.
+
+    q: [B, T, H, D]; k, v: [B, S, HK, D] with S = query_offset + T and H a multiple of HK; gate: [B, T, H, D], before
+    the sigmoid. All of one dtype: float64, float32 or bfloat16; sums are taken in float64 or float32, where q is also
+    scaled. Any strides. logit_scale_base: a > 1, in tokens, or None for s_t = 1. scale: default D ** -0.5.
+    cu_seqlens: [N + 1] int32 or int64, the bounds of sequences packed along T (B = 1, query_offset = 0); positions
+    restart and attention ends at each. Returns o: [B, T, H, D]. Differentiable once in q, k, v and gate.
+
+    Raises TypeError (dtype), ValueError (shape, device, range), NotImplementedError (device or dtype not built).
+    Source: HALO (arXiv 2601.22156), HyPE and the softmax layer of HypeNet; online softmax as in FlashAttention-2.
+    """
+    op = "hype_attention"
+    checks.tensors(op, q, k=k, v=v, gate=gate, cu_seqlens=cu_seqlens)
+    return _forward(q, k, v, gate, cu_seqlens, logit_scale_base, scale, query_offset)[0]
+
+
+def hype_attention_decode(
+    q, k_cache, v_cache, cache_seqlens, *, k=None, v=None, logit_scale_base=None, gate=None, scale=None
+):
+    """The last T tokens of each sequence against its preallocated cache of keys and values.
+
+    q, gate: [B, T, H, D], T small; k_cache, v_cache: [B, capacity, HK, D], any strides but a contiguous last
+    dimension; cache_seqlens: [B] int32 or int64. With k, v: [B, T, HK, D], sequence b's cache holds cache_seqlens[b]
+    keys before the call, k and v are written behind them, and the queries stand at those positions. Without, it holds
+    cache_seqlens[b] >= T keys, and the queries are the last T of them. Cache rows beyond are neither read nor written.
+    cache_seqlens itself is not changed. dtypes, logit_scale_base, scale and errors as in `hype_attention`; a sequence
+    longer than the capacity is a ValueError. Returns o: [B, T, H, D]. No gradient.
+    """
+    op = "hype_attention_decode"
+    checks.tensors(op, q, k_cache=k_cache, v_cache=v_cache, cache_seqlens=cache_seqlens, k=k, v=v, gate=gate)
+    checks.no_grad(op, q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, gate=gate)
+    return _decode(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base, scale)
+
+
+def _check_forward(q, k, v, gate, cu_seqlens, logit_scale_base, query_offset):
+    op = "hype_attention"
+    _check_heads(op, q, "k", k, gate, logit_scale_base)
+    (B, T, _, D), HK = q.shape, k.shape[2]
+    if query_offset < 0:
+        checks.fail(ValueError, op, "query_offset", "be at least 0", query_offset)
+    if cu_seqlens is not None:
+        checks.cu_seqlens(op, cu_seqlens, B, T)
+        if query_offset != 0:
+            checks.fail(ValueError, op, "query_offset", "be 0 with cu_seqlens", query_offset)
+    checks.shape(op, "k", k, [B, query_offset + T, HK, D])
+    checks.like(op, "v", v, "k", k)
+
+
+def _check_decode(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base):
+    op = "hype_attention_decode"
+    _check_heads(op, q, "k_cache", k_cache, gate, logit_scale_base)
+    (B, T, _, D), (capacity, HK) = q.shape, k_cache.shape[1:3]
+    checks.shape(op, "k_cache", k_cache, [B, capacity, HK, D])
+    checks.like(op, "v_cache", v_cache, "k_cache", k_cache)
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if D > 1 and cache.stride(-1) != 1:
+            checks.fail(ValueError, op, name, "have a contiguous last dimension", f"strides {cache.stride()}")
+    if (k is None) != (v is None):
+        given, missing = ("v", "k") if k is None else ("k", "v")
+        checks.fail(ValueError, op, missing, f"be given with {given}", None)
+    for name, x in (("k", k), ("v", v)):
+        if x is not None:
+            checks.shape(op, name, x, [B, T, HK, D])
+            checks.same_dtype(op, name, x, q)
+    checks.shape(op, "cache_seqlens", cache_seqlens, [B])
+    checks.dtype(op, "cache_seqlens", cache_seqlens, (torch.int32, torch.int64))
+
+
+def _check_heads(op, q, key_name, k, gate, logit_scale_base):
+    """What both ops ask of queries, keys and gate."""
+    checks.rank(op, "q", q, "B T H D")
+    checks.rank(op, key_name, k, "B S HK D")
+    checks.element(op, "q", q)
+    checks.same_dtype(op, key_name, k, q)
+    if q.shape[3] == 0:
+        checks.fail(ValueError, op, "q", "have a head dimension of at least 1", list(q.shape))
+    checks.multiple(op, "q's number of heads", q.shape[2], f"{key_name}'s", k.shape[2])
+    if gate is not None:
+        checks.like(op, "gate", gate, "q", q)
+    if logit_scale_base is not None and not 1 < logit_scale_base < float("inf"):
+        checks.fail(ValueError, op, "logit_scale_base", "be greater than 1 and finite", logit_scale_base)
+
+
+def _check_lengths(cache_seqlens, T, capacity, appends):
+    """The one check that reads values: made on the CPU, where that costs nothing."""
+    op = "hype_attention_decode"
+    lowest, highest = (0, capacity - T) if appends else (T, capacity)
+    lengths = cache_seqlens.tolist()
+    if lengths and min(lengths) < lowest:
+        checks.fail(ValueError, op, "cache_seqlens", f"be at least {lowest}", lengths)
+    if lengths and max(lengths) > highest:
+        rule = f"leave room for T = {T} more keys in a" if appends else "not exceed the"
+        checks.fail(ValueError, op, "cache_seqlens", f"{rule} capacity of {capacity}", lengths)
+
+
+def _forward_fake(q, k, v, gate, cu_seqlens, logit_scale_base, scale, query_offset):
+    _check_forward(q, k, v, gate, cu_seqlens, logit_scale_base, query_offset)
+    B, T, H, D = q.shape
+    o = q.new_empty(B, T, H, D)
+    o_ungated = q.new_empty(0) if gate is None else torch.empty_like(o)
+    return o, o_ungated, q.new_empty(B, H, T, dtype=native.accumulator(q.dtype))
+
+
+def _forward_cpu(q, k, v, gate, cu_seqlens, logit_scale_base, scale, query_offset):
+    o, o_ungated, lse = _forward_fake(q, k, v, gate, cu_seqlens, logit_scale_base, scale, query_offset)
+    if o.numel() == 0:
+        return o, o_ungated, lse
+    q, k, v, gate = (native.dense_last(x) for x in (q, k, v, gate))
+    bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
+    native.cpu().hype_attention_fwd(
+        **_sizes(q, k, logit_scale_base, scale),
+        **_sequences(q, k, query_offset, bounds),
+        q=native.view(q),
+        k=native.view(k),
+        v=native.view(v),
+        gate=native.view(gate),
+        o=native.pointer(o),
+        o_ungated=0 if gate is None else native.pointer(o_ungated),
+        lse=native.pointer(lse),
+    )
+    return o, o_ungated, lse
+
+
+def _backward_fake(do, q, k, v, gate, cu_seqlens, o_ungated, lse, logit_scale_base, scale, query_offset):
+    _check_forward(q, k, v, gate, cu_seqlens, logit_scale_base, query_offset)
+    op = "hype_attention_bwd"
+    checks.like(op, "do", do, "q", q)
+    checks.like(op, "o_ungated", o_ungated, "q", q)
+    checks.shape(op, "lse", lse, [q.shape[0], q.shape[2], q.shape[1]])
+    checks.dtype(op, "lse", lse, (native.accumulator(q.dtype),))
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    return dq, dk, dv, q.new_empty(0) if gate is None else q.new_empty(q.shape)
+
+
+def _backward_cpu(do, q, k, v, gate, cu_seqlens, o_ungated, lse, logit_scale_base, scale, query_offset):
+    gradients = _backward_fake(do, q, k, v, gate, cu_seqlens, o_ungated, lse, logit_scale_base, scale, query_offset)
+    dq, dk, dv, dgate = gradients
+    if q.numel() == 0:
+        return dq, dk.zero_(), dv.zero_(), dgate
+    do, q, k, v, gate = (native.dense_last(x) for x in (do, q, k, v, gate))
+    o_ungated, lse = o_ungated.contiguous(), lse.contiguous()
+    bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
+    native.cpu().hype_attention_bwd(
+        **_sizes(q, k, logit_scale_base, scale),
+        **_sequences(q, k, query_offset, bounds),
+        gate=native.view(gate),
+        q=native.view(q),
+        k=native.view(k),
+        v=native.view(v),
+        o_ungated=native.pointer(o_ungated),
+        lse=native.pointer(lse),
+        do_=native.view(do),
+        dq=native.pointer(dq),
+        dk=native.pointer(dk),
+        dv=native.pointer(dv),
+        dgate=0 if gate is None else native.pointer(dgate),
+    )
+    return gradients
+
+
+def _decode_fake(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base, scale):
+    _check_decode(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base)
+    return q.new_empty(q.shape)
+
+
+def _decode_cpu(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base, scale):
+    o = _decode_fake(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base, scale)
+    capacity = k_cache.shape[1]
+    _check_lengths(cache_seqlens, q.shape[1], capacity, appends=k is not None)
+    if o.numel() == 0:
+        return o
+    q, k, v, gate = (native.dense_last(x) for x in (q, k, v, gate))
+    lengths = cache_seqlens.to(torch.int64).contiguous()
+    native.cpu().hype_attention_decode(
+        **_sizes(q, k_cache, logit_scale_base, scale),
+        capacity=capacity,
+        q=native.view(q),
+        k=native.view(k),
+        v=native.view(v),
+        gate=native.view(gate),
+        cache_seqlens=native.pointer(lengths),
+        k_cache=native.view(k_cache),
+        v_cache=native.view(v_cache),
+        o=native.pointer(o),
+    )
+    return o
+
+
+def _sizes(q, k, logit_scale_base, scale):
+    """The fields that all three params structs share; k is [B, S, HK, D] or a cache."""
+    B, T, H, D = q.shape
+    return {
+        "dtype": native.DTYPES[q.dtype],
+        "num_threads": torch.get_num_threads(),
+        "B": B,
+        "T": T,
+        "H": H,
+        "HK": k.shape[2],
+        "D": D,
+        "scale": D**-0.5 if scale is None else scale,
+        "logit_scale_base": 0.0 if logit_scale_base is None else logit_scale_base,
+    }
+
+
+def _sequences(q, k, query_offset, bounds):
+    return {
+        "S": k.shape[1],
+        "N": q.shape[0] if bounds is None else bounds.numel() - 1,
+        "query_offset": query_offset,
+        "cu_seqlens": native.pointer(bounds),
+    }
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, gate, cu_seqlens, *ctx.options = inputs
+    o, o_ungated, lse = output
+    ctx.save_for_backward(q, k, v, gate, cu_seqlens, o if gate is None else o_ungated, lse)
+    ctx.mark_non_differentiable(o_ungated, lse)
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _backward(ctx, do, *_):
+    if do is None:
+        return (None,) * 8
+    q, k, v, gate, cu_seqlens, o_ungated, lse = ctx.saved_tensors
+    dq, dk, dv, dgate = _backward_op(do, q, k, v, gate, cu_seqlens, o_ungated, lse, *ctx.options)
+    return dq, dk, dv, None if gate is None else dgate, None, None, None, None
+
+
+_library = torch.library.Library("hypenet", "FRAGMENT")
+_OPTIONS = "float? logit_scale_base, float? scale"
+_library.define(
+    "hype_attention(Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? cu_seqlens, "
+    f"{_OPTIONS}, SymInt query_offset) -> (Tensor o, Tensor o_ungated, Tensor lse)"
+)
+_library.define(
+    "hype_attention_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? cu_seqlens, Tensor o_ungated, "
+    f"Tensor lse, {_OPTIONS}, SymInt query_offset) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dgate)"
+)
+_library.define(
+    "hype_attention_decode(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, Tensor? k, "
+    f"Tensor? v, Tensor? gate, {_OPTIONS}) -> Tensor"
+)
+for _name, _cpu, _fake in (
+    ("hype_attention", _forward_cpu, _forward_fake),
+    ("hype_attention_bwd", _backward_cpu, _backward_fake),
+    ("hype_attention_decode", _decode_cpu, _decode_fake),
+):
+    _library.impl(_name, _cpu, "CPU")
+    torch.library.register_fake(f"hypenet::{_name}", _fake, lib=_library)
+torch.library.register_autograd("hypenet::hype_attention", _backward, setup_context=_setup_context, lib=_library)
+_forward = torch.ops.hypenet.hype_attention.default
+_backward_op = torch.ops.hypenet.hype_attention_bwd.default
+_decode = torch.ops.hypenet.hype_attention_decode.default
