@@ -50,7 +50,9 @@ def generate(
     inputs = tokenizer(text, return_tensors="pt").to(device)
     if inputs["input_ids"].shape[1] == 0:
         raise _failure("--prompt must hold at least one token, got an empty text")
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
+    sampling = {"do_sample": temperature > 0}
+    if temperature > 0:
+        sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
     saved = network.generation_config
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,

@@ -165,6 +165,10 @@ class HypeNetConfig(PreTrainedConfig):
 
     def _check(self) -> None:
         parse_logits_scaling(self.attn_logits_scaling)
+        if self.attention_dropout:
+            raise ValueError(
+                f"HypeNetConfig: attention_dropout must be 0, the kernels have none, got {self.attention_dropout}"
+            )
         if self.lightning_use_short_conv or self.gdn_use_short_conv:
             raise ValueError("HypeNetConfig: *_use_short_conv must be False, got True; no published model has one")
         if self.lightning_scale not in LIGHTNING_SCALES:

@@ -105,9 +105,10 @@ def from_qwen3(
         if given is None:
             attention = teacher.model.layers[i].self_attn
             given = MIXERS[config.mixer_types[i]].from_qwen3(attention, config, i, gate_init=gate_init)
-        elif given.mixer_type != config.mixer_types[i]:
+        elif (given.mixer_type, given.layer_idx) != (config.mixer_types[i], i):
             raise ValueError(
-                f"from_qwen3: mixers[{i}] must be of kind {config.mixer_types[i]!r}, got {given.mixer_type!r}"
+                f"from_qwen3: mixers[{i}] must be of kind {config.mixer_types[i]!r} for layer {i}, "
+                f"got {given.mixer_type!r} for layer {given.layer_idx}"
             )
         layer.self_attn = given
     student.generation_config = copy.deepcopy(teacher.generation_config)

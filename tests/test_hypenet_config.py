@@ -123,6 +123,7 @@ def test_logits_scaling_values(value, base, constant):
         ({"attn_logits_scaling": "hype 1"}, "attn_logits_scaling must be"),
         ({"attn_logits_scaling": "hype a b"}, "attn_logits_scaling must be"),
         ({"attn_logits_scaling": "yarn 4"}, "attn_logits_scaling must be"),
+        ({"attention_dropout": 0.1}, "attention_dropout must be 0"),
         ({"lightning_use_short_conv": True}, "short_conv must be False"),
         ({"lightning_scale": "2/d"}, "lightning_scale must be one of"),
         ({"lightning_head_dim": 64}, "lightning_head_dim must equal head_dim"),

@@ -172,5 +172,7 @@ def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="gate_init must be 'random' for gdn"):
         from_qwen3(teacher, [1], mixer="gdn", gate_init="open")
     gdn = GatedDeltaNet.from_qwen3(teacher.model.layers[0].self_attn, config_from_qwen3(teacher.config, []), 0)
-    with pytest.raises(ValueError, match=r"mixers\[0\] must be of kind 'lightning-attn', got 'gdn'"):
+    with pytest.raises(ValueError, match=r"mixers\[0\] must be of kind 'lightning-attn' .* got 'gdn'"):
         from_qwen3(teacher, [1], mixers={0: gdn})
+    with pytest.raises(ValueError, match="must be for layer 2, got one for layer 0"):
+        from_qwen3(teacher, [1]).swap_mixer(2, gdn)

@@ -1,5 +1,7 @@
 """The cache: any way to cut a sequence into calls gives what one call gives, and `generate` is unaffected by it."""
 
+import copy
+
 import pytest
 import torch
 from compare import assert_matches_reference
@@ -40,10 +42,20 @@ def test_pieces_equal_one_call(split, scaling):
     assert cache.lengths.tolist() == [30, 30]
 
 
-@pytest.mark.parametrize("mixers", [["attn"] * 2, ["lightning-attn"] * 2, ["gdn", "lightning-attn"]])
+@pytest.mark.parametrize(
+    ("mixers", "fields"),
+    [
+        (["attn"] * 2, {}),
+        (["attn"] * 2, {"attn_use_rope": True, "attn_use_output_gate": False}),
+        (["lightning-attn"] * 2, {}),
+        (["lightning-attn"] * 2, {"lightning_use_qk_norm": False, "lightning_use_rope": False, "lightning_nkv": 2}),
+        (["gdn", "lightning-attn"], {}),
+        (["gdn"] * 2, {"gdn_nkv": 1, "gdn_use_gate": False, "gdn_use_rope": False, "gdn_activation": "silu"}),
+    ],
+)
 @torch.no_grad()
-def test_pieces_equal_one_call_with_one_kind_of_layer(mixers):
-    model = small_model(mixers)
+def test_pieces_equal_one_call_in_every_form_of_layer(mixers, fields):
+    model = small_model(mixers, **fields)
     ids = tokens(2, 30)
     logits, _ = in_pieces(model, ids, SPLITS["short pieces"])
     assert_matches_reference("logits", logits, model(ids, use_cache=False).logits)
@@ -110,6 +122,17 @@ def test_generate_continues_a_cache():
     longer = torch.cat([first, tokens(1, 12)], dim=1)
     result = model.generate(longer, max_new_tokens=4, do_sample=False, past_key_values=cache)
     assert torch.equal(result, model.generate(longer, max_new_tokens=4, do_sample=False, use_cache=False))
+
+
+@torch.no_grad()
+def test_copies_of_a_prompt_cache_go_their_own_ways():
+    model = small_model()
+    prompt, endings = tokens(1, 9), [tokens(1, 3), tokens(1, 12)]
+    cache = model(prompt).past_key_values
+    for ending in endings:
+        logits = model(ending, past_key_values=copy.deepcopy(cache)).logits
+        whole = model(torch.cat([prompt, ending], dim=1), use_cache=False).logits
+        assert_matches_reference("logits", logits, whole[:, 9:])
 
 
 @torch.no_grad()
