@@ -34,10 +34,10 @@ TRAINING_LENGTH = 512
 
 @dataclass(frozen=True)
 class Recipe:
-    num_tokens: int = 24_000_000
+    num_tokens: int = 21_000_000
     batch_tokens: int = 6144
     # (context length, share of the tokens after which it ends)
-    contexts: tuple[tuple[int, float], ...] = ((96, 0.30), (160, 0.45), (256, 0.70), (TRAINING_LENGTH, 1.0))
+    contexts: tuple[tuple[int, float], ...] = ((96, 0.3112), (160, 0.40), (256, 0.62), (TRAINING_LENGTH, 1.0))
     episode_share: float = 0.6
     repeat_share: float = 1 / 3  # of all sequences, up to `repeat_until`
     repeat_until: float = 0.40
