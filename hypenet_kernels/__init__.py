@@ -1,5 +1,16 @@
 """Kernels for hybrid linear-attention language models, as PyTorch ops."""
 
+from hypenet_kernels.gated_delta import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule, gated_delta_step
 from hypenet_kernels.hype_attention import hype_attention, hype_attention_decode
+from hypenet_kernels.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla, simple_gla_step
 
-__all__ = ["hype_attention", "hype_attention_decode"]
+__all__ = [
+    "chunk_gated_delta_rule",
+    "chunk_simple_gla",
+    "fused_recurrent_gated_delta_rule",
+    "fused_recurrent_simple_gla",
+    "gated_delta_step",
+    "hype_attention",
+    "hype_attention_decode",
+    "simple_gla_step",
+]

@@ -30,6 +30,12 @@ def tensors(op, q, **others):
         fail(NotImplementedError, op, "q", "be on the CPU (the only device built)", q.device)
 
 
+def require(op, **tensors):
+    """Arguments that may not be None."""
+    for name, x in tensors.items():
+        tensor(op, name, x)
+
+
 def rank(op, name, x, dims):
     """dims: the letters of the dimensions, as in 'B T H K'."""
     tensor(op, name, x)

@@ -1,0 +1,232 @@
+// What the chunk forward and backward share: tiles in and out, the decays of a chunk, the triangular solves,
+// and the steps that carry the state over a chunk.
+//
+// Letters beyond params.h: C tokens a chunk holds, c <= C tokens it has. All tiles are in the accumulation
+// type T.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "../params.h"
+#include "dtype.h"
+#include "gemm.h"
+#include "workspace.h"
+
+namespace hypenet::cpu::gated_delta {
+
+inline constexpr int64_t kMaxChunk = 32;
+inline constexpr double kLowestDecay = -50;  // of one token, in log space: e^-50 forgets everything
+
+// A long chunk reads the state less often, a short one has less work inside the chunk.
+inline int64_t chunk_length(int64_t K, int64_t V) { return K + V >= 128 ? kMaxChunk : kMaxChunk / 2; }
+
+struct Sequence {
+  int64_t batch, start, length;
+};
+
+template <class Params>
+Sequence sequence(const Params& p, int64_t n) {
+  if (p.cu_seqlens == nullptr) return {n, 0, p.T};
+  return {0, p.cu_seqlens[n], p.cu_seqlens[n + 1] - p.cu_seqlens[n]};
+}
+
+template <class Element>
+inline Element* row(const View& x, int64_t b, int64_t t, int64_t head) {
+  return static_cast<Element*>(x.data) + b * x.batch + t * x.token + head * x.head;
+}
+
+template <class Element, class T>
+void load_rows(int64_t rows, int64_t dim, const Element* src, int64_t src_ld, T* dst, int64_t dst_ld) {
+  for (int64_t i = 0; i < rows; ++i) {
+    if constexpr (std::is_same_v<Element, T>) {
+      std::memcpy(dst + i * dst_ld, src + i * src_ld, dim * sizeof(T));
+    } else {
+      for (int64_t j = 0; j < dim; ++j) dst[i * dst_ld + j] = T(src[i * src_ld + j]);
+    }
+  }
+}
+
+template <class Element, class T>
+void store_rows(int64_t rows, int64_t dim, const T* src, int64_t src_ld, Element* dst, int64_t dst_ld) {
+  load_rows<T, Element>(rows, dim, src, src_ld, dst, dst_ld);
+}
+
+// dst_i = factor_i src_i
+template <class T>
+void scale_rows(int64_t rows, int64_t dim, const T* factor, const T* src, int64_t src_ld, T* dst,
+                int64_t dst_ld) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < dim; ++j) dst[i * dst_ld + j] = factor[i] * src[i * src_ld + j];
+  }
+}
+
+// The decays of one chunk. G is the running sum of g from the chunk's start, in double: differences of large
+// sums keep their digits. Every exponent is <= 0.
+template <class T>
+struct ChunkDecay {
+  T from_start[kMaxChunk];           // gamma_i = exp(G_i)
+  T to_end[kMaxChunk];               // exp(G_c - G_i)
+  T between[kMaxChunk * kMaxChunk];  // Gamma_ij = exp(G_i - G_j) for j <= i, else 0; leading dimension C
+  T whole;                           // exp(G_c)
+  bool clamped[kMaxChunk];           // g below kLowestDecay: no gradient
+
+  void compute(int64_t c, int64_t C, const T* g, int64_t g_ld) {
+    constexpr T kMasked = T(-1e4);
+    double G[kMaxChunk];
+    double running = 0;
+    for (int64_t i = 0; i < c; ++i) {
+      clamped[i] = g[i * g_ld] < T(kLowestDecay);
+      running += clamped[i] ? kLowestDecay : double(g[i * g_ld]);
+      G[i] = running;
+    }
+    for (int64_t i = 0; i < c; ++i) {
+      from_start[i] = T(G[i]);
+      to_end[i] = T(G[c - 1] - G[i]);
+      for (int64_t j = 0; j <= i; ++j) between[i * C + j] = T(G[i] - G[j]);
+      for (int64_t j = i + 1; j < C; ++j) between[i * C + j] = kMasked;
+    }
+    exp_in_place(from_start, c);
+    exp_in_place(to_end, c);
+    exp_in_place(between, c * C);
+    whole = from_start[c - 1];
+  }
+};
+
+// Rows that share the columns of a triangle: the part of it that is certainly zero is skipped block by block.
+inline constexpr int64_t kTriangleRows = 16;
+
+// Y += L X for a lower-triangular L [c, c].
+template <class T>
+void add_lower_product(int64_t c, int64_t dim, const T* L, int64_t L_ld, const T* X, int64_t X_ld, T* Y,
+                       int64_t Y_ld) {
+  for (int64_t i = 0; i < c; i += kTriangleRows) {
+    const int64_t rows = std::min(kTriangleRows, c - i);
+    gemm<Op::kNN, true>(rows, dim, i + rows, L + i * L_ld, L_ld, X, X_ld, Y + i * Y_ld, Y_ld);
+  }
+}
+
+// Y += L^T X for a lower-triangular L [c, c].
+template <class T>
+void add_lower_transposed_product(int64_t c, int64_t dim, const T* L, int64_t L_ld, const T* X, int64_t X_ld,
+                                  T* Y, int64_t Y_ld) {
+  for (int64_t i = 0; i < c; i += kTriangleRows) {
+    const int64_t rows = std::min(kTriangleRows, c - i);
+    gemm<Op::kTN, true>(rows, dim, c - i, L + i * L_ld + i, L_ld, X + i * X_ld, X_ld, Y + i * Y_ld, Y_ld);
+  }
+}
+
+template <class T>
+void add_scaled_row(int64_t dim, T factor, const T* x, T* y) {
+  for (int64_t j = 0; j < dim; ++j) y[j] += factor * x[j];
+}
+
+// Lanes are summed separately and joined at the end.
+template <class T>
+T dot(int64_t dim, const T* x, const T* y) {
+  vec<T> total{};
+  int64_t j = 0;
+  for (; j + kLanes<T> <= dim; j += kLanes<T>) total += load(x + j) * load(y + j);
+  if (j < dim) total += load_partial(x + j, int(dim - j)) * load_partial(y + j, int(dim - j));
+  return sum<T>(total);
+}
+
+inline constexpr int64_t kSolveRows =
+    4;  // solved one by one; what other rows add to them is a matrix product
+
+// X := (I + A)^-1 X by forward substitution. minus_A [c, c] is read below its diagonal only.
+template <class T>
+void solve_unit_lower(int64_t c, int64_t dim, const T* minus_A, int64_t A_ld, T* X, int64_t X_ld) {
+  for (int64_t start = 0; start < c; start += kSolveRows) {
+    const int64_t stop = std::min(start + kSolveRows, c);
+    const T* block = minus_A + start * A_ld;
+    if (start > 0)
+      gemm<Op::kNN, true>(stop - start, dim, start, block, A_ld, X, X_ld, X + start * X_ld, X_ld);
+    for (int64_t i = start + 1; i < stop; ++i) {
+      for (int64_t j = start; j < i; ++j)
+        add_scaled_row(dim, minus_A[i * A_ld + j], X + j * X_ld, X + i * X_ld);
+    }
+  }
+}
+
+// X := (I + A)^-T X by backward substitution.
+template <class T>
+void solve_unit_lower_transposed(int64_t c, int64_t dim, const T* minus_A, int64_t A_ld, T* X, int64_t X_ld) {
+  for (int64_t start = (c - 1) / kSolveRows * kSolveRows; start >= 0; start -= kSolveRows) {
+    const int64_t stop = std::min(start + kSolveRows, c);
+    if (stop < c) {
+      gemm<Op::kTN, true>(stop - start, dim, c - stop, minus_A + stop * A_ld + start, A_ld, X + stop * X_ld,
+                          X_ld, X + start * X_ld, X_ld);
+    }
+    for (int64_t i = stop - 2; i >= start; --i) {
+      for (int64_t j = i + 1; j < stop; ++j)
+        add_scaled_row(dim, minus_A[j * A_ld + i], X + j * X_ld, X + i * X_ld);
+    }
+  }
+}
+
+// minus_A = -stril(diag(beta) KK . Gamma); KK and Gamma [c, C]. The other entries are never read.
+template <class T>
+void form_system(int64_t c, int64_t C, const T* beta, const T* KK, const ChunkDecay<T>& decay, T* minus_A) {
+  for (int64_t i = 1; i < c; ++i) {
+    for (int64_t j = 0; j < i; ++j) minus_A[i * C + j] = -beta[i] * KK[i * C + j] * decay.between[i * C + j];
+  }
+}
+
+// R = V - gamma Z, in place of V; E = beta R, to be solved in place.
+template <class T>
+void form_residual(int64_t c, int64_t dim, const T* beta, const ChunkDecay<T>& decay, const T* Z,
+                   int64_t Z_ld, T* R, T* E, int64_t ld) {
+  for (int64_t i = 0; i < c; ++i) {
+    for (int64_t j = 0; j < dim; ++j) {
+      const T r = R[i * ld + j] - decay.from_start[i] * Z[i * Z_ld + j];
+      R[i * ld + j] = r;
+      E[i * ld + j] = beta[i] * r;
+    }
+  }
+}
+
+// S := whole S + (to_end K)^T E for a [K, dim] slice of the state; decayed_K [c, K] is scratch.
+template <class T>
+void update_state(int64_t c, int64_t K, int64_t dim, const ChunkDecay<T>& decay, const T* k, const T* E,
+                  int64_t E_ld, T* decayed_K, T* S, int64_t S_ld) {
+  scale_rows(c, K, decay.to_end, k, K, decayed_K, K);
+  gemm<Op::kTN, true>(K, dim, c, decayed_K, K, E, E_ld, S, S_ld, decay.whole);
+}
+
+// How the columns of V are cut where there are fewer heads than threads; whole vectors, so that no block has
+// a tail but the last.
+struct ColumnSplit {
+  int64_t blocks, columns, tasks;
+};
+
+template <class T>
+ColumnSplit split_columns(int64_t heads, int64_t V, int64_t num_threads) {
+  constexpr int64_t kFewest = 2 * kLanes<T>;
+  const int64_t wanted = heads == 0 ? 1 : (num_threads + heads - 1) / heads;
+  const int64_t per_block = (V + wanted - 1) / wanted;
+  const int64_t columns = std::max(kFewest, (per_block + kLanes<T> - 1) / kLanes<T> * kLanes<T>);
+  const int64_t blocks = std::max<int64_t>(1, (V + columns - 1) / columns);
+  return {blocks, columns, heads * blocks};
+}
+
+// The slice of final_state that starts at column `start` of head `head` (counted over all sequences), after
+// the initial state or zeros were written into it.
+template <class T>
+T* initial_slice(const GatedDeltaFwdParams& p, int64_t head, int64_t start, int64_t width) {
+  const int64_t offset = head * p.K * p.V + start;
+  T* S = static_cast<T*>(p.final_state) + offset;
+  const T* initial = p.initial_state == nullptr ? nullptr : static_cast<const T*>(p.initial_state) + offset;
+  for (int64_t i = 0; i < p.K; ++i) {
+    if (initial == nullptr) {
+      std::fill_n(S + i * p.V, width, T(0));
+    } else {
+      std::copy_n(initial + i * p.V, width, S + i * p.V);
+    }
+  }
+  return S;
+}
+
+}  // namespace hypenet::cpu::gated_delta

@@ -1,0 +1,189 @@
+// The sequential form of the gated delta rule and of simple GLA (kDelta = false): the recurrent forward, and
+// the decode step, which is the same on a state that is updated in place.
+//
+// Math, for one token of one value head, with S the state before it and gamma = e^g:
+//   (1) z = k^T S, y = q^T S                one pass over S
+//   (2) e = beta (v - gamma z)              without delta: e = v
+//   (3) o = scale (gamma y + (q . k) e)     equal to scale q^T of the new state
+//   (4) S := gamma S + k e^T                second pass, over what the first left in the cache
+//
+// Mapping: a task is a sequence, a value head, and a block of the value columns (more than one block only
+// where there are fewer heads than threads; columns never mix). It goes through its tokens one after the
+// other. Numerics: everything but the loads and stores in the accumulation type, the fused l2norm of q and k
+// included.
+#include <cmath>
+
+#include "gated_delta_chunk.h"
+#include "kernels.h"
+
+namespace hypenet::cpu {
+namespace gated_delta {
+namespace {
+
+// Columns of the state whose sums (1) stay in registers: as many vectors for z as for y.
+#if defined(__AVX512F__)
+constexpr int kMaxVecs = 8;
+#else
+constexpr int kMaxVecs = 4;
+#endif
+
+template <class T>
+struct Token {
+  T *k, *q;  // [K]
+  T *v, *o;  // [V]
+  T decay, beta, scale, qk;
+};
+
+// kTail: one vector, of which `tail` columns exist.
+template <bool kDelta, int kVecs, bool kTail, class T>
+void advance_columns(const Token<T>& x, int64_t K, T* S, int64_t ld, int64_t column, int tail) {
+  constexpr int L = kLanes<T>;
+  const auto read = [tail](const T* p) {
+    if constexpr (kTail) return load_partial(p, tail);
+    return load(p);
+  };
+  const auto write = [tail](T* p, vec<T> value) {
+    if constexpr (kTail) return store_partial(p, value, tail);
+    return store(p, value);
+  };
+  vec<T> z[kVecs] = {}, y[kVecs] = {}, e[kVecs];
+  T* const first = S + column;
+  // (1)
+  for (int64_t i = 0; i < K; ++i) {
+    const vec<T> k = broadcast(x.k[i]), q = broadcast(x.q[i]);
+#pragma GCC unroll 8
+    for (int c = 0; c < kVecs; ++c) {
+      const vec<T> s = read(first + i * ld + c * L);
+      if constexpr (kDelta) z[c] += k * s;
+      y[c] += q * s;
+    }
+  }
+  // (2), (3)
+#pragma GCC unroll 8
+  for (int c = 0; c < kVecs; ++c) {
+    e[c] = read(x.v + column + c * L);
+    if constexpr (kDelta) e[c] = x.beta * (e[c] - x.decay * z[c]);
+    write(x.o + column + c * L, x.scale * (x.decay * y[c] + x.qk * e[c]));
+  }
+  // (4)
+  for (int64_t i = 0; i < K; ++i) {
+    const vec<T> k = broadcast(x.k[i]);
+#pragma GCC unroll 8
+    for (int c = 0; c < kVecs; ++c) {
+      T* p = first + i * ld + c * L;
+      write(p, x.decay * read(p) + k * e[c]);
+    }
+  }
+}
+
+// All `width` columns, in panels of kVecs vectors, then of half as many, and so on.
+template <bool kDelta, int kVecs, class T>
+void advance(const Token<T>& x, int64_t K, T* S, int64_t ld, int64_t width, int64_t column = 0) {
+  constexpr int64_t kPanel = kVecs * kLanes<T>;
+  for (; column + kPanel <= width; column += kPanel)
+    advance_columns<kDelta, kVecs, false>(x, K, S, ld, column, 0);
+  if constexpr (kVecs > 1) {
+    advance<kDelta, kVecs / 2>(x, K, S, ld, width, column);
+  } else if (column < width) {
+    advance_columns<kDelta, 1, true>(x, K, S, ld, column, int(width - column));
+  }
+}
+
+template <class T>
+void l2norm(int64_t dim, T* x) {
+  const T factor = 1 / std::sqrt(dot(dim, x, x) + T(1e-6));
+  for (int64_t i = 0; i < dim; ++i) x[i] *= factor;
+}
+
+// A value head of a sequence, and columns [start, start + width) of V.
+struct Slice {
+  Sequence seq;
+  int64_t head, start, width;
+};
+
+// Params: of the forward or of the step.
+template <class Element, bool kDelta, class Params, class T>
+void advance_tokens(const Params& p, const Slice& s, bool use_qk_l2norm, T* S, Token<T>& x) {
+  const int64_t b = s.seq.batch, key_head = s.head / (p.HV / p.H);
+  x.scale = T(p.scale);
+  for (int64_t t = s.seq.start; t < s.seq.start + s.seq.length; ++t) {
+    load_rows(1, p.K, row<Element>(p.k, b, t, key_head), 0, x.k, 0);
+    load_rows(1, p.K, row<Element>(p.q, b, t, key_head), 0, x.q, 0);
+    load_rows(1, s.width, row<Element>(p.v, b, t, s.head) + s.start, 0, x.v, 0);
+    if (use_qk_l2norm) {
+      l2norm(p.K, x.k);
+      l2norm(p.K, x.q);
+    }
+    const T g = *row<T>(p.g, b, t, s.head);
+    x.decay = exp_scalar(g < T(kLowestDecay) ? T(kLowestDecay) : g);
+    if constexpr (kDelta) x.beta = *row<T>(p.beta, b, t, s.head);
+    x.qk = dot(p.K, x.q, x.k);
+    advance<kDelta, kMaxVecs>(x, p.K, S, p.V, s.width);
+    store_rows(1, s.width, x.o, 0,
+               static_cast<Element*>(p.o) + ((b * p.T + t) * p.HV + s.head) * p.V + s.start, 0);
+  }
+}
+
+// run(sequence, value head, first column, number of columns, token scratch) for every task. N sequences.
+template <class T, class Params, class Run>
+void for_each_slice(const Params& p, int64_t N, const Run& run) {
+  const ColumnSplit split = split_columns<T>(N * p.HV, p.V, p.num_threads);
+  const int64_t threads = useful_threads(p.num_threads, split.tasks, 4.0 * p.B * p.T * p.HV * p.K * p.V);
+  Arena<T> count;
+  for (int64_t dim : {p.K, p.K, p.V, p.V}) count.take(dim);
+  const ThreadBlocks<T> workspace(threads, count.used());
+  for_each_task(split.tasks, threads, [&](int64_t task, int64_t thread) {
+    Arena<T> arena(workspace.thread(thread));
+    Token<T> token{};
+    token.k = arena.take(p.K), token.q = arena.take(p.K), token.v = arena.take(p.V),
+    token.o = arena.take(p.V);
+    const int64_t head = task / split.blocks, start = task % split.blocks * split.columns;
+    const int64_t width = std::min(split.columns, p.V - start);
+    run(head / p.HV, head % p.HV, start, width, token);
+  });
+}
+
+template <class Element, bool kDelta>
+Status recurrent_forward(const GatedDeltaFwdParams& p) {
+  using T = acc_t<Element>;
+  for_each_slice<T>(p, p.N, [&](int64_t n, int64_t head, int64_t start, int64_t width, Token<T>& token) {
+    T* S = initial_slice<T>(p, n * p.HV + head, start, width);
+    advance_tokens<Element, kDelta>(p, Slice{sequence(p, n), head, start, width}, false, S, token);
+  });
+  return nullptr;
+}
+
+template <class Element, bool kDelta>
+Status step(const GatedDeltaStepParams& p) {
+  using T = acc_t<Element>;
+  for_each_slice<T>(p, p.B, [&](int64_t b, int64_t head, int64_t start, int64_t width, Token<T>& token) {
+    const int64_t slot = p.state_indices == nullptr ? b : p.state_indices[b];
+    if (slot < 0) {
+      Element* o = static_cast<Element*>(p.o) + (b * p.T * p.HV + head) * p.V + start;
+      for (int64_t t = 0; t < p.T; ++t) std::fill_n(o + t * p.HV * p.V, width, Element(0.0f));
+      return;
+    }
+    T* S = static_cast<T*>(p.state) + (slot * p.HV + head) * p.K * p.V + start;
+    advance_tokens<Element, kDelta>(p, Slice{{b, 0, p.T}, head, start, width}, p.use_qk_l2norm, S, token);
+  });
+  return nullptr;
+}
+
+}  // namespace
+}  // namespace gated_delta
+
+Status gated_delta_recurrent_fwd(const GatedDeltaFwdParams& params) {
+  return dispatch_dtype(params.dtype, [&]<class Element>() {
+    return params.delta ? gated_delta::recurrent_forward<Element, true>(params)
+                        : gated_delta::recurrent_forward<Element, false>(params);
+  });
+}
+
+Status gated_delta_step(const GatedDeltaStepParams& params) {
+  return dispatch_dtype(params.dtype, [&]<class Element>() {
+    return params.delta ? gated_delta::step<Element, true>(params)
+                        : gated_delta::step<Element, false>(params);
+  });
+}
+
+}  // namespace hypenet::cpu

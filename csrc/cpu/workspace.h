@@ -1,0 +1,70 @@
+// Scratch memory taken before the threads start, and a loop over independent tasks.
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <new>
+
+namespace hypenet::cpu {
+
+// Hands out pieces of one block. Without a block it only counts, so that the same code that lays tiles out
+// also says how much they need.
+template <class T>
+class Arena {
+ public:
+  explicit Arena(T* block = nullptr) : block_(block) {}
+  T* take(int64_t count) {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    T* piece = block_ == nullptr ? nullptr : block_ + used_;
+    used_ += (count + kLine - 1) / kLine * kLine;
+    return piece;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  T* block_;
+  int64_t used_ = 0;
+};
+
+// One block per thread, on cache lines of their own. Throws std::bad_alloc, so make it outside of the
+// threads.
+template <class T>
+class ThreadBlocks {
+ public:
+  ThreadBlocks(int64_t threads, int64_t count)
+      : stride_(count), block_(static_cast<T*>(::operator new(threads * count * sizeof(T), kAlignment))) {}
+  ~ThreadBlocks() { ::operator delete(block_, kAlignment); }
+  ThreadBlocks(const ThreadBlocks&) = delete;
+  ThreadBlocks& operator=(const ThreadBlocks&) = delete;
+  T* thread(int64_t idx) const { return block_ + idx * stride_; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  int64_t stride_;
+  T* block_;
+};
+
+// How many threads are worth starting: starting one costs about as much as this many multiply-adds.
+inline int64_t useful_threads(int64_t num_threads, int64_t tasks, double multiply_adds) {
+  constexpr double kWorth = 1e5;
+  return std::max<int64_t>(1, std::min({num_threads, tasks, int64_t(std::min(multiply_adds / kWorth, 1e6))}));
+}
+
+// run(task, thread) for every task, each once, on any thread.
+template <class Run>
+void for_each_task(int64_t tasks, int64_t threads, const Run& run) {
+  if (threads <= 1) {
+    for (int64_t task = 0; task < tasks; ++task) run(task, int64_t{0});
+    return;
+  }
+#pragma omp parallel num_threads(int(threads))
+  {
+    const int64_t thread = omp_get_thread_num();
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < tasks; ++task) run(task, thread);
+  }
+}
+
+}  // namespace hypenet::cpu

@@ -1,0 +1,180 @@
+"""The gated delta rule, for every value head, from S_0 = initial_state or 0:
+
+S_t = e^{g_t} (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T        state [K, V]
+o_t = scale S_t^T q_t                                                  value head j reads key head j // (HV / H)
+
+Source: Gated Delta Networks (arXiv 2412.06464), equation 10; chunk form: see csrc/cpu/gated_delta_chunk_fwd.cpp.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from hypenet_kernels import checks, native, recurrence
+
+
+def chunk_gated_delta_rule(
+    q,
+    k,
+    v,
+    g,
+    beta,
+    scale=None,
+    initial_state=None,
+    output_final_state=False,
+    use_qk_l2norm_in_kernel=False,
+    cu_seqlens=None,
+    **other_arguments,
+):
+    """The gated delta rule over whole sequences, chunk by chunk.
+
+    q, k: [B, T, H, K]; v: [B, T, HV, V] with HV a multiple of H; all of one dtype (float64, float32, bfloat16), any
+    strides. g: [B, T, HV], natural log of the decay, <= 0; below -50 it counts as -50 and gets no gradient, so -inf (a
+    reset) is legal. beta: [B, T, HV], in [0, 2] where |k| = 1. g, beta, initial_state: any float dtype, computed in the
+    accumulation type (float64 for float64, else float32). scale: default K ** -0.5. initial_state: [N, HV, K, V].
+    use_qk_l2norm_in_kernel: q and k are divided by sqrt(sum of squares + 1e-6) first. cu_seqlens: [N + 1] int32 or
+    int64, the bounds of sequences packed along T (then B = 1; else N = B).
+    fla's and transformers' further arguments are accepted where they ask for nothing that is not done here.
+
+    Returns (o [B, T, HV, V] in q's dtype, final_state [N, HV, K, V] in the accumulation type or None).
+    Differentiable once in q, k, v, g, beta and initial_state, through o and final_state.
+    Raises TypeError (dtype), ValueError (shape, device, range), NotImplementedError (device, dtype or option not built).
+    """
+    op = "chunk_gated_delta_rule"
+    recurrence.check_other_arguments(op, other_arguments)
+    return recurrence.run(
+        op,
+        _chunk,
+        q,
+        k,
+        v,
+        {"g": g, "beta": beta},
+        scale,
+        initial_state,
+        output_final_state,
+        use_qk_l2norm_in_kernel,
+        cu_seqlens,
+    )
+
+
+def fused_recurrent_gated_delta_rule(
+    q,
+    k,
+    v,
+    g=None,
+    beta=None,
+    scale=None,
+    initial_state=None,
+    output_final_state=False,
+    use_qk_l2norm_in_kernel=False,
+    cu_seqlens=None,
+    **other_arguments,
+):
+    """The gated delta rule token by token, for short sequences: `chunk_gated_delta_rule` in everything else.
+
+    g: None for no decay; beta: None for 1. The gradient goes through the chunk form.
+    """
+    op = "fused_recurrent_gated_delta_rule"
+    recurrence.check_other_arguments(op, other_arguments)
+    return recurrence.run(
+        op,
+        _recurrent,
+        q,
+        k,
+        v,
+        {"g": g, "beta": beta},
+        scale,
+        initial_state,
+        output_final_state,
+        use_qk_l2norm_in_kernel,
+        cu_seqlens,
+        defaults={"g": 0.0, "beta": 1.0},
+    )
+
+
+def gated_delta_step(q, k, v, g, beta, state, *, scale=None, state_indices=None, use_qk_l2norm_in_kernel=False):
+    """T tokens (usually one) of every sequence in decoding; `state` is updated in place.
+
+    q, k: [B, T, H, K]; v: [B, T, HV, V]; g, beta: [B, T, HV]; dtypes, scale and errors as in `chunk_gated_delta_rule`.
+    state: [B, HV, K, V], contiguous, in the accumulation type. With state_indices ([B], int32 or int64) it is a pool of
+    any number of slots, sequence b's is state[state_indices[b]]; a sequence with a negative index is skipped: its o is 0.
+    Returns o: [B, T, HV, V]. No gradient; allocates nothing else.
+    """
+    op = "gated_delta_step"
+    recurrence.check_tensors(op, q, k=k, v=v, g=g, beta=beta, state=state, state_indices=state_indices)
+    checks.require(op, k=k, v=v, g=g, beta=beta, state=state)
+    checks.no_grad(op, q=q, k=k, v=v, g=g, beta=beta, state=state)
+    g, beta = recurrence.accumulated(op, "g", g, q), recurrence.accumulated(op, "beta", beta, q)
+    scale = recurrence.default_scale(q, scale)
+    return _step(q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm_in_kernel)
+
+
+def _chunk_cpu(q, k, v, g, beta, initial_state, cu_seqlens, scale):
+    kernel, op = native.cpu().gated_delta_chunk_fwd, "chunk_gated_delta_rule"
+    return recurrence.forward_cpu(kernel, op, q, k, v, g, beta, initial_state, cu_seqlens, scale)
+
+
+def _chunk_fake(q, k, v, g, beta, initial_state, cu_seqlens, scale):
+    return recurrence.forward_fake("chunk_gated_delta_rule", q, k, v, g, beta, initial_state, cu_seqlens)
+
+
+def _chunk_bwd_cpu(do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens, scale):
+    op = "chunk_gated_delta_rule_bwd"
+    return recurrence.backward_cpu(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens, scale)
+
+
+def _chunk_bwd_fake(do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens, scale):
+    op = "chunk_gated_delta_rule_bwd"
+    return recurrence.backward_fake(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens)
+
+
+def _recurrent_cpu(q, k, v, g, beta, initial_state, cu_seqlens, scale):
+    kernel, op = native.cpu().gated_delta_recurrent_fwd, "fused_recurrent_gated_delta_rule"
+    return recurrence.forward_cpu(kernel, op, q, k, v, g, beta, initial_state, cu_seqlens, scale)
+
+
+def _recurrent_fake(q, k, v, g, beta, initial_state, cu_seqlens, scale):
+    return recurrence.forward_fake("fused_recurrent_gated_delta_rule", q, k, v, g, beta, initial_state, cu_seqlens)
+
+
+def _step_cpu(q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm):
+    op = "gated_delta_step"
+    return recurrence.step_cpu(op, q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm)
+
+
+def _step_fake(q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm):
+    return recurrence.step_fake("gated_delta_step", q, k, v, g, beta, state, state_indices)
+
+
+@once_differentiable
+def _backward(ctx, do, dfinal_state):
+    return recurrence.backward(ctx, _chunk_bwd, do, dfinal_state)
+
+
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state, Tensor? cu_seqlens, float scale"
+_OUTPUTS = "Tensor o, Tensor final_state"
+_GRADIENTS = "Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor dinitial_state"
+_STEP = (
+    "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, Tensor? state_indices, float scale, "
+    "bool use_qk_l2norm"
+)
+_library = torch.library.Library("hypenet", "FRAGMENT")
+for _schema, _cpu, _fake in (
+    (f"chunk_gated_delta_rule({_INPUTS}) -> ({_OUTPUTS})", _chunk_cpu, _chunk_fake),
+    (
+        f"chunk_gated_delta_rule_bwd(Tensor do, Tensor? dfinal_state, {_INPUTS}) -> ({_GRADIENTS})",
+        _chunk_bwd_cpu,
+        _chunk_bwd_fake,
+    ),
+    (f"fused_recurrent_gated_delta_rule({_INPUTS}) -> ({_OUTPUTS})", _recurrent_cpu, _recurrent_fake),
+    (f"gated_delta_step({_STEP}) -> Tensor", _step_cpu, _step_fake),
+):
+    recurrence.register(_library, _schema, _cpu, _fake)
+for _name in ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"):
+    torch.library.register_autograd(
+        f"hypenet::{_name}", _backward, setup_context=recurrence.setup_context, lib=_library
+    )
+
+_chunk = torch.ops.hypenet.chunk_gated_delta_rule.default
+_chunk_bwd = torch.ops.hypenet.chunk_gated_delta_rule_bwd.default
+_recurrent = torch.ops.hypenet.fused_recurrent_gated_delta_rule.default
+_step = torch.ops.hypenet.gated_delta_step.default

@@ -1,0 +1,257 @@
+"""What the gated delta rule and simple GLA share: one family of kernels, with beta (delta rule) or without.
+
+Everything here takes beta = None for simple GLA. Fakes check and allocate; the functions for the CPU are the fakes plus
+one native call. g, beta and states arrive in the accumulation type.
+"""
+
+import torch
+
+from hypenet_kernels import checks, native
+
+# fla's arguments that say how it computes, not what: without meaning here.
+HINTS = frozenset({"chunk_size", "cu_seqlens_cpu", "chunk_indices"})
+# fla's arguments that change the result, at the values that ask for nothing.
+NOT_BUILT = {
+    "use_gate_in_kernel": False,
+    "use_beta_sigmoid_in_kernel": False,
+    "allow_neg_eigval": False,
+    "state_v_first": False,
+    "transpose_state_layout": False,
+    "A_log": None,
+    "dt_bias": None,
+    "cp_context": None,
+    "gk": None,
+    "gv": None,
+}
+# What transformers' layers pass on to whatever stands in for their own function.
+MODEL_ARGUMENTS = frozenset(
+    "use_cache output_attentions output_hidden_states output_router_logits num_items_in_batch cu_seq_lens_q cu_seq_lens_k "
+    "max_length_q max_length_k position_ids is_causal seq_idx".split()
+)
+
+
+def check_other_arguments(op, arguments):
+    """Lets pass what asks for nothing; names what is not built, and what nobody knows."""
+    for name, value in arguments.items():
+        if name in NOT_BUILT:
+            if value is not NOT_BUILT[name]:
+                checks.fail(NotImplementedError, op, name, f"be {NOT_BUILT[name]} (nothing else is built)", value)
+        elif name not in HINTS and name not in MODEL_ARGUMENTS:
+            raise TypeError(f"{op}: unexpected argument {name!r}")
+
+
+def l2norm(x, eps=1e-6):
+    """x / sqrt(sum(x^2) + eps) over the last dimension, in the accumulation type, rounded once."""
+    wide = x.to(native.accumulator(x.dtype))
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def run(
+    op, operator, q, k, v, gates, scale, initial_state, output_final_state, use_qk_l2norm, cu_seqlens, defaults=None
+):
+    """A public function over whole sequences: `operator` on gates = {"g": ..., "beta": ...}, in that order.
+
+    defaults: the values of gates that may be None.
+    """
+    check_tensors(op, q, k=k, v=v, initial_state=initial_state, cu_seqlens=cu_seqlens, **gates)
+    for name, value in (defaults or {}).items():
+        if gates[name] is None:
+            gates[name] = v.new_full((), value).expand(v.shape[:3])
+    checks.require(op, k=k, v=v, **gates)
+    if use_qk_l2norm:
+        q, k = l2norm(q), l2norm(k)
+    gates = (accumulated(op, name, x, q) for name, x in gates.items())
+    initial_state = accumulated(op, "initial_state", initial_state, q)
+    o, final_state = operator(q, k, v, *gates, initial_state, cu_seqlens, default_scale(q, scale))
+    return o, final_state if output_final_state else None
+
+
+def check_tensors(op, q, **others):
+    checks.tensors(op, q, **others)
+    checks.rank(op, "q", q, "B T H K")
+    checks.element(op, "q", q)
+
+
+def default_scale(q, scale):
+    return max(1, q.shape[-1]) ** -0.5 if scale is None else float(scale)
+
+
+def accumulated(op, name, x, q):
+    """g, beta or a state of any float type, in the accumulation type of q."""
+    if x is None:
+        return None
+    checks.dtype(op, name, x, checks.FLOATS)
+    return x.to(native.accumulator(q.dtype))
+
+
+def check_inputs(op, q, k, v, g, beta):
+    checks.rank(op, "q", q, "B T H K")
+    checks.rank(op, "v", v, "B T HV V")
+    checks.element(op, "q", q)
+    (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
+    checks.like(op, "k", k, "q", q)
+    checks.shape(op, "v", v, [B, T, HV, V])
+    checks.same_dtype(op, "v", v, q)
+    if K == 0 or V == 0:
+        checks.fail(ValueError, op, "head dimensions", "be at least 1", f"K = {K}, V = {V}")
+    checks.multiple(op, "v's number of heads", HV, "q's number of heads", H)
+    for name, x in (("g", g), ("beta", beta)):
+        if x is not None:
+            checks.shape(op, name, x, [B, T, HV])
+            checks.dtype(op, name, x, (native.accumulator(q.dtype),))
+
+
+def forward_fake(op, q, k, v, g, beta, initial_state, cu_seqlens):
+    check_inputs(op, q, k, v, g, beta)
+    (B, T, _, K), (HV, V) = q.shape, v.shape[2:]
+    N = B
+    if cu_seqlens is not None:
+        checks.cu_seqlens(op, cu_seqlens, B, T)
+        N = cu_seqlens.shape[0] - 1
+    _check_state(op, "initial_state", initial_state, q, [N, HV, K, V])
+    return q.new_empty(B, T, HV, V), q.new_empty(N, HV, K, V, dtype=native.accumulator(q.dtype))
+
+
+def forward_cpu(kernel, op, q, k, v, g, beta, initial_state, cu_seqlens, scale):
+    o, final_state = forward_fake(op, q, k, v, g, beta, initial_state, cu_seqlens)
+    q, k, v = (native.dense_last(x) for x in (q, k, v))
+    initial_state, cu_seqlens = _contiguous(initial_state), _bounds(cu_seqlens)
+    kernel(
+        **_operands(q, k, v, g, beta, scale),
+        N=final_state.shape[0],
+        cu_seqlens=native.pointer(cu_seqlens),
+        initial_state=native.pointer(initial_state),
+        o=native.pointer(o),
+        final_state=native.pointer(final_state),
+    )
+    return o, final_state
+
+
+def backward_fake(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens):
+    o, state = forward_fake(op, q, k, v, g, beta, initial_state, cu_seqlens)
+    checks.like(op, "do", do, "o", o)
+    _check_state(op, "dfinal_state", dfinal_state, q, state.shape)
+    gate_gradients = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (g, beta) if x is not None)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *gate_gradients, state
+
+
+def backward_cpu(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens, scale):
+    gradients = backward_fake(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens)
+    dq, dk, dv, dg, *dbeta, dinitial_state = gradients
+    do, q, k, v = (native.dense_last(x) for x in (do, q, k, v))
+    initial_state, dfinal_state = _contiguous(initial_state), _contiguous(dfinal_state)
+    cu_seqlens = _bounds(cu_seqlens)
+    native.cpu().gated_delta_chunk_bwd(
+        **_operands(q, k, v, g, beta, scale),
+        N=dinitial_state.shape[0],
+        cu_seqlens=native.pointer(cu_seqlens),
+        initial_state=native.pointer(initial_state),
+        do_=native.view(do),
+        dfinal_state=native.pointer(dfinal_state),
+        dq=native.pointer(dq),
+        dk=native.pointer(dk),
+        dv=native.pointer(dv),
+        dg=native.pointer(dg),
+        dbeta=native.pointer(dbeta[0] if dbeta else None),
+        dinitial_state=native.pointer(dinitial_state),
+    )
+    return gradients
+
+
+def setup_context(ctx, inputs, output):
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def backward(ctx, backward_op, do, dfinal_state):
+    """Gradients of all inputs of a forward op: q, k, v, g, beta where there is one, initial_state, cu_seqlens, scale."""
+    q, _, v, *_, initial_state, _ = ctx.saved_tensors
+    if do is None:
+        if dfinal_state is None:
+            return (None,) * (len(ctx.saved_tensors) + 1)
+        do = q.new_zeros(v.shape)
+    *gradients, dinitial_state = backward_op(do, dfinal_state, *ctx.saved_tensors, ctx.scale)
+    return *gradients, None if initial_state is None else dinitial_state, None, None
+
+
+def step_fake(op, q, k, v, g, beta, state, state_indices):
+    check_inputs(op, q, k, v, g, beta)
+    (B, T, _, K), (HV, V) = q.shape, v.shape[2:]
+    checks.rank(op, "state", state, "slots HV K V")
+    slots = B if state_indices is None else state.shape[0]
+    _check_state(op, "state", state, q, [slots, HV, K, V])
+    if not state.is_contiguous():
+        checks.fail(ValueError, op, "state", "be contiguous", f"strides {list(state.stride())}")
+    if state_indices is not None:
+        checks.shape(op, "state_indices", state_indices, [B])
+        checks.dtype(op, "state_indices", state_indices, (torch.int32, torch.int64))
+    return q.new_empty(B, T, HV, V)
+
+
+def step_cpu(op, q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm):
+    o = step_fake(op, q, k, v, g, beta, state, state_indices)
+    if state_indices is not None:
+        _check_slots(op, state_indices.tolist(), state.shape[0])
+    q, k, v = (native.dense_last(x) for x in (q, k, v))
+    state_indices = _bounds(state_indices)
+    native.cpu().gated_delta_step(
+        **_operands(q, k, v, g, beta, scale),
+        use_qk_l2norm=use_qk_l2norm,
+        num_slots=state.shape[0],
+        state_indices=native.pointer(state_indices),
+        state=native.pointer(state),
+        o=native.pointer(o),
+    )
+    return o
+
+
+def _check_state(op, name, state, q, expected):
+    if state is not None:
+        checks.shape(op, name, state, expected)
+        checks.dtype(op, name, state, (native.accumulator(q.dtype),))
+
+
+def _check_slots(op, slots, num_slots):
+    used = [slot for slot in slots if slot >= 0]
+    if used and max(used) >= num_slots:
+        checks.fail(ValueError, op, "state_indices", f"be below the number of slots, {num_slots}", slots)
+    if len(set(used)) < len(used):
+        checks.fail(ValueError, op, "state_indices", "name no slot twice", slots)
+
+
+def _contiguous(x):
+    return None if x is None else x.contiguous()
+
+
+def _bounds(x):
+    return None if x is None else x.to(torch.int64).contiguous()
+
+
+def _operands(q, k, v, g, beta, scale):
+    """The fields that all params structs of the family share."""
+    (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
+    return {
+        "dtype": native.DTYPES[q.dtype],
+        "delta": beta is not None,
+        "num_threads": torch.get_num_threads(),
+        "B": B,
+        "T": T,
+        "H": H,
+        "HV": HV,
+        "K": K,
+        "V": V,
+        "scale": scale,
+        "q": native.view(q),
+        "k": native.view(k),
+        "v": native.view(v),
+        "g": native.view(g),
+        "beta": native.view(beta),
+    }
+
+
+def register(library, schema, cpu, fake):
+    library.define(schema)
+    name = schema.split("(")[0]
+    library.impl(name, cpu, "CPU")
+    torch.library.register_fake(f"hypenet::{name}", fake, lib=library)

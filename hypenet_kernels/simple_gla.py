@@ -1,0 +1,174 @@
+"""Simple gated linear attention, for every value head, from S_0 = initial_state or 0:
+
+S_t = e^{g_t} S_{t-1} + k_t v_t^T        state [K, V]
+o_t = scale S_t^T q_t                    value head j reads key head j // (HV / H)
+
+With a decay g_gamma that is constant in t this is Lightning attention and RetNet, with a computed g it is Mamba2's core.
+Source: Lightning Attention-2 (arXiv 2401.04658), Mamba2 (arXiv 2405.21060); the kernels are the gated delta rule's
+without the delta correction, see csrc/cpu/gated_delta_chunk_fwd.cpp.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from hypenet_kernels import checks, native, recurrence
+
+
+def chunk_simple_gla(
+    q,
+    k,
+    v,
+    g=None,
+    g_gamma=None,
+    scale=None,
+    initial_state=None,
+    output_final_state=False,
+    cu_seqlens=None,
+    **other_arguments,
+):
+    """Simple gated linear attention over whole sequences, chunk by chunk.
+
+    q, k: [B, T, H, K]; v: [B, T, HV, V] with HV a multiple of H; all of one dtype (float64, float32, bfloat16), any
+    strides. The natural log of the decay, <= 0, is g: [B, T, HV], or g_gamma: [HV], the same for all tokens, or absent:
+    no decay. Below -50 it counts as -50 and gets no gradient, so -inf (a reset) is legal. g, g_gamma, initial_state: any
+    float dtype, computed in the accumulation type (float64 for float64, else float32). scale: default K ** -0.5.
+    initial_state: [N, HV, K, V]. cu_seqlens: [N + 1] int32 or int64, the bounds of sequences packed along T (then
+    B = 1; else N = B). fla's further arguments are accepted where they ask for nothing that is not done here.
+
+    Returns (o [B, T, HV, V] in q's dtype, final_state [N, HV, K, V] in the accumulation type or None).
+    Differentiable once in q, k, v, g, g_gamma and initial_state, through o and final_state.
+    Raises TypeError (dtype), ValueError (shape, device, range), NotImplementedError (device, dtype or option not built).
+    """
+    op = "chunk_simple_gla"
+    recurrence.check_other_arguments(op, other_arguments)
+    return _sequences(op, _chunk, q, k, v, g, g_gamma, scale, initial_state, output_final_state, cu_seqlens)
+
+
+def fused_recurrent_simple_gla(
+    q,
+    k,
+    v,
+    g=None,
+    g_gamma=None,
+    scale=None,
+    initial_state=None,
+    output_final_state=False,
+    cu_seqlens=None,
+    **other_arguments,
+):
+    """Simple gated linear attention token by token, for short sequences: `chunk_simple_gla` in everything else.
+
+    The gradient goes through the chunk form.
+    """
+    op = "fused_recurrent_simple_gla"
+    recurrence.check_other_arguments(op, other_arguments)
+    return _sequences(op, _recurrent, q, k, v, g, g_gamma, scale, initial_state, output_final_state, cu_seqlens)
+
+
+def simple_gla_step(q, k, v, g, state, *, scale=None, state_indices=None):
+    """T tokens (usually one) of every sequence in decoding; `state` is updated in place.
+
+    q, k: [B, T, H, K]; v: [B, T, HV, V]; g: [B, T, HV]; dtypes, scale and errors as in `chunk_simple_gla`.
+    state: [B, HV, K, V], contiguous, in the accumulation type. With state_indices ([B], int32 or int64) it is a pool of
+    any number of slots, sequence b's is state[state_indices[b]]; a sequence with a negative index is skipped: its o is 0.
+    Returns o: [B, T, HV, V]. No gradient; allocates nothing else.
+    """
+    op = "simple_gla_step"
+    recurrence.check_tensors(op, q, k=k, v=v, g=g, state=state, state_indices=state_indices)
+    checks.require(op, k=k, v=v, g=g, state=state)
+    checks.no_grad(op, q=q, k=k, v=v, g=g, state=state)
+    g, scale = recurrence.accumulated(op, "g", g, q), recurrence.default_scale(q, scale)
+    return _step(q, k, v, g, state, state_indices, scale)
+
+
+def _sequences(op, operator, q, k, v, g, g_gamma, scale, initial_state, output_final_state, cu_seqlens):
+    if g_gamma is not None:
+        recurrence.check_tensors(op, q, v=v, g_gamma=g_gamma)
+        if g is not None:
+            checks.fail(ValueError, op, "g_gamma", "be left out where g is given", list(g_gamma.shape))
+        checks.require(op, v=v)
+        checks.rank(op, "v", v, "B T HV V")
+        checks.shape(op, "g_gamma", g_gamma, v.shape[2:3])
+        g = recurrence.accumulated(op, "g_gamma", g_gamma, q).expand(v.shape[:3])
+    return recurrence.run(
+        op,
+        operator,
+        q,
+        k,
+        v,
+        {"g": g},
+        scale,
+        initial_state,
+        output_final_state,
+        False,
+        cu_seqlens,
+        defaults={"g": 0.0},
+    )
+
+
+def _chunk_cpu(q, k, v, g, initial_state, cu_seqlens, scale):
+    kernel, op = native.cpu().gated_delta_chunk_fwd, "chunk_simple_gla"
+    return recurrence.forward_cpu(kernel, op, q, k, v, g, None, initial_state, cu_seqlens, scale)
+
+
+def _chunk_fake(q, k, v, g, initial_state, cu_seqlens, scale):
+    return recurrence.forward_fake("chunk_simple_gla", q, k, v, g, None, initial_state, cu_seqlens)
+
+
+def _chunk_bwd_cpu(do, dfinal_state, q, k, v, g, initial_state, cu_seqlens, scale):
+    op = "chunk_simple_gla_bwd"
+    return recurrence.backward_cpu(op, do, dfinal_state, q, k, v, g, None, initial_state, cu_seqlens, scale)
+
+
+def _chunk_bwd_fake(do, dfinal_state, q, k, v, g, initial_state, cu_seqlens, scale):
+    op = "chunk_simple_gla_bwd"
+    return recurrence.backward_fake(op, do, dfinal_state, q, k, v, g, None, initial_state, cu_seqlens)
+
+
+def _recurrent_cpu(q, k, v, g, initial_state, cu_seqlens, scale):
+    kernel, op = native.cpu().gated_delta_recurrent_fwd, "fused_recurrent_simple_gla"
+    return recurrence.forward_cpu(kernel, op, q, k, v, g, None, initial_state, cu_seqlens, scale)
+
+
+def _recurrent_fake(q, k, v, g, initial_state, cu_seqlens, scale):
+    return recurrence.forward_fake("fused_recurrent_simple_gla", q, k, v, g, None, initial_state, cu_seqlens)
+
+
+def _step_cpu(q, k, v, g, state, state_indices, scale):
+    return recurrence.step_cpu("simple_gla_step", q, k, v, g, None, state, state_indices, scale, False)
+
+
+def _step_fake(q, k, v, g, state, state_indices, scale):
+    return recurrence.step_fake("simple_gla_step", q, k, v, g, None, state, state_indices)
+
+
+@once_differentiable
+def _backward(ctx, do, dfinal_state):
+    return recurrence.backward(ctx, _chunk_bwd, do, dfinal_state)
+
+
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor g, Tensor? initial_state, Tensor? cu_seqlens, float scale"
+_OUTPUTS = "Tensor o, Tensor final_state"
+_GRADIENTS = "Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dinitial_state"
+_STEP = "Tensor q, Tensor k, Tensor v, Tensor g, Tensor(a!) state, Tensor? state_indices, float scale"
+_library = torch.library.Library("hypenet", "FRAGMENT")
+for _schema, _cpu, _fake in (
+    (f"chunk_simple_gla({_INPUTS}) -> ({_OUTPUTS})", _chunk_cpu, _chunk_fake),
+    (
+        f"chunk_simple_gla_bwd(Tensor do, Tensor? dfinal_state, {_INPUTS}) -> ({_GRADIENTS})",
+        _chunk_bwd_cpu,
+        _chunk_bwd_fake,
+    ),
+    (f"fused_recurrent_simple_gla({_INPUTS}) -> ({_OUTPUTS})", _recurrent_cpu, _recurrent_fake),
+    (f"simple_gla_step({_STEP}) -> Tensor", _step_cpu, _step_fake),
+):
+    recurrence.register(_library, _schema, _cpu, _fake)
+for _name in ("chunk_simple_gla", "fused_recurrent_simple_gla"):
+    torch.library.register_autograd(
+        f"hypenet::{_name}", _backward, setup_context=recurrence.setup_context, lib=_library
+    )
+
+_chunk = torch.ops.hypenet.chunk_simple_gla.default
+_chunk_bwd = torch.ops.hypenet.chunk_simple_gla_bwd.default
+_recurrent = torch.ops.hypenet.fused_recurrent_simple_gla.default
+_step = torch.ops.hypenet.simple_gla_step.default
