@@ -4,6 +4,7 @@ Every number of the paper's recipe (HALO, arXiv 2601.22156, section 4 and append
 value as its default; the files in halo/configs/ say where they differ.
 """
 
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -228,7 +229,7 @@ def _explain(error: dict[str, Any]) -> str:
         return f"{key}: is not a key of this section"
     if error["type"] == "missing":
         return f"{key}: must be given"
-    rule = error["msg"].removeprefix("Value error, ").removeprefix("Input should ")
+    rule = re.sub(r"^(Value error, |(Input|String|List|Tuple) should )", "", error["msg"])
     if error["type"] == "value_error":
         return f"{key}: {rule}"
     shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:77]}..."

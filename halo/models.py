@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, Qwen3ForCausalLM
 import hypenet
 from halo.config import HaloError
 from halo.data import Batch
+from hypenet.conversion import check_teacher
 
 
 @dataclass
@@ -39,11 +40,18 @@ def load_teacher(name: str, device: torch.device) -> tuple[nn.Module, object]:
         config = AutoConfig.from_pretrained(name)
         if config.model_type != "qwen3":
             raise HaloError(f"teacher: must be a Qwen3 model (model_type qwen3), got {config.model_type} in {name}")
+        check_teacher(config)
         model = Qwen3ForCausalLM.from_pretrained(name, dtype=torch.float32).to(device)
-        return model, AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise HaloError(f"teacher: must be a loadable Qwen3 model with its tokenizer, got {name} ({reason})") from None
+    if not 256 <= len(tokenizer) <= config.vocab_size:
+        raise HaloError(
+            f"teacher: must come with its tokenizer of at most {config.vocab_size} tokens, "
+            f"got {len(tokenizer)} in {name}"
+        )
+    return model, tokenizer
 
 
 def load_hypenet(directory: Path, device: torch.device) -> nn.Module:

@@ -1,6 +1,7 @@
 """A conversion small enough for a test: text of sixty words, its tokenizer, a random Qwen3 of three layers."""
 
 import random
+import re
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -9,10 +10,11 @@ from halo.config import make_config
 from halo.demo.train_teacher import train_tokenizer
 
 LAYERS = 3
-WORDS = (
+WORDS = re.findall(
+    r"\w+",
     "river stone quiet morning window garden silver letter winter summer market bridge candle forest island "
-    "mountain harbour meadow thunder shadow copper violet lantern orchard pepper walnut marble ribbon saddle timber"
-).split()
+    "mountain harbour meadow thunder shadow copper violet lantern orchard pepper walnut marble ribbon saddle timber",
+)
 
 
 def documents(count=60, words=60, seed=0):

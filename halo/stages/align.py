@@ -33,6 +33,13 @@ class Align:
         return self.mixers
 
     def loss(self, batch: Batch):
+        losses, powers = self.layer_losses(batch)
+        total = losses.sum() if self.settings.clip_scope == "layer" else losses.mean()
+        detached = losses.detach()
+        return total, {"loss": detached.mean(), "relative_loss": detached / powers, "layer_losses": detached}
+
+    def layer_losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean squared error of every layer [L], and the mean square of what it should have given [L]."""
         with torch.no_grad(), models.recorded_attention(self.teacher) as recorded:
             models.hidden_states(self.teacher, batch, self.isolate_documents)
         cu_seqlens = batch.cu_seqlens() if self.isolate_documents else None
@@ -40,11 +47,8 @@ class Align:
             models.run_mixer(mixer, call.x_BTD, call.position_embeddings, cu_seqlens)
             for mixer, call in zip(self.mixers, recorded, strict=True)
         ]
-        losses = mixer_mse(outputs, [call.y_BTD for call in recorded])
         powers = torch.stack([call.y_BTD.float().square().mean() for call in recorded])
-        total = losses.sum() if self.settings.clip_scope == "layer" else losses.mean()
-        detached = losses.detach()
-        return total, {"loss": detached.mean(), "relative_loss": detached / powers, "layer_losses": detached}
+        return mixer_mse(outputs, [call.y_BTD for call in recorded]), powers
 
     def clip_groups(self, module: nn.Module) -> list[list[nn.Parameter]]:
         if self.settings.clip_scope == "all":

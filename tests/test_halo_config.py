@@ -1,0 +1,133 @@
+"""Every mistake in a configuration is one line that names file, key, rule and value; the shipped files are valid."""
+
+import pytest
+import yaml
+from halo_tiny import config_tree
+from typer.testing import CliRunner
+
+from halo.cli import app
+from halo.config import STAGE_HELP, Config, HaloError, load_config, make_config
+
+PAPER = {
+    "hypenet-2b": ("Qwen/Qwen3-1.7B-Base", 7, 1e-4),
+    "hypenet-5b": ("Qwen/Qwen3-4B-Base", 9, 5e-5),
+    "hypenet-9b": ("Qwen/Qwen3-8B-Base", 9, 3e-5),
+}
+
+
+def halo(*arguments):
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_tree(tree):
+        path = tmp_path / "my config.yaml"
+        path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree))
+        return path
+
+    return write_tree
+
+
+# (change of the valid tree, what the line must hold after the file's name)
+MISTAKES = {
+    "unknown key": ({"alin": {}}, "alin: is not a key of this section"),
+    "unknown key in a section": ({"align": {"stepz": 3}}, "align.stepz: is not a key of this section"),
+    "missing key": ({"data": {}}, "data.source: must be given"),
+    "wrong type": ({"seed": "many"}, "seed: must be a valid integer, unable to parse string as an integer, got 'many'"),
+    "out of range": ({"align": {"steps": -1}}, "align.steps: must be greater than or equal to 0, got -1"),
+    "not a choice": ({"mixer": "mamba"}, "mixer: must be 'lightning' or 'gdn', got 'mamba'"),
+    "not a device": ({"device": "tpu"}, r"device: must match pattern '^(auto|cpu|cuda(:\d+)?)$', got 'tpu'"),
+    "too few": ({"scale": {"grid": []}}, "scale.grid: must have at least 1 item after validation, not 0, got []"),
+    "micro batch": ({"distill": {"batch": 6, "micro_batch": 4}}, "distill: micro_batch must divide batch (6)"),
+    "scale grid": ({"scale": {"grid": [1.0]}}, "scale: grid must hold numbers above 1 or null, got 1.0"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake_is_one_line(name, write, tmp_path):
+    change, expected = MISTAKES[name]
+    path = write(config_tree(tmp_path) | change)
+    result = halo("convert", "--config", str(path))
+    assert result.exit_code == 2
+    assert result.stderr == f"halo: {path}: {expected}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("a: [1", "must be YAML"), ("- 1", "must be a mapping of keys, got list"), ("", "teacher: must be given")],
+)
+def test_file_that_is_no_config(text, expected, write):
+    result = halo("align", "--config", str(write(text)))
+    assert result.exit_code == 2 and expected in result.stderr and _one_line(result.stderr)
+
+
+def test_missing_file_names_the_shipped_ones():
+    result = halo("align", "--config", "nowhere.yaml")
+    assert result.exit_code == 2 and _one_line(result.stderr)
+    assert "nowhere.yaml: must be an existing file or one of demo, hypenet-2b, hypenet-5b, hypenet-9b" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("align.steps", "--set: must look like key=value, got align.steps"),
+        ("seed.x=1", "--set: seed.x: seed is not a section"),
+        ("align.steps=x", "align.steps: must be a valid integer"),
+    ],
+)
+def test_wrong_override(override, expected, write, tmp_path):
+    result = halo("align", "--config", str(write(config_tree(tmp_path) | {"seed": 3})), "--set", override)
+    assert result.exit_code == 2 and expected in result.stderr and _one_line(result.stderr)
+
+
+def test_override_changes_one_key(write, tmp_path):
+    path = write(config_tree(tmp_path))
+    config = load_config(path, ("distill.steps=7", "scale.grid=[null, 50]", "data.isolate_documents=true"))
+    assert config.distill.steps == 7 and config.scale.grid == [None, 50] and config.data.isolate_documents
+    assert config.distill.batch == load_config(path).distill.batch
+
+
+def test_values_are_fixed_after_reading(tmp_path):
+    config = make_config(config_tree(tmp_path))
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 1
+
+
+@pytest.mark.parametrize("name", [*PAPER, "demo"])
+def test_shipped_config_is_valid(name):
+    assert load_config(name).select.score == "difference"
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_shipped_recipe_is_the_published_one(name):
+    config, (teacher, keep, rate) = load_config(name), PAPER[name]
+    assert (config.teacher, config.select.keep, config.distill.learning_rate) == (teacher, keep, rate)
+    tokens = [stage.steps * stage.batch * stage.length for stage in (config.align, config.distill, config.finetune)]
+    assert tokens == [327_680_000, 983_040_000, 1_048_576_000]
+    for stage in (config.align, config.distill, config.finetune):
+        assert (stage.betas, stage.weight_decay, stage.warmup, stage.clip) == ((0.9, 0.95), 0.0, 50, 1.0)
+        assert stage.final_learning_rate == 1e-5
+
+
+def test_defaults_are_the_published_recipe():
+    config = Config(teacher="x", out="y", data={"source": "z"})
+    published = load_config("hypenet-2b")
+    for section in ("align", "distill", "finetune"):
+        ours, theirs = (getattr(c, section).model_dump() for c in (config, published))
+        assert ours | {"micro_batch": None} == theirs | {"micro_batch": None}
+
+
+def test_help_lists_every_command():
+    text = halo("--help").stdout
+    for name in (*STAGE_HELP, "convert", "report", "demo"):
+        assert name in text
+
+
+def test_error_class_is_for_users():
+    with pytest.raises(HaloError, match=r"^config: out: must be given$"):
+        make_config({"teacher": "x", "data": {"source": "y"}})
+
+
+def _one_line(text):
+    return text.count("\n") == 1 and text.startswith("halo: ")

@@ -1,0 +1,253 @@
+"""The whole conversion from the command line, on a teacher of three layers: results, reuse, and clear refusals."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from halo_tiny import LAYERS, config_tree, documents, tiny_teacher, tiny_tokenizer, write_inputs
+from torch import nn
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from typer.testing import CliRunner
+
+import hypenet
+from halo import models
+from halo.cli import app
+from halo.config import DataSettings, ScaleSettings, SelectSettings, make_config
+from halo.conversion import STAGES, Conversion
+from halo.data import Corpus
+from halo.plan import even_layers
+from halo.stages.scale import choose_scale, long_documents
+from halo.stages.select import RecallEpisodes, chunk_losses, measure_swaps
+
+
+def halo(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("in puts")
+    write_inputs(directory)
+    (directory / "config.yaml").write_text(yaml.safe_dump(config_tree(directory)))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def converted(inputs):
+    result = halo("convert", "--config", inputs / "config.yaml")
+    assert result.exit_code == 0, result.output
+    return SimpleNamespace(out=inputs / "out", config=inputs / "config.yaml", output=result.output)
+
+
+def test_every_stage_leaves_its_result(converted):
+    for stage in STAGES:
+        record = json.loads((converted.out / stage / "done.json").read_text())
+        assert record["stage"] == stage and record["settings"]["data"]["needle_ratio"] == 0.3
+    for stage in ("align", "distill", "finetune"):
+        lines = [json.loads(line) for line in (converted.out / stage / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2, 3, 4]
+        assert {"loss", "lr", "grad_norm", "seconds", "tokens_per_second"} <= lines[0].keys()
+        assert not (converted.out / stage / "checkpoint.pt").exists()
+        # Not a terminal: plain lines with loss and speed.
+        assert f"{stage:10} 4/4  loss {lines[-1]['loss']:.4f}" in converted.output and "tokens/s" in converted.output
+
+
+def test_finished_model_is_a_hypenet_without_the_teacher(converted):
+    model = hypenet.HypeNetForCausalLM.from_pretrained(converted.out / "model")
+    selection = json.loads((converted.out / "select" / "selection.json").read_text())
+    scale = json.loads((converted.out / "scale" / "scale.json").read_text())
+    assert model.config.softmax_layers == selection["layers"] and len(selection["layers"]) == 1
+    assert model.config.logit_scale_base == scale["a"] == min(scale["grid"], key=lambda row: row["loss"])["a"]
+    tokenizer = AutoTokenizer.from_pretrained(converted.out / "model")
+    ids = torch.tensor([tokenizer("quiet river")["input_ids"]])
+    assert model.generate(ids, max_new_tokens=5, do_sample=False).shape[1] == ids.shape[1] + 5
+    finetuned = models.load_hypenet(converted.out / "finetune", torch.device("cpu")).state_dict()
+    assert all(torch.equal(value, finetuned[key]) for key, value in model.state_dict().items())
+
+
+def test_evaluation_covers_models_and_lengths(converted):
+    record = json.loads((converted.out / "eval" / "results.json").read_text())
+    labels = {row["model"] for row in record["rows"]}
+    assert {"teacher", "converted"} <= labels
+    assert [(row["length"], row["multiple"]) for row in record["rows"]] == [(160, 1), (320, 2)] * len(labels)
+    for row in record["rows"]:
+        assert 0 <= row["recall"] <= 1 and 0 < row["bits_per_byte"] < 20
+
+
+def test_report_tells_the_run(converted):
+    text = (converted.out / "report.md").read_text()
+    for heading in (
+        "## Training",
+        "## Selection",
+        "## Scale",
+        "## Evaluation",
+        "| needle recall |",
+        "| bits per byte |",
+    ):
+        assert heading in text
+    for plot in ("training.png", "selection.png", "evaluation.png"):
+        assert (converted.out / plot).read_bytes().startswith(b"\x89PNG") and f"({plot})" in text
+    before = (converted.out / "report.md").read_text()
+    (converted.out / "report.md").unlink()
+    assert halo("report", converted.out).exit_code == 0
+    assert (converted.out / "report.md").read_text() == before
+
+
+def test_second_run_skips_what_is_done(converted):
+    files = {path: path.stat().st_mtime_ns for path in converted.out.glob("*/*") if path.is_file()}
+    result = halo("convert", "--config", converted.config)
+    assert result.exit_code == 0 and result.output.count("done already in") == len(STAGES)
+    assert files == {path: path.stat().st_mtime_ns for path in converted.out.glob("*/*") if path.is_file()}
+
+
+def test_result_of_other_settings_is_not_used(converted):
+    result = halo("distill", "--config", converted.config, "--set", "align.steps=5")
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert (
+        "was made with other settings (align.steps: 4 there, 5 now); give another --out or delete it" in result.stderr
+    )
+
+
+def test_stage_needs_the_one_before(inputs, tmp_path):
+    result = halo("align", "--config", inputs / "config.yaml", "--out", tmp_path)
+    assert result.exit_code == 2 and "run `halo transfer` first" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_even_conversion_reuses_aligned_twins(converted, inputs, tmp_path):
+    tree = config_tree(inputs) | {"out": str(tmp_path / "even"), "aligned": str(converted.out)}
+    tree["select"] = tree["select"] | {"score": "even"}
+    (tmp_path / "even.yaml").write_text(yaml.safe_dump(tree))
+    conversion = Conversion(make_config(tree))
+    for stage in ("transfer", "align", "select", "distill"):
+        conversion.run_stage(stage)
+    assert conversion.layers == even_layers(LAYERS, 1) == [0]
+    assert not (tmp_path / "even" / "align").exists()
+    assert conversion.directory("align") == converted.out / "align"
+
+
+def test_aligned_must_be_a_finished_conversion(inputs, tmp_path):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config_tree(inputs) | {"aligned": str(tmp_path)}))
+    result = halo("select", "--config", tmp_path / "c.yaml", "--out", tmp_path / "out")
+    assert result.exit_code == 2 and "aligned: must be the directory of a finished conversion" in result.stderr
+
+
+def test_given_layers_are_kept(converted, inputs, tmp_path):
+    options = [
+        "--config",
+        inputs / "config.yaml",
+        "--out",
+        tmp_path,
+        "--set",
+        f"aligned={json.dumps(str(converted.out))}",
+    ]
+    assert halo("select", *options, "--set", "select.layers=[2, 0]").exit_code == 0
+    assert json.loads((tmp_path / "select" / "selection.json").read_text())["layers"] == [0, 2]
+    result = halo("select", *options[:2], "--out", tmp_path / "b", *options[4:], "--set", "select.layers=[3]")
+    assert result.exit_code == 2 and "select.layers: must be layers below 3, got [3]" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        ("{tmp}/gpt2", "teacher: must be a Qwen3 model (model_type qwen3), got gpt2 in"),
+        ("{tmp}/nothing", "teacher: must be an existing directory or a Hugging Face name, got"),
+        ("{tmp}/empty", "teacher: must be a loadable Qwen3 model with its tokenizer, got"),
+        ("{tmp}/no tokenizer", "teacher: must come with its tokenizer of at most 300 tokens, got"),
+    ],
+)
+def test_unusable_teacher_is_one_line(inputs, tmp_path, teacher, message):
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=50)).save_pretrained(tmp_path / "gpt2")
+    tiny_teacher(vocab_size=300).save_pretrained(tmp_path / "no tokenizer")
+    (tmp_path / "empty").mkdir()
+    tree = config_tree(inputs) | {"teacher": teacher.format(tmp=tmp_path), "out": str(tmp_path / "out")}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
+    result = halo("convert", "--config", tmp_path / "c.yaml")
+    assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_missing_data_is_one_line(inputs, tmp_path):
+    result = halo(
+        "convert", "--config", inputs / "config.yaml", "--out", tmp_path, "--set", "data.source=./nowhere.txt"
+    )
+    assert result.exit_code == 2
+    assert result.stderr == "halo: data.source: must be an existing file or directory, got ./nowhere.txt\n"
+
+
+@pytest.fixture(scope="module")
+def corpus(inputs):
+    return Corpus(DataSettings(source=str(inputs / "text"), held_out=0.3, needle_ratio=0.3), tiny_tokenizer())
+
+
+def test_measured_swaps_are_paired_over_the_same_samples(corpus):
+    teacher = tiny_teacher(tokenizer=corpus.tokenizer)
+    twins = models.make_twins(teacher, "lightning")
+    settings = SelectSettings(recall_samples=3, recall_length=160, language_samples=5, language_length=32, batch=2)
+    done = []
+    measured = measure_swaps(teacher, twins, corpus, settings, done.append)
+    assert done == [1, 2, 3]
+    chunks = corpus.held_out_chunks(5, 32)
+    assert np.array_equal(measured.loss, chunk_losses(teacher, chunks, batch=2))
+    with models.swapped(teacher, twins, 1):
+        assert np.array_equal(measured.swapped_loss[1], chunk_losses(teacher, chunks, batch=2))
+    expected = [teacher(input_ids=row[None], labels=row[None]).loss.item() for row in chunks]
+    assert np.allclose(measured.loss, expected, rtol=1e-5)
+    assert measured.swapped_recall.shape == (3, 3) and measured.swapped_loss.shape == (3, 5)
+
+
+def test_recall_counts_answers_with_all_digits_right(corpus):
+    episodes = RecallEpisodes(corpus, count=4, length=160)
+    wrong = int(episodes.positions[1, 2])
+    model = NextTokenOracle(len(corpus.tokenizer), episodes.input_ids)
+    assert episodes.recall(model, batch=2).tolist() == [1, 1, 1, 1]
+    model.mistakes = [(0, wrong)]
+    assert episodes.recall(model, batch=4).tolist() == pytest.approx([2 / 3, 1, 1, 1])
+
+
+class NextTokenOracle(nn.Module):
+    """Knows the token after each position, with a certainty that its scale base decides."""
+
+    def __init__(self, vocabulary, rows=None):
+        super().__init__()
+        self.head = nn.Linear(vocabulary, vocabulary, bias=False)
+        nn.init.eye_(self.head.weight)
+        self.config = SimpleNamespace(attn_logits_scaling=None)
+        self.mistakes = []
+        self.certainty = {None: 2.0, "hype 10": 0.0, "hype 100": 4.0, "hype 1000": 3.0}
+
+    @property
+    def base_model(self):
+        return self
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, use_cache):
+        following = input_ids.roll(-1, dims=1).clone()
+        for row, position in self.mistakes:
+            following[row, position - 1] += 1
+        hidden = nn.functional.one_hot(following, self.head.in_features).float()
+        return SimpleNamespace(last_hidden_state=hidden * self.certainty[self.config.attn_logits_scaling])
+
+
+@pytest.mark.parametrize(("best", "expected"), [("hype 100", 100), (None, None), ("hype 10", 10)])
+def test_scale_takes_the_base_with_the_least_loss(corpus, best, expected):
+    model = NextTokenOracle(len(corpus.tokenizer))
+    model.certainty[best] = 9.0
+    settings = ScaleSettings(grid=[None, 10, 100, 1000], length=60, documents=4, needle_ratio=0.0)
+    rows = choose_scale(model, corpus, settings, lambda done: None)
+    assert rows[0]["a"] == expected and model.config.attn_logits_scaling == best
+    assert [row["loss"] for row in rows] == sorted(row["loss"] for row in rows)
+    assert rows[0]["advantage"] == 0 and rows[1]["advantage"] == pytest.approx(rows[1]["loss"] - rows[0]["loss"])
+
+
+def test_scale_documents_may_hold_episodes(tmp_path):
+    for i, text in enumerate(documents(words=150)):
+        (tmp_path / f"{i}.txt").write_text(text)
+    corpus = Corpus(DataSettings(source=str(tmp_path), held_out=0.3), tiny_tokenizer())
+    settings = ScaleSettings(length=90, documents=4, needle_ratio=0.5)
+    rows = long_documents(corpus, settings)
+    assert rows.shape == (4, 90)
+    assert ["The magic number for" in corpus.tokenizer.decode(row) for row in rows] == [False, False, True, True]
