@@ -38,6 +38,14 @@ void from_python(py::handle value, T& field) {
   }
 }
 
+inline py::handle keyword(const std::string& op, const py::kwargs& kwargs, PyObject* name) {
+  PyObject* value = PyDict_GetItemWithError(kwargs.ptr(), name);
+  if (value == nullptr) {
+    throw py::type_error(op + ": missing field " + py::str(py::handle(name)).cast<std::string>());
+  }
+  return value;
+}
+
 template <auto Member>
 struct FieldOf;
 template <class Params, class T, T Params::* Member>
@@ -48,29 +56,45 @@ struct FieldOf<Member> {
   }
 };
 
-template <class Params>
-void def_kernel(py::module_& module, const char* name, Status (*kernel)(const Params&),
-                std::vector<Field<Params>> fields) {
-  auto call = [fields = std::move(fields), kernel, op = std::string(name)](const py::kwargs& kwargs) {
+// The kernel's own parameters are the fields; `run` calls it, and may take one more keyword argument.
+template <class Params, class Run>
+void def_call(py::module_& module, const char* name, std::vector<Field<Params>> fields, size_t num_extra,
+              Run run) {
+  auto call = [fields = std::move(fields), num_extra, run, op = std::string(name)](const py::kwargs& kwargs) {
     Params params{};
-    for (const auto& field : fields) {
-      PyObject* value = PyDict_GetItem(kwargs.ptr(), field.name);
-      if (value == nullptr) {
-        throw py::type_error(op + ": missing field " + py::str(py::handle(field.name)).cast<std::string>());
-      }
-      field.set(params, value);
-    }
-    if (kwargs.size() != fields.size()) {
+    for (const auto& field : fields) field.set(params, keyword(op, kwargs, field.name));
+    if (kwargs.size() != fields.size() + num_extra) {
       throw py::type_error(op + ": unknown field among " + py::str(kwargs).cast<std::string>());
     }
-    Status status;
-    {
-      py::gil_scoped_release release;
-      status = kernel(params);
-    }
+    const Status status = run(op, kwargs, params);
     if (status != nullptr) throw std::runtime_error(op + ": " + status);
   };
   module.def(name, std::move(call));
+}
+
+// A CPU kernel.
+template <class Params>
+void def_kernel(py::module_& module, const char* name, Status (*kernel)(const Params&),
+                std::vector<Field<Params>> fields) {
+  auto run = [kernel](const std::string&, const py::kwargs&, const Params& params) {
+    py::gil_scoped_release release;
+    return kernel(params);
+  };
+  def_call(module, name, std::move(fields), 0, run);
+}
+
+// A CUDA kernel: takes the keyword argument `stream` too, a cudaStream_t as an integer.
+template <class Params, class Stream>
+void def_kernel(py::module_& module, const char* name, Status (*kernel)(const Params&, Stream*),
+                std::vector<Field<Params>> fields) {
+  PyObject* stream_name = PyUnicode_InternFromString("stream");
+  auto run = [kernel, stream_name](const std::string& op, const py::kwargs& kwargs, const Params& params) {
+    Stream* stream = nullptr;
+    from_python(keyword(op, kwargs, stream_name), stream);
+    py::gil_scoped_release release;
+    return kernel(params, stream);
+  };
+  def_call(module, name, std::move(fields), 1, run);
 }
 
 // FIELD(GatedDeltaFwdParams, q) names a member once.

@@ -1,11 +1,13 @@
-// Everything that the CPU module can run. A Python keyword argument per field of the params struct
-// (params.h).
+// Everything that the native code can run. A Python keyword argument per field of the params struct
+// (params.h); a CUDA kernel takes `stream` too. One file, two kinds of module: HYPENET_CUDA says which.
 #include "bind.h"
 #include "cpu/kernels.h"
+#include "cuda/kernels.h"
 
-PYBIND11_MODULE(HYPENET_MODULE, m) {
-  using namespace hypenet;
+namespace hypenet {
+namespace {
 
+void bind_all(py::module_& m) {
 #define GATED_DELTA_FIELDS(P)                                                                         \
   FIELD(P, dtype), FIELD(P, delta), FIELD(P, num_threads), FIELD(P, B), FIELD(P, T), FIELD(P, H),     \
       FIELD(P, HV), FIELD(P, K), FIELD(P, V), FIELD(P, scale), FIELD(P, q), FIELD(P, k), FIELD(P, v), \
@@ -13,6 +15,16 @@ PYBIND11_MODULE(HYPENET_MODULE, m) {
 #define HYPE_FIELDS(P)                                                                                      \
   FIELD(P, dtype), FIELD(P, num_threads), FIELD(P, B), FIELD(P, T), FIELD(P, H), FIELD(P, HK), FIELD(P, D), \
       FIELD(P, scale), FIELD(P, logit_scale_base), FIELD(P, q), FIELD(P, k), FIELD(P, v), FIELD(P, gate)
+
+  using Step = GatedDeltaStepParams;
+  const std::vector<Field<Step>> step = {GATED_DELTA_FIELDS(Step), FIELD(Step, use_qk_l2norm),
+                                         FIELD(Step, num_slots),   FIELD(Step, state_indices),
+                                         FIELD(Step, state),       FIELD(Step, o)};
+
+#if HYPENET_CUDA
+  def_kernel<Step>(m, "gated_delta_step", cuda::gated_delta_step, step);
+#else
+  def_kernel<Step>(m, "gated_delta_step", cpu::gated_delta_step, step);
 
   using Fwd = GatedDeltaFwdParams;
   const std::vector<Field<Fwd>> fwd = {GATED_DELTA_FIELDS(Fwd),   FIELD(Fwd, N), FIELD(Fwd, cu_seqlens),
@@ -25,11 +37,6 @@ PYBIND11_MODULE(HYPENET_MODULE, m) {
                   {GATED_DELTA_FIELDS(Bwd), FIELD(Bwd, N), FIELD(Bwd, cu_seqlens), FIELD(Bwd, initial_state),
                    FIELD(Bwd, do_), FIELD(Bwd, dfinal_state), FIELD(Bwd, dq), FIELD(Bwd, dk), FIELD(Bwd, dv),
                    FIELD(Bwd, dg), FIELD(Bwd, dbeta), FIELD(Bwd, dinitial_state)});
-
-  using Step = GatedDeltaStepParams;
-  def_kernel<Step>(m, "gated_delta_step", cpu::gated_delta_step,
-                   {GATED_DELTA_FIELDS(Step), FIELD(Step, use_qk_l2norm), FIELD(Step, num_slots),
-                    FIELD(Step, state_indices), FIELD(Step, state), FIELD(Step, o)});
 
   using HypeFwd = HypeAttentionFwdParams;
   def_kernel<HypeFwd>(
@@ -48,4 +55,17 @@ PYBIND11_MODULE(HYPENET_MODULE, m) {
   def_kernel<Decode>(m, "hype_attention_decode", cpu::hype_attention_decode,
                      {HYPE_FIELDS(Decode), FIELD(Decode, capacity), FIELD(Decode, cache_seqlens),
                       FIELD(Decode, k_cache), FIELD(Decode, v_cache), FIELD(Decode, o)});
+#endif
 }
+
+}  // namespace
+}  // namespace hypenet
+
+// This object is linked into every module of its kind; each is entered by its own name.
+#if HYPENET_CUDA
+PYBIND11_MODULE(_cuda, m) { hypenet::bind_all(m); }
+#else
+PYBIND11_MODULE(_cpu_baseline, m) { hypenet::bind_all(m); }
+PYBIND11_MODULE(_cpu_v3, m) { hypenet::bind_all(m); }
+PYBIND11_MODULE(_cpu_v4, m) { hypenet::bind_all(m); }
+#endif
