@@ -367,7 +367,5 @@ def alibi_log_decay(heads: int) -> torch.Tensor:
 
 def rotate(x_BTHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary embedding in the half-split layout; cos and sin [B or 1, T, D]."""
-    half = x_BTHD.shape[-1] // 2
-    cos, sin = cos[..., None, :half], sin[..., None, :half]
-    x1, x2 = x_BTHD[..., :half], x_BTHD[..., half:]
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+    first, second = x_BTHD.chunk(2, dim=-1)
+    return x_BTHD * cos[..., None, :] + torch.cat((-second, first), dim=-1) * sin[..., None, :]

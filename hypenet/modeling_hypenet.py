@@ -145,9 +145,7 @@ class HypeNetModel(HypeNetPreTrainedModel):
     def swap_mixer(self, layer_idx: int, mixer: Mixer) -> Mixer:
         """Puts `mixer` into layer `layer_idx`, notes its kind in the configuration, and returns the former mixer."""
         if mixer.layer_idx != layer_idx:
-            raise ValueError(
-                f"swap_mixer: mixer must be one for layer {layer_idx}, got one for layer {mixer.layer_idx}"
-            )
+            raise ValueError(f"swap_mixer: mixer must be for layer {layer_idx}, got one for layer {mixer.layer_idx}")
         layer = self.layers[layer_idx]
         former, layer.self_attn = layer.self_attn, mixer
         mixers = list(self.config.mixer_types)
