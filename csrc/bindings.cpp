@@ -22,6 +22,7 @@ void bind_all(py::module_& m) {
                                          FIELD(Step, state),       FIELD(Step, o)};
 
 #if HYPENET_CUDA
+  m.attr("STEP_MAX_KEY_DIM") = cuda::kStepMaxKeyDim;
   def_kernel<Step>(m, "gated_delta_step", cuda::gated_delta_step, step);
 #else
   def_kernel<Step>(m, "gated_delta_step", cpu::gated_delta_step, step);

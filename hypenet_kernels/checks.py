@@ -6,8 +6,13 @@ TypeError: dtype or kind of device. ValueError: rank, shape, layout, range. NotI
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from hypenet_kernels import native
+
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-CPU_FLOATS = (torch.float64, torch.float32, torch.bfloat16)
+BUILT = {
+    "cpu": (torch.float64, torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
 
 
 def fail(error, op, argument, rule, got):
@@ -26,8 +31,9 @@ def tensors(op, q, **others):
         if x is not None:
             tensor(op, name, x)
     same_device(op, q, **others)
-    if q.device.type not in ("cpu", "meta"):
-        fail(NotImplementedError, op, "q", "be on the CPU (the only device built)", q.device)
+    devices = ("cpu", "meta", "cuda") if op in native.CUDA_OPS else ("cpu", "meta")
+    if q.device.type not in devices:
+        fail(NotImplementedError, op, "q", f"be on {' or '.join(devices)} (nothing else is built)", q.device)
 
 
 def require(op, **tensors):
@@ -51,16 +57,20 @@ def shape(op, name, x, expected):
 
 def dtype(op, name, x, allowed):
     if x.dtype not in allowed:
-        names = " or ".join(str(d).removeprefix("torch.") for d in allowed)
-        fail(TypeError, op, name, f"be {names}", str(x.dtype).removeprefix("torch."))
+        fail(TypeError, op, name, f"be {' or '.join(_name(d) for d in allowed)}", _name(x.dtype))
 
 
 def element(op, name, x):
-    """A float type; float16 is not built for the CPU."""
+    """A float type that is built for the device."""
     dtype(op, name, x, FLOATS)
-    if x.dtype not in CPU_FLOATS and x.device.type == "cpu":
-        names = " or ".join(str(d).removeprefix("torch.") for d in CPU_FLOATS)
-        fail(NotImplementedError, op, name, f"be {names} on the CPU", "float16")
+    built = BUILT.get(x.device.type, FLOATS)
+    if x.dtype not in built:
+        rule = f"be {' or '.join(_name(d) for d in built)} on {x.device.type}"
+        fail(NotImplementedError, op, name, rule, _name(x.dtype))
+
+
+def _name(x):
+    return str(x).removeprefix("torch.")
 
 
 def same_dtype(op, name, x, like):

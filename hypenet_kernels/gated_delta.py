@@ -9,7 +9,7 @@ Source: Gated Delta Networks (arXiv 2412.06464), equation 10; chunk form: see cs
 import torch
 from torch.autograd.function import once_differentiable
 
-from hypenet_kernels import checks, native, recurrence
+from hypenet_kernels import checks, recurrence
 
 
 def chunk_gated_delta_rule(
@@ -37,7 +37,8 @@ def chunk_gated_delta_rule(
 
     Returns (o [B, T, HV, V] in q's dtype, final_state [N, HV, K, V] in the accumulation type or None).
     Differentiable once in q, k, v, g, beta and initial_state, through o and final_state.
-    Raises TypeError (dtype), ValueError (shape, device, range), NotImplementedError (device, dtype or option not built).
+    Raises TypeError (dtype, unknown argument), ValueError (shape, device, range), NotImplementedError (device, dtype or
+    option that is not built).
     """
     op = "chunk_gated_delta_rule"
     recurrence.check_other_arguments(op, other_arguments)
@@ -96,7 +97,8 @@ def gated_delta_step(q, k, v, g, beta, state, *, scale=None, state_indices=None,
 
     q, k: [B, T, H, K]; v: [B, T, HV, V]; g, beta: [B, T, HV]; dtypes, scale and errors as in `chunk_gated_delta_rule`.
     state: [B, HV, K, V], contiguous, in the accumulation type. With state_indices ([B], int32 or int64) it is a pool of
-    any number of slots, sequence b's is state[state_indices[b]]; a sequence with a negative index is skipped: its o is 0.
+    any number of slots, and sequence b's is state[state_indices[b]]; where the index is negative, b is skipped and its o
+    is 0.
     Returns o: [B, T, HV, V]. No gradient; allocates nothing else.
     """
     op = "gated_delta_step"
@@ -109,7 +111,7 @@ def gated_delta_step(q, k, v, g, beta, state, *, scale=None, state_indices=None,
 
 
 def _chunk_cpu(q, k, v, g, beta, initial_state, cu_seqlens, scale):
-    kernel, op = native.cpu().gated_delta_chunk_fwd, "chunk_gated_delta_rule"
+    kernel, op = "gated_delta_chunk_fwd", "chunk_gated_delta_rule"
     return recurrence.forward_cpu(kernel, op, q, k, v, g, beta, initial_state, cu_seqlens, scale)
 
 
@@ -128,7 +130,7 @@ def _chunk_bwd_fake(do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlen
 
 
 def _recurrent_cpu(q, k, v, g, beta, initial_state, cu_seqlens, scale):
-    kernel, op = native.cpu().gated_delta_recurrent_fwd, "fused_recurrent_gated_delta_rule"
+    kernel, op = "gated_delta_recurrent_fwd", "fused_recurrent_gated_delta_rule"
     return recurrence.forward_cpu(kernel, op, q, k, v, g, beta, initial_state, cu_seqlens, scale)
 
 
@@ -136,9 +138,9 @@ def _recurrent_fake(q, k, v, g, beta, initial_state, cu_seqlens, scale):
     return recurrence.forward_fake("fused_recurrent_gated_delta_rule", q, k, v, g, beta, initial_state, cu_seqlens)
 
 
-def _step_cpu(q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm):
+def _step_run(q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm):
     op = "gated_delta_step"
-    return recurrence.step_cpu(op, q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm)
+    return recurrence.step(op, q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm)
 
 
 def _step_fake(q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm):
@@ -166,7 +168,7 @@ for _schema, _cpu, _fake in (
         _chunk_bwd_fake,
     ),
     (f"fused_recurrent_gated_delta_rule({_INPUTS}) -> ({_OUTPUTS})", _recurrent_cpu, _recurrent_fake),
-    (f"gated_delta_step({_STEP}) -> Tensor", _step_cpu, _step_fake),
+    (f"gated_delta_step({_STEP}) -> Tensor", _step_run, _step_fake),
 ):
     recurrence.register(_library, _schema, _cpu, _fake)
 for _name in ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"):

@@ -6,7 +6,6 @@ o_t  = sum_i softmax_i(x_ti) v_i           times sigmoid(gate_t) where there is 
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from hypenet_kernels import checks, native
 
@@ -121,7 +120,7 @@ def _forward_cpu(q, k, v, gate, cu_seqlens, logit_scale_base, scale, query_offse
         return o, o_ungated, lse
     q, k, v, gate = (native.dense_last(x) for x in (q, k, v, gate))
     bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
-    native.cpu().hype_attention_fwd(
+    native.kernel("hype_attention", "hype_attention_fwd", q.device)(
         **_sizes(q, k, logit_scale_base, scale),
         **_sequences(q, k, query_offset, bounds),
         q=native.view(q),
@@ -154,7 +153,7 @@ def _backward_cpu(do, q, k, v, gate, cu_seqlens, o_ungated, lse, logit_scale_bas
     do, q, k, v, gate = (native.dense_last(x) for x in (do, q, k, v, gate))
     o_ungated, lse = o_ungated.contiguous(), lse.contiguous()
     bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
-    native.cpu().hype_attention_bwd(
+    native.kernel("hype_attention_bwd", "hype_attention_bwd", q.device)(
         **_sizes(q, k, logit_scale_base, scale),
         **_sequences(q, k, query_offset, bounds),
         gate=native.view(gate),
@@ -185,7 +184,7 @@ def _decode_cpu(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base
         return o
     q, k, v, gate = (native.dense_last(x) for x in (q, k, v, gate))
     lengths = cache_seqlens.to(torch.int64).contiguous()
-    native.cpu().hype_attention_decode(
+    native.kernel("hype_attention_decode", "hype_attention_decode", q.device)(
         **_sizes(q, k_cache, logit_scale_base, scale),
         capacity=capacity,
         q=native.view(q),
@@ -233,13 +232,18 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-@once_differentiable
 def _backward(ctx, do, *_):
     if do is None:
         return (None,) * 8
     q, k, v, gate, cu_seqlens, o_ungated, lse = ctx.saved_tensors
     dq, dk, dv, dgate = _backward_op(do, q, k, v, gate, cu_seqlens, o_ungated, lse, *ctx.options)
     return dq, dk, dv, None if gate is None else dgate, None, None, None, None
+
+
+def _no_second_derivative(ctx, *_):
+    # An op of its own refuses, since once_differentiable notices only a `do` that wants a gradient: where q, k, v or
+    # gate does, it cuts the graph, and a loss with other terms would get a wrong gradient without a word.
+    raise NotImplementedError("hype_attention: q, k, v and gate must not want a second derivative: it is not built")
 
 
 _library = torch.library.Library("hypenet", "FRAGMENT")
@@ -264,6 +268,7 @@ for _name, _cpu, _fake in (
     _library.impl(_name, _cpu, "CPU")
     torch.library.register_fake(f"hypenet::{_name}", _fake, lib=_library)
 torch.library.register_autograd("hypenet::hype_attention", _backward, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("hypenet::hype_attention_bwd", _no_second_derivative, lib=_library)
 _forward = torch.ops.hypenet.hype_attention.default
 _backward_op = torch.ops.hypenet.hype_attention_bwd.default
 _decode = torch.ops.hypenet.hype_attention_decode.default

@@ -1,20 +1,74 @@
-"""Loads the native modules and passes tensors to them as pointers and strides."""
+"""Loads the native modules and passes tensors to them as pointers, strides and streams."""
 
 import functools
 import importlib
+import json
+import logging
+from pathlib import Path
 
 import torch  # before any native module, so that both share torch's OpenMP runtime
 
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/params.h, DType
 LEVELS = {"AVX512": "v4", "AVX2": "v3"}  # torch's name of the processor's level -> ours; anything else is the baseline
+CUDA_OPS = ("gated_delta_step", "simple_gla_step")  # the ops that have a CUDA kernel
 ABSENT = (0, 0, 0, 0)  # the View of an optional tensor that is not there
+
+logger = logging.getLogger("hypenet_kernels")
+
+
+def level():
+    """The instruction-set level whose module this processor runs: baseline, v3 or v4."""
+    return LEVELS.get(torch.backends.cpu.get_cpu_capability(), "baseline")
 
 
 @functools.cache
 def cpu():
     """The CPU module compiled for this processor's instruction set."""
-    level = LEVELS.get(torch.backends.cpu.get_cpu_capability(), "baseline")
-    return importlib.import_module(f"hypenet_kernels._cpu_{level}")
+    name = f"hypenet_kernels._cpu_{level()}"
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        folder = Path(__file__).parent
+        raise ImportError(
+            f"hypenet_kernels: {name} is not built in {folder}. In a checkout build it with `pip install -e .`; to use "
+            "an installed copy instead, run outside the checkout"
+        ) from error
+
+
+@functools.cache
+def cuda():
+    """The CUDA module. Importing it needs no driver."""
+    try:
+        return importlib.import_module("hypenet_kernels._cuda")
+    except ModuleNotFoundError as error:
+        raise NotImplementedError(
+            f"hypenet_kernels: the CUDA kernels were left out of the build: {build_info()['cuda']}"
+        ) from error
+
+
+@functools.cache
+def build_info():
+    """What setup.py wrote: compiler, cuda_targets (None without CUDA), cuda (nvcc, or why there is no CUDA module)."""
+    path = Path(__file__).with_name("_build.json")
+    if not path.is_file():
+        return {"compiler": None, "cuda_targets": None, "cuda": "nothing is built here"}
+    return json.loads(path.read_text())
+
+
+@functools.cache
+def kernel(op, name, device):
+    """The function that runs the kernel `name` on `device`, for `op`. Said once in the log."""
+    if device.type == "cpu":
+        logger.info("%s: C++ for x86-64 level %s", op, level())
+        return getattr(cpu(), name)
+    launch = getattr(cuda(), name)
+    logger.info("%s: CUDA on %s", op, device)
+    return functools.partial(_on_current_stream, launch, device)
+
+
+def _on_current_stream(launch, device, **fields):
+    with torch.cuda.device(device):
+        launch(**fields, stream=torch.cuda.current_stream().cuda_stream)
 
 
 def accumulator(dtype):

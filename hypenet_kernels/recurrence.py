@@ -25,8 +25,20 @@ NOT_BUILT = {
 }
 # What transformers' layers pass on to whatever stands in for their own function.
 MODEL_ARGUMENTS = frozenset(
-    "use_cache output_attentions output_hidden_states output_router_logits num_items_in_batch cu_seq_lens_q cu_seq_lens_k "
-    "max_length_q max_length_k position_ids is_causal seq_idx".split()
+    {
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "num_items_in_batch",
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+        "position_ids",
+        "is_causal",
+        "seq_idx",
+    }
 )
 
 
@@ -112,11 +124,11 @@ def forward_fake(op, q, k, v, g, beta, initial_state, cu_seqlens):
     return q.new_empty(B, T, HV, V), q.new_empty(N, HV, K, V, dtype=native.accumulator(q.dtype))
 
 
-def forward_cpu(kernel, op, q, k, v, g, beta, initial_state, cu_seqlens, scale):
+def forward_cpu(kernel_name, op, q, k, v, g, beta, initial_state, cu_seqlens, scale):
     o, final_state = forward_fake(op, q, k, v, g, beta, initial_state, cu_seqlens)
     q, k, v = (native.dense_last(x) for x in (q, k, v))
     initial_state, cu_seqlens = _contiguous(initial_state), _bounds(cu_seqlens)
-    kernel(
+    native.kernel(op, kernel_name, q.device)(
         **_operands(q, k, v, g, beta, scale),
         N=final_state.shape[0],
         cu_seqlens=native.pointer(cu_seqlens),
@@ -141,7 +153,7 @@ def backward_cpu(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqle
     do, q, k, v = (native.dense_last(x) for x in (do, q, k, v))
     initial_state, dfinal_state = _contiguous(initial_state), _contiguous(dfinal_state)
     cu_seqlens = _bounds(cu_seqlens)
-    native.cpu().gated_delta_chunk_bwd(
+    native.kernel(op, "gated_delta_chunk_bwd", q.device)(
         **_operands(q, k, v, g, beta, scale),
         N=dinitial_state.shape[0],
         cu_seqlens=native.pointer(cu_seqlens),
@@ -165,7 +177,7 @@ def setup_context(ctx, inputs, output):
 
 
 def backward(ctx, backward_op, do, dfinal_state):
-    """Gradients of all inputs of a forward op: q, k, v, g, beta where there is one, initial_state, cu_seqlens, scale."""
+    """The gradient of every input of a forward op, None for cu_seqlens and scale."""
     q, _, v, *_, initial_state, _ = ctx.saved_tensors
     if do is None:
         if dfinal_state is None:
@@ -189,13 +201,17 @@ def step_fake(op, q, k, v, g, beta, state, state_indices):
     return q.new_empty(B, T, HV, V)
 
 
-def step_cpu(op, q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm):
+def step(op, q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm):
+    """CPU and CUDA alike. What the values of state_indices break raises on the CPU and gives o = NaN on CUDA."""
     o = step_fake(op, q, k, v, g, beta, state, state_indices)
-    if state_indices is not None:
+    if q.device.type == "cuda" and q.shape[3] > native.cuda().STEP_MAX_KEY_DIM:
+        rule = f"have a head dimension of at most {native.cuda().STEP_MAX_KEY_DIM} on CUDA"
+        checks.fail(NotImplementedError, op, "q", rule, q.shape[3])
+    if q.device.type == "cpu" and state_indices is not None:
         _check_slots(op, state_indices.tolist(), state.shape[0])
     q, k, v = (native.dense_last(x) for x in (q, k, v))
     state_indices = _bounds(state_indices)
-    native.cpu().gated_delta_step(
+    native.kernel(op, "gated_delta_step", q.device)(
         **_operands(q, k, v, g, beta, scale),
         use_qk_l2norm=use_qk_l2norm,
         num_slots=state.shape[0],
@@ -250,8 +266,10 @@ def _operands(q, k, v, g, beta, scale):
     }
 
 
-def register(library, schema, cpu, fake):
+def register(library, schema, run, fake):
     library.define(schema)
     name = schema.split("(")[0]
-    library.impl(name, cpu, "CPU")
+    library.impl(name, run, "CPU")
+    if name in native.CUDA_OPS:
+        library.impl(name, run, "CUDA")
     torch.library.register_fake(f"hypenet::{name}", fake, lib=library)

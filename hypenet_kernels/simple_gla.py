@@ -3,7 +3,7 @@
 S_t = e^{g_t} S_{t-1} + k_t v_t^T        state [K, V]
 o_t = scale S_t^T q_t                    value head j reads key head j // (HV / H)
 
-With a decay g_gamma that is constant in t this is Lightning attention and RetNet, with a computed g it is Mamba2's core.
+With a decay g_gamma that is constant in t this is Lightning attention and RetNet, with a computed g Mamba2's core.
 Source: Lightning Attention-2 (arXiv 2401.04658), Mamba2 (arXiv 2405.21060); the kernels are the gated delta rule's
 without the delta correction, see csrc/cpu/gated_delta_chunk_fwd.cpp.
 """
@@ -11,7 +11,7 @@ without the delta correction, see csrc/cpu/gated_delta_chunk_fwd.cpp.
 import torch
 from torch.autograd.function import once_differentiable
 
-from hypenet_kernels import checks, native, recurrence
+from hypenet_kernels import checks, recurrence
 
 
 def chunk_simple_gla(
@@ -30,14 +30,15 @@ def chunk_simple_gla(
 
     q, k: [B, T, H, K]; v: [B, T, HV, V] with HV a multiple of H; all of one dtype (float64, float32, bfloat16), any
     strides. The natural log of the decay, <= 0, is g: [B, T, HV], or g_gamma: [HV], the same for all tokens, or absent:
-    no decay. Below -50 it counts as -50 and gets no gradient, so -inf (a reset) is legal. g, g_gamma, initial_state: any
-    float dtype, computed in the accumulation type (float64 for float64, else float32). scale: default K ** -0.5.
+    no decay. Below -50 it counts as -50 and gets no gradient, so -inf (a reset) is legal. g, g_gamma, initial_state:
+    any float dtype, computed in the accumulation type (float64 for float64, else float32). scale: default K ** -0.5.
     initial_state: [N, HV, K, V]. cu_seqlens: [N + 1] int32 or int64, the bounds of sequences packed along T (then
     B = 1; else N = B). fla's further arguments are accepted where they ask for nothing that is not done here.
 
     Returns (o [B, T, HV, V] in q's dtype, final_state [N, HV, K, V] in the accumulation type or None).
     Differentiable once in q, k, v, g, g_gamma and initial_state, through o and final_state.
-    Raises TypeError (dtype), ValueError (shape, device, range), NotImplementedError (device, dtype or option not built).
+    Raises TypeError (dtype, unknown argument), ValueError (shape, device, range), NotImplementedError (device, dtype or
+    option that is not built).
     """
     op = "chunk_simple_gla"
     recurrence.check_other_arguments(op, other_arguments)
@@ -70,7 +71,8 @@ def simple_gla_step(q, k, v, g, state, *, scale=None, state_indices=None):
 
     q, k: [B, T, H, K]; v: [B, T, HV, V]; g: [B, T, HV]; dtypes, scale and errors as in `chunk_simple_gla`.
     state: [B, HV, K, V], contiguous, in the accumulation type. With state_indices ([B], int32 or int64) it is a pool of
-    any number of slots, sequence b's is state[state_indices[b]]; a sequence with a negative index is skipped: its o is 0.
+    any number of slots, and sequence b's is state[state_indices[b]]; where the index is negative, b is skipped and its o
+    is 0.
     Returns o: [B, T, HV, V]. No gradient; allocates nothing else.
     """
     op = "simple_gla_step"
@@ -107,7 +109,7 @@ def _sequences(op, operator, q, k, v, g, g_gamma, scale, initial_state, output_f
 
 
 def _chunk_cpu(q, k, v, g, initial_state, cu_seqlens, scale):
-    kernel, op = native.cpu().gated_delta_chunk_fwd, "chunk_simple_gla"
+    kernel, op = "gated_delta_chunk_fwd", "chunk_simple_gla"
     return recurrence.forward_cpu(kernel, op, q, k, v, g, None, initial_state, cu_seqlens, scale)
 
 
@@ -126,7 +128,7 @@ def _chunk_bwd_fake(do, dfinal_state, q, k, v, g, initial_state, cu_seqlens, sca
 
 
 def _recurrent_cpu(q, k, v, g, initial_state, cu_seqlens, scale):
-    kernel, op = native.cpu().gated_delta_recurrent_fwd, "fused_recurrent_simple_gla"
+    kernel, op = "gated_delta_recurrent_fwd", "fused_recurrent_simple_gla"
     return recurrence.forward_cpu(kernel, op, q, k, v, g, None, initial_state, cu_seqlens, scale)
 
 
@@ -134,8 +136,8 @@ def _recurrent_fake(q, k, v, g, initial_state, cu_seqlens, scale):
     return recurrence.forward_fake("fused_recurrent_simple_gla", q, k, v, g, None, initial_state, cu_seqlens)
 
 
-def _step_cpu(q, k, v, g, state, state_indices, scale):
-    return recurrence.step_cpu("simple_gla_step", q, k, v, g, None, state, state_indices, scale, False)
+def _step_run(q, k, v, g, state, state_indices, scale):
+    return recurrence.step("simple_gla_step", q, k, v, g, None, state, state_indices, scale, False)
 
 
 def _step_fake(q, k, v, g, state, state_indices, scale):
@@ -160,7 +162,7 @@ for _schema, _cpu, _fake in (
         _chunk_bwd_fake,
     ),
     (f"fused_recurrent_simple_gla({_INPUTS}) -> ({_OUTPUTS})", _recurrent_cpu, _recurrent_fake),
-    (f"simple_gla_step({_STEP}) -> Tensor", _step_cpu, _step_fake),
+    (f"simple_gla_step({_STEP}) -> Tensor", _step_run, _step_fake),
 ):
     recurrence.register(_library, _schema, _cpu, _fake)
 for _name in ("chunk_simple_gla", "fused_recurrent_simple_gla"):

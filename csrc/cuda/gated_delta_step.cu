@@ -290,7 +290,8 @@ Status gated_delta_step(const GatedDeltaStepParams& params, Stream stream) {
   return dispatch_dtype(params.dtype, [&]<class Element>() -> Status {
     if (params.K <= Tile<4>::kKeyDim) return launch_step<Tile<4>, Element>(params, stream);
     if (params.K <= Tile<8>::kKeyDim) return launch_step<Tile<8>, Element>(params, stream);
-    if (params.K <= Tile<16>::kKeyDim) return launch_step<Tile<16>, Element>(params, stream);
+    static_assert(Tile<16>::kKeyDim == kStepMaxKeyDim);
+    if (params.K <= kStepMaxKeyDim) return launch_step<Tile<16>, Element>(params, stream);
     return "K is larger than what is built for CUDA";
   });
 }

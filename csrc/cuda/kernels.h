@@ -9,6 +9,9 @@ namespace hypenet::cuda {
 
 using Stream = CUstream_st*;
 
+// The largest K of gated_delta_step.
+constexpr int64_t kStepMaxKeyDim = 256;
+
 Status gated_delta_step(const GatedDeltaStepParams& params, Stream stream);
 
 }  // namespace hypenet::cuda
