@@ -91,10 +91,12 @@ def _silence_loading() -> None:
 
 
 def _report(out: Path) -> None:
+    from halo.demo.demo import RESULTS, write_demo_report
     from halo.progress import say
     from halo.report import write_report
 
-    say(f"report     {write_report(out)}")
+    write = write_demo_report if (out / RESULTS).is_file() else write_report
+    say(f"report     {write(out)}")
 
 
 if __name__ == "__main__":

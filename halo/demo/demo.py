@@ -1,0 +1,168 @@
+"""The demo: convert the small teacher that ships with the package, twice, and show what came of it.
+
+The first conversion chooses its attention layers by measurement; the second, on the same aligned twins, spaces them
+evenly. The teacher, both results, and the first without its attention scale are measured at 1 to 16 times the training
+length. Everything lands under the output directory: demo.md, demo.png, demo.json, and two complete conversions.
+"""
+
+import json
+import time
+from pathlib import Path
+
+from rich.table import Table
+
+from halo.config import STAGE_HELP, Config
+from halo.conversion import DONE, Conversion
+from halo.progress import StageProgress, console, say
+from halo.report import evaluation_table, plot_evaluation, write_report
+from halo.stages.evaluate import evaluate
+
+RESULTS = "demo.json"
+SELECTED, SPACED = "selected", "even"
+TRAINED_STAGES = tuple(stage for stage in STAGE_HELP if stage != "eval")
+TEACHER, CONVERTED, UNSCALED, EVEN = "teacher", "converted", "converted, no scale", "evenly spaced"
+PROMPT = "The `with` statement is used to"
+
+
+def run_demo(config: Config) -> dict:
+    """Runs both conversions and the comparison under config.out; returns what demo.json holds."""
+    began = time.monotonic()
+    out = config.out
+    selected = Conversion(config.model_copy(update={"out": out / SELECTED}))
+    even_selection = config.select.model_copy(update={"score": "even", "layers": None})
+    even = Conversion(
+        config.model_copy(update={"out": out / SPACED, "aligned": out / SELECTED, "select": even_selection}),
+        like=selected,
+    )
+    for conversion in (selected, even):
+        say(f"== {conversion.out}")
+        for stage in TRAINED_STAGES:
+            conversion.run_stage(stage)
+    say("== comparison")
+    rows = _compare(selected, even)
+    record = {
+        "training_length": config.eval.length,
+        "layers": {CONVERTED: selected.layers, EVEN: even.layers},
+        "scale": {CONVERTED: _scale(selected), EVEN: _scale(even)},
+        "rows": rows,
+        "claims": claims(rows),
+        "seconds": {"total": round(time.monotonic() - began, 1)} | _stage_seconds(selected, even),
+    }
+    (out / RESULTS).write_text(json.dumps(record, indent=1))
+    write_demo_report(out)
+    _print(record, out)
+    return record
+
+
+def write_demo_report(out: Path) -> Path:
+    """demo.md, demo.png and the reports of both conversions, from what they measured; returns the path of demo.md."""
+    record = json.loads((out / RESULTS).read_text())
+    plot_evaluation(record["rows"], record["training_length"], out / "demo.png")
+    (out / "demo.md").write_text(_markdown(record))
+    for name in (SELECTED, SPACED):
+        write_report(out / name)
+    return out / "demo.md"
+
+
+def claims(rows: list[dict]) -> list[dict]:
+    """What a conversion should show, each with the numbers and whether they show it."""
+    at = {(row["model"], row["multiple"]): row for row in rows}
+    found = []
+
+    def claim(text: str, shown: bool, numbers: str) -> None:
+        found.append({"claim": text, "shown": bool(shown), "numbers": numbers})
+
+    teacher, student = at[TEACHER, 1], at[CONVERTED, 1]
+    claim(
+        "within 10 % of the teacher's bits per byte at the training length",
+        student["bits_per_byte"] <= 1.1 * teacher["bits_per_byte"],
+        f"{student['bits_per_byte']:.3f} against {teacher['bits_per_byte']:.3f}",
+    )
+    claim(
+        "at least 90 % of the teacher's recall at the training length",
+        student["recall"] >= 0.9 * teacher["recall"],
+        f"{student['recall']:.2f} against {teacher['recall']:.2f}",
+    )
+    for other, text in (
+        (TEACHER, "recall above the teacher's"),
+        (UNSCALED, "recall with the scale at least that without"),
+        (EVEN, "recall above that of evenly spaced layers"),
+    ):
+        for multiple in sorted({row["multiple"] for row in rows if row["multiple"] >= 4}):
+            if (other, multiple) not in at:
+                continue
+            ours, theirs = at[CONVERTED, multiple], at[other, multiple]
+            error = (ours["recall_error"] ** 2 + theirs["recall_error"] ** 2) ** 0.5
+            margin = 0.0 if other == UNSCALED else 2 * error
+            claim(
+                f"{text} at {multiple} x the training length",
+                ours["recall"] >= theirs["recall"] and ours["recall"] - theirs["recall"] >= margin,
+                f"{ours['recall']:.2f} against {theirs['recall']:.2f}, error of the difference {error:.2f}",
+            )
+    return found
+
+
+def _compare(selected: Conversion, even: Conversion) -> list[dict]:
+    student, settings = selected.converted(), selected.config.eval
+    chosen = student.config.attn_logits_scaling
+    models = [(TEACHER, selected.teacher, None), (CONVERTED, student, chosen)]
+    if chosen is not None:
+        models.append((UNSCALED, student, None))
+    spaced = even.converted()
+    models.append((EVEN, spaced, spaced.config.attn_logits_scaling))
+    rows = []
+    with StageProgress("eval", len(models) * len(settings.multiples)) as progress:
+        for label, model, scaling in models:
+            model.config.attn_logits_scaling = scaling
+            for row in evaluate(model, label, selected.corpus, settings):
+                rows.append(row)
+                progress.update(len(rows), f"{label}, {row['length']} tokens: recall {row['recall']:.2f}")
+    return rows
+
+
+def _scale(conversion: Conversion) -> float | None:
+    return json.loads((conversion.directory("scale") / "scale.json").read_text())["a"]
+
+
+def _stage_seconds(selected: Conversion, even: Conversion) -> dict[str, float]:
+    seconds = {}
+    for conversion in (selected, even):
+        for stage in TRAINED_STAGES:
+            path = conversion.out / stage / DONE
+            if path.is_file():
+                seconds[f"{conversion.out.name}/{stage}"] = json.loads(path.read_text())["seconds"]
+    return seconds
+
+
+def _markdown(record: dict) -> str:
+    lines = ["# Conversion of the demo's teacher\n"]
+    for label, layers in record["layers"].items():
+        base = record["scale"][label]
+        scale = "no scale" if base is None else f"scale base a = {base:g}"
+        lines.append(f"- {label}: softmax attention in layers {layers}, {scale}")
+    lines += ["", evaluation_table(record["rows"]), "![recall and bits per byte](demo.png)\n", "## Claims\n"]
+    lines += ["| claim | measured | shown |", "|---|---|---|"]
+    for claim in record["claims"]:
+        lines.append(f"| {claim['claim']} | {claim['numbers']} | {'yes' if claim['shown'] else '**no**'} |")
+    lines += ["", "## Time\n", "| stage | seconds |", "|---|---:|"]
+    lines += [f"| {name} | {seconds:.0f} |" for name, seconds in record["seconds"].items()]
+    lines += ["", "Details: [selected](selected/report.md), [even](even/report.md).", ""]
+    return "\n".join(lines)
+
+
+def _print(record: dict, out: Path) -> None:
+    rows = record["rows"]
+    for key, title in (("recall", "needle recall"), ("bits_per_byte", "bits per byte, held-out text")):
+        table = Table(title=title, title_justify="left")
+        table.add_column("model")
+        lengths = sorted({row["length"] for row in rows})
+        for length in lengths:
+            table.add_column(f"{length}", justify="right")
+        for label in dict.fromkeys(row["model"] for row in rows):
+            values = {row["length"]: row[key] for row in rows if row["model"] == label}
+            table.add_row(label, *(f"{values[n]:.3f}" if values[n] is not None else "-" for n in lengths))
+        console.print(table)
+    for claim in record["claims"]:
+        say(f"{'shown    ' if claim['shown'] else 'NOT shown'}  {claim['claim']}: {claim['numbers']}")
+    say(f"report: {out / 'demo.md'}, plot: {out / 'demo.png'}, numbers: {out / RESULTS}")
+    say(f'try:    hypenet generate --model "{out / SELECTED / "model"}" --prompt "{PROMPT}"')
