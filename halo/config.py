@@ -101,6 +101,7 @@ class LossSettings(TrainingSettings):
 
     token_chunk: PositiveInt = Field(1024, description="tokens whose logits exist at once")
     vocab_chunk: PositiveInt | None = Field(None, description="vocabulary entries whose logits exist at once")
+    checkpoint_activations: bool = Field(False, description="recompute each layer in backward to save memory")
 
 
 class DistillSettings(LossSettings):

@@ -141,6 +141,26 @@ def test_align_changes_mixers_only_and_distill_everything(tmp_path):
     assert unchanged == []
 
 
+@pytest.mark.parametrize("name", ["distill", "finetune"])
+def test_recomputed_activations_give_the_same_gradient(name):
+    gradients = []
+    for checkpoint_activations in (False, True):
+        stage = make_stage(name, checkpoint_activations=checkpoint_activations)
+        module = stage.build()
+        stage.loss(random_batch())[0].backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in module.parameters()]))
+        assert module.is_activation_checkpointing == checkpoint_activations
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_bfloat16_arithmetic_trains_float32_weights(name, tmp_path):
+    module = train(make_stage(name, steps=30), OneBatch(random_batch()), tmp_path, CPU, precision="bf16")
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+    first, *_, last = losses(tmp_path)
+    assert last < 0.6 * first
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_micro_batches_give_the_gradient_of_the_batch(name):
     gradients = []

@@ -22,6 +22,8 @@ class Distill:
 
     def build(self) -> nn.Module:
         self.teacher.requires_grad_(False).eval()
+        if self.settings.checkpoint_activations:
+            self.student.activation_checkpointing_enable()
         return self.student.requires_grad_(True).train()
 
     def loss(self, batch: Batch):

@@ -19,6 +19,8 @@ class Finetune:
     name: ClassVar[str] = "finetune"
 
     def build(self) -> nn.Module:
+        if self.settings.checkpoint_activations:
+            self.student.activation_checkpointing_enable()
         return self.student.requires_grad_(True).train()
 
     def loss(self, batch: Batch):
