@@ -2,6 +2,7 @@
 
 from hypenet_kernels.gated_delta import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule, gated_delta_step
 from hypenet_kernels.hype_attention import hype_attention, hype_attention_decode
+from hypenet_kernels.report import report
 from hypenet_kernels.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla, simple_gla_step
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "gated_delta_step",
     "hype_attention",
     "hype_attention_decode",
+    "report",
     "simple_gla_step",
 ]

@@ -1,0 +1,54 @@
+# The whole path from a checkout: needs Python 3.11 or newer, a C++20 compiler and make. Everything lands in .venv, which is
+# made once. All paths are relative, so a checkout may lie in a folder with spaces in its name.
+VENV := .venv
+PYTHON_IN_VENV := $(VENV)/bin/python
+PIP := $(PYTHON_IN_VENV) -m pip --disable-pip-version-check --quiet
+INSTALLED := $(VENV)/installed
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+CXX_FILES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+KERNEL_TESTS := $(wildcard tests/test_gated_delta*.py tests/test_simple_gla*.py tests/test_hype_attention*.py tests/test_recurrence*.py)
+
+.PHONY: demo test test-asan lint clean
+
+demo: $(INSTALLED)
+	$(VENV)/bin/halo demo
+
+test: $(INSTALLED)
+	$(PYTHON_IN_VENV) -m pytest
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+# The kernels under AddressSanitizer and UBSan, in a build of their own. -P keeps the checkout's own modules out of it.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+SANITIZED := LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	PYTHONPATH="$$(echo build/asan/lib.*)" $(PYTHON_IN_VENV) -P
+test-asan: $(INSTALLED)
+	CXXFLAGS="$(SANITIZE) -O1 -g -fno-omit-frame-pointer" LDFLAGS="$(SANITIZE)" HYPENET_SKIP_CUDA_BUILD=1 \
+		$(PYTHON_IN_VENV) setup.py --quiet build --build-base build/asan
+	$(SANITIZED) -c "from hypenet_kernels import native; assert 'asan' in native.cpu().__file__, native.cpu()"
+	$(SANITIZED) -m pytest -k "not compile and not opcheck" $(KERNEL_TESTS)
+
+clean:
+	rm -rf build hypenet.egg-info hypenet_kernels/*.so hypenet_kernels/_build.json $(INSTALLED)
+
+# Editable, so that tests and demo see the checkout; without build isolation, so that a rebuild needs no network.
+$(INSTALLED): $(SOURCES) | $(PYTHON_IN_VENV)
+	$(PIP) install --constraint constraints.txt setuptools pybind11 ninja
+	$(PIP) install --constraint constraints.txt --no-build-isolation --editable ".[halo,test,dev]"
+	@touch $@
+
+$(PYTHON_IN_VENV):
+	@for python in "$${PYTHON:-python3}" python3.14 python3.13 python3.12 python3.11; do \
+		if "$$python" -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null; then \
+			"$$python" -m venv $(VENV) && exit 0; \
+			rm -rf $(VENV); \
+			echo "make: $$python cannot make a virtual environment (Debian, Ubuntu: apt install python3-venv)" >&2; \
+			exit 1; \
+		fi; \
+	done; \
+	echo "make: Python 3.11 or newer was not found; name one with: make PYTHON=/path/to/python3" >&2; \
+	exit 1
