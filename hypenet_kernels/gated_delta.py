@@ -7,7 +7,6 @@ Source: Gated Delta Networks (arXiv 2412.06464), equation 10; chunk form: see cs
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from hypenet_kernels import checks, recurrence
 
@@ -97,8 +96,8 @@ def gated_delta_step(q, k, v, g, beta, state, *, scale=None, state_indices=None,
 
     q, k: [B, T, H, K]; v: [B, T, HV, V]; g, beta: [B, T, HV]; dtypes, scale and errors as in `chunk_gated_delta_rule`.
     state: [B, HV, K, V], contiguous, in the accumulation type. With state_indices ([B], int32 or int64) it is a pool of
-    any number of slots, and sequence b's is state[state_indices[b]]; where the index is negative, b is skipped and its o
-    is 0.
+    any number of slots, and sequence b's is state[state_indices[b]]; where the index is negative, b is skipped and
+    its o is 0.
     Returns o: [B, T, HV, V]. No gradient; allocates nothing else.
     """
     op = "gated_delta_step"
@@ -147,7 +146,6 @@ def _step_fake(q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm):
     return recurrence.step_fake("gated_delta_step", q, k, v, g, beta, state, state_indices)
 
 
-@once_differentiable
 def _backward(ctx, do, dfinal_state):
     return recurrence.backward(ctx, _chunk_bwd, do, dfinal_state)
 
@@ -175,6 +173,7 @@ for _name in ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"):
     torch.library.register_autograd(
         f"hypenet::{_name}", _backward, setup_context=recurrence.setup_context, lib=_library
     )
+recurrence.refuse_second_derivative(_library, "chunk_gated_delta_rule_bwd")
 
 _chunk = torch.ops.hypenet.chunk_gated_delta_rule.default
 _chunk_bwd = torch.ops.hypenet.chunk_gated_delta_rule_bwd.default

@@ -178,12 +178,13 @@ def setup_context(ctx, inputs, output):
 
 def backward(ctx, backward_op, do, dfinal_state):
     """The gradient of every input of a forward op, None for cu_seqlens and scale."""
-    q, _, v, *_, initial_state, _ = ctx.saved_tensors
+    saved = ctx.saved_tensors  # read once: activation checkpointing allows no second time
+    q, _, v, *_, initial_state, _ = saved
     if do is None:
         if dfinal_state is None:
-            return (None,) * (len(ctx.saved_tensors) + 1)
+            return (None,) * (len(saved) + 1)
         do = q.new_zeros(v.shape)
-    *gradients, dinitial_state = backward_op(do, dfinal_state, *ctx.saved_tensors, ctx.scale)
+    *gradients, dinitial_state = backward_op(do, dfinal_state, *saved, ctx.scale)
     return *gradients, None if initial_state is None else dinitial_state, None, None
 
 
@@ -273,3 +274,12 @@ def register(library, schema, run, fake):
     if name in native.CUDA_OPS:
         library.impl(name, run, "CUDA")
     torch.library.register_fake(f"hypenet::{name}", fake, lib=library)
+
+
+def refuse_second_derivative(library, backward_name):
+    """Gives a backward op a gradient that raises, as without one a second derivative would silently miss terms."""
+
+    def refuse(ctx, *_):
+        raise RuntimeError(f"{backward_name}: there is no second derivative")
+
+    torch.library.register_autograd(f"hypenet::{backward_name}", refuse, lib=library)

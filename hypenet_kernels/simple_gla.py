@@ -9,7 +9,6 @@ without the delta correction, see csrc/cpu/gated_delta_chunk_fwd.cpp.
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from hypenet_kernels import checks, recurrence
 
@@ -71,8 +70,8 @@ def simple_gla_step(q, k, v, g, state, *, scale=None, state_indices=None):
 
     q, k: [B, T, H, K]; v: [B, T, HV, V]; g: [B, T, HV]; dtypes, scale and errors as in `chunk_simple_gla`.
     state: [B, HV, K, V], contiguous, in the accumulation type. With state_indices ([B], int32 or int64) it is a pool of
-    any number of slots, and sequence b's is state[state_indices[b]]; where the index is negative, b is skipped and its o
-    is 0.
+    any number of slots, and sequence b's is state[state_indices[b]]; where the index is negative, b is skipped and
+    its o is 0.
     Returns o: [B, T, HV, V]. No gradient; allocates nothing else.
     """
     op = "simple_gla_step"
@@ -144,7 +143,6 @@ def _step_fake(q, k, v, g, state, state_indices, scale):
     return recurrence.step_fake("simple_gla_step", q, k, v, g, None, state, state_indices)
 
 
-@once_differentiable
 def _backward(ctx, do, dfinal_state):
     return recurrence.backward(ctx, _chunk_bwd, do, dfinal_state)
 
@@ -169,6 +167,7 @@ for _name in ("chunk_simple_gla", "fused_recurrent_simple_gla"):
     torch.library.register_autograd(
         f"hypenet::{_name}", _backward, setup_context=recurrence.setup_context, lib=_library
     )
+recurrence.refuse_second_derivative(_library, "chunk_simple_gla_bwd")
 
 _chunk = torch.ops.hypenet.chunk_simple_gla.default
 _chunk_bwd = torch.ops.hypenet.chunk_simple_gla_bwd.default

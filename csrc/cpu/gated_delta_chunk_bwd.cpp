@@ -247,7 +247,8 @@ class Task {
     for (int64_t i = 0; i < c; ++i) {
       const T *gamma = x_.decay.between + i * C_, *X = x_.outer + (c + i) * C_, *P = x_.system + (c + i) * C_;
       T row_sum = 0;
-      for (int64_t j = 0; j <= i; ++j) {
+      x_.dn[i * C_ + i] += scale_ * X[i];
+      for (int64_t j = 0; j < i; ++j) {
         x_.dn[i * C_ + j] += scale_ * X[j] * gamma[j];
         row_sum += X[j] * P[j];
         columns[j] += X[j] * P[j];
@@ -291,7 +292,9 @@ class Task {
     }
     double whole = double(x_.decay.whole) * dot(K_ * V_, S, dS);
     for (int64_t j = 0; j < c; ++j) {
-      dG[j] += double(by_state[j]) + by_state[c + j] - by_next[j];
+      dG[j] += double(by_state[j]) + by_state[c + j];
+      if (j + 1 == c) break;  // the last token does not decay on its way to the end
+      dG[j] -= by_next[j];
       whole += by_next[j];
     }
     dG[c - 1] += whole;

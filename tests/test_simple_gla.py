@@ -1,0 +1,64 @@
+"""Simple GLA over whole sequences: chunk and recurrent form against the loop over t, in value and gradient."""
+
+import torch
+from recurrence_suite import ORDINARY, SequenceOp, assert_forward, assert_gradients, cotangents, forward, gradients
+
+import hypenet_kernels
+from hypenet_kernels import reference
+
+
+class SimpleGLA(SequenceOp):
+    delta = False
+    reference = staticmethod(reference.chunk_simple_gla)
+
+    def constant(self, dtype=torch.float32):
+        """Inputs with g_gamma: the slopes of Lightning attention, from nearly none to strong."""
+        inputs = self.inputs(ORDINARY, dtype)
+        del inputs["g"]
+        return inputs | {"g_gamma": -torch.tensor([1e-3, 0.1, 1.0, 8.0]).to(inputs["initial_state"].dtype)}
+
+    def test_constant_decay(self):
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            assert_forward(self.op, self.reference, self.constant(dtype))
+            assert_gradients(self.op, self.reference, self.constant(dtype))
+
+    def test_constant_decay_is_that_decay_everywhere(self):
+        inputs = self.constant()
+        g = inputs["g_gamma"].expand(ORDINARY.B, ORDINARY.T, ORDINARY.HV).contiguous()
+        spelt_out = {name: x for name, x in inputs.items() if name != "g_gamma"} | {"g": g}
+        for a, b in zip(forward(self.op, inputs), forward(self.op, spelt_out), strict=True):
+            assert a.equal(b)
+
+    def test_no_decay_by_default(self):
+        inputs = self.inputs(ORDINARY, decay_kind="none")
+        expected = forward(self.op, inputs)
+        for a, b in zip(forward(self.op, inputs | {"g": None}), expected, strict=True):
+            assert a.equal(b)
+
+    def test_constant_decay_of_another_float_type(self):
+        inputs = self.constant()
+        inputs["g_gamma"] = inputs["g_gamma"].bfloat16()
+        assert gradients(self.op, inputs, *cotangents(inputs))["g_gamma"].dtype == torch.bfloat16
+
+    def test_wrong_constant_decay(self):
+        self.bad(ValueError, "g_gamma must be left out where g is given", g_gamma=torch.zeros(4))
+        self.bad(ValueError, r"g_gamma must have shape \[4\], got \[2\]", g=None, g_gamma=torch.zeros(2))
+        self.bad(TypeError, "g_gamma must be float64 or", g=None, g_gamma=torch.zeros(4, dtype=torch.int64))
+        self.bad(TypeError, "g_gamma must be a tensor, got float", g=None, g_gamma=-0.5)
+
+
+class TestChunk(SimpleGLA):
+    op = staticmethod(hypenet_kernels.chunk_simple_gla)
+    name = "chunk_simple_gla"
+
+    def test_bwd_opcheck(self):
+        inputs = self.inputs(ORDINARY)
+        do, dfinal_state = cotangents(inputs)
+        for last in (None, dfinal_state):
+            args = (do, last, *inputs.values(), None, 0.5)
+            torch.library.opcheck(torch.ops.hypenet.chunk_simple_gla_bwd.default, args)
+
+
+class TestFusedRecurrent(SimpleGLA):
+    op = staticmethod(hypenet_kernels.fused_recurrent_simple_gla)
+    name = "fused_recurrent_simple_gla"
