@@ -19,6 +19,7 @@ from torch import nn
 from halo import models, plan
 from halo.config import STAGE_HELP, Config, HaloError
 from halo.data import Corpus
+from halo.journal import Journal
 from halo.progress import StageProgress, say, warn
 from halo.stages.align import Align
 from halo.stages.distill import Distill
@@ -26,7 +27,7 @@ from halo.stages.evaluate import evaluate
 from halo.stages.finetune import Finetune
 from halo.stages.scale import choose_scale
 from halo.stages.select import measure_swaps
-from halo.trainer import CHECKPOINT, Stage, train, write_atomically
+from halo.trainer import CHECKPOINT, METRICS, Stage, train, write_atomically
 
 STAGES = tuple(STAGE_HELP)
 DONE = "done.json"
@@ -146,9 +147,9 @@ class Conversion:
         else:
             twins = models.load_hypenet(self.directory("align"), self.device)
             with StageProgress("select", num_layers) as progress:
-                measured = measure_swaps(
-                    self.teacher, twins, self.corpus, settings, lambda done: progress.update(done, "layers swapped")
-                )
+                report = lambda done: progress.update(done, "layers swapped")  # noqa: E731
+                journal = self._journal("select")
+                measured = measure_swaps(self.teacher, twins, self.corpus, settings, journal, report)
             rule = plan.ScoreRule(settings.score, settings.language_weight, settings.eps)
             chosen = plan.choose(measured, keep, rule, settings.bootstrap, settings.stable_share, seed)
             record |= _selection_record(measured, chosen)
@@ -175,9 +176,8 @@ class Conversion:
         student = models.load_hypenet(self.directory("finetune"), self.device)
         grid = self.config.scale.grid
         with StageProgress("scale", len(grid)) as progress:
-            rows = choose_scale(
-                student, self.corpus, self.config.scale, lambda done: progress.update(done, "bases tried")
-            )
+            report = lambda done: progress.update(done, "bases tried")  # noqa: E731
+            rows = choose_scale(student, self.corpus, self.config.scale, self._journal("scale"), report)
         best, second = rows[0], rows[1] if len(rows) > 1 else None
         if second and second["advantage_error"] is not None and second["advantage"] < 2 * second["advantage_error"]:
             warn(
@@ -196,13 +196,7 @@ class Conversion:
         labelled = [("teacher", self.teacher, None), ("converted", student, chosen)]
         if chosen is not None:
             labelled.append(("converted, no scale", student, None))
-        rows = []
-        with StageProgress("eval", len(labelled) * len(settings.multiples)) as progress:
-            for label, model, scaling in labelled:
-                model.config.attn_logits_scaling = scaling
-                for row in evaluate(model, label, self.corpus, settings):
-                    rows.append(row)
-                    progress.update(len(rows), f"{label}, {row['length']} tokens: recall {row['recall']:.2f}")
+        rows = evaluate(labelled, self.corpus, settings, self._journal("eval"))
         _write_json(self.directory("eval") / RESULTS, {"training_length": settings.length, "rows": rows})
 
     def _train(self, stage: Stage) -> None:
@@ -210,6 +204,9 @@ class Conversion:
         offset = STAGES.index(stage.name)
         batches = self.corpus.batches(settings.length, settings.batch, settings.needle_ratio, offset)
         train(stage, batches, self.directory(stage.name), self.device, self.config.precision, self.config.seed)
+
+    def _journal(self, stage: str) -> Journal:
+        return Journal(self.directory(stage) / METRICS, self._settings(stage))
 
     def _settings(self, stage: str) -> dict:
         """All settings that a stage's result depends on, its own and those of the stages before it."""

@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 import hypenet
 from halo import models
 from halo.cli import app
-from halo.config import DataSettings, ScaleSettings, SelectSettings, make_config
+from halo.config import DataSettings, HaloError, ScaleSettings, SelectSettings, make_config
 from halo.conversion import STAGES, Conversion
 from halo.data import Corpus
+from halo.journal import Journal
 from halo.plan import even_layers
 from halo.stages.scale import choose_scale, long_documents
 from halo.stages.select import RecallEpisodes, chunk_losses, measure_swaps
@@ -75,6 +76,42 @@ def test_evaluation_covers_models_and_lengths(converted):
     assert [(row["length"], row["multiple"]) for row in record["rows"]] == [(160, 1), (320, 2)] * len(labels)
     for row in record["rows"]:
         assert 0 <= row["recall"] <= 1 and 0 < row["bits_per_byte"] < 20
+
+
+@pytest.mark.parametrize("stage", ["select", "scale", "eval"])
+def test_interrupted_measurement_takes_up_where_it_was(converted, tmp_path, monkeypatch, stage):
+    config = make_config(yaml.safe_load((converted.out / "config.yaml").read_text()))
+    result = {"select": "selection.json", "scale": "scale.json", "eval": "results.json"}[stage]
+    directory = converted.out / stage
+    expected, lines = json.loads((directory / result).read_text()), (directory / "metrics.jsonl").read_text()
+    # Settings and two pieces are whole; a kill cut the third.
+    whole = lines.splitlines(keepends=True)[:3]
+    (directory / "metrics.jsonl").write_text("".join(whole) + lines.splitlines()[3][:20])
+    for name in ("done.json", result):
+        (directory / name).unlink()
+    counted = []
+    monkeypatch.setattr(Journal, "once", _counting(Journal.once, counted))
+    Conversion(config).run_stage(stage)
+    assert json.loads((directory / result).read_text()) == expected
+    assert (directory / "metrics.jsonl").read_text() == lines
+    assert counted.count(False) == 2 and counted.count(True) == len(counted) - 2 > 0
+
+
+def _counting(once, counted):
+    """Notes for every piece whether it had to be measured."""
+
+    def counting(self, key, measure):
+        counted.append(key not in self.pieces)
+        return once(self, key, measure)
+
+    return counting
+
+
+def test_journal_of_other_settings_is_refused(tmp_path):
+    Journal(tmp_path / "m.jsonl", {"a": 1}).once("x", lambda: 3)
+    assert Journal(tmp_path / "m.jsonl", {"a": 1}).once("x", lambda: 4) == 3
+    with pytest.raises(HaloError, match="must come from the same settings"):
+        Journal(tmp_path / "m.jsonl", {"a": 2})
 
 
 def test_report_tells_the_run(converted):
@@ -181,12 +218,13 @@ def corpus(inputs):
     return Corpus(DataSettings(source=str(inputs / "text"), held_out=0.3, needle_ratio=0.3), tiny_tokenizer())
 
 
-def test_measured_swaps_are_paired_over_the_same_samples(corpus):
+def test_measured_swaps_are_paired_over_the_same_samples(corpus, tmp_path):
     teacher = tiny_teacher(tokenizer=corpus.tokenizer)
     twins = models.make_twins(teacher, "lightning")
     settings = SelectSettings(recall_samples=3, recall_length=160, language_samples=5, language_length=32, batch=2)
     done = []
-    measured = measure_swaps(teacher, twins, corpus, settings, done.append)
+    journal = Journal(tmp_path / "metrics.jsonl", {})
+    measured = measure_swaps(teacher, twins, corpus, settings, journal, done.append)
     assert done == [1, 2, 3]
     chunks = corpus.held_out_chunks(5, 32)
     assert np.array_equal(measured.loss, chunk_losses(teacher, chunks, batch=2))
@@ -233,11 +271,11 @@ class NextTokenOracle(nn.Module):
 
 
 @pytest.mark.parametrize(("best", "expected"), [("hype 100", 100), (None, None), ("hype 10", 10)])
-def test_scale_takes_the_base_with_the_least_loss(corpus, best, expected):
+def test_scale_takes_the_base_with_the_least_loss(corpus, tmp_path, best, expected):
     model = NextTokenOracle(len(corpus.tokenizer))
     model.certainty[best] = 9.0
     settings = ScaleSettings(grid=[None, 10, 100, 1000], length=60, documents=4, needle_ratio=0.0)
-    rows = choose_scale(model, corpus, settings, lambda done: None)
+    rows = choose_scale(model, corpus, settings, Journal(tmp_path / "metrics.jsonl", {}), lambda done: None)
     assert rows[0]["a"] == expected and model.config.attn_logits_scaling == best
     assert [row["loss"] for row in rows] == sorted(row["loss"] for row in rows)
     assert rows[0]["advantage"] == 0 and rows[1]["advantage"] == pytest.approx(rows[1]["loss"] - rows[0]["loss"])

@@ -13,7 +13,8 @@ from rich.table import Table
 
 from halo.config import STAGE_HELP, Config
 from halo.conversion import DONE, Conversion
-from halo.progress import StageProgress, console, say
+from halo.journal import Journal
+from halo.progress import console, say
 from halo.report import evaluation_table, plot_evaluation, write_report
 from halo.stages.evaluate import evaluate
 
@@ -110,14 +111,8 @@ def _compare(selected: Conversion, even: Conversion) -> list[dict]:
         models.append((UNSCALED, student, None))
     spaced = even.converted()
     models.append((EVEN, spaced, spaced.config.attn_logits_scaling))
-    rows = []
-    with StageProgress("eval", len(models) * len(settings.multiples)) as progress:
-        for label, model, scaling in models:
-            model.config.attn_logits_scaling = scaling
-            for row in evaluate(model, label, selected.corpus, settings):
-                rows.append(row)
-                progress.update(len(rows), f"{label}, {row['length']} tokens: recall {row['recall']:.2f}")
-    return rows
+    plain = selected.config.model_dump(mode="json")
+    return evaluate(models, selected.corpus, settings, Journal(selected.config.out.parent / "eval.jsonl", plain))
 
 
 def _scale(conversion: Conversion) -> float | None:

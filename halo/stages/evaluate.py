@@ -1,37 +1,54 @@
 """Recall and bits per byte of a model at multiples of the training length."""
 
-from collections.abc import Iterator
+from functools import partial
 
+import numpy as np
 from torch import nn
 
 from halo.config import EvalSettings
 from halo.data import Corpus
 from halo.evaluation.needle import recall, token_stream
 from halo.evaluation.perplexity import bits_per_byte
+from halo.journal import Journal
+from halo.progress import StageProgress
 
 TOKENS_PER_FORWARD = 8192
 
 
-def evaluate(model: nn.Module, label: str, corpus: Corpus, settings: EvalSettings) -> Iterator[dict]:
-    """One row per length: recall and bits per byte on held-out text, each with a standard error.
+def evaluate(
+    labelled: list[tuple[str, nn.Module, str | None]], corpus: Corpus, settings: EvalSettings, journal: Journal
+) -> list[dict]:
+    """One row per model and length: recall and bits per byte on held-out text, each with a standard error.
 
-    A length longer than all held-out text has bits_per_byte None.
+    `labelled`: name, model, and the attn_logits_scaling to measure it with. A length longer than all held-out text has
+    bits_per_byte None.
     """
-    tokenizer = corpus.tokenizer
-    stream = token_stream(tokenizer, corpus.held_out_texts())
-    for multiple in settings.multiples:
-        length = settings.length * multiple
-        batch = max(1, TOKENS_PER_FORWARD // length)
-        needles = recall(model, tokenizer, length, settings.recall_samples, haystack=stream, batch_size=batch)
-        text = {"bits_per_byte": None, "stderr": None}
-        if len(stream) >= length:
-            text = bits_per_byte(model, tokenizer, stream, length, settings.text_tokens, batch_size=batch)
-        yield {
-            "model": label,
-            "multiple": multiple,
-            "length": length,
-            "recall": needles["recall"],
-            "recall_error": needles["stderr"],
-            "bits_per_byte": text["bits_per_byte"],
-            "bits_per_byte_error": text["stderr"],
-        }
+    stream = token_stream(corpus.tokenizer, corpus.held_out_texts())
+    rows = []
+    with StageProgress("eval", len(labelled) * len(settings.multiples)) as progress:
+        for label, model, scaling in labelled:
+            model.config.attn_logits_scaling = scaling
+            for multiple in settings.multiples:
+                measure = partial(_measure, model, label, multiple, corpus.tokenizer, stream, settings)
+                rows.append(journal.once(f"{label}, {multiple}", measure))
+                length = settings.length * multiple
+                progress.update(len(rows), f"{label}, {length} tokens: recall {rows[-1]['recall']:.2f}")
+    return rows
+
+
+def _measure(model, label: str, multiple: int, tokenizer, stream: np.ndarray, settings: EvalSettings) -> dict:
+    length = settings.length * multiple
+    batch = max(1, TOKENS_PER_FORWARD // length)
+    needles = recall(model, tokenizer, length, settings.recall_samples, haystack=stream, batch_size=batch)
+    text = {"bits_per_byte": None, "stderr": None}
+    if len(stream) >= length:
+        text = bits_per_byte(model, tokenizer, stream, length, settings.text_tokens, batch_size=batch)
+    return {
+        "model": label,
+        "multiple": multiple,
+        "length": length,
+        "recall": needles["recall"],
+        "recall_error": needles["stderr"],
+        "bits_per_byte": text["bits_per_byte"],
+        "bits_per_byte_error": text["stderr"],
+    }

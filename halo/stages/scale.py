@@ -9,11 +9,12 @@ from torch import nn
 from halo import models
 from halo.config import ScaleSettings
 from halo.data import Corpus
+from halo.journal import Journal
 from halo.stages.select import chunk_losses
 
 
 def choose_scale(
-    model: nn.Module, corpus: Corpus, settings: ScaleSettings, on_progress: Callable[[int], None]
+    model: nn.Module, corpus: Corpus, settings: ScaleSettings, journal: Journal, on_progress: Callable[[int], None]
 ) -> list[dict]:
     """Loss and its standard error for every base in the grid, best first; leaves the best one set in `model`.
 
@@ -24,7 +25,7 @@ def choose_scale(
     losses = []
     for done, base in enumerate(settings.grid, 1):
         models.set_logit_scale_base(model, base)
-        losses.append(chunk_losses(model, documents, batch=1))
+        losses.append(np.array(journal.once(f"a = {base}", lambda: chunk_losses(model, documents, batch=1).tolist())))
         on_progress(done)
     best = int(np.argmin([loss.mean() for loss in losses]))
     models.set_logit_scale_base(model, settings.grid[best])

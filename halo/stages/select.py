@@ -1,6 +1,7 @@
 """Layer selection: each layer of the teacher swapped for its aligned twin in memory, measured on the same samples."""
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from halo import models
 from halo.config import SelectSettings
 from halo.data import Batch, Corpus
 from halo.evaluation.needle import NUM_DIGITS, NeedleTask
+from halo.journal import Journal
 from halo.losses import next_token_labels, token_losses
 from halo.plan import Measurements
 
@@ -17,22 +19,33 @@ NUM_NEEDLES, NUM_QUERIES = 4, 3
 
 
 def measure_swaps(
-    teacher: nn.Module, twins: nn.Module, corpus: Corpus, settings: SelectSettings, on_progress: Callable[[int], None]
+    teacher: nn.Module,
+    twins: nn.Module,
+    corpus: Corpus,
+    settings: SelectSettings,
+    journal: Journal,
+    on_progress: Callable[[int], None],
 ) -> Measurements:
     """Per-sample recall and loss of the teacher and of all one-layer swaps; `on_progress` gets the number done."""
     teacher.eval()
     episodes = RecallEpisodes(corpus, settings.recall_samples, settings.recall_length)
     chunks = corpus.held_out_chunks(settings.language_samples, settings.language_length)
-    measure = lambda: (episodes.recall(teacher, settings.batch), chunk_losses(teacher, chunks, settings.batch))  # noqa: E731
-    recall, loss = measure()
-    swapped_recall, swapped_loss = [], []
-    for layer in range(teacher.config.num_hidden_layers):
+
+    def measure() -> dict[str, list[float]]:
+        recall, loss = episodes.recall(teacher, settings.batch), chunk_losses(teacher, chunks, settings.batch)
+        return {"recall": recall.tolist(), "loss": loss.tolist()}
+
+    def measure_swap(layer: int) -> dict[str, list[float]]:
         with models.swapped(teacher, twins, layer):
-            layer_recall, layer_loss = measure()
-        swapped_recall.append(layer_recall)
-        swapped_loss.append(layer_loss)
+            return measure()
+
+    whole = journal.once("teacher", measure)
+    swaps = []
+    for layer in range(teacher.config.num_hidden_layers):
+        swaps.append(journal.once(f"layer {layer}", partial(measure_swap, layer)))
         on_progress(layer + 1)
-    return Measurements(recall, loss, np.stack(swapped_recall), np.stack(swapped_loss))
+    recalls, losses = (np.array([swap[name] for swap in swaps]) for name in ("recall", "loss"))
+    return Measurements(np.array(whole["recall"]), np.array(whole["loss"]), recalls, losses)
 
 
 class RecallEpisodes:
