@@ -66,10 +66,11 @@ def run(
     defaults: the values of gates that may be None.
     """
     check_tensors(op, q, k=k, v=v, initial_state=initial_state, cu_seqlens=cu_seqlens, **gates)
+    checks.require(op, k=k, v=v)
     for name, value in (defaults or {}).items():
         if gates[name] is None:
-            gates[name] = v.new_full((), value).expand(v.shape[:3])
-    checks.require(op, k=k, v=v, **gates)
+            gates[name] = v.new_full((), value, dtype=native.accumulator(q.dtype)).expand(v.shape[:3])
+    checks.require(op, **gates)
     if use_qk_l2norm:
         q, k = l2norm(q), l2norm(k)
     gates = (accumulated(op, name, x, q) for name, x in gates.items())

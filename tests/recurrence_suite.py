@@ -320,6 +320,7 @@ class SequenceOp:
     def test_wrong_kind(self):
         self.bad(TypeError, "q must be a tensor, got list", q=[1.0])
         self.bad(TypeError, "k must be a tensor, got NoneType", k=None)
+        self.bad(TypeError, "v must be a tensor, got NoneType", v=None)
         self.bad(TypeError, "initial_state must be a tensor, got float", initial_state=0.0)
         self.bad(TypeError, "q must be float64 or .*, got int64", q=torch.zeros(2, 71, 2, 24, dtype=torch.int64))
         self.bad(TypeError, "k must have q's dtype", k=torch.zeros(2, 71, 2, 24).bfloat16())
