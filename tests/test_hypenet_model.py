@@ -224,7 +224,7 @@ def test_refusals():
 
 
 def test_training_forward_compiles_without_a_break():
-    model = small_model(dtype=torch.float32).train()
+    model = small_model(["attn", "lightning-attn", "gdn"], torch.float32).train()
     compiled = torch.compile(model.model, backend="eager", fullgraph=True)
     ids = tokens(2, 21)
     assert torch.equal(compiled(ids).last_hidden_state, model.model(ids).last_hidden_state)
