@@ -1,8 +1,6 @@
-"""Builds the native modules: one CPU module per instruction-set level, and the CUDA module where nvcc is found.
+"""Builds the native modules, without PyTorch: one for each CPU level, and the CUDA one where nvcc is found."""
 
-Needs no PyTorch. What decides is a pure function of the environment; NinjaBuild writes one build.ninja and runs it.
-"""
-
+import glob
 import json
 import os
 import platform
@@ -21,17 +19,12 @@ ROOT = Path(__file__).resolve().parent
 X86_LEVELS = {"baseline": [], "v3": ["-march=x86-64-v3"], "v4": ["-march=x86-64-v4"]}
 LEVELS = X86_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
 CXX_FLAGS = shlex.split("-std=c++20 -O3 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -Wall -Wextra")
-NVCC_FLAGS = shlex.split(
-    "-std=c++20 -O3 -Xcompiler=-fPIC,-fvisibility=hidden -Xptxas=--warn-on-spills,--warning-as-error"
-)
-BINDINGS = "csrc/bindings.cpp"
-HIDE_CUDART = "-Xlinker=--exclude-libs=ALL"  # or its calls may bind to another CUDA runtime in the process
+NVCC_FLAGS = shlex.split("-std=c++20 -O3 -Xcompiler=-fPIC -Xptxas=--warn-on-spills,--warning-as-error")
+# The CUDA runtime is linked statically, and hidden, or its calls might bind to another runtime in the process.
+NVLINK_FLAGS = ["-shared", "-cudart=static", "-Xlinker=--exclude-libs=ALL"]
 CUDA_TARGETS = "8.0;9.0a+PTX"
 GB_PER_JOB = 1.5  # of memory, for one compiler
-NO_CXX = (
-    "install g++ 11 or newer (Debian, Ubuntu: apt install build-essential; Fedora: dnf install gcc-c++), or set CXX"
-)
-NO_HEADERS = "install Python's headers (Debian, Ubuntu: apt install python3-dev; Fedora: dnf install python3-devel)"
+NO_CXX = "install g++ >= 11 (Debian, Ubuntu: apt install build-essential; Fedora: dnf install gcc-c++), or set CXX"
 CXX20_PROBE = "#include <bit>\n#include <concepts>\n#include <omp.h>\nint main() { return std::bit_cast<int>(1.0f); }\n"
 
 
@@ -52,7 +45,7 @@ def find_nvcc(env, usual="/usr/local/cuda", site_packages=tuple(sys.path)):
     """Path of nvcc by CUDA_HOME, CUDA_PATH, PATH, the usual folder, pip's nvidia packages; None where there is none."""
     candidates = [Path(env[name], "bin/nvcc") for name in ("CUDA_HOME", "CUDA_PATH") if env.get(name)]
     candidates += [Path(folder, "nvcc") for folder in env.get("PATH", "").split(os.pathsep) if folder]
-    candidates.append(Path(usual, "bin/nvcc"))
+    candidates += [Path(usual, "bin/nvcc")]
     for folder in site_packages:
         candidates += sorted(Path(folder).glob("nvidia/*/bin/nvcc"), reverse=True)
     return next((str(path) for path in candidates if path.is_file()), None)
@@ -75,10 +68,9 @@ def gencode(targets):
         parts = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", target)
         if not parts or int(parts[1]) < 8:
             sys.exit(f"hypenet: TORCH_CUDA_ARCH_LIST must name targets >= 8.0, like '{CUDA_TARGETS}', got '{target}'")
-        major, minor, kind, ptx = parts.groups()
-        flags.append(f"-gencode=arch=compute_{major}{minor}{kind},code=sm_{major}{minor}{kind}")
-        if ptx:
-            flags.append(f"-gencode=arch=compute_{major}{minor},code=compute_{major}{minor}")
+        number, kind = parts[1] + parts[2], parts[3]
+        flags.append(f"-gencode=arch=compute_{number}{kind},code=sm_{number}{kind}")
+        flags += [f"-gencode=arch=compute_{number},code=compute_{number}"] if parts[4] else []
     return flags
 
 
@@ -87,37 +79,15 @@ def num_jobs(env, cores, memory_gb):
     return int(env.get("MAX_JOBS") or max(1, min(cores, memory_gb / GB_PER_JOB)))
 
 
-def ninja_rules(env, cxx, nvcc, targets):
-    """One rule per compiler and per linker; `nvcc` is None without CUDA."""
-    cxx_flags, ld_flags = shlex.split(env.get("CXXFLAGS", "")), shlex.split(env.get("LDFLAGS", ""))
-    commands = {"cxx": [*cxx, *CXX_FLAGS, *cxx_flags], "link": [*cxx, "-shared", "-fopenmp", *ld_flags]}
+def commands(env, cxx, nvcc, targets):
+    """rule -> its command, for each compiler and each linker; `nvcc` is None without CUDA."""
+    rules = {"cxx": [*cxx, *CXX_FLAGS, *shlex.split(env.get("CXXFLAGS", ""))]}
+    rules["link"] = [*cxx, "-shared", "-fopenmp", *shlex.split(env.get("LDFLAGS", ""))]
     if nvcc:
-        threads = f"--threads={env.get('NVCC_THREADS') or 1}"
-        commands["nvcc"] = [nvcc, f"-ccbin={cxx[-1]}", *NVCC_FLAGS, *gencode(targets), threads]
-        commands["nvlink"] = [nvcc, f"-ccbin={cxx[-1]}", "-shared", "-cudart=static", HIDE_CUDART]
-    for rule, words in commands.items():
-        step = "" if rule.endswith("link") else "-MMD -MF $out.d -c $flags "
-        yield f"rule {rule}\n  command = {ninja_words(words)} {step}$in -o $out"
-        if step:
-            yield "  depfile = $out.d\n  deps = gcc"
-
-
-def ninja_module(module, sources, flags, built):
-    """The build lines of one module: an object for each source, then the link with its kind's bindings."""
-    kind = module.split("_")[1]
-    objects = [f"{module}/{Path(source).stem}.o" for source in sources]
-    for source, target in zip(sources, objects, strict=True):
-        yield f"build {target}: {'nvcc' if kind == 'cuda' else 'cxx'} {ninja_path(ROOT / source)}"
-        yield f"  flags = {ninja_words(flags)}"
-    yield f"build {ninja_path(built)}: {'nvlink' if kind == 'cuda' else 'link'} {' '.join(objects)} bindings_{kind}.o"
-
-
-def ninja_words(words):
-    return shlex.join(words).replace("$", "$$")
-
-
-def ninja_path(path):
-    return re.sub(r"([$ :])", r"$\1", str(path))
+        nvcc = [nvcc, f"-ccbin={cxx[-1]}", f"--threads={env.get('NVCC_THREADS') or 1}"]
+        rules |= {"nvcc": [*nvcc, *NVCC_FLAGS, *gencode(targets)], "nvlink": [*nvcc, *NVLINK_FLAGS]}
+    files = {rule: "$in -o $out" if "link" in rule else "-MMD -MF $out.d -c $flags $in -o $out" for rule in rules}
+    return {rule: f"{shlex.join(words).replace('$', '$$')} {files[rule]}" for rule, words in rules.items()}
 
 
 class NinjaBuild(build_ext):
@@ -125,52 +95,56 @@ class NinjaBuild(build_ext):
 
     def run(self):
         import ninja
-        import pybind11
 
         python = Path(sysconfig.get_paths()["include"])
         if not (python / "Python.h").is_file():
-            sys.exit(f"hypenet: {python / 'Python.h'} is missing: {NO_HEADERS}")
+            sys.exit(f"hypenet: {python}/Python.h is missing: install python3-dev (Fedora: python3-devel)")
         cxx, nvcc = find_compiler(os.environ), find_nvcc(os.environ)
         targets = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_TARGETS
         with_cuda, reason = cuda_decision(os.environ, nvcc)
         print("hypenet:", f"CUDA kernels for {targets} by" if with_cuda else "CPU kernels only:", reason, flush=True)
         build = Path(self.get_finalized_command("build").build_base, sys.implementation.cache_tag).absolute()
-        # An isolated build has pybind11 in a new folder each time; through a link the commands stay the same.
-        link = build / f"pybind11-{pybind11.__version__}"
         build.mkdir(parents=True, exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to(pybind11.get_include())
-
-        lines = list(ninja_rules(os.environ, cxx, nvcc if with_cuda else None, targets))
-        for kind in ("cpu", "cuda"):
-            flags = ["-O1", f"-DHYPENET_CUDA={int(kind == 'cuda')}", f"-isystem{link.name}", f"-isystem{python}"]
-            lines += [f"build bindings_{kind}.o: cxx {ninja_path(ROOT / BINDINGS)}"]
-            lines += [f"  flags = {ninja_words(flags)}"]
-        for extension in self.extensions:
-            built = Path(self.get_ext_fullpath(extension.name)).absolute()
-            built.parent.mkdir(parents=True, exist_ok=True)
-            module = extension.name.split(".")[-1]
-            if module == "_cuda" and not with_cuda:
-                built.unlink(missing_ok=True)
-            else:
-                lines += ninja_module(module, extension.sources[1:], extension.extra_compile_args, built)
-                lines += [f"default {ninja_path(built)}"]
-        (build / "build.ninja").write_text("\n".join(lines) + "\n")
+        with open(build / "build.ninja", "w") as file:
+            writer = ninja.ninja_syntax.Writer(file, width=10**6)
+            folder = self.write_ninja(writer, build, python, commands(os.environ, cxx, with_cuda and nvcc, targets))
         memory_gb = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
         jobs = num_jobs(os.environ, len(os.sched_getaffinity(0)), memory_gb)
         if subprocess.run([Path(ninja.BIN_DIR, "ninja"), "-C", build, "-j", str(jobs)]).returncode:
             sys.exit("hypenet: compilation failed, see above" + " (HYPENET_SKIP_CUDA_BUILD=1 omits CUDA)" * with_cuda)
         info = {"compiler": " ".join(cxx), "cuda_targets": targets if with_cuda else None, "cuda": reason}
-        (built.parent / "_build.json").write_text(json.dumps(info) + "\n")
+        (folder / "_build.json").write_text(json.dumps(info) + "\n")
 
+    def write_ninja(self, writer, build, python, rules):
+        """Returns the folder of the modules."""
+        import pybind11
 
-def extensions():
-    cpu = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/cpu/*.cpp"))]
-    cuda = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/cuda/*.cu"))]
-    yield Extension("hypenet_kernels._cuda", [BINDINGS, *cuda])
-    for level, flags in LEVELS.items():
-        yield Extension(f"hypenet_kernels._cpu_{level}", [BINDINGS, *cpu], extra_compile_args=flags)
+        # An isolated build has pybind11 in a new folder each time; through a link the commands stay the same.
+        link = build / f"pybind11-{pybind11.__version__}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(pybind11.get_include())
+        for rule, command in rules.items():
+            writer.rule(rule, command, **({} if "link" in rule else {"depfile": "$out.d", "deps": "gcc"}))
+        for kind in ("cpu", "cuda"):
+            flags = f"-O1 -DHYPENET_CUDA={int(kind == 'cuda')} -isystem{link.name} {shlex.quote(f'-isystem{python}')}"
+            writer.build(f"bindings_{kind}.o", "cxx", f"{ROOT}/csrc/bindings.cpp", variables={"flags": flags})
+        for extension in self.extensions:
+            module, built = extension.name.split(".")[-1], Path(self.get_ext_fullpath(extension.name)).absolute()
+            kind, compiler, linker = ("cuda", "nvcc", "nvlink") if module == "_cuda" else ("cpu", "cxx", "link")
+            built.parent.mkdir(parents=True, exist_ok=True)
+            if compiler not in rules:
+                built.unlink(missing_ok=True)
+                continue
+            objects = {source: f"{module}/{Path(source).stem}.o" for source in extension.sources}
+            variables = {"flags": shlex.join(extension.extra_compile_args)}
+            for source, target in objects.items():
+                writer.build(target, compiler, str(ROOT / source), variables=variables)
+            writer.default(writer.build(str(built), linker, [*objects.values(), f"bindings_{kind}.o"]))
+        return built.parent
 
 
 if __name__ == "__main__":
-    setup(ext_modules=list(extensions()), cmdclass={"build_ext": NinjaBuild})
+    cpu, cuda = (sorted(glob.glob(pattern, root_dir=ROOT)) for pattern in ("csrc/cpu/*.cpp", "csrc/cuda/*.cu"))
+    modules = [Extension(f"hypenet_kernels._cpu_{n}", cpu, extra_compile_args=f) for n, f in LEVELS.items()]
+    modules.append(Extension("hypenet_kernels._cuda", cuda))
+    setup(ext_modules=modules, cmdclass={"build_ext": NinjaBuild})
