@@ -9,7 +9,6 @@ import hashlib
 import json
 import random
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +21,9 @@ from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from halo.config import DataSettings, HaloError
-from halo.demo import corpus
 from halo.evaluation.needle import NeedleTask
+from halo.sources import StreamedText, is_held_out, open_source
 
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
-STREAMED_HELD_OUT_DOCUMENTS = 500
 MAX_NEEDLES = 8
 
 # (sample number, length) -> token ids int64 [length] of one recall episode
@@ -254,7 +251,7 @@ class Corpus:
         if tokenizer.eos_token_id is None:
             raise HaloError("teacher: its tokenizer must have an EOS token to end documents with, got none")
         self.settings, self.tokenizer, self.seed, self.cache = settings, tokenizer, seed, cache
-        self.source = _open(settings)
+        self.source = open_source(settings)
         self._stores: dict[bool, TokenStore] = {}
 
     def batches(
@@ -277,8 +274,7 @@ class Corpus:
 
     def episodes(self, seed: int, held_out: bool = False) -> EpisodeMaker:
         """Recall episodes with 1 to MAX_NEEDLES needles, as many as fit, every one asked for."""
-        streamed = isinstance(self.source, StreamedText)
-        task = NeedleTask(self.tokenizer, self.store(held_out or streamed).tokens)
+        task = NeedleTask(self.tokenizer, self.store(held_out).tokens)
         cost = task.needle_length + task.query_length
 
         def make(number: int, length: int) -> np.ndarray:
@@ -311,7 +307,7 @@ class Corpus:
         return self.source.texts(held_out=True)
 
     def store(self, held_out: bool) -> TokenStore:
-        """All tokenised documents of one side of the split."""
+        """The tokenised documents of one side of the split; of a streamed dataset, the first of them."""
         if held_out not in self._stores:
             texts = lambda: self.source.texts(held_out)  # noqa: E731
             if self.cache is None:
@@ -327,109 +323,10 @@ class Corpus:
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
     def _encode_row(self, row: dict) -> list[int] | None:
-        text = row[self.settings.field]
+        text = self.source.text(row)
         if not text or is_held_out(text, self.settings.held_out):
             return None
         return [
             *self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
             self.tokenizer.eos_token_id,
         ]
-
-
-def is_held_out(text: str, share: float) -> bool:
-    """Whether a document is for evaluation only: a property of its text, the same in every run and source."""
-    return zlib.crc32(text[:4096].encode()) % 1_000_000 < share * 1_000_000
-
-
-class LocalText:
-    """A file, or all text files under a directory in name order."""
-
-    def __init__(self, settings: DataSettings, path: Path):
-        self.settings, self.path = settings, path
-        files = [path] if path.is_file() else sorted(path.rglob("*"))
-        self.files = [file for file in files if file.suffix in TEXT_SUFFIXES and file.is_file()]
-        if not self.files:
-            raise HaloError(f"data.source: must hold files ending in {', '.join(TEXT_SUFFIXES)}, got {path}")
-
-    def texts(self, held_out: bool) -> Iterator[str]:
-        for file in self.files:
-            for text in self._documents(file):
-                if text and is_held_out(text, self.settings.held_out) == held_out:
-                    yield text
-
-    def fingerprint(self) -> str:
-        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
-        return json.dumps(stats)
-
-    def _documents(self, file: Path) -> Iterator[str]:
-        if file.suffix != ".jsonl":
-            yield file.read_text(errors="replace")
-            return
-        with file.open() as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    text = json.loads(line)[self.settings.field] if line.strip() else ""
-                except (ValueError, KeyError, TypeError):
-                    field = self.settings.field
-                    raise HaloError(f"{file}:{number}: must be a JSON object with the key {field}") from None
-                yield text
-
-
-class StreamedText:
-    """A Hugging Face dataset, read as it downloads."""
-
-    def __init__(self, settings: DataSettings):
-        self.settings = settings
-        self.rows(shuffle_seed=0)
-
-    def rows(self, shuffle_seed: int):
-        import datasets
-
-        name, subset = self.settings.source, self.settings.subset
-        try:
-            rows = datasets.load_dataset(name, subset, split=self.settings.split, streaming=True)
-        except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise HaloError(
-                f"data.source: must be an existing path or a dataset that can be reached, got {name} ({reason})"
-            ) from None
-        # A buffer of one shuffles the order of the shards only, which is restored exactly.
-        return rows.shuffle(seed=shuffle_seed, buffer_size=1)
-
-    def texts(self, held_out: bool) -> Iterator[str]:
-        found = 0
-        for row in self.rows(shuffle_seed=0):
-            text = row[self.settings.field]
-            if text and is_held_out(text, self.settings.held_out) == held_out:
-                yield text
-                found += 1
-                if found == STREAMED_HELD_OUT_DOCUMENTS:
-                    return
-
-    def fingerprint(self) -> str:
-        return f"{self.settings.source}:{self.settings.subset}:{self.settings.split}"
-
-
-class StandardLibrary:
-    """The text that comes with Python, with the corpus's own split."""
-
-    def texts(self, held_out: bool) -> Iterator[str]:
-        return iter(corpus.documents("heldout" if held_out else "train"))
-
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for held_out in (False, True):
-            for text in self.texts(held_out):
-                digest.update(text.encode())
-        return digest.hexdigest()
-
-
-def _open(settings: DataSettings):
-    path = Path(settings.source)
-    if settings.source == "stdlib":
-        return StandardLibrary()
-    if path.exists():
-        return LocalText(settings, path)
-    if path.suffix in TEXT_SUFFIXES or path.is_absolute() or settings.source.startswith(".") or len(path.parts) > 2:
-        raise HaloError(f"data.source: must be an existing file or directory, got {settings.source}")
-    return StreamedText(settings)

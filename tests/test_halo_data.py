@@ -10,7 +10,8 @@ import torch
 from halo_tiny import documents, tiny_tokenizer
 
 from halo.config import DataSettings, HaloError
-from halo.data import Batch, Corpus, PackedOrder, StreamedChunks, TokenStore, is_held_out
+from halo.data import Batch, Corpus, PackedOrder, StreamedChunks, TokenStore
+from halo.sources import is_held_out
 
 LENGTH = 24
 
@@ -221,6 +222,13 @@ def test_unreachable_dataset_is_one_line(tokenizer, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(HaloError, match=r"got some/dataset \(Couldn't reach the Hub\)$"):
         corpus(tokenizer, "some/dataset")
+
+
+def test_dataset_without_the_column_is_one_line(tokenizer, monkeypatch):
+    rows = datasets.Dataset.from_dict({"body": documents(3), "id": [1, 2, 3]}).to_iterable_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, split, streaming: rows)
+    with pytest.raises(HaloError, match=r"data.field: must name a column of text, one of body, id, got text"):
+        next(iter(corpus(tokenizer, "some/dataset").batches(LENGTH, 1)))
 
 
 def test_too_little_text_is_one_line(tokenizer, text_directory):
