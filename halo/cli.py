@@ -7,7 +7,10 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from halo.config import STAGE_HELP, HaloError, load_config
+try:
+    from halo.config import STAGE_HELP, HaloError, load_config
+except ModuleNotFoundError as error:
+    raise SystemExit(f"halo: needs {error.name}; install with: pip install 'hypenet[halo]'") from None
 
 
 class OneLineErrors(TyperGroup):

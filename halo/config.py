@@ -146,7 +146,8 @@ class EvalSettings(Settings):
 
     length: PositiveInt = Field(512, description="the training length, multiple 1")
     multiples: list[PositiveInt] = Field([1, 2, 4, 8, 16], min_length=1)
-    recall_samples: PositiveInt = 100
+    recall_samples: PositiveInt = Field(100, description="episodes per length")
+    recall_tokens: PositiveInt | None = Field(None, description="fewer episodes where they would hold more tokens")
     text_tokens: PositiveInt = Field(65_536, description="held-out tokens per length")
 
 

@@ -11,7 +11,6 @@ from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
 from torch import nn
@@ -235,8 +234,11 @@ class Conversion:
             if stage == "align" and self.config.aligned is not None:
                 raise HaloError(f"aligned: must be the directory of a finished conversion, got {self.config.aligned}")
             raise HaloError(f"{directory}: must hold the result of {stage}; run `halo {stage}` first")
-        if not (stage == "align" and self.config.aligned is not None):
-            self._check_settings(directory, self._settings(stage))
+        settings = self._settings(stage)
+        if stage == "align" and self.config.aligned is not None:
+            made_with = json.loads((directory / DONE).read_text())["settings"]
+            settings = made_with | {name: settings[name] for name in ("teacher", "mixer")}
+        self._check_settings(directory, settings)
 
 
 def _selection_record(measured: plan.Measurements, chosen: plan.Plan) -> dict:
@@ -271,13 +273,7 @@ def _first_difference(old: dict, new: dict, prefix: str = "") -> str | None:
 
 def _write_json(path: Path, record: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda partial: partial.write_text(json.dumps(record, indent=1, default=_jsonable)))
-
-
-def _jsonable(value):
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"results: must be plain numbers, got {type(value).__name__}")
+    write_atomically(path, lambda partial: partial.write_text(json.dumps(record, indent=1)))
 
 
 def _device(name: str) -> torch.device:

@@ -77,7 +77,7 @@ def config_tree(directory, out="out"):
         "distill": training,
         "finetune": training | {"length": 64, "micro_batch": 1},
         "scale": {"grid": [None, 10, 100], "length": 64, "documents": 2},
-        "eval": {"length": 160, "multiples": [1, 2], "recall_samples": 2, "text_tokens": 320},
+        "eval": {"length": 160, "multiples": [1, 2], "recall_samples": 4, "recall_tokens": 640, "text_tokens": 320},
     }
 
 

@@ -76,6 +76,7 @@ def test_evaluation_covers_models_and_lengths(converted):
     assert [(row["length"], row["multiple"]) for row in record["rows"]] == [(160, 1), (320, 2)] * len(labels)
     for row in record["rows"]:
         assert 0 <= row["recall"] <= 1 and 0 < row["bits_per_byte"] < 20
+        assert row["episodes"] == (4 if row["multiple"] == 1 else 2)
 
 
 @pytest.mark.parametrize("stage", ["select", "scale", "eval"])
@@ -169,6 +170,19 @@ def test_aligned_must_be_a_finished_conversion(inputs, tmp_path):
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config_tree(inputs) | {"aligned": str(tmp_path)}))
     result = halo("select", "--config", tmp_path / "c.yaml", "--out", tmp_path / "out")
     assert result.exit_code == 2 and "aligned: must be the directory of a finished conversion" in result.stderr
+
+
+def test_aligned_must_have_the_same_mixer(converted, inputs, tmp_path):
+    options = [
+        "--config",
+        inputs / "config.yaml",
+        "--out",
+        tmp_path,
+        "--set",
+        f"aligned={json.dumps(str(converted.out))}",
+    ]
+    result = halo("select", *options, "--set", "mixer=gdn")
+    assert result.exit_code == 2 and "other settings (mixer: lightning there, gdn now)" in result.stderr
 
 
 def test_given_layers_are_kept(converted, inputs, tmp_path):

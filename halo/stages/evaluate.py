@@ -13,6 +13,7 @@ from halo.journal import Journal
 from halo.progress import StageProgress
 
 TOKENS_PER_FORWARD = 8192
+MIN_SAMPLES = 2
 
 
 def evaluate(
@@ -39,7 +40,10 @@ def evaluate(
 def _measure(model, label: str, multiple: int, tokenizer, stream: np.ndarray, settings: EvalSettings) -> dict:
     length = settings.length * multiple
     batch = max(1, TOKENS_PER_FORWARD // length)
-    needles = recall(model, tokenizer, length, settings.recall_samples, haystack=stream, batch_size=batch)
+    samples = settings.recall_samples
+    if settings.recall_tokens is not None:
+        samples = min(samples, max(MIN_SAMPLES, settings.recall_tokens // length))
+    needles = recall(model, tokenizer, length, samples, haystack=stream, batch_size=batch)
     text = {"bits_per_byte": None, "stderr": None}
     if len(stream) >= length:
         text = bits_per_byte(model, tokenizer, stream, length, settings.text_tokens, batch_size=batch)
@@ -49,6 +53,7 @@ def _measure(model, label: str, multiple: int, tokenizer, stream: np.ndarray, se
         "length": length,
         "recall": needles["recall"],
         "recall_error": needles["stderr"],
+        "episodes": samples,
         "bits_per_byte": text["bits_per_byte"],
         "bits_per_byte_error": text["stderr"],
     }
