@@ -13,7 +13,6 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RotaryEmbedding
 from transformers.utils import can_return_tuple
 
@@ -102,7 +101,8 @@ class HypeNetModel(HypeNetPreTrainedModel):
                 mask and cache, positions that restart within a row separate packed documents.
             past_key_values: What the earlier tokens left behind. A call that continues a cache is inference: no
                 gradient flows through it.
-            use_cache: Default `config.use_cache`, and False while training.
+            use_cache: Whether to make and return a cache if none is given. Default `config.use_cache`, but False while
+                training. A given cache is always used.
             cu_seqlens: int32 [N + 1] with B = 1: N packed documents, isolated from each other. transformers' name for
                 it, `cu_seq_lens_q`, is accepted too.
         """
@@ -158,13 +158,13 @@ class HypeNetModel(HypeNetPreTrainedModel):
             raise TypeError(
                 f"HypeNetModel: past_key_values must be a HypeNetCache, got {type(past_key_values).__name__}"
             )
+        checkpointing = self.gradient_checkpointing and self.training
+        if past_key_values is not None and (past_key_values.get_seq_length() > 0 or not checkpointing):
+            return past_key_values
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if self.gradient_checkpointing and self.training:
-            use_cache = False
-        if not use_cache:
-            return None
-        return HypeNetCache(self.config) if past_key_values is None else past_key_values
+        # Recomputing a layer in the backward pass would write to the cache a second time.
+        return HypeNetCache(self.config) if use_cache and not checkpointing else None
 
     def _split_documents(self, x_BTC, position_ids):
         """Packed documents told apart by their positions: ([1, B T, C], [1, B T], cu_seqlens), or nothing changed."""
@@ -262,9 +262,10 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, T or logits_to_keep, vocabulary], and with `labels` [B, T] (-100 where none) the next-token loss.
+        """Logits [B, T, vocabulary], and with `labels` [B, T] (-100 where none) the next-token loss.
 
-        The other arguments are those of `HypeNetModel.forward`.
+        `logits_to_keep` restricts the logits to the last so many tokens (0: all of them), or to the indices of a 1-D
+        tensor. The other arguments are those of `HypeNetModel.forward`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -276,7 +277,8 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -83,8 +83,8 @@ def test_padded_pieces_equal_each_sequence_alone(split):
 def test_generate_with_and_without_cache(options):
     model = small_model(dtype=torch.float32, attn_logits_scaling="hype 50")
     ids = tokens(2, 9)
-    expected = model.generate(ids, max_new_tokens=12, do_sample=False, use_cache=False, **options)
-    assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False, **options), expected)
+    expected = model.generate(ids, max_new_tokens=8, do_sample=False, use_cache=False, **options)
+    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False, **options), expected)
 
 
 @torch.no_grad()
@@ -94,7 +94,7 @@ def test_generate_samples_the_same_with_cache():
     results = []
     for use_cache in (True, False):
         torch.manual_seed(3)
-        results.append(model.generate(ids, max_new_tokens=12, do_sample=True, use_cache=use_cache))
+        results.append(model.generate(ids, max_new_tokens=8, do_sample=True, use_cache=use_cache))
     assert torch.equal(*results)
 
 
@@ -106,9 +106,9 @@ def test_left_padded_generation_equals_each_prompt_alone(options):
     ids = torch.cat([torch.nn.functional.pad(x, (14 - x.shape[1], 0)) for x in prompts])
     mask = (ids != 0).long()
     alone = [
-        model.generate(x, max_new_tokens=10, do_sample=False, num_beams=options.get("num_beams", 1)) for x in prompts
+        model.generate(x, max_new_tokens=8, do_sample=False, num_beams=options.get("num_beams", 1)) for x in prompts
     ]
-    together = model.generate(ids, attention_mask=mask, max_new_tokens=10, do_sample=False, **options)
+    together = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, **options)
     for b in range(3):
         assert together[b, 14:].tolist() == alone[b][0, prompts[b].shape[1] :].tolist()
 
@@ -235,10 +235,20 @@ def test_crop():
 
 def test_continuing_a_cache_carries_no_gradient():
     model = small_model().train()
-    cache = model(tokens(1, 9), use_cache=True).past_key_values
-    hidden = model.model(tokens(1, 12), past_key_values=cache, use_cache=True).last_hidden_state
-    assert not hidden.requires_grad
     assert model(tokens(1, 9)).past_key_values is None
+    ids = tokens(1, 21)
+    cache = model(ids[:, :9], use_cache=True).past_key_values
+    hidden = model.model(ids[:, 9:], past_key_values=cache).last_hidden_state
+    assert not hidden.requires_grad
+    assert_matches_reference("hidden", hidden, model.model(ids).last_hidden_state[:, 9:])
+
+
+def test_checkpointed_training_makes_no_cache():
+    model = small_model().train()
+    model.activation_checkpointing_enable()
+    cache = HypeNetCache(model.config)
+    outputs = model(tokens(1, 9), use_cache=True, past_key_values=cache)
+    assert outputs.past_key_values is None and cache.get_seq_length() == 0
 
 
 def test_refusals():
