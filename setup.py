@@ -35,7 +35,7 @@ def find_compiler(env):
     if not cxx or not shutil.which(cxx[0], path=env.get("PATH")):
         sys.exit(f"hypenet: no C++ compiler ({' '.join(cxx) or 'g++, c++, clang++'}) was found: {NO_CXX}")
     probe = [*cxx, "-std=c++20", "-fopenmp", "-fsyntax-only", "-x", "c++", "-"]
-    trial = subprocess.run(probe, input=CXX20_PROBE, text=True, capture_output=True)
+    trial = subprocess.run(probe, input=CXX20_PROBE, env=env, text=True, capture_output=True)
     if trial.returncode:
         sys.exit(f"hypenet: {' '.join(cxx)} lacks C++20 or OpenMP: {NO_CXX}\n{trial.stderr}")
     return cxx

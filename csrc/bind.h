@@ -56,17 +56,19 @@ struct FieldOf<Member> {
   }
 };
 
-// The kernel's own parameters are the fields; `run` calls it, and may take one more keyword argument.
+// `run` calls the kernel with the params struct and the value of the keyword argument `extra`, where it has a
+// name.
 template <class Params, class Run>
-void def_call(py::module_& module, const char* name, std::vector<Field<Params>> fields, size_t num_extra,
+void def_call(py::module_& module, const char* name, std::vector<Field<Params>> fields, PyObject* extra,
               Run run) {
-  auto call = [fields = std::move(fields), num_extra, run, op = std::string(name)](const py::kwargs& kwargs) {
+  auto call = [fields = std::move(fields), extra, run, op = std::string(name)](const py::kwargs& kwargs) {
     Params params{};
     for (const auto& field : fields) field.set(params, keyword(op, kwargs, field.name));
-    if (kwargs.size() != fields.size() + num_extra) {
+    const py::handle argument = extra == nullptr ? py::handle() : keyword(op, kwargs, extra);
+    if (kwargs.size() != fields.size() + (extra != nullptr)) {
       throw py::type_error(op + ": unknown field among " + py::str(kwargs).cast<std::string>());
     }
-    const Status status = run(op, kwargs, params);
+    const Status status = run(params, argument);
     if (status != nullptr) throw std::runtime_error(op + ": " + status);
   };
   module.def(name, std::move(call));
@@ -76,25 +78,24 @@ void def_call(py::module_& module, const char* name, std::vector<Field<Params>> 
 template <class Params>
 void def_kernel(py::module_& module, const char* name, Status (*kernel)(const Params&),
                 std::vector<Field<Params>> fields) {
-  auto run = [kernel](const std::string&, const py::kwargs&, const Params& params) {
+  auto run = [kernel](const Params& params, py::handle) {
     py::gil_scoped_release release;
     return kernel(params);
   };
-  def_call(module, name, std::move(fields), 0, run);
+  def_call(module, name, std::move(fields), nullptr, run);
 }
 
 // A CUDA kernel: takes the keyword argument `stream` too, a cudaStream_t as an integer.
 template <class Params, class Stream>
 void def_kernel(py::module_& module, const char* name, Status (*kernel)(const Params&, Stream*),
                 std::vector<Field<Params>> fields) {
-  PyObject* stream_name = PyUnicode_InternFromString("stream");
-  auto run = [kernel, stream_name](const std::string& op, const py::kwargs& kwargs, const Params& params) {
+  auto run = [kernel](const Params& params, py::handle argument) {
     Stream* stream = nullptr;
-    from_python(keyword(op, kwargs, stream_name), stream);
+    from_python(argument, stream);
     py::gil_scoped_release release;
     return kernel(params, stream);
   };
-  def_call(module, name, std::move(fields), 1, run);
+  def_call(module, name, std::move(fields), PyUnicode_InternFromString("stream"), run);
 }
 
 // FIELD(GatedDeltaFwdParams, q) names a member once.

@@ -1,0 +1,147 @@
+"""What setup.py decides, and that what it builds works: the sdist is complete, the wheel runs from anywhere."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+_spec = importlib.util.spec_from_file_location("hypenet_setup", ROOT / "setup.py")
+setup = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(setup)
+
+
+def executable(path, text="#!/bin/sh\n"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_nvcc_is_found_in_this_order(tmp_path):
+    env = {"CUDA_HOME": f"{tmp_path}/home", "CUDA_PATH": f"{tmp_path}/path", "PATH": f"{tmp_path}/empty:{tmp_path}/bin"}
+    places = ("home/bin/nvcc", "path/bin/nvcc", "bin/nvcc", "usual/bin/nvcc", "site/nvidia/cuda_nvcc/bin/nvcc")
+    for place in places:
+        executable(tmp_path / place)
+    for place in places:
+        found = setup.find_nvcc(env, usual=f"{tmp_path}/usual", site_packages=[str(tmp_path / "site")])
+        assert found == str(tmp_path / place)
+        (tmp_path / place).unlink()
+    assert setup.find_nvcc(env, usual=f"{tmp_path}/usual", site_packages=[str(tmp_path / "site")]) is None
+
+
+def test_cuda_is_built_where_nvcc_is_and_nowhere_silently_left_out():
+    assert setup.cuda_decision({}, "/opt/cuda/bin/nvcc") == (True, "/opt/cuda/bin/nvcc")
+    build, why = setup.cuda_decision({}, None)
+    assert not build and "no nvcc" in why
+    build, why = setup.cuda_decision({"HYPENET_SKIP_CUDA_BUILD": "1", "FORCE_CUDA": "1"}, "/opt/cuda/bin/nvcc")
+    assert not build and "HYPENET_SKIP_CUDA_BUILD" in why
+    assert setup.cuda_decision({"HYPENET_SKIP_CUDA_BUILD": "0"}, "nvcc")[0]
+    with pytest.raises(SystemExit, match="FORCE_CUDA is set, but there is no nvcc"):
+        setup.cuda_decision({"FORCE_CUDA": "1"}, None)
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("8.0", ["arch=compute_80,code=sm_80"]),
+        ("8.0;9.0a", ["arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a"]),
+        ("8.6 12.0", ["arch=compute_86,code=sm_86", "arch=compute_120,code=sm_120"]),
+        ("9.0+PTX", ["arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"]),
+        ("9.0a+PTX", ["arch=compute_90a,code=sm_90a", "arch=compute_90,code=compute_90"]),
+    ],
+)
+def test_arch_list(targets, expected):
+    assert setup.gencode(targets) == [f"-gencode={flag}" for flag in expected]
+
+
+@pytest.mark.parametrize("targets", ["7.5", "Hopper", "sm_90", "9"])
+def test_arch_list_that_is_not_built(targets):
+    with pytest.raises(SystemExit, match=f"TORCH_CUDA_ARCH_LIST must name targets .* got '{targets}'"):
+        setup.gencode(targets)
+
+
+def test_jobs():
+    assert setup.num_jobs({"MAX_JOBS": "3"}, cores=2, memory_gb=1) == 3
+    assert setup.num_jobs({}, cores=2, memory_gb=6) == 2
+    assert setup.num_jobs({}, cores=64, memory_gb=6) == 4
+    assert setup.num_jobs({"MAX_JOBS": ""}, cores=4, memory_gb=0.5) == 1
+
+
+def test_commands_quote_and_take_the_usual_variables():
+    env = {"CXXFLAGS": "-g '-DX=a b'", "LDFLAGS": "-s", "NVCC_THREADS": "2"}
+    commands = setup.commands(env, ["ccache", "g++"], "/opt/my cuda/bin/nvcc", "9.0a")
+    assert "-g '-DX=a b'" in commands["cxx"] and commands["cxx"].startswith("ccache g++ ")
+    assert commands["link"].endswith("-s $in -o $out")
+    assert commands["nvcc"].startswith("'/opt/my cuda/bin/nvcc' -ccbin=g++ --threads=2 ")
+    assert "--warn-on-spills,--warning-as-error" in commands["nvcc"] and "fast_math" not in commands["nvcc"]
+    assert "-cudart=static" in commands["nvlink"]
+    assert set(setup.commands(env, ["g++"], None, "9.0a")) == {"cxx", "link"}
+
+
+def test_no_compiler_names_what_to_install(tmp_path):
+    with pytest.raises(SystemExit, match=r"no C\+\+ compiler .* apt install build-essential"):
+        setup.find_compiler({"PATH": str(tmp_path)})
+    with pytest.raises(SystemExit, match=r"no C\+\+ compiler \(clang\+\+-99\) was found"):
+        setup.find_compiler({"PATH": os.environ["PATH"], "CXX": "clang++-99"})
+
+
+def test_old_compiler_names_what_to_install(tmp_path):
+    executable(tmp_path / "g++", "#!/bin/sh\necho unrecognized option -std=c++20 >&2\nexit 1\n")
+    with pytest.raises(SystemExit, match=r"(?s)g\+\+ lacks C\+\+20 .* g\+\+ >= 11 .*unrecognized option"):
+        setup.find_compiler({"PATH": str(tmp_path)})
+
+
+def test_compiler_here():
+    assert setup.find_compiler({"PATH": os.environ["PATH"]})
+    assert setup.find_compiler({"PATH": os.environ["PATH"], "CXX": "g++ -m64"}) == ["g++", "-m64"]
+
+
+def test_sdist_holds_all_that_a_build_needs(tmp_path):
+    egg_info, sdist = ["egg_info", "--egg-base", str(tmp_path)], ["sdist", "--dist-dir", str(tmp_path)]
+    subprocess.run([sys.executable, "setup.py", "--quiet", *egg_info, *sdist], cwd=ROOT, check=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames()}
+    needed = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    needed += [path for folder in ("hypenet_kernels", "hypenet", "halo") for path in (ROOT / folder).rglob("*.py")]
+    needed += [ROOT / name for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md")]
+    needed += [*(ROOT / "halo" / "configs").glob("*.yaml"), *(ROOT / "halo" / "demo" / "teacher").glob("*")]
+    assert not {str(path.relative_to(ROOT)) for path in needed} - names
+
+
+def test_wheel_builds_without_torch_and_runs_from_anywhere(tmp_path):
+    """An ordinary `pip install .`: the same hooks, torch hidden; objects are taken from the build folder if there."""
+    build = (
+        "import sys; sys.modules['torch'] = None; from setuptools.build_meta import build_wheel as b; b(sys.argv[1])"
+    )
+    subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        wheel.extractall(tmp_path / "with space")
+        names = wheel.namelist()
+    assert not [name for name in names if name.split("/")[0] in ("tests", "bench", "csrc")]
+    assert {f"halo/configs/{path.name}" for path in (ROOT / "halo" / "configs").glob("*.yaml")} <= set(names)
+    assert "hypenet = hypenet.cli:app" in next((tmp_path / "with space").glob("*/entry_points.txt")).read_text()
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "with space")}
+    ran = subprocess.run(
+        [sys.executable, "-m", "hypenet_kernels"], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert ran.returncode == 0 and "all passed" in ran.stdout, ran.stdout + ran.stderr
+    assert f"in {tmp_path}" in ran.stdout
+
+
+def test_source_tree_that_is_not_built_says_how_to_build(tmp_path):
+    shutil.copytree(
+        ROOT / "hypenet_kernels", tmp_path / "hypenet_kernels", ignore=shutil.ignore_patterns("*.so", "_build*")
+    )
+    # -S: without the .pth file of an editable install, which would find the checkout's modules
+    command, env = [sys.executable, "-S", "-m", "hypenet_kernels"], {"PYTHONPATH": sysconfig.get_path("purelib")}
+    ran = subprocess.run(command, cwd=tmp_path, env=os.environ | env, capture_output=True, text=True)
+    assert ran.returncode == 1 and "is not built in" in ran.stderr and "pip install -e ." in ran.stderr, ran.stderr
+    assert "Traceback" not in ran.stderr

@@ -1,0 +1,81 @@
+"""What the library says about itself: report(), the log line at first use, python -m hypenet_kernels."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import hypenet_kernels
+from hypenet_kernels import __main__ as command
+from hypenet_kernels import native
+
+OPS = set(hypenet_kernels.__all__) - {"report"}
+CAPABILITIES = {"default": "baseline", "avx2": "v3", "avx512": "v4"}  # ATEN_CPU_CAPABILITY -> level
+AVAILABLE = list(CAPABILITIES)[: 1 + list(CAPABILITIES.values()).index(native.level())]
+
+
+def inputs(dtype=torch.float32, device="cpu"):
+    q, k, v = torch.randn(3, 1, 4, 2, 8, dtype=dtype, device=device)
+    return q, k, v, -torch.rand(1, 4, 2, device=device), torch.rand(1, 4, 2, device=device)
+
+
+def test_report_covers_every_op():
+    facts = hypenet_kernels.report()
+    assert set(facts["ops"]) == OPS == set(command.CASES)
+    assert all(devices["cpu"]["implementation"] == f"C++ (_cpu_{facts['level']})" for devices in facts["ops"].values())
+    assert {op for op, devices in facts["ops"].items() if devices["cuda"]["implementation"]} <= set(native.CUDA_OPS)
+    assert all(choice["why"] for devices in facts["ops"].values() for choice in devices.values())
+    assert facts["threads"] == torch.get_num_threads() and facts["modules"][f"_cpu_{facts['level']}"]
+    assert json.loads(json.dumps(facts)) == facts
+
+
+def test_first_use_of_an_op_is_logged_once(caplog):
+    native.kernel.cache_clear()
+    with caplog.at_level(logging.INFO, logger="hypenet_kernels"):
+        for _ in range(2):
+            hypenet_kernels.chunk_gated_delta_rule(*inputs())
+            hypenet_kernels.hype_attention(*inputs()[:3])
+    said = [record.getMessage() for record in caplog.records]
+    level = native.level()
+    assert said == [f"{op}: C++ for x86-64 level {level}" for op in ("chunk_gated_delta_rule", "hype_attention")]
+
+
+def test_wrong_kernel_fails_the_self_test(monkeypatch, capsys):
+    def wrong(x):
+        return expect(x) * 1.1
+
+    _, expect, differentiated = command.CASES["hype_attention"]
+    monkeypatch.setitem(command.CASES, "hype_attention", (wrong, expect, differentiated))
+    assert command.main() == 1
+    printed = capsys.readouterr().out.splitlines()
+    failed = [line.split()[1] for line in printed if line.startswith("  FAIL")]
+    assert failed == ["hype_attention", "hype_attention"] and printed[-1] == "  2 failed"
+
+
+@pytest.mark.parametrize("capability", AVAILABLE)
+def test_self_test_passes_at_every_level(capability):
+    env = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    ran = subprocess.run([sys.executable, "-m", "hypenet_kernels"], env=env, capture_output=True, text=True)
+    assert ran.returncode == 0 and "all passed" in ran.stdout, ran.stdout + ran.stderr
+    assert f"level {CAPABILITIES[capability]}" in ran.stdout
+    assert all(op in ran.stdout for op in OPS)
+
+
+def test_one_openmp_runtime():
+    """torch's and ours are one, whichever is used first."""
+    use = "import torch, hypenet_kernels as h; q = torch.randn(1, 4, 2, 8); h.hype_attention(q, q, q); (q @ q.mT).sum()"
+    show = "print(*h.report()['openmp'], sep='\\n')"
+    ran = subprocess.run([sys.executable, "-c", f"{use}; {show}"], capture_output=True, text=True, check=True)
+    assert len(ran.stdout.split("\n")) == 2, ran.stdout
+
+
+def test_params_are_complete_or_refused():
+    kernel = native.cpu().gated_delta_step
+    with pytest.raises(TypeError, match="gated_delta_step: missing field dtype"):
+        kernel(B=1)
+    with pytest.raises(TypeError):
+        kernel(1)
