@@ -76,6 +76,7 @@ class Conversion:
         before = STAGES.index(stage) - 1
         if before >= 0:
             self._require(STAGES[before])
+        _ = self.corpus  # Data that is not there should not be found missing hours later.
         directory.mkdir(parents=True, exist_ok=True)
         plain = self.config.model_dump(mode="json")
         self.out.joinpath("config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
@@ -94,16 +95,12 @@ class Conversion:
 
     @cached_property
     def teacher(self) -> nn.Module:
-        return self._teacher_and_tokenizer[0]
+        return models.load_teacher(self.config.teacher, self.device)
 
     @cached_property
     def corpus(self) -> Corpus:
-        tokenizer = self._teacher_and_tokenizer[1]
+        tokenizer = models.load_tokenizer(self.config.teacher)
         return Corpus(self.config.data, tokenizer, self.config.seed, self.out / "data")
-
-    @cached_property
-    def _teacher_and_tokenizer(self):
-        return models.load_teacher(self.config.teacher, self.device)
 
     @property
     def _aligned(self) -> Path:
@@ -167,6 +164,8 @@ class Conversion:
         student.save_pretrained(self.directory("distill"))
 
     def _finetune(self) -> None:
+        # The long sequences need the memory more.
+        self.__dict__.pop("teacher", None)
         student = models.load_hypenet(self.directory("distill"), self.device)
         self._train(Finetune(student, self.config.finetune, self.config.data.isolate_documents))
         student.save_pretrained(self.directory("finetune"))

@@ -29,29 +29,23 @@ class AttentionCall:
     position_embeddings: tuple[Tensor, Tensor]
 
 
-def load_teacher(name: str, device: torch.device) -> tuple[nn.Module, object]:
-    """(Qwen3ForCausalLM in fp32, tokenizer) of a directory, a Hugging Face name, or "demo": the one that ships."""
-    if name == "demo":
-        name = str(resources.files("halo") / "demo" / "teacher")
-    is_path = name.startswith((".", "/")) or name.count("/") > 1
-    if is_path and not Path(name).is_dir():
-        raise HaloError(f"teacher: must be an existing directory or a Hugging Face name, got {name}")
-    try:
-        config = AutoConfig.from_pretrained(name)
-        if config.model_type != "qwen3":
-            raise HaloError(f"teacher: must be a Qwen3 model (model_type qwen3), got {config.model_type} in {name}")
-        check_teacher(config)
-        model = Qwen3ForCausalLM.from_pretrained(name, dtype=torch.float32).to(device)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise HaloError(f"teacher: must be a loadable Qwen3 model with its tokenizer, got {name} ({reason})") from None
-    if not 256 <= len(tokenizer) <= config.vocab_size:
+def load_teacher(name: str, device: torch.device) -> nn.Module:
+    """The Qwen3ForCausalLM in fp32 of a directory, a Hugging Face name, or "demo": the one that ships."""
+    with _teacher_errors(name):
+        check_teacher(_qwen3_config(name))
+        return Qwen3ForCausalLM.from_pretrained(_teacher_path(name), dtype=torch.float32).to(device)
+
+
+def load_tokenizer(name: str):
+    """The tokenizer of a teacher."""
+    with _teacher_errors(name):
+        vocabulary = _qwen3_config(name).vocab_size
+        tokenizer = AutoTokenizer.from_pretrained(_teacher_path(name))
+    if not 256 <= len(tokenizer) <= vocabulary:
         raise HaloError(
-            f"teacher: must come with its tokenizer of at most {config.vocab_size} tokens, "
-            f"got {len(tokenizer)} in {name}"
+            f"teacher: must come with its tokenizer of at most {vocabulary} tokens, got {len(tokenizer)} in {name}"
         )
-    return model, tokenizer
+    return tokenizer
 
 
 def load_hypenet(directory: Path, device: torch.device) -> nn.Module:
@@ -147,3 +141,27 @@ class _TwinAttention(nn.Module):
         if past_key_values is not None:
             raise NotImplementedError("swapped: the cache must be off, got past_key_values")
         return run_mixer(self.mixer, hidden_states, position_embeddings), None
+
+
+def _teacher_path(name: str) -> str:
+    return str(resources.files("halo") / "demo" / "teacher") if name == "demo" else name
+
+
+def _qwen3_config(name: str):
+    is_path = name.startswith((".", "/")) or name.count("/") > 1
+    if is_path and not Path(name).is_dir():
+        raise HaloError(f"teacher: must be an existing directory or a Hugging Face name, got {name}")
+    config = AutoConfig.from_pretrained(_teacher_path(name))
+    if config.model_type != "qwen3":
+        raise HaloError(f"teacher: must be a Qwen3 model (model_type qwen3), got {config.model_type} in {name}")
+    return config
+
+
+@contextmanager
+def _teacher_errors(name: str) -> Iterator[None]:
+    """What transformers raises for a model that cannot be loaded, as one line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise HaloError(f"teacher: must be a loadable Qwen3 model with its tokenizer, got {name} ({reason})") from None
