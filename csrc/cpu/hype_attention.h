@@ -16,6 +16,7 @@ namespace hypenet::cpu::attention {
 
 constexpr int64_t kQueryBlock = 64;
 constexpr int64_t kKeyBlock = 64;
+constexpr int64_t kStrip = 16;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -65,6 +66,18 @@ Rows<Element> head_rows(std::conditional_t<std::is_const_v<Element>, const void*
                         int64_t heads, int64_t D, int64_t batch, int64_t token, int64_t head) {
   if (x == nullptr) return {nullptr, 0};
   return {static_cast<Element*>(x) + ((batch * T + token) * heads + head) * D, heads * D};
+}
+
+// body(first row, rows, keys) for the rows of a block pair, row r of which sees first_visible + r of the
+// keys: strips where that cuts into the block, so that little is computed of what nobody sees, else all rows
+// at once.
+template <class Body>
+void for_each_strip(int64_t rows, int64_t keys, int64_t first_visible, Body&& body) {
+  const int64_t height = first_visible >= keys ? rows : kStrip;
+  for (int64_t r = 0; r < rows; r += height) {
+    const int64_t count = std::min(height, rows - r);
+    body(r, count, std::clamp<int64_t>(first_visible + r + count - 1, 0, keys));
+  }
 }
 
 template <class Element, class Acc>

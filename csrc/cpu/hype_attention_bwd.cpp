@@ -110,8 +110,12 @@ struct Blocks {
   void differentiate(const Prepared<Acc>& in, int64_t row, int64_t rows, int64_t keys,
                      int64_t first_visible) {
     const int64_t D = in.D;
-    gemm<Op::kNN, false>(rows, keys, D, in.q + row * D, D, k_transposed, kKeyBlock, weights, kKeyBlock);
-    gemm<Op::kNN, false>(rows, keys, D, in.do_ + row * D, D, v_transposed, kKeyBlock, dlogits, kKeyBlock);
+    for_each_strip(rows, keys, first_visible, [&](int64_t r, int64_t count, int64_t seen) {
+      const int64_t at = r * kKeyBlock, from = (row + r) * D;
+      gemm<Op::kNN, false>(count, seen, D, in.q + from, D, k_transposed, kKeyBlock, weights + at, kKeyBlock);
+      gemm<Op::kNN, false>(count, seen, D, in.do_ + from, D, v_transposed, kKeyBlock, dlogits + at,
+                           kKeyBlock);
+    });
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t visible = std::clamp<int64_t>(first_visible + r, 0, keys);
       Acc *P = weights + r * kKeyBlock, *dX = dlogits + r * kKeyBlock;
@@ -122,8 +126,10 @@ struct Blocks {
     }
   }
 
-  void add_dq(int64_t rows, int64_t keys, int64_t D, Acc* dq) const {
-    gemm<Op::kNN, true>(rows, D, keys, dlogits, kKeyBlock, k_rows, D, dq, D);
+  void add_dq(int64_t rows, int64_t keys, int64_t first_visible, int64_t D, Acc* dq) const {
+    for_each_strip(rows, keys, first_visible, [&](int64_t r, int64_t count, int64_t seen) {
+      gemm<Op::kNN, true>(count, D, seen, dlogits + r * kKeyBlock, kKeyBlock, k_rows, D, dq + r * D, D);
+    });
   }
 
   void add_dk_dv(const Prepared<Acc>& in, int64_t row, int64_t rows, int64_t keys, Acc* dk, Acc* dv) const {
@@ -167,9 +173,10 @@ void run_key_block(const HypeAttentionBwdParams& p, const Sequence& s, int64_t k
     for (int64_t begin = first_block * kQueryBlock; begin < s.T; begin += kQueryBlock) {
       const int64_t rows = std::min(kQueryBlock, s.T - begin), row = in.row(s, key_head * group + g, begin);
       const int64_t seen = std::min(keys, s.offset + begin + rows - start);
-      b.differentiate(in, row, rows, seen, s.offset + begin - start + 1);
+      const int64_t first_visible = s.offset + begin - start + 1;
+      b.differentiate(in, row, rows, seen, first_visible);
       b.add_dk_dv(in, row, rows, seen, dk, dv);
-      if (dq != nullptr) b.add_dq(rows, seen, D, dq + (g * s.T + begin) * D);
+      if (dq != nullptr) b.add_dq(rows, seen, first_visible, D, dq + (g * s.T + begin) * D);
     }
   }
   store_keys<Element>(p.dk, p, s, key_head, start, keys, dk);
@@ -203,7 +210,7 @@ void run_query_block(const HypeAttentionBwdParams& p, const Sequence& s, int64_t
     const int64_t seen = std::min(kKeyBlock, position + rows - start);
     b.template load<Element>(p, s, head / (p.H / p.HK), start, seen);
     b.differentiate(in, in.row(s, head, begin), rows, seen, position - start + 1);
-    b.add_dq(rows, seen, D, dq);
+    b.add_dq(rows, seen, position - start + 1, D, dq);
   }
   store_dq<Element>(p, s, head, begin, rows, dq);
 }

@@ -112,6 +112,22 @@ void online_softmax(int64_t rows, int64_t keys, int64_t first_visible, bool firs
   }
 }
 
+// One block of keys and values for the queries of head h of the task.
+template <class Acc>
+void add_keys(int64_t rows, int64_t keys, int64_t first_visible, bool first_block, int64_t D,
+              const Blocks<Acc>& b, int64_t h) {
+  for_each_strip(rows, keys, first_visible, [&](int64_t r, int64_t count, int64_t seen) {
+    Acc *weights = b.weights + r * kKeyBlock, *o = b.o[h] + r * D;
+    gemm<Op::kNN, false>(count, seen, D, b.q[h] + r * D, D, b.k_transposed, kKeyBlock, weights, kKeyBlock);
+    online_softmax(count, seen, first_visible + r, first_block, D, weights, b.max[h] + r, b.sum[h] + r, o);
+    if (first_block) {
+      gemm<Op::kNN, false>(count, D, seen, weights, kKeyBlock, b.rows, D, o, D);
+    } else {
+      gemm<Op::kNN, true>(count, D, seen, weights, kKeyBlock, b.rows, D, o, D);
+    }
+  });
+}
+
 // Writes o, gated where there is a gate, the output before the gate for the backward, and the logarithm of
 // the sums.
 template <class Element, class Acc>
@@ -157,13 +173,7 @@ void run_task(const HypeAttentionFwdParams& p, const Task& task, acc_t<Element>*
     transpose(keys, D, b.rows, D, b.k_transposed, kKeyBlock);
     load_rows(head_rows<Element>(p.v, s.batch, s.first + start, task.key_head), keys, D, b.rows);
     for (int64_t h = 0; h < task.num_heads; ++h) {
-      gemm<Op::kNN, false>(rows, keys, D, b.q[h], D, b.k_transposed, kKeyBlock, b.weights, kKeyBlock);
-      online_softmax(rows, keys, position - start + 1, start == 0, D, b.weights, b.max[h], b.sum[h], b.o[h]);
-      if (start == 0) {
-        gemm<Op::kNN, false>(rows, D, keys, b.weights, kKeyBlock, b.rows, D, b.o[h], D);
-      } else {
-        gemm<Op::kNN, true>(rows, D, keys, b.weights, kKeyBlock, b.rows, D, b.o[h], D);
-      }
+      add_keys(rows, keys, position - start + 1, start == 0, D, b, h);
     }
   }
   for (int64_t h = 0; h < task.num_heads; ++h) {
