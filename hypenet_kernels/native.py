@@ -59,10 +59,10 @@ def build_info():
 def kernel(op, name, device):
     """The function that runs the kernel `name` on `device`, for `op`. Said once in the log."""
     if device.type == "cpu":
-        logger.info("%s: C++ for x86-64 level %s", op, level())
+        logger.info("%s: C++ (_cpu_%s)", op, level())
         return getattr(cpu(), name)
     launch = getattr(cuda(), name)
-    logger.info("%s: CUDA on %s", op, device)
+    logger.info("%s: CUDA (_cuda) on %s", op, device)
     return functools.partial(_on_current_stream, launch, device)
 
 

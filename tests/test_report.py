@@ -40,8 +40,7 @@ def test_first_use_of_an_op_is_logged_once(caplog):
             hypenet_kernels.chunk_gated_delta_rule(*inputs())
             hypenet_kernels.hype_attention(*inputs()[:3])
     said = [record.getMessage() for record in caplog.records]
-    level = native.level()
-    assert said == [f"{op}: C++ for x86-64 level {level}" for op in ("chunk_gated_delta_rule", "hype_attention")]
+    assert said == [f"{op}: C++ (_cpu_{native.level()})" for op in ("chunk_gated_delta_rule", "hype_attention")]
 
 
 def test_wrong_kernel_fails_the_self_test(monkeypatch, capsys):
