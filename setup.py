@@ -125,7 +125,7 @@ class NinjaBuild(build_ext):
         link.symlink_to(pybind11.get_include())
         for rule, command in rules.items():
             writer.rule(rule, command, **({} if "link" in rule else {"depfile": "$out.d", "deps": "gcc"}))
-        for kind in ("cpu", "cuda"):
+        for kind in ("cpu", "cuda") if "nvcc" in rules else ("cpu",):
             flags = f"-O1 -DHYPENET_CUDA={int(kind == 'cuda')} -isystem{link.name} {shlex.quote(f'-isystem{python}')}"
             writer.build(f"bindings_{kind}.o", "cxx", f"{ROOT}/csrc/bindings.cpp", variables={"flags": flags})
         for extension in self.extensions:
@@ -139,7 +139,7 @@ class NinjaBuild(build_ext):
             variables = {"flags": shlex.join(extension.extra_compile_args)}
             for source, target in objects.items():
                 writer.build(target, compiler, str(ROOT / source), variables=variables)
-            writer.default(writer.build(str(built), linker, [*objects.values(), f"bindings_{kind}.o"]))
+            writer.build(str(built), linker, [*objects.values(), f"bindings_{kind}.o"])
         return built.parent
 
 
