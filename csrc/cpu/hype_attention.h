@@ -126,7 +126,9 @@ T exp_row(T* x, int64_t n, T shift) {
   T rest = 0;
   if (i < n) {
     const int count = static_cast<int>(n - i);
-    store_partial(x + i, exp<T>(load_partial(x + i, count) - shift), count);
+    const vec<T> y = load_partial(x + i, count) - shift;
+    store_partial(x + i, exp<T>(y > 0 ? vec<T>{} : y),
+                  count);  // the lanes behind hold -shift, of either sign
     for (; i < n; ++i) rest += x[i];
   }
   return sum<T>(total) + rest;
