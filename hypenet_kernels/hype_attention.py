@@ -68,6 +68,8 @@ def _check_decode(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_ba
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if D > 1 and cache.stride(-1) != 1:
             checks.fail(ValueError, op, name, "have a contiguous last dimension", f"strides {cache.stride()}")
+        if k is not None and any(n > 1 and stride == 0 for n, stride in zip(cache.shape, cache.stride(), strict=True)):
+            checks.fail(ValueError, op, name, "not be expanded (it is written to)", f"strides {cache.stride()}")
     if (k is None) != (v is None):
         given, missing = ("v", "k") if k is None else ("k", "v")
         checks.fail(ValueError, op, missing, f"be given with {given}", None)

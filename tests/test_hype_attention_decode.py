@@ -292,6 +292,7 @@ ERRORS = {
         ValueError,
         "k_cache must have a contiguous last dimension, got strides",
     ),
+    "expanded cache": ({"v_cache": ones(1, 10, 2, 8).expand(*CACHE)}, ValueError, "v_cache must not be expanded"),
     "k shape": ({"k": ones(2, 1, 2, 8)}, ValueError, r"k must have shape \[2, 2, 2, 8\], got \[2, 1, 2, 8\]"),
     "v shape": ({"v": ones(2, 2, 1, 8)}, ValueError, r"v must have shape \[2, 2, 2, 8\], got \[2, 2, 1, 8\]"),
     "k alone": ({"v": None}, ValueError, "v must be given with k, got None"),

@@ -16,7 +16,7 @@ namespace hypenet::cpu::attention {
 
 constexpr int64_t kQueryBlock = 64;
 constexpr int64_t kKeyBlock = 64;
-constexpr int64_t kStrip = 16;
+constexpr int64_t kStrip = 16;  // queries, where the diagonal crosses a block
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -41,8 +41,8 @@ struct Task {
   int64_t b, key_head, start;
 };
 
-// The queries of one round: tokens [begin, begin + num_tokens); row t * group + g is head g of token begin +
-// t.
+// The queries of one round: tokens [begin, begin + num_tokens). Row t * group + g is head g of the group,
+// token t.
 struct Round {
   int64_t begin, num_tokens;
 };

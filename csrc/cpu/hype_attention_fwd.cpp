@@ -2,8 +2,8 @@
 //
 // Math, for query t of head h at position p = query_offset + t (of its sequence):
 //   x_ti = s_p scale q_t . k_i,  i <= p,  s_p = ln(p + a) / ln(a)        (s_p = 1 without a base)
-//   lse_t = ln sum_i exp(x_ti),  o_ungated_t = sum_i exp(x_ti - lse_t) v_i,  o_t = o_ungated_t
-//   sigmoid(gate_t)
+//   lse_t = ln sum_i exp(x_ti)
+//   o_ungated_t = sum_i exp(x_ti - lse_t) v_i,  o_t = o_ungated_t sigmoid(gate_t)
 //
 // Shapes: params.h, HypeAttentionFwdParams.
 //
@@ -12,11 +12,12 @@
 // heads read. Tasks share nothing, so that any number of threads gives the same bits.
 //
 // Numerics: q is scaled in the accumulation type, where also logits, maxima, sums and outputs live. Every
-// exponent taken is <= 0. Keys after a query's position are left out by a zero weight, never by arithmetic on
-// what stands there; every query sees at least the first key of the first block, so its maximum is finite
-// from there on.
+// exponent taken is <= 0: every query sees the first key of the first block, so its maximum is finite from
+// there on. Keys after a query's position enter neither maximum nor sum and weigh zero.
 //
 // Cost: 4 D FLOPs per visible (query, key) pair; compute bound. Memory: a few blocks per thread.
+//
+// Limits: a value v_i that is not finite reaches back to the queries of its strip, 0 times it being NaN.
 #include <omp.h>
 
 #include <cstdint>
