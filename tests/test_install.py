@@ -18,6 +18,18 @@ setup = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(setup)
 
 
+TINY_BINDINGS = """
+#include <Python.h>
+int number();
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "m", nullptr, -1, nullptr};
+static PyObject* make() { return number() == 1 ? PyModule_Create(&module) : nullptr; }
+PyMODINIT_FUNC PyInit__cpu_baseline() { return make(); }
+PyMODINIT_FUNC PyInit__cpu_v3() { return make(); }
+PyMODINIT_FUNC PyInit__cpu_v4() { return make(); }
+PyMODINIT_FUNC PyInit__cuda() { return make(); }
+"""
+
+
 def executable(path, text="#!/bin/sh\n"):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
@@ -134,6 +146,32 @@ def test_wheel_builds_without_torch_and_runs_from_anywhere(tmp_path):
     )
     assert ran.returncode == 0 and "all passed" in ran.stdout, ran.stdout + ran.stderr
     assert f"in {tmp_path}" in ran.stdout
+
+
+def test_builds_in_a_folder_with_spaces(tmp_path):
+    """The rules of setup.py over sources that take no time: modules, levels, CUDA where there is nvcc, a second run."""
+    root = tmp_path / "a folder"
+    for folder in ("csrc/cpu", "csrc/cuda", "hypenet_kernels"):
+        (root / folder).mkdir(parents=True)
+    shutil.copy(ROOT / "setup.py", root)
+    (root / "hypenet_kernels" / "__init__.py").touch()
+    (root / "csrc" / "number.h").write_text("int number();\n")
+    (root / "csrc" / "cpu" / "number.cpp").write_text('#include "../number.h"\nint number() { return 1; }\n')
+    (root / "csrc" / "cuda" / "number.cu").write_text('#include "../number.h"\nint number() { return 1; }\n')
+    (root / "csrc" / "bindings.cpp").write_text(TINY_BINDINGS)
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    first = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert first.returncode == 0, first.stdout + first.stderr
+    modules = {path.name.split(".")[0] for path in (root / "hypenet_kernels").glob("*.so")}
+    assert modules == {f"_cpu_{level}" for level in setup.LEVELS} | (
+        {"_cuda"} if setup.find_nvcc(os.environ) else set()
+    )
+    show = "import hypenet_kernels._cpu_baseline as b; print(b.__file__)"
+    subprocess.run([sys.executable, "-c", show], cwd=root, check=True, capture_output=True)
+    (root / "csrc" / "number.h").write_text("int number();  // changed\n")
+    again = subprocess.run(command, cwd=root, capture_output=True, text=True).stdout
+    assert "number.o" in again and "bindings_cpu.o -c" not in again
+    assert "no work to do" in subprocess.run(command, cwd=root, capture_output=True, text=True).stdout
 
 
 def test_source_tree_that_is_not_built_says_how_to_build(tmp_path):
