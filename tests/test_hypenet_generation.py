@@ -78,6 +78,21 @@ def test_padded_pieces_equal_each_sequence_alone(split):
     assert cache.lengths.tolist() == mask.sum(1).tolist()
 
 
+@pytest.mark.parametrize("length", [2, 12])
+@torch.no_grad()
+def test_unpadded_piece_after_a_padded_prompt(length):
+    """Nothing in the second call says that the sequences differ in length; the cache knows."""
+    model = small_model(attn_logits_scaling="hype 50")
+    ids, following = tokens(2, 9), tokens(2, length)
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, :6] = 0
+    cache = model(ids, attention_mask=mask).past_key_values
+    logits = model(following, past_key_values=cache).logits
+    for b in range(2):
+        alone = torch.cat([ids[b, mask[b].bool()], following[b]])[None]
+        assert_matches_reference(f"sequence {b}", logits[b], model(alone).logits[0, -length:])
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
 @torch.no_grad()
 def test_generate_with_and_without_cache(options):
