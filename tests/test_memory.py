@@ -1,0 +1,105 @@
+"""Every op over sizes around its blocks, its inputs views into memory full of NaN: what it reads beside them shows.
+
+Written for `make test-asan`, where a read or write out of bounds ends the run; elsewhere a NaN in a result does.
+"""
+
+import pytest
+import torch
+
+import hypenet_kernels as kernels
+
+LENGTHS = (0, 1, 2, 15, 16, 17, 31, 33, 65)  # around every chunk and block
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+HEAD_DIMS = ((1, 1), (3, 5), (16, 16), (17, 8), (40, 33), (64, 72))  # K, V: below, at and past a vector
+HEADS = ((1, 1), (2, 2), (1, 3))  # H, HV (or HK, H)
+
+
+def inside_nan(*shape, dtype=torch.float32, low=-1.0, high=1.0):
+    """Random numbers, one row inside a tensor that is NaN everywhere else."""
+    outer = torch.full([n + 2 for n in shape], float("nan"), dtype=dtype)
+    inner = outer[tuple(slice(1, n + 1) for n in shape)]
+    return inner.copy_(low + (high - low) * torch.rand(shape))
+
+
+def recurrence_inputs(B, T, H, HV, K, V, dtype):
+    q, k = (inside_nan(B, T, H, K, dtype=dtype, high=1 / K) for _ in range(2))
+    return q, k, inside_nan(B, T, HV, V, dtype=dtype), inside_nan(B, T, HV, high=0.0), inside_nan(B, T, HV, low=0.0)
+
+
+def check_finite(run, *inputs):
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    outputs = run(*leaves)
+    gradients = torch.autograd.grad([x.sum() for x in outputs], leaves)
+    assert all(x.isfinite().all() for x in (*outputs, *gradients))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T", LENGTHS)
+def test_recurrences(T, dtype):
+    for (K, V), (H, HV) in zip(HEAD_DIMS, 2 * HEADS, strict=True):
+        *gla, beta = recurrence_inputs(2, T, H, HV, K, V, dtype)
+        state = inside_nan(2, HV, K, V)
+        for rule in (kernels.chunk_gated_delta_rule, kernels.fused_recurrent_gated_delta_rule):
+            check_finite(lambda *x, f=rule: f(*x[:5], initial_state=x[5], output_final_state=True), *gla, beta, state)
+        for rule in (kernels.chunk_simple_gla, kernels.fused_recurrent_simple_gla):
+            check_finite(lambda *x, f=rule: f(*x[:4], initial_state=x[4], output_final_state=True), *gla, state)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_recurrences(dtype):
+    cu_seqlens = torch.tensor([0, 0, 1, 17, 17, 50, 66, 66])
+    for (K, V), (H, HV) in zip(HEAD_DIMS, 2 * HEADS, strict=True):
+        *gla, beta = recurrence_inputs(1, 66, H, HV, K, V, dtype)
+        options = {"cu_seqlens": cu_seqlens, "output_final_state": True}
+        check_finite(lambda *x, o=options: kernels.chunk_gated_delta_rule(*x, **o), *gla, beta)
+        check_finite(lambda *x, o=options: kernels.chunk_simple_gla(*x, **o), *gla)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_steps(dtype):
+    slots = torch.tensor([3, -1])
+    for T in (0, 1, 3):
+        for (K, V), (H, HV) in zip(HEAD_DIMS, 2 * HEADS, strict=True):
+            *gla, beta = recurrence_inputs(2, T, H, HV, K, V, dtype)
+            state = torch.rand(4, HV, K, V, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+            for norm in (False, True):
+                o = kernels.gated_delta_step(*gla, beta, state, state_indices=slots, use_qk_l2norm_in_kernel=norm)
+                assert o.isfinite().all() and state.isfinite().all()
+            assert kernels.simple_gla_step(*gla, state, state_indices=slots).isfinite().all() and state.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T", LENGTHS)
+def test_attention(T, dtype):
+    for (D, offset), (HK, H) in zip(HEAD_DIMS, 2 * HEADS, strict=True):
+        q, gate = (inside_nan(2, T, H, D, dtype=dtype) for _ in range(2))
+        k, v = (inside_nan(2, T + offset, HK, D, dtype=dtype) for _ in range(2))
+
+        def run(q, k, v, gate, offset=offset):
+            return [kernels.hype_attention(q, k, v, gate=gate, query_offset=offset, logit_scale_base=50.0)]
+
+        check_finite(run, q, k, v, gate)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_attention(dtype):
+    cu_seqlens = torch.tensor([0, 0, 1, 17, 17, 50, 66, 66])
+    for (D, _), (HK, H) in zip(HEAD_DIMS, 2 * HEADS, strict=True):
+        q, k, v = (inside_nan(1, 66, heads, D, dtype=dtype) for heads in (H, HK, HK))
+        check_finite(lambda *x: [kernels.hype_attention(*x, cu_seqlens=cu_seqlens)], q, k, v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T", [0, 1, 3])
+def test_decode(T, dtype):
+    """Rows of the cache past a sequence's length are NaN, and stay out of the result."""
+    for capacity, ((D, _), (HK, H)) in zip(
+        (T, 17, 32, 33, 65, 130), zip(HEAD_DIMS, 2 * HEADS, strict=True), strict=True
+    ):
+        lengths = torch.tensor([0, capacity - T])
+        q, gate = (inside_nan(2, T, H, D, dtype=dtype) for _ in range(2))
+        k, v = (inside_nan(2, T, HK, D, dtype=dtype) for _ in range(2))
+        k_cache, v_cache = (inside_nan(2, capacity, HK, D, dtype=dtype) for _ in range(2))
+        k_cache[0], v_cache[0] = float("nan"), float("nan")
+        o = kernels.hype_attention_decode(q, k_cache, v_cache, lengths, k=k, v=v, gate=gate, logit_scale_base=50.0)
+        assert o.isfinite().all() and k_cache[1].isfinite().all() and k_cache[0, T:].isnan().all()
