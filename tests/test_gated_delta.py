@@ -39,10 +39,13 @@ class DeltaRule(SequenceOp):
         assert_forward(self.op, self.reference, inputs)
         assert_gradients(self.op, self.reference, inputs)
         single = {name: x.float() for name, x in inputs.items()}
-        eager = forward(self.reference, single)
         expected = forward(self.reference, in_double(single))
+        # A reflection hands errors on undiminished, and with equal keys all errors of k . k are one and the same: no
+        # float32 Gram matrix does better than exact arithmetic on keys that are half a unit in the last place too long.
+        longer = in_double(single) | {"k": single["k"].double() * (1 + torch.finfo(torch.float32).eps / 2)}
+        eager = forward(self.reference, longer) if beta == 2 else (None, None)
         for name, x, y, z in zip(("o", "final_state"), forward(self.op, single), expected, eager, strict=True):
-            assert_matches_reference(name, x, y, eager=z if beta == 2 else None)
+            assert_matches_reference(name, x, y, eager=z)
 
     def test_large_predictable_values(self):
         """v = S^T k for a fixed S: the residual is a small difference of large numbers."""
