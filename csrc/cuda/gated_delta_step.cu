@@ -5,17 +5,15 @@
 //   delta:  e = beta (v - gamma S^T k)      simple GLA:  e = v
 //   o = scale (gamma S^T q + (q . k) e)     S <- gamma S + k e^T
 // Written so, S^T q and S^T k are taken of the same old S: the state is read once and written once. With
-// use_qk_l2norm, q and k stand for q / sqrt(q . q + eps) and k / sqrt(k . k + eps): factors of the sums
-// above.
+// use_qk_l2norm, q and k stand for q / sqrt(q . q + eps) and k / sqrt(k . k + eps), factors of these sums.
 //
 // Shapes: as in GatedDeltaStepParams (params.h). state_indices [B]: a negative slot leaves every state as it
 // is and gives o = 0; a slot that does not exist gives o = NaN. Two sequences must not name one slot.
 //
-// Mapping: a block owns kColumns columns of V of one (sequence, value head); blocks are numbered along x with
-// the column tile fastest, then the head. A thread owns 4 adjacent columns and every kRowGroups-th row, so a
-// row of the tile is one 128-byte line and all rows of a thread are in flight together. All warps do the
-// same.
-//   warp 0 .. kWarps - 1   rows of its row groups; signals the block at the barrier of step (3); waits there
+// Mapping: a block owns kColumns columns of V of one (sequence, value head); blocks are numbered along x, the
+// column tile fastest, then the head. A thread owns 4 adjacent columns and every kRowGroups-th row: a row of
+// the tile is one 128-byte line, and all rows of a thread are in flight together. All warps do the same.
+//   warp 0 .. kWarps - 1   its rows; waits at the one barrier of step (3) for the sums of the other warps
 //
 // Shared memory: sums [2][kWarps][kLanes] of 12 floats, 3 KB; written and read once a token, the two halves
 // in turn, so that one barrier a token is enough. Registers hold the state for all T tokens.
@@ -26,8 +24,8 @@
 //
 // Cost per (sequence, head): 8 K V bytes of state for all T tokens, 8 K V FLOPs a token: bound by memory.
 //
-// Limits: K <= 256 (rows past K are zero), any V (16-byte accesses where V is a multiple of 4, else 4-byte
-// ones), fp32, bf16 or fp16, at most 2^31 - 1 blocks.
+// Limits: K <= kStepMaxKeyDim (rows past K are zero), any V (16-byte accesses where V is a multiple of 4 and
+// the state is aligned, else 4-byte ones), fp32, bf16 or fp16, at most 2^31 - 1 blocks.
 #include <limits>
 
 #include "arch/sm80.cuh"
