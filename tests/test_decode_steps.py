@@ -6,7 +6,7 @@ from compare import assert_matches_reference
 from recurrence_suite import DECAYS, Shape, forward, in_double, make_inputs, rounded
 
 import hypenet_kernels
-from hypenet_kernels import reference
+from hypenet_kernels import native, reference
 
 SHAPES = (
     Shape(1, 1, 1, 1, 16, 16),  # one head
@@ -185,6 +185,15 @@ class TestGatedDeltaStep(StepOp):
         inputs, state = self.inputs(ORDINARY, decay_kind="none")
         inputs["k"], before = torch.zeros_like(inputs["k"]), state.clone()
         assert self.op(**inputs, state=state, use_qk_l2norm_in_kernel=True).isfinite().all() and state.equal(before)
+
+    def test_too_little_memory_is_an_error(self):
+        absent = dict.fromkeys("q k v g beta".split(), native.ABSENT) | dict.fromkeys(
+            ("state_indices", "state", "o"), 0
+        )
+        sizes = {"B": 0, "T": 0, "H": 1, "HV": 1, "K": 2**44, "V": 1, "num_slots": 0, "num_threads": 1}
+        options = {"dtype": 1, "delta": True, "use_qk_l2norm": False, "scale": 1.0}
+        with pytest.raises(MemoryError):
+            native.cpu().gated_delta_step(**absent, **sizes, **options)
 
     def test_wrong_beta(self):
         self.bad(TypeError, "beta must be a tensor, got NoneType", beta=None)
