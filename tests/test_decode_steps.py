@@ -187,7 +187,7 @@ class TestGatedDeltaStep(StepOp):
         assert self.op(**inputs, state=state, use_qk_l2norm_in_kernel=True).isfinite().all() and state.equal(before)
 
     def test_too_little_memory_is_an_error(self):
-        absent = dict.fromkeys("q k v g beta".split(), native.ABSENT) | dict.fromkeys(
+        absent = dict.fromkeys(["q", "k", "v", "g", "beta"], native.ABSENT) | dict.fromkeys(
             ("state_indices", "state", "o"), 0
         )
         sizes = {"B": 0, "T": 0, "H": 1, "HV": 1, "K": 2**44, "V": 1, "num_slots": 0, "num_threads": 1}
