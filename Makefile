@@ -10,8 +10,11 @@ KERNEL_TESTS := tests/test_memory.py $(wildcard tests/test_gated_delta*.py tests
 
 .PHONY: demo test test-asan lint clean
 
+# glibc hands the large buffers of a training step back to the system and faults them in again at the next; the demo keeps
+# them.
+KEEP_BUFFERS := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 demo: $(INSTALLED)
-	$(VENV)/bin/halo demo
+	$(KEEP_BUFFERS) $(VENV)/bin/halo demo
 
 test: $(INSTALLED)
 	$(PYTHON_IN_VENV) -m pytest
