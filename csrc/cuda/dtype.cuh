@@ -1,23 +1,15 @@
-// Element types on the device, and the one dispatcher from a run-time DType to them.
+// The one dispatcher from a run-time DType to the element types of the device.
 #pragma once
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include <utility>
 
 #include "../params.h"
+#include "arch/sm80.cuh"
 
 namespace hypenet::cuda {
 
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-// Rounds to nearest even.
-__device__ __forceinline__ void from_float(float& to, float x) { to = x; }
-__device__ __forceinline__ void from_float(__half& to, float x) { to = __float2half_rn(x); }
-__device__ __forceinline__ void from_float(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
+using arch::from_float;
+using arch::to_float;
 
 // Calls run.template operator()<Element>() for the element type of `dtype`.
 template <class Run>
@@ -26,9 +18,22 @@ Status dispatch_dtype(DType dtype, Run&& run) {
     case DType::kFloat32:
       return run.template operator()<float>();
     case DType::kBFloat16:
-      return run.template operator()<__nv_bfloat16>();
+      return run.template operator()<arch::bf16>();
     case DType::kFloat16:
-      return run.template operator()<__half>();
+      return run.template operator()<arch::fp16>();
+    default:
+      return "dtype is not built for CUDA";
+  }
+}
+
+// The same for kernels that multiply on tensor cores.
+template <class Run>
+Status dispatch_half_dtype(DType dtype, Run&& run) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return run.template operator()<arch::bf16>();
+    case DType::kFloat16:
+      return run.template operator()<arch::fp16>();
     default:
       return "dtype is not built for CUDA";
   }

@@ -1,7 +1,5 @@
-// The one way by which a kernel is started.
+// The one way by which a kernel is started, and what the host knows of the device.
 #pragma once
-
-#include <cuda_runtime_api.h>
 
 #include <cstddef>
 #include <cstdint>
@@ -9,6 +7,12 @@
 
 #include "../params.h"
 #include "kernels.h"
+
+#ifdef HYPENET_EMULATED
+#include "../emu/launch.h"
+#else
+
+#include <cuda_runtime_api.h>
 
 namespace hypenet::cuda {
 
@@ -18,11 +22,27 @@ inline Status status_of(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+// Processors (SMs) of the current device.
+inline Status num_processors(int& count) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return status_of(error);
+  return status_of(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+}
+
+// Largest shared memory that a block of the current device can ask for, in bytes.
+inline Status max_shared_bytes(int& bytes) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return status_of(error);
+  return status_of(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+}
+
 // Starts `num_blocks` blocks, all along x, so that the number of sequences is bounded by 2^31 - 1 blocks
-// alone.
+// alone. `name` is the kernel's in tables and reports.
 template <class Params>
-Status launch(void (*kernel)(Params), int64_t num_blocks, int num_threads, size_t shared_bytes, Stream stream,
-              const Params& params) {
+Status launch([[maybe_unused]] const char* name, void (*kernel)(Params), int64_t num_blocks, int num_threads,
+              size_t shared_bytes, Stream stream, const Params& params) {
   if (num_blocks == 0) return nullptr;
   if (num_blocks > std::numeric_limits<int32_t>::max()) return "too many blocks for one launch";
   const void* entry = reinterpret_cast<const void*>(kernel);
@@ -38,3 +58,5 @@ Status launch(void (*kernel)(Params), int64_t num_blocks, int num_threads, size_
 }
 
 }  // namespace hypenet::cuda
+
+#endif

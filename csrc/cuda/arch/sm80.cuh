@@ -1,31 +1,74 @@
 // Every feature of the machine that kernels use from sm_80 up: one function each, and inline PTX nowhere
-// else. A kernel written against these functions does not care who plays them.
+// else. A kernel written against these functions does not care who plays them: the GPU here, or csrc/emu on a
+// host.
+//
+// Fragments of one warp, lane l, row l / 4, column pair c = 2 (l % 4):
+//   a[4] of A [16, 16]   {(row, c), (row + 8, c), (row, c + 8), (row + 8, c + 8)}, two elements each
+//   b[2] of B [16, 8]    {(c, row), (c + 8, row)}: two elements down a column
+//   d[4] of D [16, 8]    (row, c), (row, c + 1), (row + 8, c), (row + 8, c + 1), fp32
 #pragma once
 
+#ifdef HYPENET_EMULATED
+#include "../../emu/arch.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <cstdint>
+#include <type_traits>
 
 namespace hypenet::cuda::arch {
+
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
 
 constexpr int kWarpSize = 32;
 
 __device__ __forceinline__ int thread_idx() { return static_cast<int>(threadIdx.x); }
 __device__ __forceinline__ unsigned block_idx() { return blockIdx.x; }
 
+// ---- shared memory and barriers
+
 // The block's dynamic shared memory, as the plain struct that describes it.
 template <class Smem>
 __device__ __forceinline__ Smem& shared_memory() {
-  extern __shared__ __align__(16) unsigned char bytes[];
+  extern __shared__ __align__(128) unsigned char bytes[];
   return *reinterpret_cast<Smem*>(bytes);
 }
 
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
 
-// Value of the lane whose number differs in the bits of `mask`. All lanes of the warp take part.
-__device__ __forceinline__ float shuffle_xor(float value, int mask) {
+// Orders the memory accesses of the lanes of a warp; all of them take part.
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
+
+// Barrier `barrier` (1 to 15) among `num_threads` threads, a multiple of the warp size.
+__device__ __forceinline__ void sync_group(int barrier, int num_threads) {
+  asm volatile("bar.sync %0, %1;" : : "r"(barrier), "r"(num_threads) : "memory");
+}
+
+// ---- shuffles: all lanes of the warp take part
+
+// Value of the lane whose number differs in the bits of `mask`.
+template <class T>
+__device__ __forceinline__ T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
-// 16 bytes that nobody else on this processor will ask for: past L1. `address` is a multiple of 16.
+template <class T>
+__device__ __forceinline__ T shuffle(T value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+
+// Value of the lane `delta` below; a lane without one keeps its own.
+template <class T>
+__device__ __forceinline__ T shuffle_up(T value, int delta) {
+  return __shfl_up_sync(0xffffffffu, value, delta);
+}
+
+// ---- 16-byte accesses: `address` is a multiple of 16
+
+// Data that nobody else on this processor will ask for: past L1.
 __device__ __forceinline__ float4 load_16_bytes_once(const float* address) {
   float4 x;
   asm volatile("ld.global.L1::no_allocate.v4.f32 {%0, %1, %2, %3}, [%4];"
@@ -42,4 +85,138 @@ __device__ __forceinline__ void store_16_bytes(float* address, float4 x) {
                : "memory");
 }
 
+// Any 16 bytes of global or shared memory.
+__device__ __forceinline__ uint4 load_16_bytes(const void* address) {
+  return *static_cast<const uint4*>(address);
+}
+__device__ __forceinline__ void store_16_bytes(void* address, uint4 x) { *static_cast<uint4*>(address) = x; }
+
+// ---- asynchronous copies from global to shared memory
+
+__device__ __forceinline__ uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+// 16 bytes, both addresses multiples of 16; with `valid` false zeros, and nothing is read.
+__device__ __forceinline__ void copy_16_async(void* shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :
+               : "r"(shared_address(shared)), "l"(global), "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+// 4 bytes, both addresses multiples of 4; likewise.
+__device__ __forceinline__ void copy_4_async(void* shared, const void* global, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
+               :
+               : "r"(shared_address(shared)), "l"(global), "r"(valid ? 4 : 0)
+               : "memory");
+}
+
+// Closes the group of this thread's copies since the last close.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" : : : "memory"); }
+
+// Until at most kPending of this thread's groups are under way. Other threads see the data after a barrier.
+template <int kPending>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" : : "n"(kPending) : "memory");
+}
+
+// ---- matrix fragments. `row`: this lane's 16-byte row in shared memory, a multiple of 16. Lanes 8 i to
+// 8 i + 7 give the rows of matrix i; all lanes take part.
+
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// d += a b, in fp32.
+template <class Element>
+__device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  if constexpr (std::is_same_v<Element, bf16>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    static_assert(std::is_same_v<Element, fp16>);
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+}
+
+// The same with A [16, 8] and B [8, 8] of tf32, each a float rounded by to_tf32:
+//   a[4]   (row, l % 4), (row + 8, l % 4), (row, l % 4 + 4), (row + 8, l % 4 + 4)
+//   b[2]   (l % 4, row), (l % 4 + 4, row)
+__device__ __forceinline__ void mma_16x8x8_tf32(float (&d)[4], const uint32_t (&a)[4],
+                                                const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ __forceinline__ uint32_t to_tf32(float x) {
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(x));
+  return rounded;
+}
+
+// ---- arithmetic
+
+// 2^x to 2 ulp; 0 for x = -inf, and below 2^-126.
+__device__ __forceinline__ float exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Two floats rounded to nearest even, `low` in the low half: the first element of a pair.
+template <class Element>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  if constexpr (std::is_same_v<Element, bf16>) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+  } else {
+    static_assert(std::is_same_v<Element, fp16>);
+    const __half2 pair = __floats2half2_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+}
+
+template <class Element>
+__device__ __forceinline__ float2 unpack(uint32_t pair) {
+  if constexpr (std::is_same_v<Element, bf16>) {
+    return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
+  } else {
+    static_assert(std::is_same_v<Element, fp16>);
+    return __half22float2(reinterpret_cast<const __half2&>(pair));
+  }
+}
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(fp16 x) { return __half2float(x); }
+
+// Rounds to nearest even.
+__device__ __forceinline__ void from_float(float& to, float x) { to = x; }
+__device__ __forceinline__ void from_float(bf16& to, float x) { to = __float2bfloat16_rn(x); }
+__device__ __forceinline__ void from_float(fp16& to, float x) { to = __float2half_rn(x); }
+
 }  // namespace hypenet::cuda::arch
+
+#endif
