@@ -24,7 +24,7 @@ NVCC_FLAGS = shlex.split("-std=c++20 -O3 -Xcompiler=-fPIC -Xptxas=--warn-on-spil
 NVLINK_FLAGS = ["-shared", "-cudart=static", "-Xlinker=--exclude-libs=ALL"]
 CUDA_TARGETS = "8.0;9.0a+PTX"
 GB_PER_JOB = 1.5  # of memory, for one compiler
-NO_CXX = "install g++ >= 11 (Debian, Ubuntu: apt install build-essential; Fedora: dnf install gcc-c++), or set CXX"
+NO_CXX = "install g++ >= 12 (Debian, Ubuntu: apt install build-essential; Fedora: dnf install gcc-c++), or set CXX"
 CXX20_PROBE = "#include <bit>\n#include <concepts>\n#include <omp.h>\nint main() { return std::bit_cast<int>(1.0f); }\n"
 
 
