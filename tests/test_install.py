@@ -107,7 +107,7 @@ def test_no_compiler_names_what_to_install(tmp_path):
 
 def test_old_compiler_names_what_to_install(tmp_path):
     executable(tmp_path / "g++", "#!/bin/sh\necho unrecognized option -std=c++20 >&2\nexit 1\n")
-    with pytest.raises(SystemExit, match=r"(?s)g\+\+ lacks C\+\+20 .* g\+\+ >= 11 .*unrecognized option"):
+    with pytest.raises(SystemExit, match=r"(?s)g\+\+ lacks C\+\+20 .* g\+\+ >= 12 .*unrecognized option"):
         setup.find_compiler({"PATH": str(tmp_path)})
 
 
