@@ -109,32 +109,33 @@ def gated_delta_step(q, k, v, g, beta, state, *, scale=None, state_indices=None,
     return _step(q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm_in_kernel)
 
 
-def _chunk_cpu(q, k, v, g, beta, initial_state, cu_seqlens, scale):
+def _chunk_cpu(q, k, v, g, beta, initial_state, cu_seqlens, scale, save):
     kernel, op = "gated_delta_chunk_fwd", "chunk_gated_delta_rule"
     return recurrence.forward_cpu(kernel, op, q, k, v, g, beta, initial_state, cu_seqlens, scale)
 
 
-def _chunk_fake(q, k, v, g, beta, initial_state, cu_seqlens, scale):
-    return recurrence.forward_fake("chunk_gated_delta_rule", q, k, v, g, beta, initial_state, cu_seqlens)
+def _chunk_fake(q, k, v, g, beta, initial_state, cu_seqlens, scale, save):
+    return recurrence.forward_fake("chunk_gated_delta_rule", q, k, v, g, beta, initial_state, cu_seqlens, save)
 
 
-def _chunk_bwd_cpu(do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens, scale):
+def _chunk_bwd_cpu(do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens, T0, G, h, chunk_offsets, scale):
     op = "chunk_gated_delta_rule_bwd"
     return recurrence.backward_cpu(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens, scale)
 
 
-def _chunk_bwd_fake(do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens, scale):
+def _chunk_bwd_fake(do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens, T0, G, h, chunk_offsets, scale):
     op = "chunk_gated_delta_rule_bwd"
     return recurrence.backward_fake(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens)
 
 
-def _recurrent_cpu(q, k, v, g, beta, initial_state, cu_seqlens, scale):
+def _recurrent_cpu(q, k, v, g, beta, initial_state, cu_seqlens, scale, save):
     kernel, op = "gated_delta_recurrent_fwd", "fused_recurrent_gated_delta_rule"
     return recurrence.forward_cpu(kernel, op, q, k, v, g, beta, initial_state, cu_seqlens, scale)
 
 
-def _recurrent_fake(q, k, v, g, beta, initial_state, cu_seqlens, scale):
-    return recurrence.forward_fake("fused_recurrent_gated_delta_rule", q, k, v, g, beta, initial_state, cu_seqlens)
+def _recurrent_fake(q, k, v, g, beta, initial_state, cu_seqlens, scale, save):
+    op = "fused_recurrent_gated_delta_rule"
+    return recurrence.forward_fake(op, q, k, v, g, beta, initial_state, cu_seqlens, save)
 
 
 def _step_run(q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm):
@@ -146,29 +147,30 @@ def _step_fake(q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm):
     return recurrence.step_fake("gated_delta_step", q, k, v, g, beta, state, state_indices)
 
 
-def _backward(ctx, do, dfinal_state):
+def _backward(ctx, do, dfinal_state, *_):
     return recurrence.backward(ctx, _chunk_bwd, do, dfinal_state)
 
 
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state, Tensor? cu_seqlens, float scale"
-_OUTPUTS = "Tensor o, Tensor final_state"
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state, Tensor? cu_seqlens"
+_OUTPUTS = f"Tensor o, Tensor final_state, {recurrence.SAVED}"
 _GRADIENTS = "Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor dinitial_state"
 _STEP = (
     "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, Tensor? state_indices, float scale, "
     "bool use_qk_l2norm"
 )
 _library = torch.library.Library("hypenet", "FRAGMENT")
-for _schema, _cpu, _fake in (
-    (f"chunk_gated_delta_rule({_INPUTS}) -> ({_OUTPUTS})", _chunk_cpu, _chunk_fake),
+_BWD_INPUTS = f"Tensor do, Tensor? dfinal_state, {_INPUTS}, {recurrence.SAVED}, float scale"
+for _schema, _fake, *_run in (
+    (f"chunk_gated_delta_rule({_INPUTS}, float scale, bool save) -> ({_OUTPUTS})", _chunk_fake, _chunk_cpu),
+    (f"chunk_gated_delta_rule_bwd({_BWD_INPUTS}) -> ({_GRADIENTS})", _chunk_bwd_fake, _chunk_bwd_cpu),
     (
-        f"chunk_gated_delta_rule_bwd(Tensor do, Tensor? dfinal_state, {_INPUTS}) -> ({_GRADIENTS})",
-        _chunk_bwd_cpu,
-        _chunk_bwd_fake,
+        f"fused_recurrent_gated_delta_rule({_INPUTS}, float scale, bool save) -> ({_OUTPUTS})",
+        _recurrent_fake,
+        _recurrent_cpu,
     ),
-    (f"fused_recurrent_gated_delta_rule({_INPUTS}) -> ({_OUTPUTS})", _recurrent_cpu, _recurrent_fake),
-    (f"gated_delta_step({_STEP}) -> Tensor", _step_run, _step_fake),
+    (f"gated_delta_step({_STEP}) -> Tensor", _step_fake, _step_run, _step_run),
 ):
-    recurrence.register(_library, _schema, _cpu, _fake)
+    recurrence.register(_library, _schema, _fake, *_run)
 for _name in ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"):
     torch.library.register_autograd(
         f"hypenet::{_name}", _backward, setup_context=recurrence.setup_context, lib=_library

@@ -1,8 +1,14 @@
 """What the gated delta rule and simple GLA share: one family of kernels, with beta (delta rule) or without.
 
-Everything here takes beta = None for simple GLA. Fakes check and allocate; the functions for the CPU are the fakes plus
-one native call. g, beta and states arrive in the accumulation type.
+Everything here takes beta = None for simple GLA. Fakes check and allocate; the functions for a device add the native
+call. g, beta and states arrive in the accumulation type.
+
+A forward op with save = True also returns what its backward reads again; where there is nothing to keep (save = False,
+and always on the CPU, which computes it anew) these tensors are empty. NT chunks of 64 tokens, K and V as padded:
+    T0 [NT, HV, 64, 64] dtype, G [NT, HV, 64] float32, h [NT, HV, K, V] dtype, chunk_offsets [N + 1] int64
 """
+
+from typing import NamedTuple
 
 import torch
 
@@ -40,6 +46,16 @@ MODEL_ARGUMENTS = frozenset(
         "seq_idx",
     }
 )
+CHUNK = 64  # tokens, on CUDA
+
+
+class Saved(NamedTuple):
+    """What the forward keeps for the backward on CUDA."""
+
+    T0: torch.Tensor  # (I + stril(diag(beta) K K^T))^-1 of every chunk; empty without delta
+    G: torch.Tensor  # sum of max(g, -50) log2(e) from the chunk's start to each token
+    h: torch.Tensor  # the state before every chunk, rounded
+    chunk_offsets: torch.Tensor  # chunks before every sequence; empty without cu_seqlens
 
 
 def check_other_arguments(op, arguments):
@@ -73,10 +89,15 @@ def run(
     checks.require(op, **gates)
     if use_qk_l2norm:
         q, k = l2norm(q), l2norm(k)
-    gates = (accumulated(op, name, x, q) for name, x in gates.items())
+    gates = [accumulated(op, name, x, q) for name, x in gates.items()]
     initial_state = accumulated(op, "initial_state", initial_state, q)
-    o, final_state = operator(q, k, v, *gates, initial_state, cu_seqlens, default_scale(q, scale))
+    save = needs_gradient(q, k, v, *gates, initial_state)
+    o, final_state, *_ = operator(q, k, v, *gates, initial_state, cu_seqlens, default_scale(q, scale), save)
     return o, final_state if output_final_state else None
+
+
+def needs_gradient(*tensors):
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def check_tensors(op, q, **others):
@@ -114,19 +135,40 @@ def check_inputs(op, q, k, v, g, beta):
             checks.dtype(op, name, x, (native.accumulator(q.dtype),))
 
 
-def forward_fake(op, q, k, v, g, beta, initial_state, cu_seqlens):
+def num_sequences(q, cu_seqlens):
+    return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def max_chunks(q, cu_seqlens):
+    """Chunks that the sequences have together; with cu_seqlens the most that they may have."""
+    B, T = q.shape[:2]
+    if cu_seqlens is None:
+        return B * ((T + CHUNK - 1) // CHUNK)
+    return T // CHUNK + num_sequences(q, cu_seqlens)
+
+
+def outputs(op, q, k, v, g, beta, initial_state, cu_seqlens):
+    """Checks the inputs of a forward op; returns o and final_state."""
     check_inputs(op, q, k, v, g, beta)
     (B, T, _, K), (HV, V) = q.shape, v.shape[2:]
-    N = B
     if cu_seqlens is not None:
         checks.cu_seqlens(op, cu_seqlens, B, T)
-        N = cu_seqlens.shape[0] - 1
+    N = num_sequences(q, cu_seqlens)
     _check_state(op, "initial_state", initial_state, q, [N, HV, K, V])
     return q.new_empty(B, T, HV, V), q.new_empty(N, HV, K, V, dtype=native.accumulator(q.dtype))
 
 
+def nothing_saved(q):
+    wide = native.accumulator(q.dtype)
+    return Saved(q.new_empty(0), q.new_empty(0, dtype=wide), q.new_empty(0), q.new_empty(0, dtype=torch.int64))
+
+
+def forward_fake(op, q, k, v, g, beta, initial_state, cu_seqlens, save):
+    return *outputs(op, q, k, v, g, beta, initial_state, cu_seqlens), *nothing_saved(q)
+
+
 def forward_cpu(kernel_name, op, q, k, v, g, beta, initial_state, cu_seqlens, scale):
-    o, final_state = forward_fake(op, q, k, v, g, beta, initial_state, cu_seqlens)
+    o, final_state = outputs(op, q, k, v, g, beta, initial_state, cu_seqlens)
     q, k, v = (native.dense_last(x) for x in (q, k, v))
     initial_state, cu_seqlens = _contiguous(initial_state), _bounds(cu_seqlens)
     native.kernel(op, kernel_name, q.device)(
@@ -137,11 +179,11 @@ def forward_cpu(kernel_name, op, q, k, v, g, beta, initial_state, cu_seqlens, sc
         o=native.pointer(o),
         final_state=native.pointer(final_state),
     )
-    return o, final_state
+    return o, final_state, *nothing_saved(q)
 
 
 def backward_fake(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens):
-    o, state = forward_fake(op, q, k, v, g, beta, initial_state, cu_seqlens)
+    o, state = outputs(op, q, k, v, g, beta, initial_state, cu_seqlens)
     checks.like(op, "do", do, "o", o)
     _check_state(op, "dfinal_state", dfinal_state, q, state.shape)
     gate_gradients = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (g, beta) if x is not None)
@@ -172,21 +214,22 @@ def backward_cpu(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqle
 
 
 def setup_context(ctx, inputs, output):
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.scale, _ = inputs
+    ctx.save_for_backward(*tensors, *output[2:])
     ctx.set_materialize_grads(False)
 
 
 def backward(ctx, backward_op, do, dfinal_state):
-    """The gradient of every input of a forward op, None for cu_seqlens and scale."""
+    """The gradient of every input of a forward op, None for cu_seqlens, scale and save."""
     saved = ctx.saved_tensors  # read once: activation checkpointing allows no second time
-    q, _, v, *_, initial_state, _ = saved
+    *inputs, initial_state, _ = saved[: -len(Saved._fields)]
+    q, _, v, *_ = inputs
     if do is None:
         if dfinal_state is None:
-            return (None,) * (len(saved) + 1)
+            return (None,) * (len(inputs) + 4)
         do = q.new_zeros(v.shape)
     *gradients, dinitial_state = backward_op(do, dfinal_state, *saved, ctx.scale)
-    return *gradients, None if initial_state is None else dinitial_state, None, None
+    return *gradients, None if initial_state is None else dinitial_state, None, None, None
 
 
 def step_fake(op, q, k, v, g, beta, state, state_indices):
@@ -268,12 +311,16 @@ def _operands(q, k, v, g, beta, scale):
     }
 
 
-def register(library, schema, run, fake):
+SAVED = "Tensor T0, Tensor G, Tensor h, Tensor chunk_offsets"  # Saved, in the schemas
+
+
+def register(library, schema, fake, cpu, cuda=None):
+    """cuda: None where there is no CUDA kernel."""
     library.define(schema)
     name = schema.split("(")[0]
-    library.impl(name, run, "CPU")
-    if name in native.CUDA_OPS:
-        library.impl(name, run, "CUDA")
+    library.impl(name, cpu, "CPU")
+    if cuda is not None:
+        library.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"hypenet::{name}", fake, lib=library)
 
 

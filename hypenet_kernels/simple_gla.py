@@ -107,32 +107,33 @@ def _sequences(op, operator, q, k, v, g, g_gamma, scale, initial_state, output_f
     )
 
 
-def _chunk_cpu(q, k, v, g, initial_state, cu_seqlens, scale):
+def _chunk_cpu(q, k, v, g, initial_state, cu_seqlens, scale, save):
     kernel, op = "gated_delta_chunk_fwd", "chunk_simple_gla"
     return recurrence.forward_cpu(kernel, op, q, k, v, g, None, initial_state, cu_seqlens, scale)
 
 
-def _chunk_fake(q, k, v, g, initial_state, cu_seqlens, scale):
-    return recurrence.forward_fake("chunk_simple_gla", q, k, v, g, None, initial_state, cu_seqlens)
+def _chunk_fake(q, k, v, g, initial_state, cu_seqlens, scale, save):
+    return recurrence.forward_fake("chunk_simple_gla", q, k, v, g, None, initial_state, cu_seqlens, save)
 
 
-def _chunk_bwd_cpu(do, dfinal_state, q, k, v, g, initial_state, cu_seqlens, scale):
+def _chunk_bwd_cpu(do, dfinal_state, q, k, v, g, initial_state, cu_seqlens, T0, G, h, chunk_offsets, scale):
     op = "chunk_simple_gla_bwd"
     return recurrence.backward_cpu(op, do, dfinal_state, q, k, v, g, None, initial_state, cu_seqlens, scale)
 
 
-def _chunk_bwd_fake(do, dfinal_state, q, k, v, g, initial_state, cu_seqlens, scale):
+def _chunk_bwd_fake(do, dfinal_state, q, k, v, g, initial_state, cu_seqlens, T0, G, h, chunk_offsets, scale):
     op = "chunk_simple_gla_bwd"
     return recurrence.backward_fake(op, do, dfinal_state, q, k, v, g, None, initial_state, cu_seqlens)
 
 
-def _recurrent_cpu(q, k, v, g, initial_state, cu_seqlens, scale):
+def _recurrent_cpu(q, k, v, g, initial_state, cu_seqlens, scale, save):
     kernel, op = "gated_delta_recurrent_fwd", "fused_recurrent_simple_gla"
     return recurrence.forward_cpu(kernel, op, q, k, v, g, None, initial_state, cu_seqlens, scale)
 
 
-def _recurrent_fake(q, k, v, g, initial_state, cu_seqlens, scale):
-    return recurrence.forward_fake("fused_recurrent_simple_gla", q, k, v, g, None, initial_state, cu_seqlens)
+def _recurrent_fake(q, k, v, g, initial_state, cu_seqlens, scale, save):
+    op = "fused_recurrent_simple_gla"
+    return recurrence.forward_fake(op, q, k, v, g, None, initial_state, cu_seqlens, save)
 
 
 def _step_run(q, k, v, g, state, state_indices, scale):
@@ -143,26 +144,27 @@ def _step_fake(q, k, v, g, state, state_indices, scale):
     return recurrence.step_fake("simple_gla_step", q, k, v, g, None, state, state_indices)
 
 
-def _backward(ctx, do, dfinal_state):
+def _backward(ctx, do, dfinal_state, *_):
     return recurrence.backward(ctx, _chunk_bwd, do, dfinal_state)
 
 
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor g, Tensor? initial_state, Tensor? cu_seqlens, float scale"
-_OUTPUTS = "Tensor o, Tensor final_state"
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor g, Tensor? initial_state, Tensor? cu_seqlens"
+_OUTPUTS = f"Tensor o, Tensor final_state, {recurrence.SAVED}"
 _GRADIENTS = "Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dinitial_state"
 _STEP = "Tensor q, Tensor k, Tensor v, Tensor g, Tensor(a!) state, Tensor? state_indices, float scale"
 _library = torch.library.Library("hypenet", "FRAGMENT")
-for _schema, _cpu, _fake in (
-    (f"chunk_simple_gla({_INPUTS}) -> ({_OUTPUTS})", _chunk_cpu, _chunk_fake),
+_BWD_INPUTS = f"Tensor do, Tensor? dfinal_state, {_INPUTS}, {recurrence.SAVED}, float scale"
+for _schema, _fake, *_run in (
+    (f"chunk_simple_gla({_INPUTS}, float scale, bool save) -> ({_OUTPUTS})", _chunk_fake, _chunk_cpu),
+    (f"chunk_simple_gla_bwd({_BWD_INPUTS}) -> ({_GRADIENTS})", _chunk_bwd_fake, _chunk_bwd_cpu),
     (
-        f"chunk_simple_gla_bwd(Tensor do, Tensor? dfinal_state, {_INPUTS}) -> ({_GRADIENTS})",
-        _chunk_bwd_cpu,
-        _chunk_bwd_fake,
+        f"fused_recurrent_simple_gla({_INPUTS}, float scale, bool save) -> ({_OUTPUTS})",
+        _recurrent_fake,
+        _recurrent_cpu,
     ),
-    (f"fused_recurrent_simple_gla({_INPUTS}) -> ({_OUTPUTS})", _recurrent_cpu, _recurrent_fake),
-    (f"simple_gla_step({_STEP}) -> Tensor", _step_run, _step_fake),
+    (f"simple_gla_step({_STEP}) -> Tensor", _step_fake, _step_run, _step_run),
 ):
-    recurrence.register(_library, _schema, _cpu, _fake)
+    recurrence.register(_library, _schema, _fake, *_run)
 for _name in ("chunk_simple_gla", "fused_recurrent_simple_gla"):
     torch.library.register_autograd(
         f"hypenet::{_name}", _backward, setup_context=recurrence.setup_context, lib=_library
