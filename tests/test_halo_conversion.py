@@ -21,7 +21,7 @@ from halo.data import Corpus
 from halo.journal import Journal
 from halo.plan import even_layers
 from halo.stages.scale import choose_scale, long_documents
-from halo.stages.select import RecallEpisodes, chunk_losses, measure_swaps
+from halo.stages.select import chunk_losses, measure_swaps
 
 
 def halo(*arguments):
@@ -247,15 +247,6 @@ def test_measured_swaps_are_paired_over_the_same_samples(corpus, tmp_path):
     expected = [teacher(input_ids=row[None], labels=row[None]).loss.item() for row in chunks]
     assert np.allclose(measured.loss, expected, rtol=1e-5)
     assert measured.swapped_recall.shape == (3, 3) and measured.swapped_loss.shape == (3, 5)
-
-
-def test_recall_counts_answers_with_all_digits_right(corpus):
-    episodes = RecallEpisodes(corpus, count=4, length=160)
-    wrong = int(episodes.positions[1, 2])
-    model = NextTokenOracle(len(corpus.tokenizer), episodes.input_ids)
-    assert episodes.recall(model, batch=2).tolist() == [1, 1, 1, 1]
-    model.mistakes = [(0, wrong)]
-    assert episodes.recall(model, batch=4).tolist() == pytest.approx([2 / 3, 1, 1, 1])
 
 
 class NextTokenOracle(nn.Module):

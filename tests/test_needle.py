@@ -9,7 +9,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from halo.demo import corpus
 from halo.demo.train_teacher import train_tokenizer
-from halo.evaluation.needle import NUM_DIGITS, NeedleTask, recall, token_stream
+from halo.evaluation.needle import NUM_DIGITS, NeedleTask, recall, recall_per_episode, token_stream
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,8 @@ def test_oracle_recalls_everything(tokenizer, stream, batch_size):
 def test_one_wrong_digit_spoils_its_answer_only(tokenizer, stream, wrong_from_end, expected):
     """Counted from the end of an episode: the full stop is token 1, the last answer's digits are tokens 2 to 6."""
     model = Oracle(len(tokenizer), wrong_from_end)
-    assert recall(model, tokenizer, 256, 5, haystack=stream)["recall"] == pytest.approx(expected)
+    scores = recall_per_episode(model, NeedleTask(tokenizer, stream), 256, 5)
+    assert scores.tolist() == pytest.approx([expected] * 5)
 
 
 def test_random_model_recalls_nothing(tokenizer, stream):

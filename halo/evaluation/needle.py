@@ -115,30 +115,22 @@ def token_stream(tokenizer, documents: Iterable[str]) -> np.ndarray:
 
 
 @torch.no_grad()
-def recall(
+def recall_per_episode(
     model,
-    tokenizer,
+    task: NeedleTask,
     length: int,
-    num_samples: int = 50,
+    num_samples: int,
     seed: int = 0,
     *,
-    haystack: np.ndarray | None = None,
     num_needles: int = 4,
     num_queries: int = 3,
     batch_size: int = 1,
-) -> dict:
-    """Share of answers that greedy decoding gets right in all digits, at `length` tokens.
+) -> np.ndarray:
+    """Share of an episode's answers that greedy decoding gets right in all digits, float64 [num_samples].
 
     One forward per batch: an answer counts when every digit is the argmax after the true text before it, which is the
     same as decoding that answer greedily. `model` is a causal language model of transformers with `logits_to_keep`.
-    `haystack` is a token stream, by default the held-out corpus. Returns recall, its standard error over episodes
-    (answers of one episode are not independent) and n, the number of answers.
     """
-    if haystack is None:
-        from halo.demo.corpus import documents
-
-        haystack = token_stream(tokenizer, documents("heldout"))
-    task = NeedleTask(tokenizer, haystack)
     rng = np.random.default_rng(seed)
     num_logits = num_queries * task.query_length
     starts = task.answer_starts(length, num_queries) - (length - num_logits)
@@ -154,8 +146,33 @@ def recall(
         # The logits at position i are about token i + 1.
         predicted = logits.argmax(-1)[:, positions - 1].cpu()
         expected = input_ids[:, -num_logits:][:, positions].cpu()
-        scores += (predicted == expected).all(-1).double().mean(-1).tolist()
+        scores.append((predicted == expected).all(-1).double().mean(-1))
     model.train(was_training)
+    return torch.cat(scores).numpy()
+
+
+def recall(
+    model,
+    tokenizer,
+    length: int,
+    num_samples: int = 50,
+    seed: int = 0,
+    *,
+    haystack: np.ndarray | None = None,
+    num_needles: int = 4,
+    num_queries: int = 3,
+    batch_size: int = 1,
+) -> dict:
+    """Recall at `length` tokens, its standard error over episodes (answers of one are not independent) and n answers.
+
+    `haystack` is a token stream, by default the held-out corpus; everything else as in `recall_per_episode`.
+    """
+    if haystack is None:
+        from halo.demo.corpus import documents
+
+        haystack = token_stream(tokenizer, documents("heldout"))
+    task, counts = NeedleTask(tokenizer, haystack), {"num_needles": num_needles, "num_queries": num_queries}
+    scores = recall_per_episode(model, task, length, num_samples, seed, **counts, batch_size=batch_size)
     stderr = float(np.std(scores, ddof=1)) / math.sqrt(num_samples) if num_samples > 1 else float("nan")
     return {"recall": float(np.mean(scores)), "stderr": stderr, "n": num_samples * num_queries}
 

@@ -10,12 +10,10 @@ from torch import Tensor, nn
 from halo import models
 from halo.config import SelectSettings
 from halo.data import Batch, Corpus
-from halo.evaluation.needle import NUM_DIGITS, NeedleTask
+from halo.evaluation.needle import NeedleTask, recall_per_episode
 from halo.journal import Journal
 from halo.losses import next_token_labels, token_losses
 from halo.plan import Measurements
-
-NUM_NEEDLES, NUM_QUERIES = 4, 3
 
 
 def measure_swaps(
@@ -28,11 +26,13 @@ def measure_swaps(
 ) -> Measurements:
     """Per-sample recall and loss of the teacher and of all one-layer swaps; `on_progress` gets the number done."""
     teacher.eval()
-    episodes = RecallEpisodes(corpus, settings.recall_samples, settings.recall_length)
+    task = NeedleTask(corpus.tokenizer, corpus.store(held_out=True).tokens)
     chunks = corpus.held_out_chunks(settings.language_samples, settings.language_length)
 
     def measure() -> dict[str, list[float]]:
-        recall, loss = episodes.recall(teacher, settings.batch), chunk_losses(teacher, chunks, settings.batch)
+        samples, length, batch = settings.recall_samples, settings.recall_length, settings.batch
+        recall = recall_per_episode(teacher, task, length, samples, corpus.seed, batch_size=batch)
+        loss = chunk_losses(teacher, chunks, batch)
         return {"recall": recall.tolist(), "loss": loss.tolist()}
 
     def measure_swap(layer: int) -> dict[str, list[float]]:
@@ -46,30 +46,6 @@ def measure_swaps(
         on_progress(layer + 1)
     recalls, losses = (np.array([swap[name] for swap in swaps]) for name in ("recall", "loss"))
     return Measurements(np.array(whole["recall"]), np.array(whole["loss"]), recalls, losses)
-
-
-class RecallEpisodes:
-    """A fixed set of needle episodes over held-out text."""
-
-    def __init__(self, corpus: Corpus, count: int, length: int):
-        task = NeedleTask(corpus.tokenizer, corpus.store(held_out=True).tokens)
-        rng = np.random.default_rng(corpus.seed)
-        episodes = [task.episode(rng, length, NUM_NEEDLES, NUM_QUERIES) for _ in range(count)]
-        self.input_ids = torch.from_numpy(np.stack([episode.input_ids for episode in episodes]))
-        starts = torch.from_numpy(task.answer_starts(length, NUM_QUERIES))
-        self.positions = starts[:, None] + torch.arange(NUM_DIGITS)
-
-    @torch.no_grad()
-    def recall(self, model: nn.Module, batch: int) -> np.ndarray:
-        """Share of an episode's answers whose digits are all the argmax, float64 [count]."""
-        scores = []
-        head = model.get_output_embeddings().weight
-        for ids in self.input_ids.split(batch):
-            hidden_BTD = model.base_model(input_ids=ids.to(head.device), use_cache=False).last_hidden_state
-            # What position i says about token i + 1.
-            predicted = (hidden_BTD[:, self.positions - 1].float() @ head.float().T).argmax(-1).cpu()
-            scores.append((predicted == ids[:, self.positions]).all(-1).double().mean(-1))
-        return torch.cat(scores).numpy()
 
 
 @torch.no_grad()
