@@ -25,8 +25,7 @@ lint: $(INSTALLED)
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 
 # The kernels under AddressSanitizer and UBSan, in a build of their own. -P keeps the checkout's own modules out of it. Left
-# out: what does not run more of the kernels (compile, opcheck), what takes too long (gradcheck, thousands of tokens), and
-# hard_systems, which holds the ordinary build's roundings, not this one's, to the last bit.
+# out: what does not run more of the kernels (compile, opcheck) and what takes too long (gradcheck, thousands of tokens).
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZED := LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
@@ -35,7 +34,7 @@ test-asan: $(INSTALLED)
 	CXXFLAGS="$(SANITIZE) -O1 -g -fno-omit-frame-pointer" LDFLAGS="$(SANITIZE)" HYPENET_SKIP_CUDA_BUILD=1 \
 		$(PYTHON_IN_VENV) setup.py --quiet build --build-base build/asan
 	$(SANITIZED) -c "from hypenet_kernels import native; assert 'asan' in native.cpu().__file__, native.cpu()"
-	$(SANITIZED) -m pytest -k "not compile and not opcheck and not gradcheck and not thousand and not hard_systems" $(KERNEL_TESTS)
+	$(SANITIZED) -m pytest -k "not compile and not opcheck and not gradcheck and not thousand" $(KERNEL_TESTS)
 
 clean:
 	rm -rf build hypenet.egg-info hypenet_kernels/*.so hypenet_kernels/_build.json $(INSTALLED)
