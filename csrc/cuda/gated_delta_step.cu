@@ -277,8 +277,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerProcessor)
 template <class Tile, class Element>
 Status launch_step(const GatedDeltaStepParams& params, Stream stream) {
   const int64_t num_tiles = (params.V + Tile::kColumns - 1) / Tile::kColumns;
-  return launch("gated_delta_step", gated_delta_step_kernel<Tile, Element>, params.B * params.HV * num_tiles, Tile::kThreads,
-                sizeof(Smem<Tile>), stream, params);
+  return launch("gated_delta_step", gated_delta_step_kernel<Tile, Element>, params.B * params.HV * num_tiles,
+                Tile::kThreads, sizeof(Smem<Tile>), stream, params);
 }
 
 }  // namespace

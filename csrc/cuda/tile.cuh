@@ -31,7 +31,8 @@ struct alignas(128) Tile {
 __device__ __forceinline__ int lane_idx() { return arch::thread_idx() % arch::kWarpSize; }
 __device__ __forceinline__ int warp_idx() { return arch::thread_idx() / arch::kWarpSize; }
 
-// ---- fragments. The letters name the operand's own rows and columns; `tile` holds it as it is or transposed.
+// ---- fragments. The letters name the operand's own rows and columns; `tile` holds it as it is or
+// transposed.
 
 // A [16, 16] at (m, k) of a tile [M, K].
 template <class Tile>
@@ -67,7 +68,8 @@ __device__ __forceinline__ void load_b_transposed(uint32_t (&b)[2][2], const Til
 
 // Two neighbouring results [16, 8], rounded, as one operand A [16, 16].
 template <class Element>
-__device__ __forceinline__ void round_to_a(uint32_t (&a)[4], const float (&left)[4], const float (&right)[4]) {
+__device__ __forceinline__ void round_to_a(uint32_t (&a)[4], const float (&left)[4],
+                                           const float (&right)[4]) {
   a[0] = arch::pack<Element>(left[0], left[1]);
   a[1] = arch::pack<Element>(left[2], left[3]);
   a[2] = arch::pack<Element>(right[0], right[1]);
