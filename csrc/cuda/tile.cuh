@@ -18,18 +18,23 @@ struct alignas(128) Tile {
 
   Element data[kRows * kCols];
 
-  __device__ static constexpr int key(int row) {
+  // In unsigned numbers, of which quotients and remainders are single bit operations.
+  __device__ static constexpr unsigned key(unsigned row) {
     return kPieces >= 8 ? row % 8 : kPieces == 4 ? row / 2 % 4 : row / 4 % 2;
   }
-  __device__ static constexpr int offset(int row, int col) {
+  __device__ static constexpr unsigned offset(unsigned row, unsigned col) {
     return row * kCols + (col / kPiece ^ key(row)) * kPiece + col % kPiece;
   }
   __device__ Element* at(int row, int col) { return data + offset(row, col); }
   __device__ const Element* at(int row, int col) const { return data + offset(row, col); }
 };
 
-__device__ __forceinline__ int lane_idx() { return arch::thread_idx() % arch::kWarpSize; }
-__device__ __forceinline__ int warp_idx() { return arch::thread_idx() / arch::kWarpSize; }
+__device__ __forceinline__ int lane_idx() {
+  return static_cast<unsigned>(arch::thread_idx()) % arch::kWarpSize;
+}
+__device__ __forceinline__ int warp_idx() {
+  return static_cast<unsigned>(arch::thread_idx()) / arch::kWarpSize;
+}
 
 // ---- fragments. The letters name the operand's own rows and columns; `tile` holds it as it is or
 // transposed.
@@ -86,30 +91,39 @@ __device__ __forceinline__ void store_d(Tile& tile, int m, int n, const float (&
 
 // ---- copies by kThreads threads, this one being number `thread`
 
+// run(row, col) for the pieces of a tile that fall to a thread: neighbouring threads, neighbouring pieces.
+template <int kThreads, class Tile, class Run>
+__device__ __forceinline__ void for_each_piece(int thread, Run&& run) {
+  constexpr int kNumPieces = Tile::kRows * Tile::kPieces;
+#pragma unroll
+  for (int i = 0; i < (kNumPieces + kThreads - 1) / kThreads; ++i) {
+    const unsigned piece = thread + i * kThreads;
+    if (kNumPieces % kThreads == 0 || piece < kNumPieces) {
+      run(static_cast<int>(piece / Tile::kPieces), static_cast<int>(piece % Tile::kPieces * kPiece));
+    }
+  }
+}
+
 // Starts the copy of rows [0, num_rows) of a matrix whose rows are `stride` elements apart; the tile's other
 // rows become zero. Addresses are multiples of 16 bytes.
 template <int kThreads, class Tile>
 __device__ __forceinline__ void copy_tile_async(Tile& tile, const typename Tile::Element* global,
                                                 int64_t stride, int num_rows, int thread) {
-#pragma unroll
-  for (int piece = thread; piece < Tile::kRows * Tile::kPieces; piece += kThreads) {
-    const int row = piece / Tile::kPieces, col = piece % Tile::kPieces * kPiece;
+  for_each_piece<kThreads, Tile>(thread, [&](int row, int col) {
     const bool valid = row < num_rows;
     arch::copy_16_async(tile.at(row, col), global + (valid ? row * stride + col : 0), valid);
-  }
+  });
 }
 
 // Stores rows [0, num_rows) of a tile to a matrix whose rows are `stride` elements apart.
 template <int kThreads, class Tile>
 __device__ __forceinline__ void store_tile(typename Tile::Element* global, int64_t stride, int num_rows,
                                            const Tile& tile, int thread) {
-#pragma unroll
-  for (int piece = thread; piece < Tile::kRows * Tile::kPieces; piece += kThreads) {
-    const int row = piece / Tile::kPieces, col = piece % Tile::kPieces * kPiece;
+  for_each_piece<kThreads, Tile>(thread, [&](int row, int col) {
     if (row < num_rows) {
       arch::store_16_bytes(global + row * stride + col, arch::load_16_bytes(tile.at(row, col)));
     }
-  }
+  });
 }
 
 }  // namespace hypenet::cuda

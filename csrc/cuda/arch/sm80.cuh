@@ -185,6 +185,13 @@ __device__ __forceinline__ float exp2(float x) {
   return y;
 }
 
+// 1 / x to 1 ulp; 0 for x = inf.
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Two floats rounded to nearest even, `low` in the low half: the first element of a pair.
 template <class Element>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
