@@ -19,6 +19,7 @@ template <class Params>
 struct Field {
   PyObject* name;  // interned, lives as long as the interpreter
   void (*set)(Params&, py::handle);
+  bool written;  // a pointer through which the kernel writes
 };
 
 inline void from_python(py::handle value, View& view) {
@@ -52,15 +53,28 @@ template <class Params, class T, T Params::* Member>
 struct FieldOf<Member> {
   static Field<Params> named(const char* name) {
     return {PyUnicode_InternFromString(name),
-            [](Params& params, py::handle value) { from_python(value, params.*Member); }};
+            [](Params& params, py::handle value) { from_python(value, params.*Member); },
+            std::is_pointer_v<T> && !std::is_const_v<std::remove_pointer_t<T>>};
   }
 };
+
+// "Writes: state, o."
+template <class Params>
+std::string doc_of(const std::vector<Field<Params>>& fields) {
+  std::string doc;
+  for (const auto& field : fields) {
+    if (!field.written) continue;
+    doc += (doc.empty() ? "Writes: " : ", ") + py::str(py::handle(field.name)).cast<std::string>();
+  }
+  return doc + ".";
+}
 
 // `run` calls the kernel with the params struct and the value of the keyword argument `extra`, where it has a
 // name.
 template <class Params, class Run>
 void def_call(py::module_& module, const char* name, std::vector<Field<Params>> fields, PyObject* extra,
               Run run) {
+  const std::string doc = doc_of(fields);
   auto call = [fields = std::move(fields), extra, run, op = std::string(name)](const py::kwargs& kwargs) {
     Params params{};
     for (const auto& field : fields) field.set(params, keyword(op, kwargs, field.name));
@@ -71,7 +85,7 @@ void def_call(py::module_& module, const char* name, std::vector<Field<Params>> 
     const Status status = run(params, argument);
     if (status != nullptr) throw std::runtime_error(op + ": " + status);
   };
-  module.def(name, std::move(call));
+  module.def(name, std::move(call), doc.c_str());
 }
 
 // A CPU kernel.

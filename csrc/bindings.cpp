@@ -5,6 +5,9 @@
 #include "cuda/kernels.h"
 
 namespace hypenet {
+
+void bind_machine(py::module_& m);  // emu/module.cpp
+
 namespace {
 
 void bind_all(py::module_& m) {
@@ -63,7 +66,12 @@ void bind_all(py::module_& m) {
 }  // namespace hypenet
 
 // This object is linked into every module of its kind; each is entered by its own name.
-#if HYPENET_CUDA
+#if HYPENET_EMULATED
+PYBIND11_MODULE(_emulated, m) {
+  hypenet::bind_all(m);
+  hypenet::bind_machine(m);
+}
+#elif HYPENET_CUDA
 PYBIND11_MODULE(_cuda, m) { hypenet::bind_all(m); }
 #else
 PYBIND11_MODULE(_cpu_baseline, m) { hypenet::bind_all(m); }

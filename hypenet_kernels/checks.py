@@ -63,9 +63,10 @@ def dtype(op, name, x, allowed):
 def element(op, name, x):
     """A float type that is built for the device."""
     dtype(op, name, x, FLOATS)
-    built = BUILT.get(x.device.type, FLOATS)
+    device = native.device_type(x)
+    built = BUILT.get(device, FLOATS)
     if x.dtype not in built:
-        rule = f"be {' or '.join(_name(d) for d in built)} on {x.device.type}"
+        rule = f"be {' or '.join(_name(d) for d in built)} on {device}"
         fail(NotImplementedError, op, name, rule, _name(x.dtype))
 
 

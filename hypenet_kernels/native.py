@@ -76,6 +76,11 @@ def accumulator(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def device_type(x):
+    """The kind of device whose kernels run on x."""
+    return x.device.type
+
+
 def view(x):
     """(pointer, strides of batch, token, head) of a [B, T, heads, dim] or [B, T, heads] tensor; ABSENT for None."""
     return ABSENT if x is None else (x.data_ptr(), *x.stride()[:3])

@@ -249,10 +249,10 @@ def step_fake(op, q, k, v, g, beta, state, state_indices):
 def step(op, q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm):
     """CPU and CUDA alike. What the values of state_indices break raises on the CPU and gives o = NaN on CUDA."""
     o = step_fake(op, q, k, v, g, beta, state, state_indices)
-    if q.device.type == "cuda" and q.shape[3] > native.cuda().STEP_MAX_KEY_DIM:
+    if native.device_type(q) == "cuda" and q.shape[3] > native.cuda().STEP_MAX_KEY_DIM:
         rule = f"have a head dimension of at most {native.cuda().STEP_MAX_KEY_DIM} on CUDA"
         checks.fail(NotImplementedError, op, "q", rule, q.shape[3])
-    if q.device.type == "cpu" and state_indices is not None:
+    if native.device_type(q) == "cpu" and state_indices is not None:
         _check_slots(op, state_indices.tolist(), state.shape[0])
     q, k, v = (native.dense_last(x) for x in (q, k, v))
     state_indices = _bounds(state_indices)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from emulation import device  # noqa: F401, a fixture
 
 
 @pytest.fixture(autouse=True)

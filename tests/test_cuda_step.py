@@ -1,4 +1,4 @@
-"""The CUDA decode steps against the reference, on a GPU: pytest -m cuda tests/test_cuda_step.py."""
+"""The CUDA decode steps against the reference: emulated, and on a GPU with pytest -m cuda."""
 
 import pytest
 import torch
@@ -6,16 +6,14 @@ from compare import assert_matches_reference
 
 from hypenet_kernels import gated_delta_step, reference, simple_gla_step
 
-pytestmark = pytest.mark.cuda
-
 SHAPES = {  # B, T, H, HV, K, V
     "model": (4, 1, 16, 32, 128, 128),
     "several tokens": (3, 4, 2, 4, 64, 64),
     "tails of K and V": (2, 2, 1, 2, 100, 33),
     "largest K": (1, 2, 1, 1, 256, 40),
     "smallest": (1, 1, 1, 1, 1, 1),
-    "more sequences than a grid's y": (70_000, 1, 1, 1, 16, 4),
 }
+MANY = (70_000, 1, 1, 1, 16, 4)  # more sequences than a grid's y
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -40,53 +38,62 @@ def check(op, o, state, reference_results):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gated_delta_step(shape, dtype):
+def test_gated_delta_step(device, shape, dtype):
     q, k, v, g, beta, state = inputs(*SHAPES[shape], dtype)
-    on_gpu = state.cuda()
-    o = gated_delta_step(*(x.cuda() for x in (q, k, v, g, beta)), on_gpu)
-    check("gated_delta_step", o, on_gpu, expected(q, k, v, g, beta, state))
+    moved = state.to(device, copy=True)
+    o = gated_delta_step(*(x.to(device) for x in (q, k, v, g, beta)), moved)
+    check("gated_delta_step", o, moved, expected(q, k, v, g, beta, state))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_simple_gla_step(shape, dtype):
+def test_simple_gla_step(device, shape, dtype):
     q, k, v, g, _, state = inputs(*SHAPES[shape], dtype)
-    on_gpu = state.cuda()
-    o = simple_gla_step(*(x.cuda() for x in (q, k, v, g)), on_gpu)
-    check("simple_gla_step", o, on_gpu, expected(q, k, v, g, None, state))
+    moved = state.to(device, copy=True)
+    o = simple_gla_step(*(x.to(device) for x in (q, k, v, g)), moved)
+    check("simple_gla_step", o, moved, expected(q, k, v, g, None, state))
 
 
-def test_l2norm_and_strided_inputs():
+def test_l2norm_and_strided_inputs(device):
     q, k, v, g, beta, state = inputs(2, 3, 2, 4, 64, 64, torch.float32)
     q, k = 3 * q, 5 * k
-    fused = torch.cat([q.flatten(2), k.flatten(2)], dim=-1).cuda()
+    fused = torch.cat([q.flatten(2), k.flatten(2)], dim=-1).to(device)
     q_view, k_view = (x.unflatten(-1, (2, 64)) for x in fused.split(128, dim=-1))
-    on_gpu = state.cuda()
-    o = gated_delta_step(q_view, k_view, *(x.cuda() for x in (v, g, beta)), on_gpu, use_qk_l2norm_in_kernel=True)
+    moved = state.to(device, copy=True)
+    o = gated_delta_step(q_view, k_view, *(x.to(device) for x in (v, g, beta)), moved, use_qk_l2norm_in_kernel=True)
     results = expected(q, k, v, g, beta, state, use_qk_l2norm_in_kernel=True)
-    check("gated_delta_step", o, on_gpu, results)
+    check("gated_delta_step", o, moved, results)
 
 
-def test_pool_of_states():
+def test_pool_of_states(device):
     q, k, v, g, beta, state = inputs(3, 1, 2, 4, 64, 64, torch.float32)
     pool = torch.randn(6, *state.shape[1:])
-    on_gpu, slots = pool.cuda(), torch.tensor([4, -1, 0])
-    o = gated_delta_step(*(x.cuda() for x in (q, k, v, g, beta)), on_gpu, state_indices=slots.cuda())
+    moved, slots = pool.to(device, copy=True), torch.tensor([4, -1, 0])
+    o = gated_delta_step(*(x.to(device) for x in (q, k, v, g, beta)), moved, state_indices=slots.to(device))
     used, sequences = slots[[0, 2]], [0, 2]
     results = expected(*(x[sequences] for x in (q, k, v, g, beta)), pool[used])
-    check("gated_delta_step", o[sequences], on_gpu[used.cuda()], results)
+    check("gated_delta_step", o[sequences], moved[used.to(device)], results)
     assert (o[1] == 0).all()
     untouched = [1, 2, 3, 5]
-    assert torch.equal(on_gpu[untouched].cpu(), pool[untouched])
+    assert torch.equal(moved[untouched].cpu(), pool[untouched])
 
 
-def test_slot_that_does_not_exist_gives_nan_and_touches_nothing():
+def test_slot_that_does_not_exist_gives_nan_and_touches_nothing(device):
     q, k, v, g, beta, state = inputs(1, 1, 1, 1, 16, 16, torch.float32)
-    on_gpu = state.cuda()
-    o = gated_delta_step(*(x.cuda() for x in (q, k, v, g, beta)), on_gpu, state_indices=torch.tensor([1]).cuda())
-    assert o.isnan().all() and torch.equal(on_gpu.cpu(), state)
+    moved = state.to(device, copy=True)
+    o = gated_delta_step(*(x.to(device) for x in (q, k, v, g, beta)), moved, state_indices=torch.tensor([1]).to(device))
+    assert o.isnan().all() and torch.equal(moved.cpu(), state)
 
 
+@pytest.mark.cuda
+def test_many_sequences():
+    q, k, v, g, beta, state = inputs(*MANY, torch.float32)
+    moved = state.cuda()
+    o = gated_delta_step(*(x.cuda() for x in (q, k, v, g, beta)), moved)
+    check("gated_delta_step", o, moved, expected(q, k, v, g, beta, state))
+
+
+@pytest.mark.cuda
 def test_graph_replay_and_repeatability():
     q, k, v, g, beta, state = (x.cuda() for x in inputs(2, 1, 2, 4, 128, 128, torch.bfloat16))
     eager_state, graph_state = state.clone(), state.clone()

@@ -1,0 +1,225 @@
+// Every load and store of a kernel comes by here: those that the compiler reports because the kernels are
+// compiled with -fsanitize=thread (its calls are answered here, not by libtsan), and those of arch.h.
+#include <link.h>
+
+#include <cstdio>
+
+#include "state.h"
+
+namespace hypenet::emu {
+namespace {
+
+const char* verb(Access access) { return access == Access::kRead ? "reads " : "writes "; }
+
+std::string hex(uintptr_t x) {
+  char text[32];
+  std::snprintf(text, sizeof text, "0x%zx", static_cast<size_t>(x));
+  return text;
+}
+
+std::string place(const void* address) {
+  if (is_shared(address)) return "shared + " + hex(shared_offset(address));
+  return machine.global.describe(reinterpret_cast<uintptr_t>(address));
+}
+
+std::string other(const Finding& finding) {
+  if (finding.lane == kManyLanes) return "threads of warp " + std::to_string(finding.warp);
+  return name_thread(finding.warp * kWarpSize + finding.lane);
+}
+
+std::string explain(const Finding& f) {
+  switch (f.problem) {
+    case Problem::kUnwritten:
+      return "which nobody wrote";
+    case Problem::kPending:
+      return "to which an asynchronous copy of " + other(f) +
+             " is under way (copies land in wait_copies, and only if commit_copies closed their group)";
+    case Problem::kRaceWithWrite:
+      return "race: no barrier since the write by " + other(f);
+    case Problem::kRaceWithRead:
+      return "race: no barrier since the read by " + other(f);
+    case Problem::kOtherBlockWrote:
+      return "race: another block of the launch wrote it";
+    case Problem::kOtherBlockRead:
+      return "race: another block of the launch read it";
+    case Problem::kNone:
+      break;
+  }
+  return "";
+}
+
+[[noreturn]] void fail_access(const void* address, size_t bytes, Access access, const std::string& why) {
+  fail(verb(access) + std::to_string(bytes) + " bytes at " + place(address) + ": " + why);
+}
+
+void judge(const Finding& finding, const void* address, size_t bytes, Access access, const void* base) {
+  if (finding.problem == Problem::kNone) return;
+  const auto* byte = static_cast<const std::byte*>(base) + finding.offset;
+  fail(verb(access) + std::to_string(bytes) + " bytes at " + place(address) +
+       (byte > address ? ", at " + place(byte) : "") + ": " + explain(finding));
+}
+
+void check_global(const void* pointer, size_t bytes, Access access) {
+  const auto address = reinterpret_cast<uintptr_t>(pointer);
+  const bool writes = access == Access::kWrite;
+  GlobalMemory::Range* range = machine.global.find(address);
+  if (range == nullptr) fail_access(pointer, bytes, access, "out of bounds");
+  if (!machine.global.allows(*range, address, bytes, writes)) {
+    const bool readable = machine.global.allows(*range, address, bytes, false);
+    fail_access(pointer, bytes, access,
+                readable ? "a tensor that the kernel must not write" : "out of bounds");
+  }
+  const size_t offset = address - range->begin;
+  const Accessor by = machine.accessor();
+  const Finding finding = writes ? range->shadow.write(offset, bytes, by, false, false)
+                                 : range->shadow.read(offset, bytes, by, false);
+  judge(finding, pointer, bytes, access, reinterpret_cast<const void*>(range->begin));
+}
+
+// The loaded segments of this module: constants, and what the C++ library reads.
+bool is_own_data(uintptr_t address) {
+  struct Search {
+    uintptr_t address;
+    bool found;
+  } search{address, false};
+  auto visit = [](dl_phdr_info* info, size_t, void* data) {
+    auto& s = *static_cast<Search*>(data);
+    bool inside = false, own = false;
+    for (int i = 0; i < info->dlpi_phnum; ++i) {
+      const auto& segment = info->dlpi_phdr[i];
+      if (segment.p_type != PT_LOAD) continue;
+      const uintptr_t begin = info->dlpi_addr + segment.p_vaddr;
+      inside = inside || s.address - begin < segment.p_memsz;
+      own = own || reinterpret_cast<uintptr_t>(&machine) - begin < segment.p_memsz;
+    }
+    s.found = s.found || (inside && own);
+    return 0;
+  };
+  dl_iterate_phdr(visit, &search);
+  return search.found;
+}
+
+void require_aligned(const void* address, size_t bytes, Access access) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes != 0) {
+    fail_access(address, bytes, access, "misaligned, not a multiple of " + std::to_string(bytes));
+  }
+}
+
+void land(const AsyncCopy& copy) {
+  std::byte* to = machine.shared + copy.offset;
+  if (copy.valid) {
+    check_global(copy.from, static_cast<size_t>(copy.bytes), Access::kRead);
+    std::memcpy(to, copy.from, static_cast<size_t>(copy.bytes));
+  } else {
+    std::memset(to, 0, static_cast<size_t>(copy.bytes));
+  }
+  machine.shared_shadow.write(copy.offset, static_cast<size_t>(copy.bytes), machine.accessor(), false, true);
+}
+
+}  // namespace
+
+void check_shared(size_t offset, size_t bytes, Access access) {
+  const std::byte* address = machine.shared + offset;
+  if (offset + bytes > machine.launch->shared_bytes) {
+    fail_access(address, bytes, access,
+                "out of bounds, the block has " + std::to_string(machine.launch->shared_bytes) + " bytes");
+  }
+  const Accessor by = machine.accessor();
+  const Finding finding = access == Access::kWrite
+                              ? machine.shared_shadow.write(offset, bytes, by, false, false)
+                              : machine.shared_shadow.read(offset, bytes, by, true);
+  judge(finding, address, bytes, access, machine.shared);
+}
+
+void check(const void* address, size_t bytes, Access access) {
+  if (machine.current == nullptr || stack_bottom == 0) return;  // host code of a .cu file
+  if (reinterpret_cast<uintptr_t>(address) - stack_bottom < Stacks::kBytes) return;
+  if (is_shared(address)) return check_shared(shared_offset(address), bytes, access);
+  if (machine.global.find(reinterpret_cast<uintptr_t>(address)) == nullptr && access == Access::kRead &&
+      is_own_data(reinterpret_cast<uintptr_t>(address))) {
+    return;
+  }
+  check_global(address, bytes, access);
+}
+
+uint4 load_16_bytes(const void* address) {
+  require_aligned(address, 16, Access::kRead);
+  check(address, 16, Access::kRead);
+  uint4 value;
+  std::memcpy(&value, address, 16);
+  return value;
+}
+
+void store_16_bytes(void* address, uint4 value) {
+  require_aligned(address, 16, Access::kWrite);
+  check(address, 16, Access::kWrite);
+  std::memcpy(address, &value, 16);
+}
+
+void copy_async(void* shared, const void* global, int bytes, bool valid) {
+  const auto size = static_cast<size_t>(bytes);
+  if (!is_shared(shared)) fail("copy_async: the destination does not lie in shared memory");
+  const uint32_t offset = shared_offset(shared);
+  require_aligned(shared, size, Access::kWrite);
+  require_aligned(global, size, Access::kRead);
+  if (valid) check_global(global, size, Access::kRead);
+  if (offset + size > machine.launch->shared_bytes) check_shared(offset, size, Access::kWrite);
+  const Finding finding = machine.shared_shadow.write(offset, size, machine.accessor(), true, false);
+  judge(finding, shared, size, Access::kWrite, machine.shared);
+  Thread& self = *machine.current;
+  self.copies.push_back({self.num_groups, offset, global, bytes, valid});
+}
+
+void commit_copies() { ++machine.current->num_groups; }
+
+void wait_copies(int pending) {
+  Thread& self = *machine.current;
+  auto& copies = self.copies;
+  size_t landed = 0;
+  while (landed < copies.size() && copies[landed].group < self.num_groups - pending) land(copies[landed++]);
+  copies.erase(copies.begin(), copies.begin() + static_cast<std::ptrdiff_t>(landed));
+}
+
+}  // namespace hypenet::emu
+
+// ---- what -fsanitize=thread calls
+
+using hypenet::emu::Access;
+using hypenet::emu::stack_bottom;
+using hypenet::emu::Stacks;
+
+namespace {
+
+inline void seen_by_compiler(const void* address, size_t bytes, Access access) {
+  if (reinterpret_cast<uintptr_t>(address) - stack_bottom < Stacks::kBytes) return;
+  hypenet::emu::check(address, bytes, access);
+}
+
+}  // namespace
+
+extern "C" {
+
+#define HYPENET_ACCESSES(bytes)                                                                      \
+  void __tsan_read##bytes(void* p) { seen_by_compiler(p, bytes, Access::kRead); }                    \
+  void __tsan_write##bytes(void* p) { seen_by_compiler(p, bytes, Access::kWrite); }                  \
+  void __tsan_unaligned_read##bytes(void* p) { seen_by_compiler(p, bytes, Access::kRead); }          \
+  void __tsan_unaligned_write##bytes(void* p) { seen_by_compiler(p, bytes, Access::kWrite); }        \
+  void __tsan_volatile_read##bytes(void* p) { seen_by_compiler(p, bytes, Access::kRead); }           \
+  void __tsan_volatile_write##bytes(void* p) { seen_by_compiler(p, bytes, Access::kWrite); }         \
+  void __tsan_unaligned_volatile_read##bytes(void* p) { seen_by_compiler(p, bytes, Access::kRead); } \
+  void __tsan_unaligned_volatile_write##bytes(void* p) { seen_by_compiler(p, bytes, Access::kWrite); }
+HYPENET_ACCESSES(1)
+HYPENET_ACCESSES(2)
+HYPENET_ACCESSES(4)
+HYPENET_ACCESSES(8)
+HYPENET_ACCESSES(16)
+#undef HYPENET_ACCESSES
+
+void __tsan_read_range(void* p, size_t bytes) { seen_by_compiler(p, bytes, Access::kRead); }
+void __tsan_write_range(void* p, size_t bytes) { seen_by_compiler(p, bytes, Access::kWrite); }
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_vptr_update(void**, void*) {}
+void __tsan_vptr_read(void**) {}
+}

@@ -1,0 +1,129 @@
+// cuda/arch on the host: the same functions, played by the emulated machine. What each means stands there.
+#pragma once
+
+#include "machine.h"
+
+namespace hypenet::cuda::arch {
+
+using emu::bf16;
+using emu::fp16;
+using emu::kWarpSize;
+
+inline int thread_idx() { return emu::thread_idx(); }
+inline unsigned block_idx() { return emu::block_idx(); }
+
+// ---- shared memory and barriers
+
+template <class Smem>
+Smem& shared_memory() {
+  return *static_cast<Smem*>(emu::shared_memory(sizeof(Smem), alignof(Smem)));
+}
+
+inline void sync_block() { emu::sync_block(); }
+inline void sync_warp() { emu::sync_warp(); }
+inline void sync_group(int barrier, int num_threads) { emu::sync_group(barrier, num_threads); }
+
+// ---- shuffles
+
+template <class T>
+T shuffle_xor(T value, int mask) {
+  emu::shuffle("shuffle_xor", &value, sizeof(T), emu::thread_idx() % kWarpSize ^ mask);
+  return value;
+}
+
+template <class T>
+T shuffle(T value, int lane) {
+  emu::shuffle("shuffle", &value, sizeof(T), lane % kWarpSize);
+  return value;
+}
+
+template <class T>
+T shuffle_up(T value, int delta) {
+  const int lane = emu::thread_idx() % kWarpSize;
+  emu::shuffle("shuffle_up", &value, sizeof(T), lane < delta ? lane : lane - delta);
+  return value;
+}
+
+// ---- 16-byte accesses
+
+inline float4 load_16_bytes_once(const float* address) {
+  return std::bit_cast<float4>(emu::load_16_bytes(address));
+}
+inline void store_16_bytes(float* address, float4 x) {
+  emu::store_16_bytes(address, std::bit_cast<uint4>(x));
+}
+inline uint4 load_16_bytes(const void* address) { return emu::load_16_bytes(address); }
+inline void store_16_bytes(void* address, uint4 x) { emu::store_16_bytes(address, x); }
+
+// ---- asynchronous copies
+
+inline uint32_t shared_address(const void* shared) { return emu::shared_offset(shared); }
+
+inline void copy_16_async(void* shared, const void* global, bool valid) {
+  emu::copy_async(shared, global, 16, valid);
+}
+inline void copy_4_async(void* shared, const void* global, bool valid) {
+  emu::copy_async(shared, global, 4, valid);
+}
+inline void commit_copies() { emu::commit_copies(); }
+template <int kPending>
+void wait_copies() {
+  emu::wait_copies(kPending);
+}
+
+// ---- matrix fragments
+
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { emu::ldmatrix_x4(r, row, false); }
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { emu::ldmatrix_x4(r, row, true); }
+
+template <class Element>
+void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  static_assert(std::is_same_v<Element, bf16> || std::is_same_v<Element, fp16>);
+  emu::mma(std::is_same_v<Element, bf16> ? emu::Product::kBFloat16 : emu::Product::kFloat16, d, a, b);
+}
+
+inline void mma_16x8x8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  emu::mma(emu::Product::kTF32, d, a, b);
+}
+
+// To 10 bits of fraction, ties away from zero.
+inline uint32_t to_tf32(float x) {
+  const auto bits = std::bit_cast<uint32_t>(x);
+  if (x != x) return 0x7fffffff;
+  return std::isinf(x) ? bits : (bits + 0x1000) & ~0x1fffu;
+}
+
+// ---- arithmetic
+
+inline float exp2(float x) {
+  const float y = ::exp2f(x);
+  return y < std::numeric_limits<float>::min() ? 0.0f : y;
+}
+
+inline float reciprocal(float x) {
+  const float y = 1.0f / x;
+  return std::abs(y) < std::numeric_limits<float>::min() ? std::copysign(0.0f, y) : y;
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) { return emu::widen(x); }
+inline float to_float(fp16 x) { return emu::widen(x); }
+
+inline void from_float(float& to, float x) { to = x; }
+inline void from_float(bf16& to, float x) { emu::narrow(to, x); }
+inline void from_float(fp16& to, float x) { emu::narrow(to, x); }
+
+template <class Element>
+uint32_t pack(float low, float high) {
+  Element l, h;
+  emu::narrow(l, low), emu::narrow(h, high);
+  return static_cast<uint32_t>(h.bits) << 16 | l.bits;
+}
+
+template <class Element>
+float2 unpack(uint32_t pair) {
+  return {emu::widen(Element{static_cast<uint16_t>(pair)}),
+          emu::widen(Element{static_cast<uint16_t>(pair >> 16)})};
+}
+
+}  // namespace hypenet::cuda::arch

@@ -1,0 +1,67 @@
+// What the emulated machine offers to arch.h and launch.h: threads that are fibers, collectives, barriers,
+// checked accesses, launches. Kernels do not call it themselves.
+//
+// A check that fails ends the launch: the block's fibers are dropped, and `run` returns what happened and
+// where.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../params.h"
+#include "types.h"
+
+namespace hypenet::emu {
+
+constexpr int kWarpSize = 32;
+constexpr int kMaxThreads = 1024;
+
+// ---- the running thread. Its numbers do not change while it runs.
+
+[[gnu::const]] int thread_idx();
+[[gnu::const]] unsigned block_idx();
+
+// The block's shared memory, if the launch asked for `bytes` of it.
+void* shared_memory(size_t bytes, size_t alignment);
+uint32_t shared_offset(const void* address);
+
+// ---- barriers
+
+void sync_block();
+void sync_warp();
+void sync_group(int barrier, int num_threads);
+
+// ---- collectives of a warp
+
+// Every lane's `value` is replaced by that of lane `source`; `what` names the collective.
+void shuffle(const char* what, void* value, size_t bytes, int source);
+void ldmatrix_x4(uint32_t (&r)[4], const void* row, bool transposed);
+
+enum class Product { kBFloat16, kFloat16, kTF32 };
+void mma(Product product, float (&d)[4], const uint32_t* a, const uint32_t* b);
+
+// ---- memory
+
+uint4 load_16_bytes(const void* address);
+void store_16_bytes(void* address, uint4 value);
+void copy_async(void* shared, const void* global, int bytes, bool valid);
+void commit_copies();
+void wait_copies(int pending);
+
+// ---- launches
+
+struct Launch {
+  const char* name;
+  const void* kernel;
+  void (*call)(const void* kernel, const void* params);
+  const void* params;
+  int64_t num_blocks;
+  int num_threads;
+  size_t shared_bytes;
+};
+
+Status run(const Launch& launch);
+int num_processors();
+int max_shared_bytes();
+
+}  // namespace hypenet::emu

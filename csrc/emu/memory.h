@@ -1,0 +1,144 @@
+// What the machine knows of every byte that kernels may touch: who wrote it when, who read it when, who still
+// writes it, and to which tensor it belongs.
+//
+// Time. The machine's clock moves at every synchronisation. Only whole warps synchronise, so a warp has one
+// `now`, the time of its last one, and `seen[u]`: everything that warp u did up to then lies before. An
+// access by warp u at time e comes before one by warp w iff e <= w.seen[u]; for u = w, iff e < w.now or the
+// lane is the same.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace hypenet::emu {
+
+constexpr int kMaxWarps = 32;
+constexpr size_t kGranule =
+    2;  // bytes that share one record; accesses to single bytes are not checked for races
+
+using Time = uint32_t;
+constexpr Time kLastTime = (1u << 26) - 1;  // then the shadows forget, and time starts anew
+
+// The thread that makes an access.
+struct Accessor {
+  Time now;
+  const Time* seen;  // [kMaxWarps]
+  int warp, lane;
+};
+
+enum class Problem {
+  kNone,
+  kUnwritten,        // read of what nobody wrote
+  kPending,          // an asynchronous copy still writes it
+  kRaceWithWrite,    // not ordered after another thread's write
+  kRaceWithRead,     // a write that is not ordered after another thread's read
+  kOtherBlockWrote,  // global memory, in the same launch
+  kOtherBlockRead,
+};
+
+struct Finding {
+  Problem problem = Problem::kNone;
+  size_t offset = 0;       // of the granule
+  int warp = 0, lane = 0;  // of the other thread; kManyLanes = several of the warp
+};
+constexpr int kManyLanes = 32;
+
+// Zeroed memory, committed when touched.
+template <class T>
+class Zeroed {
+ public:
+  explicit Zeroed(size_t size = 0) : items_(size ? static_cast<T*>(std::calloc(size, sizeof(T))) : nullptr) {
+    if (size && !items_) throw std::bad_alloc();
+  }
+  T* data() const { return items_.get(); }
+  T& operator[](size_t i) const { return items_.get()[i]; }
+
+ private:
+  struct Free {
+    void operator()(T* items) const { std::free(items); }
+  };
+  std::unique_ptr<T, Free> items_;
+};
+
+// The records of one contiguous memory.
+class Shadow {
+ public:
+  explicit Shadow(size_t bytes = 0)
+      : num_granules_((bytes + kGranule - 1) / kGranule),
+        writes_(num_granules_),
+        reads_(num_granules_ * kMaxWarps),
+        earlier_reads_(num_granules_) {}
+
+  void start_launch(Time time) { launch_start_ = time; }
+  void start_block(Time time, int num_warps) { block_start_ = time, num_warps_ = num_warps; }
+
+  // Records an access to `bytes` at `offset`; returns the first problem, if any.
+  Finding read(size_t offset, size_t bytes, const Accessor& by, bool must_be_written);
+  // `pending`: an asynchronous copy starts to write. `lands`: it ends.
+  Finding write(size_t offset, size_t bytes, const Accessor& by, bool pending, bool lands);
+
+ private:
+  struct Write {
+    Time time;
+    uint16_t thread;
+    uint16_t pending;
+    bool operator==(const Write&) const = default;
+  };
+  using Read = uint32_t;  // time * 64 + lane or kManyLanes
+
+  Read* reads(int warp) { return reads_.data() + static_cast<size_t>(warp) * num_granules_; }
+  Problem after_write(const Write& last, const Accessor& by) const;
+  Finding after_reads(size_t granule, const Accessor& by);
+
+  size_t num_granules_;
+  int num_warps_ = 0;
+  Time launch_start_ = 0, block_start_ = 0;
+  Zeroed<Write> writes_;
+  Zeroed<Read> reads_;          // [kMaxWarps][num_granules_]
+  Zeroed<Time> earlier_reads_;  // by earlier blocks of the launch
+};
+
+// A tensor that a kernel may touch, element by element.
+struct Tensor {
+  std::string name;
+  uintptr_t address;
+  size_t element_bytes;
+  std::vector<int64_t> shape, strides;  // in elements
+  bool writable;
+};
+
+// Global memory: the tensors of one call. Those that overlap share one range.
+class GlobalMemory {
+ public:
+  struct Range {
+    uintptr_t begin, end;
+    std::vector<uint8_t> allowed;  // for each granule kReadable, kWritable
+    Shadow shadow;
+  };
+  enum Allowed : uint8_t { kReadable = 1, kWritable = 2 };
+
+  void set(std::vector<Tensor> tensors);
+  void forget();  // all accesses
+  Range* find(uintptr_t address) {
+    if (last_ != nullptr && address - last_->begin < last_->end - last_->begin) return last_;
+    for (Range& range : ranges_) {
+      if (address - range.begin < range.end - range.begin) return last_ = &range;
+    }
+    return nullptr;
+  }
+  bool allows(const Range& range, uintptr_t address, size_t bytes, bool writes) const;
+  std::vector<Range>& ranges() { return ranges_; }
+  // "q + 12 bytes", "8 bytes past the end of q".
+  std::string describe(uintptr_t address) const;
+
+ private:
+  std::vector<Tensor> tensors_;
+  std::vector<Range> ranges_;
+  Range* last_ = nullptr;
+};
+
+}  // namespace hypenet::emu

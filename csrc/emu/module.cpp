@@ -1,0 +1,59 @@
+// The Python module _emulated: the kernels of bindings.cpp on the emulated machine, and the machine's
+// settings.
+#include <pybind11/stl.h>
+
+#include "../bind.h"
+#include "state.h"
+
+namespace hypenet {
+
+namespace {
+
+using emu::machine;
+
+emu::Tensor tensor_of(py::handle item) {
+  const auto t = py::cast<py::tuple>(item);
+  return {t[0].cast<std::string>(),
+          t[1].cast<uintptr_t>(),
+          t[2].cast<size_t>(),
+          t[3].cast<std::vector<int64_t>>(),
+          t[4].cast<std::vector<int64_t>>(),
+          t[5].cast<bool>()};
+}
+
+py::dict dict_of(const emu::Record& record) {
+  py::dict d;
+  d["name"] = record.name;
+  d["symbol"] = record.symbol;
+  d["num_blocks"] = record.num_blocks;
+  d["num_threads"] = record.num_threads;
+  d["shared_bytes"] = record.shared_bytes;
+  d["ldmatrix_accesses"] = record.ldmatrix.accesses;
+  d["ldmatrix_ways"] = record.ldmatrix.ways;
+  return d;
+}
+
+}  // namespace
+
+void bind_machine(py::module_& m) {
+  m.def("set_seed", [](uint64_t seed) { machine.seed = seed; });
+  m.def("set_num_processors", [](int count) { machine.num_processors = count; });
+  m.def("set_max_shared_bytes", [](int bytes) { machine.max_shared_bytes = bytes; });
+  m.def(
+      "set_tensors",
+      [](const py::list& items) {
+        std::vector<emu::Tensor> tensors;
+        for (py::handle item : items) tensors.push_back(tensor_of(item));
+        machine.global.set(std::move(tensors));
+      },
+      "The memory that kernels may touch: (name, address, bytes of an element, shape, strides, writable) "
+      "each.");
+  m.def("launches", [] {
+    py::list list;
+    for (const auto& record : machine.records) list.append(dict_of(record));
+    return list;
+  });
+  m.def("forget_launches", [] { machine.records.clear(); });
+}
+
+}  // namespace hypenet

@@ -1,0 +1,77 @@
+// What a CUDA compiler supplies and a C++ compiler does not: function attributes, vectors, 16-bit floats.
+#pragma once
+
+#include <math.h>
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <utility>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+
+namespace hypenet::emu {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+inline float widen(bf16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+
+// The fraction at its place, scaled by the difference of the exponents' biases: exact, subnormals too.
+inline float widen(fp16 x) {
+  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
+  uint32_t bits = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) * 0x1p112f);
+  if (magnitude >= 0x7c00u << 13) bits |= 0x7f800000;  // infinity, NaN
+  return std::bit_cast<float>(bits | static_cast<uint32_t>(x.bits & 0x8000) << 16);
+}
+
+// Both round to nearest even; every NaN becomes 0x7fff, as on the device.
+inline void narrow(bf16& to, float x) {
+  const auto bits = std::bit_cast<uint32_t>(x);
+  to.bits = x != x ? 0x7fff : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline void narrow(fp16& to, float x) {
+  const auto bits = std::bit_cast<uint32_t>(x);
+  const auto sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
+  const uint32_t magnitude = bits & 0x7fffffff;
+  uint32_t rounded;
+  if (magnitude > 0x7f800000) {
+    to.bits = 0x7fff;
+    return;
+  }
+  if (magnitude >= 0x477ff000) {  // 65520 and above
+    rounded = 0x7c00;
+  } else if (magnitude < 0x38800000) {  // below 2^-14: adding 1/2 leaves multiples of 2^-24, rounded
+    rounded = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;
+  } else {
+    rounded = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  }
+  to.bits = static_cast<uint16_t>(rounded | sign);
+}
+
+}  // namespace hypenet::emu

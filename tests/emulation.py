@@ -1,0 +1,152 @@
+"""Runs the CUDA kernels on the host: builds csrc/emu with the .cu files, and lets the public ops use it on CPU tensors.
+
+A test takes the fixture `device` and makes its tensors there:
+
+    def test_step(device):
+        o = gated_delta_step(*(x.to(device) for x in inputs), state.to(device))
+
+Emulated, `device` is the CPU and every op that has a CUDA implementation runs that one, its kernels on the emulated
+machine; on a GPU (marker cuda) it is the GPU. A kernel's mistake raises RuntimeError naming kernel, block and thread.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from hypenet_kernels import native
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "build" / "emu"
+SEEDS = (0, 1, 2)
+COMMON = (
+    "-std=c++20 -fPIC -g1 -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas -DHYPENET_CUDA=1 -DHYPENET_EMULATED=1"
+)
+MACHINE = "-O3 -fno-math-errno"
+# Calls of -fsanitize=thread are answered by csrc/emu/access.cpp, not by libtsan. What a loop stores it stores by
+# itself, not through memset or memcpy, which nobody would see.
+KERNEL = "-O1 -x c++ -fsanitize=thread -fno-tree-loop-distribute-patterns"
+GCC_KERNEL = "--param tsan-instrument-func-entry-exit=0"
+WRITABLE_VIEWS = ("k_cache", "v_cache")
+
+
+def _compiler():
+    return os.environ.get("CXX") or next(name for name in ("g++", "clang++", "c++") if shutil.which(name))
+
+
+def _write_ninja(path, module, kernels):
+    import ninja
+    import pybind11
+
+    kernel_flags = f"{KERNEL} {'' if 'clang' in _compiler() else GCC_KERNEL}"
+    includes = (
+        f"-I{ROOT}/csrc -I{ROOT}/csrc/cuda -isystem{pybind11.get_include()} -isystem{sysconfig.get_paths()['include']}"
+    )
+    with open(path, "w") as file:
+        writer = ninja.ninja_syntax.Writer(file, width=10**6)
+        command = f"nice -n 5 {_compiler()} {COMMON} $flags {includes} -MMD -MF $out.d -c $in -o $out"
+        writer.rule("compile", command, depfile="$out.d", deps="gcc")
+        writer.rule("link", f"{_compiler()} -shared $in -o $out -ldl")
+        sources = {s: MACHINE for s in sorted((ROOT / "csrc/emu").glob("*.cpp"))}
+        sources |= {ROOT / "csrc/bindings.cpp": "-O0"} | {Path(s): kernel_flags for s in kernels}
+        objects = []
+        for source, flags in sources.items():
+            objects += writer.build(f"{module}/{source.stem}.o", "compile", str(source), variables={"flags": flags})
+        writer.build(f"{module}.so", "link", objects)
+
+
+@functools.cache
+def module():
+    """The native module _emulated, built if a source changed."""
+    import ninja
+
+    BUILD.mkdir(parents=True, exist_ok=True)
+    _write_ninja(BUILD / "build.ninja", "_emulated", sorted((ROOT / "csrc/cuda").glob("*.cu")))
+    command = [Path(ninja.BIN_DIR, "ninja"), "-C", BUILD, "-j2", "--quiet"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"the emulated kernels do not compile:\n{result.stdout[-8000:]}{result.stderr[-2000:]}")
+    spec = importlib.util.spec_from_file_location("_emulated", BUILD / "_emulated.so")
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+class _Call:
+    """One run of an op's CUDA implementation: remembers the tensors whose addresses it takes."""
+
+    def __init__(self):
+        self.tensors = {}
+
+    def pointer(self, x):
+        if x is not None:
+            self.tensors[x.data_ptr()] = x
+        return 0 if x is None else x.data_ptr()
+
+    def view(self, x):
+        self.pointer(x)
+        return native.ABSENT if x is None else (x.data_ptr(), *x.stride()[:3])
+
+    def kernel(self, op, name, device):
+        return functools.partial(self.launch, getattr(module(), name))
+
+    def launch(self, kernel, **fields):
+        writable = (kernel.__doc__ or "").rpartition("Writes: ")[2].rstrip(".\n").split(", ")
+        ranges = []
+        for field, value in fields.items():
+            is_view = isinstance(value, tuple)
+            x = self.tensors.get(value[0] if is_view else value) if value else None
+            if x is not None and x.numel() and not isinstance(value, bool | float):
+                writes = field in (WRITABLE_VIEWS if is_view else writable)
+                ranges.append((field, x.data_ptr(), x.element_size(), list(x.shape), list(x.stride()), writes))
+        module().set_tensors(ranges)
+        try:
+            kernel(**fields, stream=0)
+        finally:
+            module().set_tensors([])
+
+
+def _run_cuda_implementation(operator, *args):
+    call = _Call()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("pointer", "view", "kernel"):
+            patch.setattr(native, name, getattr(call, name))
+        patch.setattr(native, "cuda", module)
+        return operator.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args)
+
+
+@contextlib.contextmanager
+def emulated(seed=0):
+    """While it lasts, ops on CPU tensors run their CUDA implementation, if they have one, on the emulated machine."""
+    module().set_seed(seed)
+    library = torch.library.Library("hypenet", "IMPL")
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="[^$]*other operators may also be overridden")
+        patch.setattr(native, "device_type", lambda x: "cuda" if x.device.type == "cpu" else x.device.type)
+        for qualified in torch._C._dispatch_get_all_op_names():
+            if qualified.startswith("hypenet::") and torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CUDA"):
+                name = qualified.removeprefix("hypenet::")
+                run = functools.partial(_run_cuda_implementation, getattr(torch.ops.hypenet, name).default)
+                library.impl(name, run, "CPU", allow_override=True)
+        try:
+            yield
+        finally:
+            library._destroy()
+
+
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request):
+    """Where the CUDA kernels run: on the emulated machine, with tensors on the CPU, or on the GPU."""
+    if request.param == "cuda":
+        yield torch.device("cuda")
+        return
+    with emulated():
+        yield torch.device("cpu")
