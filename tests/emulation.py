@@ -13,6 +13,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -33,7 +34,10 @@ COMMON = (
 MACHINE = "-O3 -fno-math-errno"
 # Calls of -fsanitize=thread are answered by csrc/emu/access.cpp, not by libtsan. What a loop stores it stores by
 # itself, not through memset or memcpy, which nobody would see.
-KERNEL = "-O1 -x c++ -fsanitize=thread -fno-tree-loop-distribute-patterns"
+KERNEL = (
+    "-O1 -x c++ -fsanitize=thread -fno-tree-loop-distribute-patterns"
+    " -fno-builtin-memcpy -fno-builtin-memset -fno-builtin-memmove"
+)
 GCC_KERNEL = "--param tsan-instrument-func-entry-exit=0"
 WRITABLE_VIEWS = ("k_cache", "v_cache")
 
@@ -42,42 +46,61 @@ def _compiler():
     return os.environ.get("CXX") or next(name for name in ("g++", "clang++", "c++") if shutil.which(name))
 
 
-def _write_ninja(path, module, kernels):
+def _write_ninja(path, module, bindings, kernels):
     import ninja
     import pybind11
 
     kernel_flags = f"{KERNEL} {'' if 'clang' in _compiler() else GCC_KERNEL}"
-    includes = (
-        f"-I{ROOT}/csrc -I{ROOT}/csrc/cuda -isystem{pybind11.get_include()} -isystem{sysconfig.get_paths()['include']}"
-    )
+    includes = [f"-I{ROOT}/csrc", f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_paths()['include']}"]
     with open(path, "w") as file:
         writer = ninja.ninja_syntax.Writer(file, width=10**6)
-        command = f"nice -n 5 {_compiler()} {COMMON} $flags {includes} -MMD -MF $out.d -c $in -o $out"
-        writer.rule("compile", command, depfile="$out.d", deps="gcc")
+        compiler = f"nice -n 5 {_compiler()} {COMMON} $flags {shlex.join(includes)}"
+        writer.rule("compile", f"{compiler} -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
         writer.rule("link", f"{_compiler()} -shared $in -o $out -ldl")
-        sources = {s: MACHINE for s in sorted((ROOT / "csrc/emu").glob("*.cpp"))}
-        sources |= {ROOT / "csrc/bindings.cpp": "-O0"} | {Path(s): kernel_flags for s in kernels}
+        sources = [(s, MACHINE) for s in sorted((ROOT / "csrc/emu").glob("*.cpp"))]
+        sources += [(bindings, "-O0"), *((s, kernel_flags) for s in kernels)]
         objects = []
-        for source, flags in sources.items():
-            objects += writer.build(f"{module}/{source.stem}.o", "compile", str(source), variables={"flags": flags})
+        for source, flags in sources:
+            folder = "machine" if flags == MACHINE else module
+            objects += writer.build(f"{folder}/{source.stem}.o", "compile", str(source), variables={"flags": flags})
         writer.build(f"{module}.so", "link", objects)
+
+
+def build(module, bindings, kernels):
+    """Builds what changed of a native module that runs `kernels` on the emulated machine, and loads it."""
+    import ninja
+
+    BUILD.mkdir(parents=True, exist_ok=True)
+    _write_ninja(BUILD / f"{module}.ninja", module, bindings, kernels)
+    command = [Path(ninja.BIN_DIR, "ninja"), "-C", BUILD, "-f", f"{module}.ninja", "-j2", "--quiet"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{module} does not compile:\n{result.stdout[-8000:]}{result.stderr[-2000:]}")
+    spec = importlib.util.spec_from_file_location(module, BUILD / f"{module}.so")
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
 
 
 @functools.cache
 def module():
-    """The native module _emulated, built if a source changed."""
-    import ninja
+    """The library's CUDA kernels on the emulated machine."""
+    return build("_emulated", ROOT / "csrc/bindings.cpp", sorted((ROOT / "csrc/cuda").glob("*.cu")))
 
-    BUILD.mkdir(parents=True, exist_ok=True)
-    _write_ninja(BUILD / "build.ninja", "_emulated", sorted((ROOT / "csrc/cuda").glob("*.cu")))
-    command = [Path(ninja.BIN_DIR, "ninja"), "-C", BUILD, "-j2", "--quiet"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(f"the emulated kernels do not compile:\n{result.stdout[-8000:]}{result.stderr[-2000:]}")
-    spec = importlib.util.spec_from_file_location("_emulated", BUILD / "_emulated.so")
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
+
+def launch(module, kernel, tensors, **fields):
+    """Calls a kernel of an emulated module; it may touch `tensors`, by field name, and nothing else."""
+    written = kernel.__doc__.rpartition("Writes: ")[2].rstrip(".\n").split(", ")
+    module.set_tensors(
+        [
+            (name, x.data_ptr(), x.element_size(), list(x.shape), list(x.stride()), name in (*written, *WRITABLE_VIEWS))
+            for name, x in tensors.items()
+        ]
+    )
+    try:
+        kernel(**fields, stream=0)
+    finally:
+        module.set_tensors([])
 
 
 class _Call:
@@ -87,7 +110,7 @@ class _Call:
         self.tensors = {}
 
     def pointer(self, x):
-        if x is not None:
+        if x is not None and x.numel() > 0:
             self.tensors[x.data_ptr()] = x
         return 0 if x is None else x.data_ptr()
 
@@ -99,19 +122,9 @@ class _Call:
         return functools.partial(self.launch, getattr(module(), name))
 
     def launch(self, kernel, **fields):
-        writable = (kernel.__doc__ or "").rpartition("Writes: ")[2].rstrip(".\n").split(", ")
-        ranges = []
-        for field, value in fields.items():
-            is_view = isinstance(value, tuple)
-            x = self.tensors.get(value[0] if is_view else value) if value else None
-            if x is not None and x.numel() and not isinstance(value, bool | float):
-                writes = field in (WRITABLE_VIEWS if is_view else writable)
-                ranges.append((field, x.data_ptr(), x.element_size(), list(x.shape), list(x.stride()), writes))
-        module().set_tensors(ranges)
-        try:
-            kernel(**fields, stream=0)
-        finally:
-            module().set_tensors([])
+        addresses = {name: value[0] if isinstance(value, tuple) else value for name, value in fields.items()}
+        tensors = {name: self.tensors[a] for name, a in addresses.items() if a in self.tensors}
+        launch(module(), kernel, tensors, **fields)
 
 
 def _run_cuda_implementation(operator, *args):

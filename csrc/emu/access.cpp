@@ -132,7 +132,7 @@ void check_shared(size_t offset, size_t bytes, Access access) {
 }
 
 void check(const void* address, size_t bytes, Access access) {
-  if (machine.current == nullptr || stack_bottom == 0) return;  // host code of a .cu file
+  if (stack_bottom == 0) return;  // host code of a .cu file
   if (reinterpret_cast<uintptr_t>(address) - stack_bottom < Stacks::kBytes) return;
   if (is_shared(address)) return check_shared(shared_offset(address), bytes, access);
   if (machine.global.find(reinterpret_cast<uintptr_t>(address)) == nullptr && access == Access::kRead &&
@@ -140,6 +140,10 @@ void check(const void* address, size_t bytes, Access access) {
     return;
   }
   check_global(address, bytes, access);
+}
+
+void check_aligned(const void* address, size_t bytes, Access access) {
+  if (stack_bottom != 0) require_aligned(address, bytes, access);
 }
 
 uint4 load_16_bytes(const void* address) {
@@ -195,17 +199,25 @@ inline void seen_by_compiler(const void* address, size_t bytes, Access access) {
   hypenet::emu::check(address, bytes, access);
 }
 
+// Of a type that is aligned to its size.
+template <size_t kBytes>
+inline void seen_by_compiler(const void* address, Access access) {
+  if (reinterpret_cast<uintptr_t>(address) - stack_bottom < Stacks::kBytes) return;
+  hypenet::emu::check_aligned(address, kBytes, access);
+  hypenet::emu::check(address, kBytes, access);
+}
+
 }  // namespace
 
 extern "C" {
 
 #define HYPENET_ACCESSES(bytes)                                                                      \
-  void __tsan_read##bytes(void* p) { seen_by_compiler(p, bytes, Access::kRead); }                    \
-  void __tsan_write##bytes(void* p) { seen_by_compiler(p, bytes, Access::kWrite); }                  \
+  void __tsan_read##bytes(void* p) { seen_by_compiler<bytes>(p, Access::kRead); }                    \
+  void __tsan_write##bytes(void* p) { seen_by_compiler<bytes>(p, Access::kWrite); }                  \
+  void __tsan_volatile_read##bytes(void* p) { seen_by_compiler<bytes>(p, Access::kRead); }           \
+  void __tsan_volatile_write##bytes(void* p) { seen_by_compiler<bytes>(p, Access::kWrite); }         \
   void __tsan_unaligned_read##bytes(void* p) { seen_by_compiler(p, bytes, Access::kRead); }          \
   void __tsan_unaligned_write##bytes(void* p) { seen_by_compiler(p, bytes, Access::kWrite); }        \
-  void __tsan_volatile_read##bytes(void* p) { seen_by_compiler(p, bytes, Access::kRead); }           \
-  void __tsan_volatile_write##bytes(void* p) { seen_by_compiler(p, bytes, Access::kWrite); }         \
   void __tsan_unaligned_volatile_read##bytes(void* p) { seen_by_compiler(p, bytes, Access::kRead); } \
   void __tsan_unaligned_volatile_write##bytes(void* p) { seen_by_compiler(p, bytes, Access::kWrite); }
 HYPENET_ACCESSES(1)
@@ -214,6 +226,25 @@ HYPENET_ACCESSES(4)
 HYPENET_ACCESSES(8)
 HYPENET_ACCESSES(16)
 #undef HYPENET_ACCESSES
+
+// Calls that kernels make, by the names that arch.h gives them.
+void* hypenet_emu_memcpy(void* to, const void* from, size_t bytes) {
+  if (bytes == 0) return to;
+  seen_by_compiler(from, bytes, Access::kRead);
+  seen_by_compiler(to, bytes, Access::kWrite);
+  return std::memcpy(to, from, bytes);
+}
+void* hypenet_emu_memmove(void* to, const void* from, size_t bytes) {
+  if (bytes == 0) return to;
+  seen_by_compiler(from, bytes, Access::kRead);
+  seen_by_compiler(to, bytes, Access::kWrite);
+  return std::memmove(to, from, bytes);
+}
+void* hypenet_emu_memset(void* to, int value, size_t bytes) {
+  if (bytes == 0) return to;
+  seen_by_compiler(to, bytes, Access::kWrite);
+  return std::memset(to, value, bytes);
+}
 
 void __tsan_read_range(void* p, size_t bytes) { seen_by_compiler(p, bytes, Access::kRead); }
 void __tsan_write_range(void* p, size_t bytes) { seen_by_compiler(p, bytes, Access::kWrite); }

@@ -1,6 +1,15 @@
 // cuda/arch on the host: the same functions, played by the emulated machine. What each means stands there.
 #pragma once
 
+#include <cstddef>
+
+// Copies that are calls are checked like other accesses (access.cpp).
+extern "C" {
+void* memcpy(void*, const void*, size_t) noexcept __asm__("hypenet_emu_memcpy");
+void* memmove(void*, const void*, size_t) noexcept __asm__("hypenet_emu_memmove");
+void* memset(void*, int, size_t) noexcept __asm__("hypenet_emu_memset");
+}
+
 #include "machine.h"
 
 namespace hypenet::cuda::arch {

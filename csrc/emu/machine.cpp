@@ -64,15 +64,15 @@ std::string count_of(int count, const char* noun) {
 
 std::string whereabouts(const Thread& thread) {
   const Warp& warp = machine.warps[thread.warp];
-  if (thread.exited) return "has exited";
-  if (thread.barrier == 0) return "waits at sync_block";
+  if (thread.exited) return "exited";
+  if (thread.barrier == 0) return "waiting at sync_block";
   if (thread.barrier > 0) {
     const Barrier& barrier = machine.barriers[thread.barrier];
-    return "waits at sync_group(" + std::to_string(thread.barrier) + ", " + std::to_string(barrier.expected) +
-           "), where " + count_of(barrier.arrived, "thread") + " arrived";
+    return "waiting at sync_group(" + std::to_string(thread.barrier) + ", " +
+           std::to_string(barrier.expected) + "), where " + count_of(barrier.arrived, "thread") + " arrived";
   }
-  if (warp.collective.arrived >> thread.lane & 1) return std::string("waits at ") + warp.collective.what;
-  return "runs";
+  if (warp.collective.arrived >> thread.lane & 1) return std::string("waiting at ") + warp.collective.what;
+  return "running";
 }
 
 // Per run of threads in one place: "threads 0 to 63: waits at sync_block; thread 64: has exited".
@@ -142,8 +142,8 @@ void wait_at_barrier(int index, int num_threads) {
   for (uint32_t others = warp.at_barrier; others != 0; others &= others - 1) {
     const Thread& other = m.threads[self.warp * kWarpSize + std::countr_zero(others)];
     if (other.barrier != index) {
-      fail("divergent barrier: " + name_thread(other.index) + " of the same warp " + whereabouts(other) +
-           ", this one at barrier " + std::to_string(index));
+      fail("divergent barrier: " + name_thread(other.index) + " of the same warp is " + whereabouts(other) +
+           ", this one arrives at barrier " + std::to_string(index));
     }
   }
   if (warp.exited != 0 || (index == 0 && m.num_exited > 0)) {
@@ -199,6 +199,7 @@ void run_block(int64_t block) {
   start_clock(m.clock);
   m.block = block;
   m.num_exited = 0;
+  m.runnable_warps = 0;
   std::memset(m.shared, 0xff, m.launch->shared_bytes);  // NaN in every format
   m.shared_shadow.start_launch(m.clock);
   m.shared_shadow.start_block(m.clock, m.num_warps);

@@ -159,9 +159,10 @@ std::string GlobalMemory::describe(uintptr_t address) const {
   }
   if (nearest == nullptr) return "global memory, of which the kernel has none";
   const auto [begin, end] = span(*nearest);
-  if (address < begin) return std::to_string(begin - address) + " bytes before " + nearest->name;
-  if (address < end) return nearest->name + " + " + std::to_string(address - nearest->address) + " bytes";
-  return std::to_string(address - end) + " bytes past the end of " + nearest->name;
+  const auto offset = static_cast<int64_t>(address - nearest->address);
+  const std::string place =
+      nearest->name + (offset < 0 ? " - " : " + ") + std::to_string(std::abs(offset)) + " bytes";
+  return place + (address < begin ? ", before its start" : address < end ? "" : ", past its end");
 }
 
 }  // namespace hypenet::emu

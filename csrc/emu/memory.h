@@ -132,7 +132,7 @@ class GlobalMemory {
   }
   bool allows(const Range& range, uintptr_t address, size_t bytes, bool writes) const;
   std::vector<Range>& ranges() { return ranges_; }
-  // "q + 12 bytes", "8 bytes past the end of q".
+  // "q + 12 bytes", "q + 256 bytes, past its end".
   std::string describe(uintptr_t address) const;
 
  private:

@@ -133,6 +133,7 @@ enum class Access { kRead, kWrite };
 
 // Checks and records an access by the running thread, wherever it points.
 void check(const void* address, size_t bytes, Access access);
+void check_aligned(const void* address, size_t bytes, Access access);
 void check_shared(size_t offset, size_t bytes, Access access);
 
 inline bool is_shared(const void* address) {
