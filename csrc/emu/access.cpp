@@ -2,6 +2,7 @@
 // compiled with -fsanitize=thread (its calls are answered here, not by libtsan), and those of arch.h.
 #include <link.h>
 
+#include <algorithm>
 #include <cstdio>
 
 #include "state.h"
@@ -76,27 +77,30 @@ void check_global(const void* pointer, size_t bytes, Access access) {
   judge(finding, pointer, bytes, access, reinterpret_cast<const void*>(range->begin));
 }
 
-// The loaded segments of this module: constants, and what the C++ library reads.
-bool is_own_data(uintptr_t address) {
-  struct Search {
-    uintptr_t address;
-    bool found;
-  } search{address, false};
+// The loaded segments of this module: kernels may read their constants.
+std::vector<std::pair<uintptr_t, uintptr_t>> own_segments() {
+  std::vector<std::pair<uintptr_t, uintptr_t>> segments;
   auto visit = [](dl_phdr_info* info, size_t, void* data) {
-    auto& s = *static_cast<Search*>(data);
-    bool inside = false, own = false;
+    auto& found = *static_cast<std::vector<std::pair<uintptr_t, uintptr_t>>*>(data);
+    found.clear();
+    bool own = false;
     for (int i = 0; i < info->dlpi_phnum; ++i) {
       const auto& segment = info->dlpi_phdr[i];
-      if (segment.p_type != PT_LOAD) continue;
       const uintptr_t begin = info->dlpi_addr + segment.p_vaddr;
-      inside = inside || s.address - begin < segment.p_memsz;
+      if (segment.p_type != PT_LOAD) continue;
+      found.emplace_back(begin, begin + segment.p_memsz);
       own = own || reinterpret_cast<uintptr_t>(&machine) - begin < segment.p_memsz;
     }
-    s.found = s.found || (inside && own);
-    return 0;
+    return own ? 1 : 0;
   };
-  dl_iterate_phdr(visit, &search);
-  return search.found;
+  dl_iterate_phdr(visit, &segments);
+  return segments;
+}
+
+bool is_own_data(uintptr_t address) {
+  static const auto segments = own_segments();
+  return std::any_of(segments.begin(), segments.end(),
+                     [&](const auto& s) { return address >= s.first && address < s.second; });
 }
 
 void require_aligned(const void* address, size_t bytes, Access access) {

@@ -3,6 +3,7 @@
 #include "machine.h"
 
 #include <dlfcn.h>
+#include <execinfo.h>
 
 #include <algorithm>
 #include <numeric>
@@ -184,12 +185,14 @@ void run_thread() {
   exit_thread();
 }
 
+// Moves the clock on; a clock that nears its end starts anew, and all accesses are forgotten.
 void start_clock(Time& clock) {
   Machine& m = machine;
   if (++clock > kLastTime / 2) {
     clock = 1;
     m.shared_shadow = Shadow(kMaxShared);
     m.global.forget();
+    for (auto& range : m.global.ranges()) range.shadow.start_launch(clock, m.num_warps);
   }
 }
 
@@ -201,9 +204,9 @@ void run_block(int64_t block) {
   m.num_exited = 0;
   m.runnable_warps = 0;
   std::memset(m.shared, 0xff, m.launch->shared_bytes);  // NaN in every format
-  m.shared_shadow.start_launch(m.clock);
-  m.shared_shadow.start_block(m.clock, m.num_warps);
-  for (auto& range : m.global.ranges()) range.shadow.start_block(m.clock, m.num_warps);
+  m.shared_shadow.start_launch(m.clock, m.num_warps);
+  m.shared_shadow.start_block(m.clock);
+  for (auto& range : m.global.ranges()) range.shadow.start_block(m.clock);
   std::fill_n(m.barriers, kMaxBarriers, Barrier{});
   for (int w = 0; w < m.num_warps; ++w) {
     Warp& warp = m.warps[w];
@@ -223,9 +226,21 @@ void run_block(int64_t block) {
   resume(&m.host, *pick());
 }
 
-std::string symbol_of(const void* function) {
+// Where in this module's file a piece of its code lies, for addr2line.
+uintptr_t file_offset(const void* code) {
   Dl_info info;
-  return dladdr(function, &info) != 0 && info.dli_sname != nullptr ? info.dli_sname : "";
+  dladdr(code, &info);
+  return reinterpret_cast<uintptr_t>(code) - reinterpret_cast<uintptr_t>(info.dli_fbase);
+}
+
+// The calls that the running thread is in, innermost first, up to the kernel.
+std::vector<uintptr_t> call_chain() {
+  constexpr int kOutside = 3;  // call_kernel, run_thread, hypenet_emu_start
+  void* frames[64];
+  const int count = backtrace(frames, 64) - kOutside;
+  std::vector<uintptr_t> chain;
+  for (int i = 0; i < count; ++i) chain.push_back(file_offset(static_cast<std::byte*>(frames[i]) - 1));
+  return chain;
 }
 
 std::string reason_not_to_run(const Launch& launch) {
@@ -252,7 +267,7 @@ void run_blocks() {
   m.random = (m.seed + 1) * 0x9e3779b97f4a7c15u;
   m.ldmatrix = {};
   start_clock(m.clock);
-  for (auto& range : m.global.ranges()) range.shadow.start_launch(m.clock);
+  for (auto& range : m.global.ranges()) range.shadow.start_launch(m.clock, m.num_warps);
   std::vector<int32_t> order(static_cast<size_t>(num_blocks));
   std::iota(order.begin(), order.end(), 0);
   for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[draw(i)]);
@@ -273,6 +288,7 @@ void fail(const std::string& what) {
   Machine& m = machine;
   m.error = std::string("kernel ") + m.launch->name + ", block " + std::to_string(m.block) + ", " +
             name_thread(m.current->index) + ": " + what;
+  m.call_chain = call_chain();
   leave_to_host(&m.current->top);
   __builtin_unreachable();
 }
@@ -308,7 +324,8 @@ void arrive(const char* what, void* operands, bool& last) {
   Warp& warp = *machine.warp;
   Thread& self = *machine.current;
   Collective& c = warp.collective;
-  if (warp.exited != 0 || warp.at_barrier != 0 || (c.arrived != 0 && std::strcmp(c.what, what) != 0)) {
+  if (warp.exited != 0 || warp.at_barrier != 0 ||
+      (c.arrived != 0 && c.what != what && std::strcmp(c.what, what) != 0)) {
     fail(std::string("divergent ") + what + ": the other lanes of its warp are elsewhere" + list_threads());
   }
   c.what = what;
@@ -333,10 +350,11 @@ Status run(const Launch& launch) {
   Machine& m = machine;
   const std::lock_guard lock(m.mutex);
   m.launch = &launch;
+  m.call_chain.clear();
   m.error = reason_not_to_run(launch);
   if (!m.error.empty()) m.error = std::string("kernel ") + launch.name + ": " + m.error;
   if (m.error.empty()) run_blocks();
-  m.records.push_back({launch.name, symbol_of(launch.kernel), launch.num_blocks, launch.num_threads,
+  m.records.push_back({launch.name, file_offset(launch.kernel), launch.num_blocks, launch.num_threads,
                        launch.shared_bytes, m.ldmatrix});
   const BankUse& use = m.ldmatrix;
   if (m.error.empty() && use.accesses >= kBankStormAccesses &&

@@ -42,8 +42,8 @@ Problem Shadow::after_write(const Write& last, const Accessor& by) const {
 }
 
 Finding Shadow::after_reads(size_t granule, const Accessor& by) {
-  for (int warp = 0; warp < num_warps_; ++warp) {
-    const Read last = reads(warp)[granule];
+  for (int warp = 0; warp < std::ssize(reads_); ++warp) {
+    const Read last = reads_[warp][granule];
     const Time time = last / 64;
     const int lane = static_cast<int>(last % 64);
     if (time < launch_start_ || last == 0) continue;
@@ -59,7 +59,7 @@ Finding Shadow::after_reads(size_t granule, const Accessor& by) {
 
 Finding Shadow::read(size_t offset, size_t bytes, const Accessor& by, bool must_be_written) {
   const size_t begin = offset / kGranule, end = (offset + bytes - 1) / kGranule + 1;
-  Read* mine = reads(by.warp);
+  Read* mine = reads_[by.warp].data();
   const Write* known = nullptr;
   for (size_t i = begin; i < end; ++i) {
     const Write& last = writes_[i];

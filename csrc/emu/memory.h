@@ -70,11 +70,13 @@ class Shadow {
   explicit Shadow(size_t bytes = 0)
       : num_granules_((bytes + kGranule - 1) / kGranule),
         writes_(num_granules_),
-        reads_(num_granules_ * kMaxWarps),
         earlier_reads_(num_granules_) {}
 
-  void start_launch(Time time) { launch_start_ = time; }
-  void start_block(Time time, int num_warps) { block_start_ = time, num_warps_ = num_warps; }
+  void start_launch(Time time, int num_warps) {
+    launch_start_ = time;
+    while (std::ssize(reads_) < num_warps) reads_.emplace_back(num_granules_);
+  }
+  void start_block(Time time) { block_start_ = time; }
 
   // Records an access to `bytes` at `offset`; returns the first problem, if any.
   Finding read(size_t offset, size_t bytes, const Accessor& by, bool must_be_written);
@@ -90,16 +92,14 @@ class Shadow {
   };
   using Read = uint32_t;  // time * 64 + lane or kManyLanes
 
-  Read* reads(int warp) { return reads_.data() + static_cast<size_t>(warp) * num_granules_; }
   Problem after_write(const Write& last, const Accessor& by) const;
   Finding after_reads(size_t granule, const Accessor& by);
 
   size_t num_granules_;
-  int num_warps_ = 0;
   Time launch_start_ = 0, block_start_ = 0;
   Zeroed<Write> writes_;
-  Zeroed<Read> reads_;          // [kMaxWarps][num_granules_]
-  Zeroed<Time> earlier_reads_;  // by earlier blocks of the launch
+  std::vector<Zeroed<Read>> reads_;  // by each warp of the running block, or of one before it
+  Zeroed<Time> earlier_reads_;       // by blocks before it
 };
 
 // A tensor that a kernel may touch, element by element.

@@ -24,7 +24,7 @@ emu::Tensor tensor_of(py::handle item) {
 py::dict dict_of(const emu::Record& record) {
   py::dict d;
   d["name"] = record.name;
-  d["symbol"] = record.symbol;
+  d["kernel"] = record.kernel;
   d["num_blocks"] = record.num_blocks;
   d["num_threads"] = record.num_threads;
   d["shared_bytes"] = record.shared_bytes;
@@ -53,6 +53,7 @@ void bind_machine(py::module_& m) {
     for (const auto& record : machine.records) list.append(dict_of(record));
     return list;
   });
+  m.def("call_chain", [] { return machine.call_chain; });
   m.def("forget_launches", [] { machine.records.clear(); });
 }
 

@@ -59,7 +59,8 @@ struct BankUse {
 };
 
 struct Record {
-  std::string name, symbol;
+  std::string name;
+  uintptr_t kernel;  // where in this module's file
   int64_t num_blocks;
   int num_threads;
   size_t shared_bytes;
@@ -79,6 +80,7 @@ struct Machine {
   uint64_t random = 0;
   BankUse ldmatrix;
   std::string error;
+  std::vector<uintptr_t> call_chain;  // of the thread that failed
 
   // the block
   Thread* current = nullptr;
