@@ -32,18 +32,19 @@ COMMON = (
     "-std=c++20 -fPIC -g1 -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas -DHYPENET_CUDA=1 -DHYPENET_EMULATED=1"
 )
 MACHINE = "-O3 -fno-math-errno"
-# Calls of -fsanitize=thread are answered by csrc/emu/access.cpp, not by libtsan. What a loop stores it stores by
-# itself, not through memset or memcpy, which nobody would see.
-KERNEL = (
-    "-O1 -x c++ -fsanitize=thread -fno-tree-loop-distribute-patterns"
+# The calls of -fsanitize=thread are answered by csrc/emu/access.cpp, not by libtsan. gcc must leave a loop that copies
+# or clears a loop, and memcpy a call: what it would make of them itself nobody would see.
+KERNEL = "-O1 -x c++ -fsanitize=thread"
+GCC_KERNEL = (
+    "--param tsan-instrument-func-entry-exit=0 -fno-tree-loop-distribute-patterns"
     " -fno-builtin-memcpy -fno-builtin-memset -fno-builtin-memmove"
 )
-GCC_KERNEL = "--param tsan-instrument-func-entry-exit=0"
+CLANG_KERNEL = "-mllvm -tsan-instrument-func-entry-exit=0 -mllvm -tsan-instrument-read-before-write=1"
 NEW_LINE = "\n"  # which an f-string of Python 3.11 cannot hold
 WRITABLE_VIEWS = ("k_cache", "v_cache")
 
 
-def _compiler():
+def compiler():
     return os.environ.get("CXX") or next(name for name in ("g++", "clang++", "c++") if shutil.which(name))
 
 
@@ -51,32 +52,38 @@ def _write_ninja(path, module, bindings, kernels):
     import ninja
     import pybind11
 
-    kernel_flags = f"{KERNEL} {'' if 'clang' in _compiler() else GCC_KERNEL}"
+    kernel_flags = f"{KERNEL} {CLANG_KERNEL if 'clang' in compiler() else GCC_KERNEL}"
     includes = [f"-I{ROOT}/csrc", f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_paths()['include']}"]
+    command = f"nice -n 5 {compiler()} {COMMON} {shlex.join(includes)} $flags -MMD -MF $out.d -c $in -o $out"
     with open(path, "w") as file:
         writer = ninja.ninja_syntax.Writer(file, width=10**6)
-        compiler = f"nice -n 5 {_compiler()} {COMMON} $flags {shlex.join(includes)}"
-        writer.rule("compile", f"{compiler} -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
-        writer.rule("link", f"{_compiler()} -shared $in -o $out -ldl")
-        sources = [(s, MACHINE) for s in sorted((ROOT / "csrc/emu").glob("*.cpp"))]
-        sources += [(bindings, "-O0"), *((s, kernel_flags) for s in kernels)]
+        writer.rule("compile", command, depfile="$out.d", deps="gcc")
+        writer.rule("link", f"{compiler()} -shared $in -o $out -ldl")
+        sources = [(s, "machine", MACHINE) for s in sorted((ROOT / "csrc/emu").glob("*.cpp"))]
+        sources += [(bindings, module, "-O0"), *((s, module, kernel_flags) for s in kernels)]
         objects = []
-        for source, flags in sources:
-            folder = "machine" if flags == MACHINE else module
-            objects += writer.build(f"{folder}/{source.stem}.o", "compile", str(source), variables={"flags": flags})
+        for source, folder, flags in sources:
+            variables = {"flags": f"{flags} {os.environ.get('CXXFLAGS', '')}"}
+            objects += writer.build(f"{folder}/{source.stem}.o", "compile", str(source), variables=variables)
         writer.build(f"{module}.so", "link", objects)
 
 
-def build(module, bindings, kernels):
-    """Builds what changed of a native module that runs `kernels` on the emulated machine, and loads it."""
+@functools.cache
+def _compile(module, bindings, kernels):
+    """Builds what changed of a module; returns what the compiler has against it."""
     import ninja
 
     BUILD.mkdir(parents=True, exist_ok=True)
     _write_ninja(BUILD / f"{module}.ninja", module, bindings, kernels)
     command = [Path(ninja.BIN_DIR, "ninja"), "-C", BUILD, "-f", f"{module}.ninja", "-j2", "--quiet"]
     result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(f"{module} does not compile:\n{result.stdout[-8000:]}{result.stderr[-2000:]}")
+    return f"{module} does not compile:\n{result.stdout[-8000:]}{result.stderr}" if result.returncode else ""
+
+
+def build(module, bindings, kernels):
+    """A native module that runs `kernels` on the emulated machine."""
+    if errors := _compile(module, bindings, tuple(kernels)):
+        raise RuntimeError(errors)
     spec = importlib.util.spec_from_file_location(module, BUILD / f"{module}.so")
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)

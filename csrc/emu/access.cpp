@@ -249,6 +249,12 @@ void* hypenet_emu_memset(void* to, int value, size_t bytes) {
   seen_by_compiler(to, bytes, Access::kWrite);
   return std::memset(to, value, bytes);
 }
+// The same by clang's names.
+void* __tsan_memcpy(void* to, const void* from, size_t bytes) { return hypenet_emu_memcpy(to, from, bytes); }
+void* __tsan_memmove(void* to, const void* from, size_t bytes) {
+  return hypenet_emu_memmove(to, from, bytes);
+}
+void* __tsan_memset(void* to, int value, size_t bytes) { return hypenet_emu_memset(to, value, bytes); }
 
 void __tsan_read_range(void* p, size_t bytes) { seen_by_compiler(p, bytes, Access::kRead); }
 void __tsan_write_range(void* p, size_t bytes) { seen_by_compiler(p, bytes, Access::kWrite); }
