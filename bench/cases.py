@@ -1,0 +1,234 @@
+"""What is measured: model shapes, not test shapes. A case knows its tensors, how to run ours, and what the work costs.
+
+FLOPs and bytes are those of the mathematics: products once, triangles as triangles, every input read and every output
+written once. What an implementation does beyond them lowers its fraction of the roof.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import cycle
+
+import torch
+import torch.nn.functional as F
+
+import hypenet_kernels as kernels
+
+CHUNK = {"cpu": 32, "cuda": 64}  # tokens; csrc/cpu/gated_delta_chunk.h and csrc/cuda
+LOGIT_SCALE_BASE = 500.0
+ROTATED_BYTES = 256 * 2**20  # copies of a decode step's state that lie beyond any cache
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape. `sizes` in the letters of the ops; `quick`: part of the run that takes under a minute."""
+
+    op: str
+    sizes: dict
+    dtype: str = "float32"
+    backward: bool = False
+    quick: bool = False
+
+    @property
+    def name(self):
+        sizes = " ".join(f"{letter}={size}" for letter, size in self.sizes.items())
+        return f"{self.op} {'fwd+bwd' if self.backward else 'fwd'} {sizes} {self.dtype}"
+
+    @property
+    def itemsize(self):
+        return getattr(torch, self.dtype).itemsize
+
+
+@dataclass
+class Workload:
+    """A case on a device. `run` and every peer return the tensors that must agree with each other's."""
+
+    tensors: dict
+    run: Callable
+    flops: float
+    bytes: float
+    options: dict = field(default_factory=dict)
+
+
+def build(case, device):
+    """The tensors of a case, seeded, and how to run it."""
+    torch.manual_seed(0)
+    return BUILDERS[case.op](case, torch.device(device))
+
+
+def runner(case, forward, tensors, names):
+    """What a case times of `forward`, which takes the dict of tensors and returns o first.
+
+    Forward only: a call that returns (o,). With backward: one that returns the gradients of `names`.
+    """
+    if not case.backward:
+
+        @torch.no_grad()
+        def run():
+            return (forward(tensors)[0],)
+
+        return run
+    leaves = {name: tensors[name].detach().requires_grad_() for name in names}
+    inputs = tensors | leaves
+    torch.manual_seed(1)
+    do = torch.randn_like(forward(inputs)[0])
+    return lambda: torch.autograd.grad(forward(inputs)[0], list(leaves.values()), do)
+
+
+# ---- gated delta rule, simple GLA
+
+
+def _recurrence_tensors(case, device, T):
+    s, dtype = case.sizes, getattr(torch, case.dtype)
+    B, H, HV, K, V = s["B"], s["H"], s.get("HV", s["H"]), s["K"], s["V"]
+    q, k = (F.normalize(torch.randn(B, T, H, K, device=device), dim=-1).to(dtype) for _ in range(2))
+    v = torch.randn(B, T, HV, V, device=device).to(dtype)
+    g = F.logsigmoid(torch.randn(B, T, HV, device=device) + 3)
+    beta = torch.rand(B, T, HV, device=device)
+    return {"q": q, "k": k, "v": v, "g": g, "beta": beta}
+
+
+def chunk_flops(sizes, chunk, delta, backward):
+    """Of the chunk form: products with the state, and within a chunk the lower triangles."""
+    B, T, HV, K, V = sizes["B"], sizes["T"], sizes.get("HV", sizes["H"]), sizes["K"], sizes["V"]
+    state, triangle = K * V, chunk / 2
+    forward = (3 if delta else 2) * state + triangle * ((2 if delta else 1) * (K + V))
+    reverse = (7 if delta else 4) * state + triangle * ((5 if delta else 3) * K + (5 if delta else 2) * V)
+    return 2.0 * B * T * HV * (forward + (reverse if backward else 0))
+
+
+def _chunk_bytes(case, delta):
+    s = case.sizes
+    B, T, H, HV, K, V = s["B"], s["T"], s["H"], s.get("HV", s["H"]), s["K"], s["V"]
+    inputs = case.itemsize * B * T * (2 * H * K + HV * V) + 4 * B * T * HV * (2 if delta else 1)
+    outputs = case.itemsize * B * T * HV * V
+    # The backward reads the inputs and do, and writes a gradient for every input.
+    return inputs + outputs + (2 * inputs + outputs if case.backward else 0)
+
+
+def _chunk(case, device, delta):
+    x = _recurrence_tensors(case, device, case.sizes["T"])
+    if delta:
+        forward = lambda t: kernels.chunk_gated_delta_rule(t["q"], t["k"], t["v"], t["g"], t["beta"])  # noqa: E731
+    else:
+        forward = lambda t: kernels.chunk_simple_gla(t["q"], t["k"], t["v"], t["g"])  # noqa: E731
+    names = ("q", "k", "v", "g", "beta") if delta else ("q", "k", "v", "g")
+    flops = chunk_flops(case.sizes, CHUNK[device.type], delta, case.backward)
+    return Workload(x, runner(case, forward, x, names), flops, _chunk_bytes(case, delta))
+
+
+def _step(case, device, delta):
+    s = case.sizes
+    B, HV, K, V = s["B"], s.get("HV", s["H"]), s["K"], s["V"]
+    x = _recurrence_tensors(case, device, 1)
+    state_bytes = 4 * B * HV * K * V
+    states = [torch.randn(B, HV, K, V, device=device) for _ in range(max(1, ROTATED_BYTES // state_bytes))]
+    x["states"] = states
+    turns = cycle(states)
+
+    def run():
+        state = next(turns)
+        if delta:
+            return (kernels.gated_delta_step(x["q"], x["k"], x["v"], x["g"], x["beta"], state),)
+        return (kernels.simple_gla_step(x["q"], x["k"], x["v"], x["g"], state),)
+
+    return Workload(x, run, (8.0 if delta else 6.0) * B * HV * K * V, 2.0 * state_bytes)
+
+
+# ---- HyPE attention
+
+
+def _attention(case, device):
+    s, dtype = case.sizes, getattr(torch, case.dtype)
+    B, T, H, HK, D = s["B"], s["T"], s["H"], s["HK"], s["D"]
+    x = {"q": torch.randn(B, T, H, D, device=device).to(dtype)}
+    x |= {name: torch.randn(B, T, HK, D, device=device).to(dtype) for name in ("k", "v")}
+    options = {}
+    names = ("q", "k", "v")
+    if s.get("gated", 0):
+        x["gate"] = torch.randn(B, T, H, D, device=device).to(dtype)
+        options["logit_scale_base"] = LOGIT_SCALE_BASE
+        names = (*names, "gate")
+    forward = lambda t: (kernels.hype_attention(t["q"], t["k"], t["v"], gate=t.get("gate"), **options),)  # noqa: E731
+    flops = 2.0 * B * H * T * T * D * (3.5 if case.backward else 1)
+    output = case.itemsize * B * T * H * D
+    inputs = output * (2 if "gate" in x else 1) + 2 * case.itemsize * B * T * HK * D
+    size = inputs + output + (2 * inputs + output if case.backward else 0)
+    return Workload(x, runner(case, forward, x, names), flops, size, options)
+
+
+def _attention_decode(case, device):
+    s, dtype = case.sizes, getattr(torch, case.dtype)
+    B, S, H, HK, D = s["B"], s["S"], s["H"], s["HK"], s["D"]
+    x = {"q": torch.randn(B, 1, H, D, device=device).to(dtype)}
+    x |= {name: torch.randn(B, S, HK, D, device=device).to(dtype) for name in ("k_cache", "v_cache")}
+    x["cache_seqlens"] = torch.full((B,), S, device=device)
+
+    def run():
+        return (kernels.hype_attention_decode(x["q"], x["k_cache"], x["v_cache"], x["cache_seqlens"]),)
+
+    return Workload(x, run, 4.0 * B * H * S * D, 2.0 * B * S * HK * D * case.itemsize)
+
+
+BUILDERS = {
+    "chunk_gated_delta_rule": partial(_chunk, delta=True),
+    "chunk_simple_gla": partial(_chunk, delta=False),
+    "gated_delta_step": partial(_step, delta=True),
+    "simple_gla_step": partial(_step, delta=False),
+    "hype_attention": _attention,
+    "hype_attention_decode": _attention_decode,
+}
+
+
+def _cpu_cases():
+    heads = {"H": 32, "K": 128, "V": 128}
+    attention = {"H": 32, "HK": 8, "D": 128}
+    cases = []
+    for op in ("chunk_gated_delta_rule", "chunk_simple_gla"):
+        for T in (1024, 4096):
+            for backward in (False, True):
+                cases.append(Case(op, {"B": 1, "T": T, **heads}, backward=backward, quick=T == 1024))
+        cases.append(Case(op, {"B": 1, "T": 1024, **heads}, "bfloat16"))
+        for T, K in ((16, 16), (128, 64)):
+            for backward in (False, True):
+                small = {"B": 1, "T": T, "H": 2, "K": K, "V": K}
+                cases.append(Case(op, small, backward=backward, quick=T == 128))
+    for op in ("gated_delta_step", "simple_gla_step"):
+        cases += [Case(op, {"B": B, **heads}, quick=B == 16) for B in (1, 16)]
+    for T in (1024, 4096):
+        cases += [Case("hype_attention", {"B": 1, "T": T, **attention}, backward=b, quick=T == 1024) for b in (0, 1)]
+    for b in (False, True):
+        cases.append(Case("hype_attention", {"B": 1, "T": 1024, **attention, "gated": 1}, backward=b))
+        cases.append(Case("hype_attention", {"B": 1, "T": 128, "H": 2, "HK": 1, "D": 64}, backward=b))
+    cases.append(Case("hype_attention", {"B": 1, "T": 1024, **attention}, "bfloat16"))
+    for dtype in ("float32", "bfloat16"):
+        for B in (1, 8):
+            quick = B == 1 and dtype == "float32"
+            cases.append(Case("hype_attention_decode", {"B": B, "S": 32768, **attention}, dtype, quick=quick))
+    return cases
+
+
+def _cuda_cases():
+    heads = {"H": 16, "HV": 32, "K": 128, "V": 128}
+    attention = {"H": 32, "HK": 8, "D": 128}
+    cases = []
+    for op in ("chunk_gated_delta_rule", "chunk_simple_gla"):
+        gla = {"H": 32, "K": 128, "V": 128} if op == "chunk_simple_gla" else heads
+        for B, T in ((1, 8192), (4, 8192), (1, 32768)):
+            for backward in (False, True):
+                cases.append(Case(op, {"B": B, "T": T, **gla}, "bfloat16", backward, quick=(B, T) == (1, 8192)))
+    for op in ("gated_delta_step", "simple_gla_step"):
+        for B in (1, 8, 32, 64, 128, 256):
+            cases.append(Case(op, {"B": B, **heads}, "bfloat16", quick=B in (1, 64)))
+    for T in (2048, 8192):
+        for gated in (0, 1):
+            for backward in (False, True):
+                sizes = {"B": 1, "T": T, **attention, "gated": gated}
+                cases.append(Case("hype_attention", sizes, "bfloat16", backward, quick=T == 2048))
+    for B, S in ((1, 8192), (1, 32768), (1, 131072), (16, 32768)):
+        sizes = {"B": B, "S": S, **attention}
+        cases.append(Case("hype_attention_decode", sizes, "bfloat16", quick=S == 32768 and B == 1))
+    return cases
+
+
+CASES = {"cpu": _cpu_cases(), "cuda": _cuda_cases()}

@@ -1,0 +1,34 @@
+"""Two records of the same cases: how much faster the new one is, and whether that is more than their spread."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Change:
+    """old / new of a case: median, and the range that the quartiles of both allow."""
+
+    name: str
+    ratio: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self):
+        if self.low <= 1 <= self.high:
+            return "no change"
+        return "faster" if self.ratio > 1 else "slower"
+
+
+def compare(old, new):
+    """A Change for every case that both records have timed, and the names that only one has."""
+    before, after = (_timed(record) for record in (old, new))
+    changes = [_change(name, before[name], after[name]) for name in before if name in after]
+    return changes, sorted(before.keys() ^ after.keys())
+
+
+def _timed(record):
+    return {row["name"]: row["ours"] for row in record["rows"] if row["ours"] is not None}
+
+
+def _change(name, old, new):
+    return Change(name, old["median"] / new["median"], old["low"] / new["high"], old["high"] / new["low"])

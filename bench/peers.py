@@ -1,0 +1,175 @@
+"""Other implementations of the ops, each an optional import. None is a dependency.
+
+A peer is a function of a case and its tensors that returns a callable with ours' results, or None where it has no such
+form. It raises ImportError where the package is missing.
+"""
+
+from itertools import cycle
+
+import torch
+import torch.nn.functional as F
+
+from bench import cases
+
+
+def transformers_fallback(case, x):
+    """transformers' own torch code, what its models run without any kernel package."""
+    from transformers.models.qwen3_next import modeling_qwen3_next as modeling
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # that its models are slow without a kernel package is what is measured here
+    if case.op == "chunk_gated_delta_rule":
+        rule = modeling.torch_chunk_gated_delta_rule
+        repeat = x["v"].shape[2] // x["q"].shape[2]
+
+        def forward(t):
+            q, k = (t[name].repeat_interleave(repeat, dim=2) if repeat > 1 else t[name] for name in ("q", "k"))
+            return rule(q, k, t["v"], g=t["g"], beta=t["beta"])
+
+        return cases.runner(case, forward, x, ("q", "k", "v", "g", "beta"))
+    if case.op == "gated_delta_step":
+        repeat, turns = x["v"].shape[2] // x["q"].shape[2], cycle(x["states"])
+        q, k = (x[name].repeat_interleave(repeat, dim=2) for name in ("q", "k"))
+
+        @torch.no_grad()
+        def run():
+            rule = modeling.torch_recurrent_gated_delta_rule
+            state = {"initial_state": next(turns), "output_final_state": True}
+            return (rule(q, k, x["v"], g=x["g"], beta=x["beta"], **state)[0],)
+
+        return run
+    return None
+
+
+def ggml(case, x):
+    """ggml's CPU op: float32, forward."""
+    from bench.ggml import GatedDeltaNet
+
+    fits = x["q"].device.type == "cpu" and case.dtype == "float32" and not case.backward
+    if case.op not in ("chunk_gated_delta_rule", "gated_delta_step") or not fits:
+        return None
+    # ggml's own tensors: the states rotate with as many graphs, each holding one.
+    states = x.get("states", [None])
+    nets = [GatedDeltaNet(x["q"], x["k"], x["v"], x["g"], x["beta"], state) for state in states]
+    turns = cycle(nets)
+
+    def run():
+        net = next(turns)
+        net.run()
+        return (net.o,)
+
+    return run
+
+
+def torch_sdpa(case, x):
+    """torch's scaled_dot_product_attention; position scale and gate, where a case has them, in eager torch around it."""
+    if case.op == "hype_attention_decode":
+        B, _, H, D = x["q"].shape
+        HK = x["k_cache"].shape[2]
+        grouped = x["q"].view(B, HK, H // HK, D)  # the heads of a group as queries of one head: exact for one token
+        k, v = x["k_cache"].transpose(1, 2), x["v_cache"].transpose(1, 2)
+
+        @torch.no_grad()
+        def run():
+            return (F.scaled_dot_product_attention(grouped, k, v).reshape(B, 1, H, D),)
+
+        return run
+    if case.op != "hype_attention":
+        return None
+    T, group = x["q"].shape[1], x["q"].shape[2] // x["k"].shape[2]
+    positions = torch.arange(T, device=x["q"].device, dtype=torch.float32)
+    a = torch.tensor(cases.LOGIT_SCALE_BASE)
+    scale = ((positions + a).log() / a.log())[:, None, None]
+    on_cpu = x["q"].device.type == "cpu"
+
+    def forward(t):
+        q, k, v = t["q"], t["k"], t["v"]
+        if "gate" in t:
+            q = (q.float() * scale).to(q.dtype)
+        if on_cpu:  # faster there than enable_gqa
+            k, v = (y.repeat_interleave(group, dim=2) for y in (k, v))
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=not on_cpu).transpose(1, 2)
+        return (o * t["gate"].sigmoid() if "gate" in t else o,)
+
+    names = ("q", "k", "v", "gate") if "gate" in x else ("q", "k", "v")
+    return cases.runner(case, forward, x, names)
+
+
+def flash_linear_attention(case, x):
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+    from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
+
+    if x["q"].device.type != "cuda":
+        return None
+    if case.op == "chunk_gated_delta_rule":
+        forward = lambda t: chunk_gated_delta_rule(t["q"], t["k"], t["v"], t["g"], t["beta"])  # noqa: E731
+        return cases.runner(case, forward, x, ("q", "k", "v", "g", "beta"))
+    if case.op == "chunk_simple_gla":
+        forward = lambda t: chunk_simple_gla(t["q"], t["k"], t["v"], t["g"])  # noqa: E731
+        return cases.runner(case, forward, x, ("q", "k", "v", "g"))
+    if case.op in ("gated_delta_step", "simple_gla_step"):
+        turns = cycle(x["states"])
+
+        @torch.no_grad()
+        def run():
+            state = {"initial_state": next(turns), "output_final_state": True}
+            if case.op == "simple_gla_step":
+                return (fused_recurrent_simple_gla(x["q"], x["k"], x["v"], x["g"], **state)[0],)
+            gates = {"g": x["g"], "beta": x["beta"]}
+            return (fused_recurrent_gated_delta_rule(x["q"], x["k"], x["v"], **gates, **state)[0],)
+
+        return run
+    return None
+
+
+def flash_qla(case, x):
+    from flash_qla import chunk_gated_delta_rule
+
+    if case.op != "chunk_gated_delta_rule" or x["q"].device.type != "cuda":
+        return None
+    forward = lambda t: chunk_gated_delta_rule(t["q"], t["k"], t["v"], t["g"], t["beta"])  # noqa: E731
+    return cases.runner(case, forward, x, ("q", "k", "v", "g", "beta"))
+
+
+def flashinfer(case, x):
+    """Forward only, over packed sequences, with the decay itself in place of its logarithm."""
+    from flashinfer.gdn_prefill import chunk_gated_delta_rule
+
+    if case.op != "chunk_gated_delta_rule" or case.backward or x["q"].device.type != "cuda":
+        return None
+    B, T = x["q"].shape[:2]
+    q, k, v, g, beta = (x[name].flatten(0, 1) for name in ("q", "k", "v", "g", "beta"))
+    alpha, bounds = g.exp(), torch.arange(0, (B + 1) * T, T, device=q.device, dtype=torch.int64)
+
+    def run():
+        o = chunk_gated_delta_rule(q, k, v, alpha, beta, cu_seqlens=bounds)
+        o = o[0] if isinstance(o, tuple) else o
+        return (o.view(x["v"].shape),)
+
+    return run
+
+
+def flash_attention(case, x):
+    """The FlashAttention-2 package; position scale and gate around it as for SDPA."""
+    from flash_attn import flash_attn_func, flash_attn_with_kvcache
+
+    if x["q"].device.type != "cuda":
+        return None
+    if case.op == "hype_attention_decode":
+        return lambda: (flash_attn_with_kvcache(x["q"], x["k_cache"], x["v_cache"]),)
+    if case.op != "hype_attention" or "gate" in x:
+        return None
+    forward = lambda t: (flash_attn_func(t["q"], t["k"], t["v"], causal=True),)  # noqa: E731
+    return cases.runner(case, forward, x, ("q", "k", "v"))
+
+
+PEERS = {
+    "transformers": transformers_fallback,
+    "ggml": ggml,
+    "torch SDPA": torch_sdpa,
+    "flash-linear-attention": flash_linear_attention,
+    "FlashQLA": flash_qla,
+    "FlashInfer": flashinfer,
+    "flash-attn": flash_attention,
+}

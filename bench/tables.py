@@ -1,0 +1,51 @@
+"""The records as tables, for the terminal (rich) and for RESULTS.md."""
+
+from rich.table import Table
+
+
+def time_of(timing):
+    """Milliseconds in three digits, with a unit that fits."""
+    ms = timing["median"]
+    return f"{ms:.3g} ms" if ms >= 1 else f"{1e3 * ms:.3g} µs"
+
+
+def spread_of(timing):
+    """Half of the range between the quartiles, of the median."""
+    return f"± {50 * (timing['high'] - timing['low']) / timing['median']:.0f} %"
+
+
+def rates(row):
+    seconds = 1e-3 * row["ours"]["median"]
+    return f"{row['flops'] / seconds / 1e9:.4g} GFLOP/s", f"{row['bytes'] / seconds / 1e9:.4g} GB/s"
+
+
+def peer_text(name, peer):
+    return f"{name}: {peer['error']}" if "error" in peer else f"{peer['ratio']:.2f} x {name}"
+
+
+def cells(row):
+    """case, time, spread, rate, share of the roof, ratios to the peers."""
+    if row["ours"] is None:
+        return [row["name"], "not timed", "", "", "", row["failure"]]
+    compute, memory = rates(row)
+    rate = compute if row["bound"] == "compute" else memory
+    peers = ", ".join(peer_text(name, peer) for name, peer in row["peers"].items())
+    roof = f"{100 * row['fraction']:.0f} % of {row['bound']}"
+    return [row["name"], time_of(row["ours"]), spread_of(row["ours"]), rate, roof, peers]
+
+
+HEADER = ["case", "time", "spread", "rate", "roof", "ours is faster by"]
+
+
+def terminal(record):
+    table = Table(title=record["stamp"]["device"], header_style="bold")
+    for name in HEADER:
+        table.add_column(name, justify="left" if name in ("case", HEADER[-1]) else "right")
+    for row in record["rows"]:
+        table.add_row(*cells(row))
+    return table
+
+
+def markdown(header, rows):
+    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
