@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 
@@ -77,6 +78,36 @@ void for_each_strip(int64_t rows, int64_t keys, int64_t first_visible, Body&& bo
   for (int64_t r = 0; r < rows; r += height) {
     const int64_t count = std::min(height, rows - r);
     body(r, count, std::clamp<int64_t>(first_visible + r + count - 1, 0, keys));
+  }
+}
+
+// kLanes<Acc> elements in the accumulation type.
+template <class Acc, class Element>
+inline vec<Acc> load_as(const Element* x) {
+  if constexpr (std::is_same_v<Acc, Element>) {
+    return load(x);
+  } else {
+    static_assert(std::is_same_v<Element, bfloat16> && std::is_same_v<Acc, float>);
+    typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+    typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+    Halves halves;
+    std::memcpy(&halves, x, sizeof(halves));
+    const Words words = __builtin_convertvector(halves, Words) << 16;
+    vec<Acc> y;
+    std::memcpy(&y, &words, sizeof(y));
+    return y;
+  }
+}
+
+// The first n of them, 0 < n < kLanes<Acc>; the other lanes are zero.
+template <class Acc, class Element>
+inline vec<Acc> load_partial_as(const Element* x, int n) {
+  if constexpr (std::is_same_v<Acc, Element>) {
+    return load_partial(x, n);
+  } else {
+    Element padded[kLanes<Acc>] = {};
+    std::copy_n(x, n, padded);
+    return load_as<Acc>(padded);
   }
 }
 

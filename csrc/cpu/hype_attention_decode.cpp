@@ -6,17 +6,21 @@
 //
 // Shapes: params.h, HypeAttentionDecodeParams.
 //
-// Mapping: (1) k and v are copied behind the valid keys. (2) A task is (sequence, key head, split of kSplit
-// keys): it computes, for all query rows that share the key head, the weighted sum of values over its keys,
-// with its own maximum. (3) The splits of a row are combined in rising order. Splits depend on lengths alone,
-// so that any number of threads gives the same bits. More than kMaxRows rows per key head take several rounds
-// of (2) and (3).
+// Mapping: (1) k and v are copied behind the valid keys. (2) A task is (sequence, split of its keys): it
+// computes, for the query rows of all heads, the weighted sum of values over its keys, with its own maximum.
+// It walks over all key heads of a few keys before the next keys, which reads a cache [B, capacity, HK, D]
+// from end to end. (3) The splits of a row are combined in rising order. Splits depend on the sequence's own
+// length alone, so that any number of threads and any batch gives the same bits. More than kMaxRows rows per
+// key head take several rounds of (2) and (3).
 //
-// Numerics: as in the forward. A cache is read once per round, only up to its length, and converted kLanes
-// keys (for the logits) or kValueBlock values at a time, in the first cache.
+// Registers: a tile of logits is some query rows by some keys, and loads each key once; logits lie as
+// [key, row], so that the softmax over keys has a row in each lane. A tile of sums is rows by vectors of D.
 //
-// Cost: 2 L HK D elements read per sequence; bound by memory. Workspace: one row of D accumulators per (row,
-// split).
+// Numerics: as in the forward. A cache is read once per round, only up to its length, and converted in
+// registers.
+//
+// Cost: 2 L HK D elements read per sequence, 4 H T D FLOPs per key; bound by memory for small H T / HK.
+// Workspace: D accumulators per (row, split), of which a sequence has kSplits, or L / kMaxSplit if more.
 #include <omp.h>
 
 #include <cmath>
@@ -24,7 +28,6 @@
 #include <utility>
 #include <vector>
 
-#include "gemm.h"
 #include "hype_attention.h"
 #include "kernels.h"
 #include "simd.h"
@@ -33,22 +36,40 @@ namespace hypenet::cpu {
 using namespace attention;
 namespace {
 
-constexpr int64_t kSplit = 512;
-constexpr int64_t kValueBlock = 32;
+constexpr int64_t kSplits = 64, kMinSplit = 64, kMaxSplit = 512;
 constexpr int64_t kMaxRows = 64;
+constexpr int64_t kPrefetch = 16;   // keys between those read and those fetched
+constexpr int64_t kValueKeys = 16;  // of one head, before the next head
+constexpr int kTileRows = 4;
+#if defined(__AVX512F__)
+constexpr int kTileSums = 16, kTileVecs = 4;
+#else
+constexpr int kTileSums = 8, kTileVecs = 2;
+#endif
 
+// Keys [start, start + keys) of sequence b.
 struct Task {
-  int64_t b, key_head, start;
+  int64_t b, start, keys;
 };
 
-// The queries of one round: tokens [begin, begin + num_tokens). Row t * group + g is head g of the group,
-// token t.
+// The queries of one round: tokens [begin, begin + num_tokens). Row t * group + g of a key head is head g of
+// its group, token t; the rows of all key heads follow one another.
 struct Round {
   int64_t begin, num_tokens;
 };
 
 int64_t length(const HypeAttentionDecodeParams& p, int64_t b) {
   return p.cache_seqlens[b] + (p.k.data == nullptr ? 0 : p.T);
+}
+
+int64_t split_size(int64_t length) {
+  return std::clamp(ceil_div(ceil_div(length, kSplits), kMinSplit) * kMinSplit, kMinSplit, kMaxSplit);
+}
+
+// D up to whole vectors.
+template <class Acc>
+constexpr int64_t padded(int64_t D) {
+  return ceil_div(D, kLanes<Acc>) * kLanes<Acc>;
 }
 
 // Lane j of the result is the sum over the lanes of x[j].
@@ -68,24 +89,121 @@ vec<T> sum_each(const vec<T> (&x)[n]) {
   }
 }
 
-// out[r, j] = q[r] . k[j] for kLanes keys; q and k contiguous.
-template <class T>
-void logits_of_keys(int64_t rows, int64_t D, const T* q, const T* k, T* out, int64_t stride) {
-  constexpr int L = kLanes<T>;
-  for (int64_t r = 0; r < rows; ++r) {
-    vec<T> acc[L] = {};
-    int64_t d = 0;
-    for (; d + L <= D; d += L) {
-      const vec<T> x = load(q + r * D + d);
+// out[j, r] = q[r] . k[j] for kRows rows and `keys` keys, at most kTileSums / kRows. Rows of q are padded.
+// Fetches the keys `ahead` elements further on: between the others, since a burst of prefetches stalls.
+template <int kRows, class Element, class Acc>
+void logits_tile(int64_t keys, int64_t D, const Acc* q, Rows<const Element> k, int64_t ahead, Acc* out,
+                 int64_t out_stride) {
+  constexpr int L = kLanes<Acc>, kLine = 64 / sizeof(Element), kKeys = kTileSums / kRows;
+  static_assert(kTileSums % kRows == 0 && kTileSums % L == 0);
+  const int64_t q_stride = padded<Acc>(D);
+  const Element* rows[kKeys];
+  for (int j = 0; j < kKeys; ++j) rows[j] = k[std::min<int64_t>(j, keys - 1)];
+  vec<Acc> acc[kKeys * kRows] = {};
+  const auto step = [&](int64_t d, auto&& read) {
+    vec<Acc> x[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) x[r] = load(q + r * q_stride + d);
 #pragma GCC unroll 16
-      for (int j = 0; j < L; ++j) acc[j] += x * load(k + j * D + d);
+    for (int j = 0; j < kKeys; ++j) {
+      const vec<Acc> y = read(rows[j] + d);
+      if (d % kLine == 0) __builtin_prefetch(rows[j] + d + ahead);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) acc[j * kRows + r] += x[r] * y;
     }
-    if (d < D) {
-      const vec<T> x = load_partial(q + r * D + d, static_cast<int>(D - d));
+  };
+  int64_t d = 0;
+  for (; d + L <= D; d += L) step(d, [](const Element* x) { return load_as<Acc>(x); });
+  if (d < D) step(d, [&](const Element* x) { return load_partial_as<Acc>(x, static_cast<int>(D - d)); });
+  Acc sums[kTileSums];
 #pragma GCC unroll 16
-      for (int j = 0; j < L; ++j) acc[j] += x * load_partial(k + j * D + d, static_cast<int>(D - d));
+  for (int i = 0; i < kTileSums; i += L) {
+    vec<Acc> part[L];
+#pragma GCC unroll 16
+    for (int j = 0; j < L; ++j) part[j] = acc[i + j];
+    store(sums + i, sum_each<Acc, L>(part));
+  }
+  for (int j = 0; j < std::min<int64_t>(kKeys, keys); ++j) {
+    std::copy_n(sums + j * kRows, kRows, out + j * out_stride);
+  }
+}
+
+// o[r, c] += sum over keys j of weights[j, r] v[j, c], for kRows rows and kVecs vectors of columns.
+template <int kRows, int kVecs, class Element, class Acc, class Read>
+void values_tile(int64_t keys, const Acc* weights, int64_t num_rows, const Rows<const Element>& v,
+                 int64_t ahead, Acc* o, int64_t o_stride, const Read& read) {
+  constexpr int L = kLanes<Acc>, kLine = 64 / sizeof(Element);
+  vec<Acc> acc[kRows][kVecs];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kVecs; ++c) acc[r][c] = load(o + r * o_stride + c * L);
+  }
+  for (int64_t j = 0; j < keys; ++j) {
+    vec<Acc> y[kVecs];
+#pragma GCC unroll 4
+    for (int c = 0; c < kVecs; ++c) {
+      y[c] = read(v[j] + c * L);
+      if (c * L % kLine == 0) __builtin_prefetch(v[j] + c * L + ahead);
     }
-    store(out + r * stride, sum_each<T, L>(acc));
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const vec<Acc> x = broadcast(weights[j * num_rows + r]);
+#pragma GCC unroll 4
+      for (int c = 0; c < kVecs; ++c) acc[r][c] += x * y[c];
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kVecs; ++c) store(o + r * o_stride + c * L, acc[r][c]);
+  }
+}
+
+// The same for all columns; rows of o are padded.
+template <int kRows, class Element, class Acc>
+void add_values(int64_t keys, int64_t D, const Acc* weights, int64_t num_rows, Rows<const Element> v,
+                int64_t ahead, Acc* o) {
+  constexpr int L = kLanes<Acc>;
+  const int64_t o_stride = padded<Acc>(D);
+  const auto whole = [](const Element* x) { return load_as<Acc>(x); };
+  const auto at = [&](int64_t d) { return Rows<const Element>{v.data + d, v.stride}; };
+  int64_t d = 0;
+  for (; d + kTileVecs * L <= D; d += kTileVecs * L) {
+    values_tile<kRows, kTileVecs>(keys, weights, num_rows, at(d), ahead, o + d, o_stride, whole);
+  }
+  for (; d + L <= D; d += L)
+    values_tile<kRows, 1>(keys, weights, num_rows, at(d), ahead, o + d, o_stride, whole);
+  if (d < D) {
+    const auto part = [&](const Element* x) { return load_partial_as<Acc>(x, static_cast<int>(D - d)); };
+    values_tile<kRows, 1>(keys, weights, num_rows, at(d), ahead, o + d, o_stride, part);
+  }
+}
+
+// body.operator()<n>(first) for tiles of n rows that cover `rows`, n in {kTileRows, 2, 1}.
+template <class Body>
+void for_each_row_tile(int64_t rows, Body&& body) {
+  int64_t r = 0;
+  for (; r + kTileRows <= rows; r += kTileRows) body.template operator()<kTileRows>(r);
+  if (r + 2 <= rows) {
+    body.template operator()<2>(r);
+    r += 2;
+  }
+  if (r < rows) body.template operator()<1>(r);
+}
+
+// body(key head, first key, keys) over blocks of `size` of the keys: in the order in which they lie in
+// memory.
+template <class Body>
+void for_each_block(const View& cache, int64_t heads, int64_t keys, int64_t size, Body&& body) {
+  const bool heads_inside = cache.head <= cache.token;
+  const int64_t blocks = ceil_div(keys, size), outer = heads_inside ? blocks : heads,
+                inner = heads_inside ? heads : blocks;
+  for (int64_t i = 0; i < outer; ++i) {
+    for (int64_t j = 0; j < inner; ++j) {
+      const int64_t begin = (heads_inside ? i : j) * size;
+      body(heads_inside ? j : i, begin, std::min(size, keys - begin));
+    }
   }
 }
 
@@ -100,76 +218,114 @@ void append(const HypeAttentionDecodeParams& p, int64_t b, int64_t t) {
   }
 }
 
-// What a thread holds: the scaled queries, the weights of one split, and a block of keys or values.
+// What a thread holds: the scaled queries (and in (3) two rows), and the weights of one split.
 template <class Acc>
 struct Blocks {
-  Acc *q, *weights, *block;
+  Acc *q, *weights;
 
-  Blocks(Arena<Acc>& arena, int64_t rows, int64_t D)
-      : q(arena.take(rows * D)),
-        weights(arena.take(rows * kSplit)),
-        block(arena.take(std::max<int64_t>(kValueBlock, kLanes<Acc>) * D)) {}
+  Blocks(Arena<Acc>& arena, int64_t rows, int64_t D, int64_t max_split)
+      : q(arena.take((rows + 1) * padded<Acc>(D))), weights(arena.take(rows * max_split)) {}
 };
 
-// What a task leaves: per row the sum of weights times values, then the maxima, then the sums of the weights.
+// What a task leaves: per row the sum of weights times values, the maximum, and the sum of the weights.
 template <class Acc>
 struct Partial {
   Acc *o, *max, *sum;
 
   Partial(Arena<Acc> arena, int64_t rows, int64_t D)
-      : o(arena.take(rows * D)), max(arena.take(rows)), sum(arena.take(rows)) {}
+      : o(arena.take(rows * padded<Acc>(D))), max(arena.take(rows)), sum(arena.take(rows)) {}
 
   static int64_t size(int64_t rows, int64_t D) {
     Arena<Acc> arena;
-    arena.take(rows * D);
+    arena.take(rows * padded<Acc>(D));
     arena.take(rows);
     arena.take(rows);
     return arena.used();
   }
 };
 
+template <class Element, class Acc>
+void load_queries(const HypeAttentionDecodeParams& p, int64_t b, const Round& round, Acc* q) {
+  const int64_t D = p.D, group = p.H / p.HK, rows = round.num_tokens * group;
+  for (int64_t t = 0; t < round.num_tokens; ++t) {
+    const int64_t position = length(p, b) - p.T + round.begin + t;
+    const Acc factor = static_cast<Acc>(p.scale * position_scale(position, p.logit_scale_base));
+    for (int64_t head = 0; head < p.H; ++head) {
+      const auto x = head_rows<Element>(p.q, b, round.begin + t, head)[0];
+      Acc* row = q + (head / group * rows + t * group + head % group) * padded<Acc>(D);
+      for (int64_t d = 0; d < D; ++d) row[d] = static_cast<Acc>(x[d]) * factor;
+      std::fill(row + D, row + padded<Acc>(D), Acc(0));
+    }
+  }
+}
+
+// Turns the logits [keys, rows] into weights exp(x - max), with the maxima and sums of the rows. Row r sees
+// the first `visible(r)` keys.
+template <class Acc, class Visible>
+void softmax_over_keys(int64_t keys, int64_t rows, Acc* x, Acc* max, Acc* sum, Visible&& visible) {
+  constexpr int64_t L = kLanes<Acc>;
+  const auto read = [](const Acc* p, int64_t n) { return n < L ? load_partial(p, int(n)) : load(p); };
+  const auto write = [](Acc* p, vec<Acc> y, int64_t n) { n < L ? store_partial(p, y, int(n)) : store(p, y); };
+  const vec<Acc> lowest = broadcast(-std::numeric_limits<Acc>::infinity());
+  for (int64_t r = 0; r < rows; r += L) {
+    const int64_t count = std::min(L, rows - r);
+    vec<Acc> seen{}, most = lowest, total{};
+    for (int64_t i = 0; i < count; ++i) seen[i] = static_cast<Acc>(visible(r + i));
+    for (int64_t j = 0; j < keys; ++j) {
+      const vec<Acc> logit = read(x + j * rows + r, count);
+      most = (broadcast(Acc(j)) < seen && logit > most) ? logit : most;
+    }
+    for (int64_t j = 0; j < keys; ++j) {
+      const vec<Acc> logit = read(x + j * rows + r, count) - most;
+      const vec<Acc> weight = broadcast(Acc(j)) < seen ? exp<Acc>(logit) : vec<Acc>{};
+      total += weight;
+      write(x + j * rows + r, weight, count);
+    }
+    write(max + r, most, count);
+    write(sum + r, total, count);
+  }
+}
+
 // (2)
 template <class Element, class Acc>
 void run_split(const HypeAttentionDecodeParams& p, const Task& task, const Round& round, Blocks<Acc> b,
                Partial<Acc> out) {
-  constexpr int64_t L = kLanes<Acc>;
-  const int64_t D = p.D, group = p.H / p.HK, rows = round.num_tokens * group, total = length(p, task.b);
-  const int64_t keys = std::min(kSplit, total - task.start), position = total - p.T + round.begin;
-  for (int64_t r = 0; r < rows; ++r) {
-    const auto x =
-        head_rows<Element>(p.q, task.b, round.begin + r / group, task.key_head * group + r % group);
-    const Acc factor = static_cast<Acc>(p.scale * position_scale(position + r / group, p.logit_scale_base));
-    for (int64_t d = 0; d < D; ++d) b.q[r * D + d] = static_cast<Acc>(x[0][d]) * factor;
-  }
-  const auto k = head_rows<Element>(p.k_cache, task.b, task.start, task.key_head);
-  for (int64_t i = 0; i < keys; i += L) {
-    const int64_t count = std::min(L, keys - i);
-    load_rows(Rows<Element>{k[i], k.stride}, count, D, b.block);
-    std::fill(b.block + count * D, b.block + L * D, Acc(0));
-    logits_of_keys(rows, D, b.q, b.block, b.weights + i, kSplit);
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    Acc* x = b.weights + r * kSplit;
-    const int64_t visible = std::clamp<int64_t>(position + r / group + 1 - task.start, 0, keys);
-    out.max[r] = row_max(x, visible);
-    out.sum[r] = exp_row(x, visible, out.max[r]);
-    std::fill(x + visible, x + keys, Acc(0));
-  }
-  const auto v = head_rows<Element>(p.v_cache, task.b, task.start, task.key_head);
-  std::fill_n(out.o, rows * D, Acc(0));
-  for (int64_t i = 0; i < keys; i += kValueBlock) {
-    const int64_t count = std::min(kValueBlock, keys - i);
-    load_rows(Rows<Element>{v[i], v.stride}, count, D, b.block);
-    gemm<Op::kNN, true>(rows, D, count, b.weights + i, kSplit, b.block, D, out.o, D);
-  }
+  const int64_t D = p.D, D_padded = padded<Acc>(D), group = p.H / p.HK, rows = round.num_tokens * group;
+  const int64_t num_rows = p.HK * rows, position = length(p, task.b) - p.T + round.begin;
+  load_queries<Element>(p, task.b, round, b.q);
+  const int64_t tile_keys = kTileSums / (rows >= kTileRows ? kTileRows : rows >= 2 ? 2 : 1);
+  for_each_block(p.k_cache, p.HK, task.keys, tile_keys, [&](int64_t head, int64_t begin, int64_t keys) {
+    const auto k = head_rows<const Element>(p.k_cache, task.b, task.start, head);
+    const int64_t ahead = std::min(kPrefetch, task.keys - begin - keys) * k.stride;
+    for_each_row_tile(rows, [&]<int kRows>(int64_t r) {
+      constexpr int64_t kKeys = kTileSums / kRows;
+      for (int64_t j = begin; j < begin + keys; j += kKeys) {
+        logits_tile<kRows, Element>(std::min(kKeys, begin + keys - j), D, b.q + (head * rows + r) * D_padded,
+                                    {k[j], k.stride}, ahead, b.weights + j * num_rows + head * rows + r,
+                                    num_rows);
+      }
+    });
+  });
+  softmax_over_keys(task.keys, num_rows, b.weights, out.max, out.sum, [&](int64_t row) {
+    return std::clamp<int64_t>(position + row % rows / group + 1 - task.start, 0, task.keys);
+  });
+  std::fill_n(out.o, num_rows * D_padded, Acc(0));
+  for_each_block(p.v_cache, p.HK, task.keys, kValueKeys, [&](int64_t head, int64_t begin, int64_t keys) {
+    const auto v = head_rows<const Element>(p.v_cache, task.b, task.start, head);
+    const int64_t ahead = std::min(kPrefetch, task.keys - begin - keys) * v.stride;
+    for_each_row_tile(rows, [&]<int kRows>(int64_t r) {
+      add_values<kRows, Element>(keys, D, b.weights + begin * num_rows + head * rows + r, num_rows,
+                                 {v[begin], v.stride}, ahead, out.o + (head * rows + r) * D_padded);
+    });
+  });
 }
 
-// (3) for one row of a (sequence, key head), whose partial results are those of tasks [first, last).
+// (3) for one row of a sequence, whose partial results are those of tasks [first, last).
 template <class Element, class Acc>
 void combine(const HypeAttentionDecodeParams& p, int64_t b, int64_t token, int64_t head, int64_t row,
-             int64_t rows, const ThreadBlocks<Acc>& partials, int64_t first, int64_t last, Acc* room) {
-  const int64_t D = p.D;
-  const auto split = [&](int64_t i) { return Partial<Acc>(Arena<Acc>(partials.thread(i)), rows, D); };
+             int64_t num_rows, const ThreadBlocks<Acc>& partials, int64_t first, int64_t last, Acc* room) {
+  const int64_t D = p.D, D_padded = padded<Acc>(D);
+  const auto split = [&](int64_t i) { return Partial<Acc>(Arena<Acc>(partials.thread(i)), num_rows, D); };
   Acc *o = room, *gate_row = room + D;
   Acc max = split(first).max[row], total = 0;
   for (int64_t i = first + 1; i < last; ++i) max = std::max(max, split(i).max[row]);
@@ -180,7 +336,7 @@ void combine(const HypeAttentionDecodeParams& p, int64_t b, int64_t token, int64
     if (sum == 0) continue;  // the row sees no key of this split, and the maximum is -infinity
     const Acc weight = exp_scalar(part.max[row] - max);
     total += weight * sum;
-    for (int64_t d = 0; d < D; ++d) o[d] += weight * part.o[row * D + d];
+    for (int64_t d = 0; d < D; ++d) o[d] += weight * part.o[row * D_padded + d];
   }
   const Acc norm = 1 / total;
   for (int64_t d = 0; d < D; ++d) o[d] *= norm;
@@ -198,21 +354,24 @@ void decode(const HypeAttentionDecodeParams& p) {
   const int64_t group = p.H / p.HK, D = p.D;
   const int64_t round_tokens = std::min(p.T, std::max<int64_t>(kMaxRows / group, 1));
   std::vector<Task> tasks;
-  std::vector<int64_t> first_task;  // of each (sequence, key head)
+  std::vector<int64_t> first_task;  // of each sequence
+  int64_t num_keys = 0, max_split = 0;
   for (int64_t b = 0; b < p.B; ++b) {
-    for (int64_t key_head = 0; key_head < p.HK; ++key_head) {
-      first_task.push_back(static_cast<int64_t>(tasks.size()));
-      for (int64_t start = 0; start < length(p, b); start += kSplit) tasks.push_back({b, key_head, start});
+    const int64_t total = length(p, b), split = split_size(total);
+    first_task.push_back(static_cast<int64_t>(tasks.size()));
+    for (int64_t start = 0; start < total; start += split) {
+      tasks.push_back({b, start, std::min(split, total - start)});
     }
+    num_keys += total;
+    max_split = std::max(max_split, split);
   }
   const int64_t num_tasks = static_cast<int64_t>(tasks.size());
   first_task.push_back(num_tasks);
-  const int64_t threads =
-      useful_threads(p.num_threads, num_tasks, 2.0 * num_tasks * kSplit * group * p.T * D);
-  const int64_t partial_size = Partial<Acc>::size(round_tokens * group, D);
+  const int64_t threads = useful_threads(p.num_threads, num_tasks, 2.0 * num_keys * p.H * p.T * D);
   Arena<Acc> count;
-  Blocks<Acc>(count, round_tokens * group, D);
-  const ThreadBlocks<Acc> memories(threads, count.used()), partials(num_tasks, partial_size);
+  Blocks<Acc>(count, round_tokens * p.H, D, max_split);
+  const ThreadBlocks<Acc> memories(threads, count.used()),
+      partials(num_tasks, Partial<Acc>::size(round_tokens * p.H, D));
 
 #pragma omp parallel num_threads(int(threads))
   {
@@ -223,18 +382,18 @@ void decode(const HypeAttentionDecodeParams& p) {
     }
     for (int64_t begin = 0; begin < p.T; begin += round_tokens) {
       const Round round{begin, std::min(round_tokens, p.T - begin)};
-      const int64_t rows = round.num_tokens * group;
+      const int64_t num_rows = round.num_tokens * p.H;
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < num_tasks; ++i) {
         Arena<Acc> arena(memory);
-        run_split<Element>(p, tasks[i], round, Blocks<Acc>(arena, rows, D),
-                           Partial<Acc>(Arena<Acc>(partials.thread(i)), rows, D));
+        run_split<Element>(p, tasks[i], round, Blocks<Acc>(arena, num_rows, D, max_split),
+                           Partial<Acc>(Arena<Acc>(partials.thread(i)), num_rows, D));
       }
 #pragma omp for
-      for (int64_t i = 0; i < p.B * p.HK * rows; ++i) {
-        const int64_t pair = i / rows, row = i % rows;
-        combine<Element>(p, pair / p.HK, begin + row / group, pair % p.HK * group + row % group, row, rows,
-                         partials, first_task[pair], first_task[pair + 1], memory);
+      for (int64_t i = 0; i < p.B * num_rows; ++i) {
+        const int64_t b = i / num_rows, row = i % num_rows, rows = round.num_tokens * group;
+        combine<Element>(p, b, begin + row % rows / group, row / rows * group + row % group, row, num_rows,
+                         partials, first_task[b], first_task[b + 1], memory);
       }
     }
   }
