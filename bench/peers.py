@@ -62,7 +62,7 @@ def ggml(case, x):
 
 
 def torch_sdpa(case, x):
-    """torch's scaled_dot_product_attention; position scale and gate, where a case has them, in eager torch around it."""
+    """torch's scaled_dot_product_attention; position scale and gate of a case, in eager torch around it."""
     if case.op == "hype_attention_decode":
         B, _, H, D = x["q"].shape
         HK = x["k_cache"].shape[2]
