@@ -5,7 +5,7 @@ PYTHON_IN_VENV := $(VENV)/bin/python
 PIP := $(PYTHON_IN_VENV) -m pip --disable-pip-version-check --quiet
 INSTALLED := $(VENV)/installed
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
-CXX_FILES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+CXX_FILES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/emulator_kernels/*)
 KERNEL_TESTS := tests/test_memory.py $(wildcard tests/test_gated_delta*.py tests/test_simple_gla*.py tests/test_hype_attention*.py)
 
 .PHONY: demo test test-asan lint clean
