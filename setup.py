@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent
 X86_LEVELS = {"baseline": [], "v3": ["-march=x86-64-v3"], "v4": ["-march=x86-64-v4"]}
 LEVELS = X86_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
 CXX_FLAGS = shlex.split("-std=c++20 -O3 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -Wall -Wextra")
-NVCC_FLAGS = shlex.split("-std=c++20 -O3 -Xcompiler=-fPIC -Xptxas=--warn-on-spills,--warning-as-error")
+NVCC_FLAGS = shlex.split("-std=c++20 -O3 -Xcompiler=-fPIC -Xptxas=-v,--warn-on-spills,--warning-as-error")
+NVCC_LOG = ">$out.log 2>&1 || { cat $out.log; exit 1; }; grep -i warning $out.log; times >>$out.log"  # of ptxas -v
 # The CUDA runtime is linked statically, and hidden, or its calls might bind to another runtime in the process.
 NVLINK_FLAGS = ["-shared", "-cudart=static", "-Xlinker=--exclude-libs=ALL"]
 CUDA_TARGETS = "8.0;9.0a+PTX"
@@ -44,8 +45,7 @@ def find_compiler(env):
 def find_nvcc(env, usual="/usr/local/cuda", site_packages=tuple(sys.path)):
     """Path of nvcc by CUDA_HOME, CUDA_PATH, PATH, the usual folder, pip's nvidia packages; None where there is none."""
     candidates = [Path(env[name], "bin/nvcc") for name in ("CUDA_HOME", "CUDA_PATH") if env.get(name)]
-    candidates += [Path(folder, "nvcc") for folder in env.get("PATH", "").split(os.pathsep) if folder]
-    candidates += [Path(usual, "bin/nvcc")]
+    candidates += [Path(f, "nvcc") for f in (*env.get("PATH", "").split(os.pathsep), f"{usual}/bin") if f]
     for folder in site_packages:
         candidates += sorted(Path(folder).glob("nvidia/*/bin/nvcc"), reverse=True)
     return next((str(path) for path in candidates if path.is_file()), None)
@@ -86,7 +86,8 @@ def commands(env, cxx, nvcc, targets):
     if nvcc:
         nvcc = [nvcc, f"-ccbin={cxx[-1]}", f"--threads={env.get('NVCC_THREADS') or 1}"]
         rules |= {"nvcc": [*nvcc, *NVCC_FLAGS, *gencode(targets)], "nvlink": [*nvcc, *NVLINK_FLAGS]}
-    files = {rule: "$in -o $out" if "link" in rule else "-MMD -MF $out.d -c $flags $in -o $out" for rule in rules}
+    compile = "-MMD -MF $out.d -c $flags $in -o $out"
+    files = {"cxx": compile, "nvcc": f"{compile} {NVCC_LOG}", "link": "$in -o $out", "nvlink": "$in -o $out"}
     return {rule: f"{shlex.join(words).replace('$', '$$')} {files[rule]}" for rule, words in rules.items()}
 
 
@@ -136,9 +137,9 @@ class NinjaBuild(build_ext):
                 built.unlink(missing_ok=True)
                 continue
             objects = {source: f"{module}/{Path(source).stem}.o" for source in extension.sources}
-            variables = {"flags": shlex.join(extension.extra_compile_args)}
+            flags = shlex.join(extension.extra_compile_args)
             for source, target in objects.items():
-                writer.build(target, compiler, str(ROOT / source), variables=variables)
+                writer.build(target, compiler, str(ROOT / source), variables={"flags": flags})
             writer.build(str(built), linker, [*objects.values(), f"bindings_{kind}.o"])
         return built.parent
 
@@ -146,5 +147,4 @@ class NinjaBuild(build_ext):
 if __name__ == "__main__":
     cpu, cuda = (sorted(glob.glob(pattern, root_dir=ROOT)) for pattern in ("csrc/cpu/*.cpp", "csrc/cuda/*.cu"))
     modules = [Extension(f"hypenet_kernels._cpu_{n}", cpu, extra_compile_args=f) for n, f in LEVELS.items()]
-    modules.append(Extension("hypenet_kernels._cuda", cuda))
-    setup(ext_modules=modules, cmdclass={"build_ext": NinjaBuild})
+    setup(ext_modules=[*modules, Extension("hypenet_kernels._cuda", cuda)], cmdclass={"build_ext": NinjaBuild})

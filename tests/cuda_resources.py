@@ -1,0 +1,269 @@
+"""What every CUDA kernel takes of a processor, and the table of it that tests/test_cuda_build.py compares with.
+
+    python tests/cuda_resources.py        # compiles what changed and writes tests/cuda_resources.json
+
+Registers, static shared memory, stack and spills come from ptxas, for every kernel as it is instantiated and every
+target; threads and dynamic shared memory from launches of every op on the emulated machine; blocks per processor are
+computed from these; whether it multiplies on tensor cores comes from its disassembly.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from itertools import product
+from pathlib import Path
+
+import emulation
+import torch
+from test_install import setup
+
+import hypenet_kernels as kernels
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+BUILD = ROOT / "build" / sys.implementation.cache_tag
+TABLE = Path(__file__).with_suffix(".json")
+REWRITE = f"python {Path(__file__).relative_to(ROOT)}"
+COMMITTED = ("registers", "shared", "threads", "blocks", "tensor_cores")
+TENSOR_CORES, LOCAL_MEMORY = re.compile(r"\bH?[GI]?MMA\b"), re.compile(r"\b(?:LDL|STL)\b")
+# Of one processor: shared memory in all, of which every block costs 1 KB besides its own.
+SHARED_PER_PROCESSOR = {"sm_80": 164 * 1024, "sm_90a": 228 * 1024}
+SHARED_OVERHEAD, SHARED_UNIT = 1024, 128
+REGISTERS, REGISTER_UNIT, WARP_SIZE, PARTITIONS = 64 * 1024, 256, 32, 4
+MAX_THREADS, MAX_BLOCKS = 2048, 32
+EMULATED_PROCESSORS = (1, 132)  # some launchers choose a kernel by how many there are
+ELEMENTS = {"__half": "fp16", "__nv_bfloat16": "bf16", "emu::": "", "arch::": ""}
+
+
+def compile_all():
+    """Compiles what changed as setup.py does, into the same folder; returns source stem -> what was logged."""
+    import ninja
+
+    cxx = setup.find_compiler(os.environ)
+    rules = setup.commands(os.environ, cxx, setup.find_nvcc(os.environ), setup.CUDA_TARGETS)
+    folder = BUILD if os.environ.get("TORCH_CUDA_ARCH_LIST") in (None, "", setup.CUDA_TARGETS) else BUILD / "default"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "resources.ninja", "w") as file:
+        writer = ninja.ninja_syntax.Writer(file, width=10**6)
+        writer.rule("nvcc", rules["nvcc"], depfile="$out.d", deps="gcc")
+        for source in SOURCES:
+            writer.build(f"_cuda/{source.stem}.o", "nvcc", str(source), variables={"flags": ""})
+    command = [Path(ninja.BIN_DIR, "ninja"), "-C", folder, "-f", "resources.ninja", "-j2", "--quiet"]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    if ran.returncode:
+        raise RuntimeError(f"the CUDA sources do not compile:\n{ran.stdout[-8000:]}{ran.stderr[-2000:]}")
+    return {source.stem: (folder / f"_cuda/{source.stem}.o.log").read_text() for source in SOURCES}
+
+
+def objects():
+    folder = BUILD if (BUILD / "resources.ninja").is_file() else BUILD / "default"
+    return [folder / f"_cuda/{source.stem}.o" for source in SOURCES]
+
+
+def seconds(log):
+    """Processor time that a compilation took: the children's line of the shell's `times`."""
+    minutes = re.findall(r"(\d+)m([\d.]+)s", log.splitlines()[-1])
+    return sum(60 * int(m) + float(s) for m, s in minutes)
+
+
+def demangled(names):
+    """Kernel names as in the source: without namespaces and parameters, one word for each element type."""
+    ran = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    return [_short(name) for name in ran.stdout.splitlines()]
+
+
+def _short(name):
+    name = name.removeprefix("void ").replace("(anonymous namespace)::", "").replace("hypenet::", "")
+    name = name.replace("cuda::", "")
+    for long, element in ELEMENTS.items():
+        name = name.replace(long, element)
+    return name.rsplit("(", 1)[0]
+
+
+def from_ptxas(log):
+    """(target, kernel) -> registers, static_shared, stack and spills, from what `ptxas -v` says."""
+    found = {}
+    blocks = re.split(r"Compiling entry function '(\S+)' for '(\w+)'", log)[1:]
+    names = demangled(blocks[0::3])
+    for name, target, text in zip(names, blocks[1::3], blocks[2::3], strict=True):
+        spills = [int(number) for number in re.findall(r"(\d+) bytes spill", text)]
+        row = {"registers": _number(r"Used (\d+) registers", text), "static_shared": _number(r"(\d+) bytes smem", text)}
+        found[target, name] = row | {"stack": _number(r"(\d+) bytes stack frame", text), "spills": sum(spills)}
+    return found
+
+
+def _number(pattern, text):
+    match = re.search(pattern, text)
+    return int(match[1]) if match else 0
+
+
+def disassembler():
+    """Path of cuobjdump with nvdisasm beside it, from PATH, nvcc's folder or pip (nvidia-cuda-*, triton), or None."""
+    folders = [*os.environ.get("PATH", "").split(os.pathsep), Path(setup.find_nvcc(os.environ) or "").parent]
+    for root in map(Path, sys.path):
+        folders += [*root.glob("nvidia/*/bin"), *root.glob("triton/backends/nvidia/bin")]
+    path = os.pathsep.join(map(str, folders))
+    found = shutil.which("cuobjdump", path=path), shutil.which("nvdisasm", path=path)
+    return found[0] if all(found) and Path(found[0]).parent == Path(found[1]).parent else None
+
+
+@functools.cache
+def disassembled():
+    """(target, kernel) -> (tensor_cores, local_memory), whether it has such instructions; empty if that is unknown."""
+    if disassembler() is None:
+        return {}
+    environment = os.environ | {"PATH": f"{Path(disassembler()).parent}{os.pathsep}{os.environ['PATH']}"}
+    compile_all()
+    found = {}
+    for path in objects():
+        command = [disassembler(), "-sass", str(path)]
+        listing = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        blocks = re.split(r"code for (\w+)|Function : (\S+)", listing)[1:]
+        target, bodies = None, {}
+        for where, symbol, body in zip(blocks[0::3], blocks[1::3], blocks[2::3], strict=True):
+            target = where or target
+            if symbol:
+                bodies[target, symbol] = body
+        names = demangled([symbol for _, symbol in bodies])
+        for (target, _), name, body in zip(bodies, names, bodies.values(), strict=True):
+            found[target, name] = tuple(bool(pattern.search(body)) for pattern in (TENSOR_CORES, LOCAL_MEMORY))
+    return found
+
+
+def launches():
+    """kernel -> (threads, dynamic shared memory): the largest of what every op launches on the emulated machine."""
+    emulated = emulation.module()
+    lines = subprocess.run(["nm", emulated.__file__], capture_output=True, text=True, check=True).stdout.splitlines()
+    symbols = {int(words[0], 16): words[-1] for words in map(str.split, lines) if len(words) == 3}
+    emulated.forget_launches()
+    for processors in EMULATED_PROCESSORS:
+        emulated.set_num_processors(processors)
+        run_every_op()
+    emulated.set_num_processors(4)
+    records = emulated.launches()
+    names = demangled([symbols[record["kernel"]] for record in records])
+    found = defaultdict(lambda: (0, 0))
+    for name, record in zip(names, records, strict=True):
+        found[name] = max(found[name], (record["num_threads"], record["shared_bytes"]))
+    return dict(found)
+
+
+def run_every_op():
+    """Launches every kernel that the ops can choose; what an op refuses, it does not launch."""
+    with emulation.emulated():
+        for dtype, D in product((torch.float32, torch.bfloat16, torch.float16), (64, 128, 256)):
+            for run in (_recurrence, _packed_recurrence, _steps, _attention, _packed_attention, _decode):
+                with contextlib.suppress(NotImplementedError):
+                    run(dtype, D)
+
+
+def _recurrent_inputs(dtype, D, T, HV=2):
+    q, k = (torch.nn.functional.normalize(torch.randn(1, T, 1, D), dim=-1).to(dtype) for _ in range(2))
+    return q, k, torch.randn(1, T, HV, D).to(dtype), -torch.rand(1, T, HV), torch.rand(1, T, HV)
+
+
+def _run(op, leaves, **options):
+    """An op and its backward, as far as CUDA kernels are written."""
+    written = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
+    forward, backward = (f"hypenet::{op.__name__}{suffix}" in written for suffix in ("", "_bwd"))
+    if forward:
+        leaves = [x.clone().requires_grad_(backward) for x in leaves]
+        o = op(*leaves, **options)
+        if backward:
+            torch.autograd.grad(o[0].float().sum() if isinstance(o, tuple) else o.float().sum(), leaves)
+
+
+def _recurrence(dtype, D, cu_seqlens=None):
+    *inputs, beta = _recurrent_inputs(dtype, D, T=65)
+    _run(kernels.chunk_gated_delta_rule, [*inputs, beta], cu_seqlens=cu_seqlens)
+    _run(kernels.chunk_simple_gla, inputs, cu_seqlens=cu_seqlens)
+
+
+def _packed_recurrence(dtype, D):
+    _recurrence(dtype, D, cu_seqlens=torch.tensor([0, 1, 65]))
+
+
+def _steps(dtype, D):
+    *inputs, beta = _recurrent_inputs(dtype, D, T=1)
+    kernels.gated_delta_step(*inputs, beta, torch.zeros(1, 2, D, D))
+    kernels.simple_gla_step(*inputs, torch.zeros(1, 2, D, D))
+
+
+def _attention(dtype, D, cu_seqlens=None):
+    leaves = [torch.randn(1, 70, heads, D).to(dtype) for heads in (2, 1, 1)]
+    for gate in (None, leaves[0]):
+        _run(kernels.hype_attention, leaves, gate=gate, logit_scale_base=362.0, cu_seqlens=cu_seqlens)
+
+
+def _packed_attention(dtype, D):
+    _attention(dtype, D, cu_seqlens=torch.tensor([0, 3, 70]))
+
+
+def _decode(dtype, D):
+    for T, H in product((1, 4), (1, 4, 8)):
+        k_cache, v_cache = torch.randn(2, 1, 300, 1, D).to(dtype)
+        q = torch.randn(1, T, H, D).to(dtype)
+        options = {"gate": q, "logit_scale_base": 362.0}
+        _run(kernels.hype_attention_decode, [q, k_cache, v_cache, torch.tensor([290])], **options)
+
+
+def blocks_per_processor(target, registers, threads, shared):
+    """How many blocks run at once on one processor: the least of what registers, shared memory and threads allow."""
+    warps = -(-threads // WARP_SIZE)
+    registers_of_warp = -(-max(registers, 1) * WARP_SIZE // REGISTER_UNIT) * REGISTER_UNIT
+    by_registers = REGISTERS // PARTITIONS // registers_of_warp * PARTITIONS // warps
+    shared_of_block = -(-(shared + SHARED_OVERHEAD) // SHARED_UNIT) * SHARED_UNIT
+    by_shared = SHARED_PER_PROCESSOR[target] // shared_of_block
+    return min(by_registers, by_shared, MAX_THREADS // (warps * WARP_SIZE), MAX_BLOCKS)
+
+
+@functools.cache
+def measure():
+    """(target, kernel) -> what ptxas says, and threads, shared, blocks and tensor_cores; None is unknown."""
+    launched, rows = launches(), {}
+    for log in compile_all().values():
+        for (target, name), row in from_ptxas(log).items():
+            threads, shared, blocks = None, None, None
+            if name in launched:
+                threads, dynamic = launched[name]
+                shared = row["static_shared"] + dynamic
+                blocks = blocks_per_processor(target, row["registers"], threads, shared)
+            tensor_cores = disassembled().get((target, name), (None,))[0]
+            rows[target, name] = row | {
+                "threads": threads,
+                "shared": shared,
+                "blocks": blocks,
+                "tensor_cores": tensor_cores,
+            }
+    return rows
+
+
+def read_table():
+    """(target, kernel) -> COMMITTED."""
+    rows = json.loads(TABLE.read_text()) if TABLE.is_file() else {}
+    return {(target, name): row for target, named in rows.items() for name, row in named.items()}
+
+
+def write_table(rows):
+    """One line for each kernel and target."""
+    targets = []
+    for target in sorted({target for target, _ in rows}):
+        kept = {name: row for (where, name), row in sorted(rows.items()) if where == target}
+        lines = ",\n".join(
+            f'    "{name}": {json.dumps({column: row[column] for column in COMMITTED})}' for name, row in kept.items()
+        )
+        targets.append(f'  "{target}": {{\n{lines}\n  }}')
+    TABLE.write_text("{\n" + ",\n".join(targets) + "\n}\n")
+
+
+if __name__ == "__main__":
+    if disassembler() is None:
+        sys.exit("needs cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    write_table(measure())
+    print(f"{TABLE.relative_to(ROOT)}: {len(measure())} rows")
