@@ -3,11 +3,11 @@
 #include "bind.h"
 #include "cpu/kernels.h"
 #include "cuda/kernels.h"
+#if HYPENET_EMULATED
+#include "emu/module.h"
+#endif
 
 namespace hypenet {
-
-void bind_machine(py::module_& m);  // emu/module.cpp
-
 namespace {
 
 void bind_all(py::module_& m) {
@@ -69,7 +69,7 @@ void bind_all(py::module_& m) {
 #if HYPENET_EMULATED
 PYBIND11_MODULE(_emulated, m) {
   hypenet::bind_all(m);
-  hypenet::bind_machine(m);
+  hypenet::emu::bind_machine(m);
 }
 #elif HYPENET_CUDA
 PYBIND11_MODULE(_cuda, m) { hypenet::bind_all(m); }

@@ -59,8 +59,9 @@ def _write_ninja(path, module, bindings, kernels):
         writer = ninja.ninja_syntax.Writer(file, width=10**6)
         writer.rule("compile", command, depfile="$out.d", deps="gcc")
         writer.rule("link", f"{compiler()} -shared $in -o $out -ldl")
+        # The machine comes first: of an inline function that kernels have too, the linker takes the unchecked one.
         sources = [(s, "machine", MACHINE) for s in sorted((ROOT / "csrc/emu").glob("*.cpp"))]
-        sources += [(bindings, module, "-O0"), *((s, module, kernel_flags) for s in kernels)]
+        sources += [(bindings, module, "-O0 -g0"), *((s, module, kernel_flags) for s in kernels)]
         objects = []
         for source, folder, flags in sources:
             variables = {"flags": f"{flags} {os.environ.get('CXXFLAGS', '')}"}

@@ -119,14 +119,12 @@ inline float to_float(bf16 x) { return emu::widen(x); }
 inline float to_float(fp16 x) { return emu::widen(x); }
 
 inline void from_float(float& to, float x) { to = x; }
-inline void from_float(bf16& to, float x) { emu::narrow(to, x); }
-inline void from_float(fp16& to, float x) { emu::narrow(to, x); }
+inline void from_float(bf16& to, float x) { to = emu::narrow<bf16>(x); }
+inline void from_float(fp16& to, float x) { to = emu::narrow<fp16>(x); }
 
 template <class Element>
 uint32_t pack(float low, float high) {
-  Element l, h;
-  emu::narrow(l, low), emu::narrow(h, high);
-  return static_cast<uint32_t>(h.bits) << 16 | l.bits;
+  return static_cast<uint32_t>(emu::narrow<Element>(high).bits) << 16 | emu::narrow<Element>(low).bits;
 }
 
 template <class Element>

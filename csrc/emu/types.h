@@ -49,21 +49,22 @@ inline float widen(fp16 x) {
   return std::bit_cast<float>(bits | static_cast<uint32_t>(x.bits & 0x8000) << 16);
 }
 
-// Both round to nearest even; every NaN becomes 0x7fff, as on the device.
-inline void narrow(bf16& to, float x) {
+// Rounded to nearest even; every NaN becomes 0x7fff, as on the device.
+template <class Element>
+Element narrow(float x);
+
+template <>
+inline bf16 narrow(float x) {
   const auto bits = std::bit_cast<uint32_t>(x);
-  to.bits = x != x ? 0x7fff : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  return {x != x ? uint16_t{0x7fff} : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 
-inline void narrow(fp16& to, float x) {
+template <>
+inline fp16 narrow(float x) {
   const auto bits = std::bit_cast<uint32_t>(x);
-  const auto sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
-  const uint32_t magnitude = bits & 0x7fffffff;
+  const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
   uint32_t rounded;
-  if (magnitude > 0x7f800000) {
-    to.bits = 0x7fff;
-    return;
-  }
+  if (magnitude > 0x7f800000) return {0x7fff};
   if (magnitude >= 0x477ff000) {  // 65520 and above
     rounded = 0x7c00;
   } else if (magnitude < 0x38800000) {  // below 2^-14: adding 1/2 leaves multiples of 2^-24, rounded
@@ -71,7 +72,7 @@ inline void narrow(fp16& to, float x) {
   } else {
     rounded = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
   }
-  to.bits = static_cast<uint16_t>(rounded | sign);
+  return {static_cast<uint16_t>(rounded | sign)};
 }
 
 }  // namespace hypenet::emu

@@ -1,27 +1,31 @@
-// The Python module _emulated: the kernels of bindings.cpp on the emulated machine, and the machine's
-// settings.
-#include <pybind11/stl.h>
+// What a module of emulated kernels offers besides them: the machine's settings and records.
+#pragma once
 
-#include "../bind.h"
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
 #include "state.h"
 
-namespace hypenet {
+namespace hypenet::emu {
 
-namespace {
+namespace py = pybind11;
 
-using emu::machine;
-
-emu::Tensor tensor_of(py::handle item) {
-  const auto t = py::cast<py::tuple>(item);
-  return {t[0].cast<std::string>(),
-          t[1].cast<uintptr_t>(),
-          t[2].cast<size_t>(),
-          t[3].cast<std::vector<int64_t>>(),
-          t[4].cast<std::vector<int64_t>>(),
-          t[5].cast<bool>()};
+inline std::vector<int64_t> integers(py::handle items) {
+  std::vector<int64_t> values;
+  for (py::handle item : items) values.push_back(item.cast<int64_t>());
+  return values;
 }
 
-py::dict dict_of(const emu::Record& record) {
+inline Tensor tensor_of(py::handle item) {
+  const auto t = py::cast<py::tuple>(item);
+  return {t[0].cast<std::string>(), t[1].cast<uintptr_t>(), t[2].cast<size_t>(),
+          integers(t[3]),           integers(t[4]),         t[5].cast<bool>()};
+}
+
+inline py::dict dict_of(const Record& record) {
   py::dict d;
   d["name"] = record.name;
   d["kernel"] = record.kernel;
@@ -33,16 +37,14 @@ py::dict dict_of(const emu::Record& record) {
   return d;
 }
 
-}  // namespace
-
-void bind_machine(py::module_& m) {
+inline void bind_machine(py::module_& m) {
   m.def("set_seed", [](uint64_t seed) { machine.seed = seed; });
   m.def("set_num_processors", [](int count) { machine.num_processors = count; });
   m.def("set_max_shared_bytes", [](int bytes) { machine.max_shared_bytes = bytes; });
   m.def(
       "set_tensors",
       [](const py::list& items) {
-        std::vector<emu::Tensor> tensors;
+        std::vector<Tensor> tensors;
         for (py::handle item : items) tensors.push_back(tensor_of(item));
         machine.global.set(std::move(tensors));
       },
@@ -53,8 +55,12 @@ void bind_machine(py::module_& m) {
     for (const auto& record : machine.records) list.append(dict_of(record));
     return list;
   });
-  m.def("call_chain", [] { return machine.call_chain; });
+  m.def("call_chain", [] {
+    py::list list;
+    for (const uintptr_t offset : machine.call_chain) list.append(offset);
+    return list;
+  });
   m.def("forget_launches", [] { machine.records.clear(); });
 }
 
-}  // namespace hypenet
+}  // namespace hypenet::emu
