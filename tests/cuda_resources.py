@@ -7,7 +7,6 @@ target; threads and dynamic shared memory from launches of every op on the emula
 computed from these; whether it multiplies on tensor cores comes from its disassembly.
 """
 
-import contextlib
 import functools
 import json
 import os
@@ -16,14 +15,11 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from itertools import product
 from pathlib import Path
 
 import emulation
-import torch
+import every_op
 from test_install import setup
-
-import hypenet_kernels as kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -144,7 +140,8 @@ def launches():
     emulated.forget_launches()
     for processors in EMULATED_PROCESSORS:
         emulated.set_num_processors(processors)
-        run_every_op()
+        with emulation.emulated():
+            every_op.run("cpu")
     emulated.set_num_processors(4)
     records = emulated.launches()
     names = demangled([symbols[record["kernel"]] for record in records])
@@ -152,65 +149,6 @@ def launches():
     for name, record in zip(names, records, strict=True):
         found[name] = max(found[name], (record["num_threads"], record["shared_bytes"]))
     return dict(found)
-
-
-def run_every_op():
-    """Launches every kernel that the ops can choose; what an op refuses, it does not launch."""
-    with emulation.emulated():
-        for dtype, D in product((torch.float32, torch.bfloat16, torch.float16), (64, 128, 256)):
-            for run in (_recurrence, _packed_recurrence, _steps, _attention, _packed_attention, _decode):
-                with contextlib.suppress(NotImplementedError):
-                    run(dtype, D)
-
-
-def _recurrent_inputs(dtype, D, T, HV=2):
-    q, k = (torch.nn.functional.normalize(torch.randn(1, T, 1, D), dim=-1).to(dtype) for _ in range(2))
-    return q, k, torch.randn(1, T, HV, D).to(dtype), -torch.rand(1, T, HV), torch.rand(1, T, HV)
-
-
-def _run(op, leaves, **options):
-    """An op and its backward, as far as CUDA kernels are written."""
-    written = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
-    forward, backward = (f"hypenet::{op.__name__}{suffix}" in written for suffix in ("", "_bwd"))
-    if forward:
-        leaves = [x.clone().requires_grad_(backward) for x in leaves]
-        o = op(*leaves, **options)
-        if backward:
-            torch.autograd.grad(o[0].float().sum() if isinstance(o, tuple) else o.float().sum(), leaves)
-
-
-def _recurrence(dtype, D, cu_seqlens=None):
-    *inputs, beta = _recurrent_inputs(dtype, D, T=65)
-    _run(kernels.chunk_gated_delta_rule, [*inputs, beta], cu_seqlens=cu_seqlens)
-    _run(kernels.chunk_simple_gla, inputs, cu_seqlens=cu_seqlens)
-
-
-def _packed_recurrence(dtype, D):
-    _recurrence(dtype, D, cu_seqlens=torch.tensor([0, 1, 65]))
-
-
-def _steps(dtype, D):
-    *inputs, beta = _recurrent_inputs(dtype, D, T=1)
-    kernels.gated_delta_step(*inputs, beta, torch.zeros(1, 2, D, D))
-    kernels.simple_gla_step(*inputs, torch.zeros(1, 2, D, D))
-
-
-def _attention(dtype, D, cu_seqlens=None):
-    leaves = [torch.randn(1, 70, heads, D).to(dtype) for heads in (2, 1, 1)]
-    for gate in (None, leaves[0]):
-        _run(kernels.hype_attention, leaves, gate=gate, logit_scale_base=362.0, cu_seqlens=cu_seqlens)
-
-
-def _packed_attention(dtype, D):
-    _attention(dtype, D, cu_seqlens=torch.tensor([0, 3, 70]))
-
-
-def _decode(dtype, D):
-    for T, H in product((1, 4), (1, 4, 8)):
-        k_cache, v_cache = torch.randn(2, 1, 300, 1, D).to(dtype)
-        q = torch.randn(1, T, H, D).to(dtype)
-        options = {"gate": q, "logit_scale_base": 362.0}
-        _run(kernels.hype_attention_decode, [q, k_cache, v_cache, torch.tensor([290])], **options)
 
 
 def blocks_per_processor(target, registers, threads, shared):

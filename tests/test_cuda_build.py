@@ -38,7 +38,7 @@ def test_nothing_is_kept_in_local_memory():
 @needs_nvcc
 def test_every_kernel_is_launched_by_some_op():
     idle = {name for (_, name), row in cuda_resources.measure().items() if row["threads"] is None}
-    assert not idle, "compiled for nothing, or cuda_resources.run_every_op does not reach it"
+    assert not idle, "compiled for nothing, or tests/every_op.py does not reach it"
 
 
 @needs_nvcc

@@ -1,0 +1,85 @@
+"""Launches every CUDA kernel that the ops can choose, at sizes that an emulator or a sanitizer bears.
+
+compute-sanitizer --tool racecheck python tests/every_op.py        # on a GPU
+"""
+
+import contextlib
+from itertools import product
+
+import torch
+
+import hypenet_kernels as kernels
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HEAD_DIMS = (64, 128, 256)
+T = 70
+
+
+def run(device):
+    """What an op refuses, it does not launch."""
+    torch.manual_seed(0)
+    families = (_recurrences, _packed_recurrences, _steps, _attention, _packed_attention, _decode)
+    for family, dtype, D in product(families, DTYPES, HEAD_DIMS):
+        with contextlib.suppress(NotImplementedError):
+            family(torch.device(device), dtype, D)
+
+
+def _call(op, inputs, **options):
+    """An op and its backward, as far as CUDA kernels are written."""
+    written = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
+    forward, backward = (f"hypenet::{op.__name__}{suffix}" in written for suffix in ("", "_bwd"))
+    if forward:
+        leaves = [x.clone().requires_grad_(backward) for x in inputs]
+        results = op(*leaves, **options)
+        results = results if isinstance(results, tuple) else (results,)
+        if backward:
+            torch.autograd.grad(sum(x.float().sum() for x in results), leaves)
+
+
+def _recurrent_inputs(device, dtype, D, tokens, H=1, HV=2):
+    q, k = (torch.nn.functional.normalize(torch.randn(1, tokens, H, D, device=device), dim=-1) for _ in range(2))
+    v = torch.randn(1, tokens, HV, D, device=device)
+    g, beta = -torch.rand(1, tokens, HV, device=device), torch.rand(1, tokens, HV, device=device)
+    return [x.to(dtype) for x in (q, k, v)] + [g, beta]
+
+
+def _recurrences(device, dtype, D, cu_seqlens=None):
+    options = {"output_final_state": True, "cu_seqlens": cu_seqlens}
+    *inputs, beta = _recurrent_inputs(device, dtype, D, T)
+    _call(kernels.chunk_gated_delta_rule, [*inputs, beta], **options)
+    _call(kernels.chunk_simple_gla, inputs, **options)
+
+
+def _packed_recurrences(device, dtype, D):
+    _recurrences(device, dtype, D, torch.tensor([0, 1, T], device=device))
+
+
+def _steps(device, dtype, D):
+    *inputs, beta = _recurrent_inputs(device, dtype, D, tokens=1)
+    state = torch.zeros(1, beta.shape[2], D, D, device=device)
+    _call(kernels.gated_delta_step, [*inputs, beta, state])
+    _call(kernels.simple_gla_step, [*inputs, state])
+
+
+def _attention(device, dtype, D, cu_seqlens=None):
+    q, k, v = (torch.randn(1, T, heads, D, device=device).to(dtype) for heads in (2, 1, 1))
+    for gate in (None, q):
+        _call(kernels.hype_attention, [q, k, v], gate=gate, logit_scale_base=362.0, cu_seqlens=cu_seqlens)
+
+
+def _packed_attention(device, dtype, D):
+    _attention(device, dtype, D, torch.tensor([0, 3, T], device=device))
+
+
+def _decode(device, dtype, D):
+    for tokens, H in product((1, 4), (1, 4, 8)):
+        q = torch.randn(1, tokens, H, D, device=device).to(dtype)
+        k_cache, v_cache = (torch.randn(1, 300, 1, D, device=device).to(dtype) for _ in range(2))
+        inputs = [q, k_cache, v_cache, torch.tensor([290], device=device)]
+        _call(kernels.hype_attention_decode, inputs, gate=q, logit_scale_base=362.0)
+
+
+if __name__ == "__main__":
+    run("cuda")
+    torch.cuda.synchronize()
+    print("every op ran")
