@@ -28,6 +28,7 @@ from hypenet_kernels import native
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "emu"
+SEEDS = (0, 1, 2)  # schedules, for tests that ask for several
 COMMON = (
     "-std=c++20 -fPIC -g1 -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas -DHYPENET_CUDA=1 -DHYPENET_EMULATED=1"
 )
