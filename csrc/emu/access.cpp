@@ -258,6 +258,8 @@ void* __tsan_memset(void* to, int value, size_t bytes) { return hypenet_emu_mems
 
 void __tsan_read_range(void* p, size_t bytes) { seen_by_compiler(p, bytes, Access::kRead); }
 void __tsan_write_range(void* p, size_t bytes) { seen_by_compiler(p, bytes, Access::kWrite); }
+// Of the guard of a static variable in a function, which host code may have.
+uint8_t __tsan_atomic8_load(const volatile uint8_t* p, int) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}

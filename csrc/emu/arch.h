@@ -104,15 +104,8 @@ inline uint32_t to_tf32(float x) {
 
 // ---- arithmetic
 
-inline float exp2(float x) {
-  const float y = ::exp2f(x);
-  return y < std::numeric_limits<float>::min() ? 0.0f : y;
-}
-
-inline float reciprocal(float x) {
-  const float y = 1.0f / x;
-  return std::abs(y) < std::numeric_limits<float>::min() ? std::copysign(0.0f, y) : y;
-}
+inline float exp2(float x) { return emu::flushed(::exp2f(x)); }
+inline float reciprocal(float x) { return emu::flushed(1.0f / emu::flushed(x)); }
 
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return emu::widen(x); }

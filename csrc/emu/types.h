@@ -32,6 +32,11 @@ inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 
 namespace hypenet::emu {
 
+// Zero in place of a subnormal number.
+inline float flushed(float x) {
+  return std::abs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x;
+}
+
 struct bf16 {
   uint16_t bits;
 };
