@@ -28,6 +28,11 @@ inline void from_python(py::handle value, View& view) {
           t[3].cast<int64_t>()};
 }
 
+inline void from_python(py::handle value, Indices& indices) {
+  const auto t = py::cast<py::tuple>(value);
+  indices = {reinterpret_cast<const void*>(t[0].cast<uintptr_t>()), t[1].cast<bool>()};
+}
+
 template <class T>
 void from_python(py::handle value, T& field) {
   if constexpr (std::is_pointer_v<T>) {

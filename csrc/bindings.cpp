@@ -24,9 +24,25 @@ void bind_all(py::module_& m) {
                                          FIELD(Step, num_slots),   FIELD(Step, state_indices),
                                          FIELD(Step, state),       FIELD(Step, o)};
 
+  using Decode = HypeAttentionDecodeParams;
+  const std::vector<Field<Decode>> decode = {HYPE_FIELDS(Decode),
+                                             FIELD(Decode, capacity),
+                                             FIELD(Decode, num_segments),
+                                             FIELD(Decode, cache_seqlens),
+                                             FIELD(Decode, k_cache),
+                                             FIELD(Decode, v_cache),
+                                             FIELD(Decode, o),
+                                             FIELD(Decode, partial_o),
+                                             FIELD(Decode, partial_softmax)};
+
 #if HYPENET_CUDA
   m.attr("STEP_MAX_KEY_DIM") = cuda::kStepMaxKeyDim;
   def_kernel<Step>(m, "gated_delta_step", cuda::gated_delta_step, step);
+
+  m.attr("DECODE_MAX_DIM") = cuda::kDecodeMaxDim;
+  m.attr("DECODE_SEGMENT") = cuda::kDecodeSegment;
+  m.attr("DECODE_MAX_SEGMENTS") = cuda::kDecodeMaxSegments;
+  def_kernel<Decode>(m, "hype_attention_decode", cuda::hype_attention_decode, decode);
 #else
   def_kernel<Step>(m, "gated_delta_step", cpu::gated_delta_step, step);
 
@@ -55,10 +71,7 @@ void bind_all(py::module_& m) {
        FIELD(HypeBwd, cu_seqlens), FIELD(HypeBwd, o_ungated), FIELD(HypeBwd, lse), FIELD(HypeBwd, do_),
        FIELD(HypeBwd, dq), FIELD(HypeBwd, dk), FIELD(HypeBwd, dv), FIELD(HypeBwd, dgate)});
 
-  using Decode = HypeAttentionDecodeParams;
-  def_kernel<Decode>(m, "hype_attention_decode", cpu::hype_attention_decode,
-                     {HYPE_FIELDS(Decode), FIELD(Decode, capacity), FIELD(Decode, cache_seqlens),
-                      FIELD(Decode, k_cache), FIELD(Decode, v_cache), FIELD(Decode, o)});
+  def_kernel<Decode>(m, "hype_attention_decode", cpu::hype_attention_decode, decode);
 #endif
 }
 

@@ -20,6 +20,12 @@ struct View {
   int64_t batch, token, head;
 };
 
+// [n] int64 or int32, contiguous.
+struct Indices {
+  const void* data;
+  bool is_int32;
+};
+
 // What a launcher returns: null, or the reason why it did not run.
 using Status = const char*;
 
@@ -116,17 +122,21 @@ struct HypeAttentionBwdParams {
 // T query tokens (one or a few) per sequence against its cache; k, v are appended first where given.
 struct HypeAttentionDecodeParams {
   DType dtype;
-  int64_t num_threads, B, T, H, HK, D, capacity;
+  int64_t num_threads, B, T, H, HK, D, capacity, num_segments;
   double scale, logit_scale_base;
   // inputs
-  View q;                        // [B, T, H, D] dtype
-  View k, v;                     // [B, T, HK, D] dtype, or null data
-  View gate;                     // [B, T, H, D] dtype, or null data
-  const int64_t* cache_seqlens;  // [B] valid keys before the append
+  View q;                 // [B, T, H, D] dtype
+  View k, v;              // [B, T, HK, D] dtype, or null data
+  View gate;              // [B, T, H, D] dtype, or null data
+  Indices cache_seqlens;  // [B] valid keys before the append
   // in place
   View k_cache, v_cache;  // [B, capacity, HK, D] dtype
   // outputs
   void* o;  // [B, T, H, D] dtype
+  // workspace of the CUDA kernel: per query row and segment of keys, its sum of values and (max, sum) of its
+  // softmax
+  void* partial_o;        // [B, num_segments, T, H, D up to a multiple of 4] float
+  void* partial_softmax;  // [B, num_segments, T, H, 2] float
 };
 
 }  // namespace hypenet

@@ -180,25 +180,51 @@ def _decode_fake(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_bas
 
 def _decode_cpu(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base, scale):
     o = _decode_fake(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base, scale)
-    capacity = k_cache.shape[1]
-    _check_lengths(cache_seqlens, q.shape[1], capacity, appends=k is not None)
+    _check_lengths(cache_seqlens, q.shape[1], k_cache.shape[1], appends=k is not None)
+    _run_decode(o, q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base, scale)
+    return o
+
+
+def _decode_cuda(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base, scale):
+    """What the values of cache_seqlens break raises on the CPU; here it gives a sequence o = NaN."""
+    op, cuda = "hype_attention_decode", native.cuda()
+    o = _decode_fake(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base, scale)
+    (B, T, H, D), capacity = q.shape, k_cache.shape[1]
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        checks.fail(NotImplementedError, op, "q", "be bfloat16 or float16 on CUDA", q.dtype)
+    if cuda.DECODE_MAX_DIM < D:
+        rule = f"have a head dimension of at most {cuda.DECODE_MAX_DIM} on CUDA"
+        checks.fail(NotImplementedError, op, "q", rule, D)
+    segments = min(cuda.DECODE_MAX_SEGMENTS, -(-capacity // cuda.DECODE_SEGMENT))
+    partial_o = q.new_empty(B, segments, T, H, -(-D // 4) * 4, dtype=torch.float32)
+    partial_softmax = q.new_empty(B, segments, T, H, 2, dtype=torch.float32)
+    inputs = (o, q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base, scale)
+    _run_decode(*inputs, partial_o, partial_softmax)
+    return o
+
+
+def _run_decode(
+    o, q, k_cache, v_cache, lengths, k, v, gate, logit_scale_base, scale, partial_o=None, partial_softmax=None
+):
     if o.numel() == 0:
-        return o
+        return
     q, k, v, gate = (native.dense_last(x) for x in (q, k, v, gate))
-    lengths = cache_seqlens.to(torch.int64).contiguous()
+    lengths = lengths.contiguous()
     native.kernel("hype_attention_decode", "hype_attention_decode", q.device)(
         **_sizes(q, k_cache, logit_scale_base, scale),
-        capacity=capacity,
+        capacity=k_cache.shape[1],
+        num_segments=0 if partial_o is None else partial_o.shape[1],
         q=native.view(q),
         k=native.view(k),
         v=native.view(v),
         gate=native.view(gate),
-        cache_seqlens=native.pointer(lengths),
+        cache_seqlens=native.indices(lengths),
         k_cache=native.view(k_cache),
         v_cache=native.view(v_cache),
         o=native.pointer(o),
+        partial_o=native.pointer(partial_o),
+        partial_softmax=native.pointer(partial_softmax),
     )
-    return o
 
 
 def _sizes(q, k, logit_scale_base, scale):
@@ -269,6 +295,7 @@ for _name, _cpu, _fake in (
 ):
     _library.impl(_name, _cpu, "CPU")
     torch.library.register_fake(f"hypenet::{_name}", _fake, lib=_library)
+_library.impl("hype_attention_decode", _decode_cuda, "CUDA")
 torch.library.register_autograd("hypenet::hype_attention", _backward, setup_context=_setup_context, lib=_library)
 torch.library.register_autograd("hypenet::hype_attention_bwd", _no_second_derivative, lib=_library)
 _forward = torch.ops.hypenet.hype_attention.default

@@ -10,7 +10,7 @@ import torch  # before any native module, so that both share torch's OpenMP runt
 
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/params.h, DType
 LEVELS = {"AVX512": "v4", "AVX2": "v3"}  # torch's name of the processor's level -> ours; anything else is the baseline
-CUDA_OPS = ("gated_delta_step", "simple_gla_step")  # the ops that have a CUDA kernel
+CUDA_OPS = ("gated_delta_step", "simple_gla_step", "hype_attention_decode")  # the ops that have a CUDA kernel
 ABSENT = (0, 0, 0, 0)  # the View of an optional tensor that is not there
 
 logger = logging.getLogger("hypenet_kernels")
@@ -84,6 +84,11 @@ def device_type(x):
 def view(x):
     """(pointer, strides of batch, token, head) of a [B, T, heads, dim] or [B, T, heads] tensor; ABSENT for None."""
     return ABSENT if x is None else (x.data_ptr(), *x.stride()[:3])
+
+
+def indices(x):
+    """Address of a contiguous int32 or int64 tensor, and whether it is int32; (0, False) for None."""
+    return pointer(x), x is not None and x.dtype == torch.int32
 
 
 def pointer(x):

@@ -49,4 +49,8 @@ Status dispatch_dtype(DType dtype, Run&& run) {
   }
 }
 
+inline int64_t index_at(const Indices& x, int64_t i) {
+  return x.is_int32 ? static_cast<const int32_t*>(x.data)[i] : static_cast<const int64_t*>(x.data)[i];
+}
+
 }  // namespace hypenet::cpu

@@ -59,7 +59,7 @@ struct Round {
 };
 
 int64_t length(const HypeAttentionDecodeParams& p, int64_t b) {
-  return p.cache_seqlens[b] + (p.k.data == nullptr ? 0 : p.T);
+  return index_at(p.cache_seqlens, b) + (p.k.data == nullptr ? 0 : p.T);
 }
 
 int64_t split_size(int64_t length) {
@@ -209,7 +209,7 @@ void for_each_block(const View& cache, int64_t heads, int64_t keys, int64_t size
 
 template <class Element>
 void append(const HypeAttentionDecodeParams& p, int64_t b, int64_t t) {
-  const int64_t row = p.cache_seqlens[b] + t;
+  const int64_t row = index_at(p.cache_seqlens, b) + t;
   for (int64_t head = 0; head < p.HK; ++head) {
     std::copy_n(head_rows<const Element>(p.k, b, t, head)[0], p.D,
                 head_rows<Element>(p.k_cache, b, row, head)[0]);

@@ -14,4 +14,10 @@ constexpr int64_t kStepMaxKeyDim = 256;
 
 Status gated_delta_step(const GatedDeltaStepParams& params, Stream stream);
 
+// hype_attention_decode: the largest D; the least length of a segment of keys, and the most segments of a
+// sequence.
+constexpr int kDecodeMaxDim = 256, kDecodeSegment = 256, kDecodeMaxSegments = 256;
+
+Status hype_attention_decode(const HypeAttentionDecodeParams& params, Stream stream);
+
 }  // namespace hypenet::cuda
