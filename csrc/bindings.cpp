@@ -20,9 +20,11 @@ void bind_all(py::module_& m) {
       FIELD(P, scale), FIELD(P, logit_scale_base), FIELD(P, q), FIELD(P, k), FIELD(P, v), FIELD(P, gate)
 
   using Step = GatedDeltaStepParams;
-  const std::vector<Field<Step>> step = {GATED_DELTA_FIELDS(Step), FIELD(Step, use_qk_l2norm),
-                                         FIELD(Step, num_slots),   FIELD(Step, state_indices),
-                                         FIELD(Step, state),       FIELD(Step, o)};
+  const std::vector<Field<Step>> step = {GATED_DELTA_FIELDS(Step),    FIELD(Step, use_qk_l2norm),
+                                         FIELD(Step, gates_in_dtype), FIELD(Step, beta_limit),
+                                         FIELD(Step, A_log),          FIELD(Step, dt_bias),
+                                         FIELD(Step, num_slots),      FIELD(Step, state_indices),
+                                         FIELD(Step, state),          FIELD(Step, o)};
 
   using Decode = HypeAttentionDecodeParams;
   const std::vector<Field<Decode>> decode = {HYPE_FIELDS(Decode),

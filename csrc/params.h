@@ -73,11 +73,15 @@ struct GatedDeltaBwdParams {
 struct GatedDeltaStepParams {
   DType dtype;
   bool delta, use_qk_l2norm;
+  bool gates_in_dtype;  // g and beta are dtype, not acc
   int64_t num_threads, B, T, H, HV, K, V, num_slots;
   double scale;
+  double beta_limit;  // 0: beta is beta; else beta is a logit, which means beta_limit sigmoid(logit)
   // inputs
-  View q, k, v, g, beta;         // as above
-  const int64_t* state_indices;  // [B] slot of each sequence, negative = skip it; null = slot b
+  View q, k, v, g, beta;  // as above
+  const void* A_log;      // [HV] acc, or null; with it, g means -exp(A_log) softplus(g + dt_bias)
+  const void* dt_bias;    // [HV] acc, or null for 0
+  Indices state_indices;  // [B] slot of each sequence, negative = skip it; null data = slot b
   // in place
   void* state;  // [num_slots, HV, K, V] acc
   // outputs

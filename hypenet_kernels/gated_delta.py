@@ -91,22 +91,46 @@ def fused_recurrent_gated_delta_rule(
     )
 
 
-def gated_delta_step(q, k, v, g, beta, state, *, scale=None, state_indices=None, use_qk_l2norm_in_kernel=False):
+def gated_delta_step(
+    q,
+    k,
+    v,
+    g,
+    beta,
+    state,
+    *,
+    scale=None,
+    state_indices=None,
+    use_qk_l2norm_in_kernel=False,
+    use_gate_in_kernel=False,
+    A_log=None,
+    dt_bias=None,
+    use_beta_sigmoid_in_kernel=False,
+    allow_neg_eigval=False,
+):
     """T tokens (usually one) of every sequence in decoding; `state` is updated in place.
 
     q, k: [B, T, H, K]; v: [B, T, HV, V]; g, beta: [B, T, HV]; dtypes, scale and errors as in `chunk_gated_delta_rule`.
     state: [B, HV, K, V], contiguous, in the accumulation type. With state_indices ([B], int32 or int64) it is a pool of
     any number of slots, and sequence b's is state[state_indices[b]]; where the index is negative, b is skipped and
     its o is 0.
+    use_gate_in_kernel: the log decay is -exp(A_log) softplus(g + dt_bias), g being what a layer projects (fla's a);
+    A_log: [HV], dt_bias: [HV] or None for 0. use_beta_sigmoid_in_kernel: beta is a logit, for sigmoid(beta), or
+    2 sigmoid(beta) with allow_neg_eigval. Both are computed in the accumulation type; g and beta that share q's dtype
+    are read as they are.
     Returns o: [B, T, HV, V]. No gradient; allocates nothing else.
     """
     op = "gated_delta_step"
-    recurrence.check_tensors(op, q, k=k, v=v, g=g, beta=beta, state=state, state_indices=state_indices)
+    gate = {"A_log": A_log, "dt_bias": dt_bias}
+    recurrence.check_tensors(op, q, k=k, v=v, g=g, beta=beta, state=state, state_indices=state_indices, **gate)
     checks.require(op, k=k, v=v, g=g, beta=beta, state=state)
-    checks.no_grad(op, q=q, k=k, v=v, g=g, beta=beta, state=state)
-    g, beta = recurrence.accumulated(op, "g", g, q), recurrence.accumulated(op, "beta", beta, q)
+    checks.no_grad(op, q=q, k=k, v=v, g=g, beta=beta, state=state, **gate)
+    if allow_neg_eigval and not use_beta_sigmoid_in_kernel:
+        checks.fail(ValueError, op, "allow_neg_eigval", "be False without use_beta_sigmoid_in_kernel", True)
+    beta_limit = (2.0 if allow_neg_eigval else 1.0) if use_beta_sigmoid_in_kernel else 0.0
+    g, beta, A_log, dt_bias = recurrence.step_gates(op, q, g, beta, use_gate_in_kernel, A_log, dt_bias)
     scale = recurrence.default_scale(q, scale)
-    return _step(q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm_in_kernel)
+    return _step(q, k, v, g, beta, state, state_indices, A_log, dt_bias, scale, use_qk_l2norm_in_kernel, beta_limit)
 
 
 def _chunk_cpu(q, k, v, g, beta, initial_state, cu_seqlens, scale, save):
@@ -138,13 +162,12 @@ def _recurrent_fake(q, k, v, g, beta, initial_state, cu_seqlens, scale, save):
     return recurrence.forward_fake(op, q, k, v, g, beta, initial_state, cu_seqlens, save)
 
 
-def _step_run(q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm):
-    op = "gated_delta_step"
-    return recurrence.step(op, q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm)
+def _step_run(*args):
+    return recurrence.step("gated_delta_step", *args)
 
 
-def _step_fake(q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm):
-    return recurrence.step_fake("gated_delta_step", q, k, v, g, beta, state, state_indices)
+def _step_fake(q, k, v, g, beta, state, state_indices, A_log, dt_bias, *_):
+    return recurrence.step_fake("gated_delta_step", q, k, v, g, beta, state, state_indices, A_log, dt_bias)
 
 
 def _backward(ctx, do, dfinal_state, *_):
@@ -155,8 +178,8 @@ _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_
 _OUTPUTS = f"Tensor o, Tensor final_state, {recurrence.SAVED}"
 _GRADIENTS = "Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor dinitial_state"
 _STEP = (
-    "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, Tensor? state_indices, float scale, "
-    "bool use_qk_l2norm"
+    "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, Tensor? state_indices, Tensor? A_log, "
+    "Tensor? dt_bias, float scale, bool use_qk_l2norm, float beta_limit"
 )
 _library = torch.library.Library("hypenet", "FRAGMENT")
 _BWD_INPUTS = f"Tensor do, Tensor? dfinal_state, {_INPUTS}, {recurrence.SAVED}, float scale"

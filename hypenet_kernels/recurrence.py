@@ -118,7 +118,8 @@ def accumulated(op, name, x, q):
     return x.to(native.accumulator(q.dtype))
 
 
-def check_inputs(op, q, k, v, g, beta):
+def check_inputs(op, q, k, v, g, beta, gate_dtype=None):
+    """gate_dtype: that of g and beta; default the accumulation type."""
     checks.rank(op, "q", q, "B T H K")
     checks.rank(op, "v", v, "B T HV V")
     checks.element(op, "q", q)
@@ -132,7 +133,7 @@ def check_inputs(op, q, k, v, g, beta):
     for name, x in (("g", g), ("beta", beta)):
         if x is not None:
             checks.shape(op, name, x, [B, T, HV])
-            checks.dtype(op, name, x, (native.accumulator(q.dtype),))
+            checks.dtype(op, name, x, (gate_dtype or native.accumulator(q.dtype),))
 
 
 def num_sequences(q, cu_seqlens):
@@ -232,8 +233,22 @@ def backward(ctx, backward_op, do, dfinal_state):
     return *gradients, None if initial_state is None else dinitial_state, None, None, None
 
 
-def step_fake(op, q, k, v, g, beta, state, state_indices):
-    check_inputs(op, q, k, v, g, beta)
+def step_gates(op, q, g, beta, use_gate, A_log, dt_bias):
+    """(g, beta, A_log, dt_bias) as the step takes them: g and beta in q's dtype, or all in the accumulation type."""
+    if use_gate:
+        checks.require(op, A_log=A_log)
+    for name, x in (("A_log", A_log), ("dt_bias", dt_bias)):
+        if x is not None and not use_gate:
+            checks.fail(ValueError, op, name, "be left out without use_gate_in_kernel", list(x.shape))
+    if any(x is not None and x.dtype != q.dtype for x in (g, beta)):
+        g, beta = accumulated(op, "g", g, q), accumulated(op, "beta", beta, q)
+    return g, beta, accumulated(op, "A_log", A_log, q), accumulated(op, "dt_bias", dt_bias, q)
+
+
+def step_fake(op, q, k, v, g, beta, state, state_indices, A_log, dt_bias):
+    checks.tensor(op, "g", g)
+    in_dtype = g.dtype == q.dtype
+    check_inputs(op, q, k, v, g, beta, q.dtype if in_dtype else None)
     (B, T, _, K), (HV, V) = q.shape, v.shape[2:]
     checks.rank(op, "state", state, "slots HV K V")
     slots = B if state_indices is None else state.shape[0]
@@ -243,24 +258,30 @@ def step_fake(op, q, k, v, g, beta, state, state_indices):
     if state_indices is not None:
         checks.shape(op, "state_indices", state_indices, [B])
         checks.dtype(op, "state_indices", state_indices, (torch.int32, torch.int64))
+    for name, x in (("A_log", A_log), ("dt_bias", dt_bias)):
+        _check_state(op, name, x, q, [HV])
     return q.new_empty(B, T, HV, V)
 
 
-def step(op, q, k, v, g, beta, state, state_indices, scale, use_qk_l2norm):
+def step(op, q, k, v, g, beta, state, state_indices, A_log, dt_bias, scale, use_qk_l2norm=False, beta_limit=0.0):
     """CPU and CUDA alike. What the values of state_indices break raises on the CPU and gives o = NaN on CUDA."""
-    o = step_fake(op, q, k, v, g, beta, state, state_indices)
+    o = step_fake(op, q, k, v, g, beta, state, state_indices, A_log, dt_bias)
     if native.device_type(q) == "cuda" and q.shape[3] > native.cuda().STEP_MAX_KEY_DIM:
         rule = f"have a head dimension of at most {native.cuda().STEP_MAX_KEY_DIM} on CUDA"
         checks.fail(NotImplementedError, op, "q", rule, q.shape[3])
     if native.device_type(q) == "cpu" and state_indices is not None:
         _check_slots(op, state_indices.tolist(), state.shape[0])
     q, k, v = (native.dense_last(x) for x in (q, k, v))
-    state_indices = _bounds(state_indices)
+    state_indices, A_log, dt_bias = (_contiguous(x) for x in (state_indices, A_log, dt_bias))
     native.kernel(op, "gated_delta_step", q.device)(
         **_operands(q, k, v, g, beta, scale),
         use_qk_l2norm=use_qk_l2norm,
+        gates_in_dtype=g.dtype == q.dtype,
+        beta_limit=beta_limit,
+        A_log=native.pointer(A_log),
+        dt_bias=native.pointer(dt_bias),
         num_slots=state.shape[0],
-        state_indices=native.pointer(state_indices),
+        state_indices=native.indices(state_indices),
         state=native.pointer(state),
         o=native.pointer(o),
     )

@@ -85,6 +85,11 @@ def hype_attention_decode(
     return o
 
 
+def log_decay(a, A_log, dt_bias=0.0):
+    """What use_gate_in_kernel makes of g: -e^A_log softplus(a + dt_bias). a [B, T, HV]; A_log, dt_bias [HV]."""
+    return -A_log.exp() * torch.nn.functional.softplus(a + dt_bias)
+
+
 def l2norm(x, eps=1e-6):
     """x / sqrt(sum(x^2) + eps) over the last dimension."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)

@@ -65,21 +65,26 @@ def fused_recurrent_simple_gla(
     return _sequences(op, _recurrent, q, k, v, g, g_gamma, scale, initial_state, output_final_state, cu_seqlens)
 
 
-def simple_gla_step(q, k, v, g, state, *, scale=None, state_indices=None):
+def simple_gla_step(
+    q, k, v, g, state, *, scale=None, state_indices=None, use_gate_in_kernel=False, A_log=None, dt_bias=None
+):
     """T tokens (usually one) of every sequence in decoding; `state` is updated in place.
 
     q, k: [B, T, H, K]; v: [B, T, HV, V]; g: [B, T, HV]; dtypes, scale and errors as in `chunk_simple_gla`.
     state: [B, HV, K, V], contiguous, in the accumulation type. With state_indices ([B], int32 or int64) it is a pool of
     any number of slots, and sequence b's is state[state_indices[b]]; where the index is negative, b is skipped and
     its o is 0.
+    use_gate_in_kernel: the log decay is -exp(A_log) softplus(g + dt_bias); A_log: [HV], dt_bias: [HV] or None for 0.
+    It is computed in the accumulation type; a g in q's dtype is read as it is.
     Returns o: [B, T, HV, V]. No gradient; allocates nothing else.
     """
     op = "simple_gla_step"
-    recurrence.check_tensors(op, q, k=k, v=v, g=g, state=state, state_indices=state_indices)
+    gate = {"A_log": A_log, "dt_bias": dt_bias}
+    recurrence.check_tensors(op, q, k=k, v=v, g=g, state=state, state_indices=state_indices, **gate)
     checks.require(op, k=k, v=v, g=g, state=state)
-    checks.no_grad(op, q=q, k=k, v=v, g=g, state=state)
-    g, scale = recurrence.accumulated(op, "g", g, q), recurrence.default_scale(q, scale)
-    return _step(q, k, v, g, state, state_indices, scale)
+    checks.no_grad(op, q=q, k=k, v=v, g=g, state=state, **gate)
+    g, _, A_log, dt_bias = recurrence.step_gates(op, q, g, None, use_gate_in_kernel, A_log, dt_bias)
+    return _step(q, k, v, g, state, state_indices, A_log, dt_bias, recurrence.default_scale(q, scale))
 
 
 def _sequences(op, operator, q, k, v, g, g_gamma, scale, initial_state, output_final_state, cu_seqlens):
@@ -136,12 +141,12 @@ def _recurrent_fake(q, k, v, g, initial_state, cu_seqlens, scale, save):
     return recurrence.forward_fake(op, q, k, v, g, None, initial_state, cu_seqlens, save)
 
 
-def _step_run(q, k, v, g, state, state_indices, scale):
-    return recurrence.step("simple_gla_step", q, k, v, g, None, state, state_indices, scale, False)
+def _step_run(q, k, v, g, *args):
+    return recurrence.step("simple_gla_step", q, k, v, g, None, *args)
 
 
-def _step_fake(q, k, v, g, state, state_indices, scale):
-    return recurrence.step_fake("simple_gla_step", q, k, v, g, None, state, state_indices)
+def _step_fake(q, k, v, g, state, state_indices, A_log, dt_bias, scale):
+    return recurrence.step_fake("simple_gla_step", q, k, v, g, None, state, state_indices, A_log, dt_bias)
 
 
 def _backward(ctx, do, dfinal_state, *_):
@@ -151,7 +156,10 @@ def _backward(ctx, do, dfinal_state, *_):
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor g, Tensor? initial_state, Tensor? cu_seqlens"
 _OUTPUTS = f"Tensor o, Tensor final_state, {recurrence.SAVED}"
 _GRADIENTS = "Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dinitial_state"
-_STEP = "Tensor q, Tensor k, Tensor v, Tensor g, Tensor(a!) state, Tensor? state_indices, float scale"
+_STEP = (
+    "Tensor q, Tensor k, Tensor v, Tensor g, Tensor(a!) state, Tensor? state_indices, Tensor? A_log, "
+    "Tensor? dt_bias, float scale"
+)
 _library = torch.library.Library("hypenet", "FRAGMENT")
 _BWD_INPUTS = f"Tensor do, Tensor? dfinal_state, {_INPUTS}, {recurrence.SAVED}, float scale"
 for _schema, _fake, *_run in (

@@ -115,7 +115,8 @@ def test_links_the_runtime_statically_and_hidden():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_launch_without_a_gpu_is_an_error_with_the_ops_name():
     fields = {name: 1 for name in ("B", "T", "H", "HV", "K", "V", "num_slots", "num_threads")}
-    fields |= {"dtype": 1, "delta": True, "use_qk_l2norm": False, "scale": 1.0, "state_indices": 0, "state": 0, "o": 0}
+    fields |= {"dtype": 1, "delta": True, "use_qk_l2norm": False, "gates_in_dtype": False, "scale": 1.0}
+    fields |= {"beta_limit": 0.0, "A_log": 0, "dt_bias": 0, "state_indices": (0, False), "state": 0, "o": 0}
     fields |= {name: native.ABSENT for name in ("q", "k", "v", "g", "beta")}
     with pytest.raises(RuntimeError, match=r"gated_delta_step: .*(CUDA|device)"):
         native.cuda().gated_delta_step(**fields, stream=0)

@@ -111,7 +111,7 @@ class StepOp:
     def test_opcheck(self):
         inputs, state = self.inputs(ORDINARY)
         for slots in (None, torch.tensor([2, 0, -1])):
-            args = (*inputs.values(), state, slots, 0.5, *self.last_arguments)
+            args = (*inputs.values(), state, slots, None, None, 0.5, *self.last_arguments)
             torch.library.opcheck(getattr(torch.ops.hypenet, self.name).default, args)
 
     def test_compiles_to_one_graph(self):
@@ -173,7 +173,7 @@ class TestGatedDeltaStep(StepOp):
     op = staticmethod(hypenet_kernels.gated_delta_step)
     chunk = staticmethod(hypenet_kernels.chunk_gated_delta_rule)
     reference = staticmethod(reference.chunk_gated_delta_rule)
-    name, delta, last_arguments = "gated_delta_step", True, (True,)
+    name, delta, last_arguments = "gated_delta_step", True, (True, 2.0)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_l2norm(self, dtype):
@@ -187,11 +187,11 @@ class TestGatedDeltaStep(StepOp):
         assert self.op(**inputs, state=state, use_qk_l2norm_in_kernel=True).isfinite().all() and state.equal(before)
 
     def test_too_little_memory_is_an_error(self):
-        absent = dict.fromkeys(["q", "k", "v", "g", "beta"], native.ABSENT) | dict.fromkeys(
-            ("state_indices", "state", "o"), 0
-        )
+        absent = dict.fromkeys(["q", "k", "v", "g", "beta"], native.ABSENT)
+        absent |= {"A_log": 0, "dt_bias": 0, "state_indices": (0, False), "state": 0, "o": 0}
         sizes = {"B": 0, "T": 0, "H": 1, "HV": 1, "K": 2**44, "V": 1, "num_slots": 0, "num_threads": 1}
         options = {"dtype": 1, "delta": True, "use_qk_l2norm": False, "scale": 1.0}
+        options |= {"gates_in_dtype": False, "beta_limit": 0.0}
         with pytest.raises(MemoryError):
             native.cpu().gated_delta_step(**absent, **sizes, **options)
 

@@ -12,6 +12,7 @@
 // other. Numerics: everything but the loads and stores in the accumulation type, the fused l2norm of q and k
 // included.
 #include <cmath>
+#include <utility>
 
 #include "gated_delta_chunk.h"
 #include "kernels.h"
@@ -95,6 +96,30 @@ void l2norm(int64_t dim, T* x) {
   for (int64_t i = 0; i < dim; ++i) x[i] *= factor;
 }
 
+// The gates of one token: (log decay, beta), beta = 0 without delta.
+template <class Element, bool kDelta, class T>
+std::pair<T, T> gates(const GatedDeltaFwdParams& p, int64_t b, int64_t t, int64_t head) {
+  return {*row<T>(p.g, b, t, head), kDelta ? *row<T>(p.beta, b, t, head) : T(0)};
+}
+
+template <class Element, class T>
+T gate_input(const View& x, bool in_dtype, int64_t b, int64_t t, int64_t head) {
+  return in_dtype ? static_cast<T>(*row<Element>(x, b, t, head)) : *row<T>(x, b, t, head);
+}
+
+template <class Element, bool kDelta, class T>
+std::pair<T, T> gates(const GatedDeltaStepParams& p, int64_t b, int64_t t, int64_t head) {
+  T g = gate_input<Element, T>(p.g, p.gates_in_dtype, b, t, head), beta = 0;
+  if (p.A_log != nullptr) {
+    if (p.dt_bias != nullptr) g += static_cast<const T*>(p.dt_bias)[head];
+    const T softplus = std::max(g, T(0)) + std::log1p(std::exp(-std::abs(g)));
+    g = -std::exp(static_cast<const T*>(p.A_log)[head]) * softplus;
+  }
+  if constexpr (kDelta) beta = gate_input<Element, T>(p.beta, p.gates_in_dtype, b, t, head);
+  if (p.beta_limit != 0) beta = T(p.beta_limit) / (1 + std::exp(-beta));
+  return {g, beta};
+}
+
 // A value head of a sequence, and columns [start, start + width) of V.
 struct Slice {
   Sequence seq;
@@ -114,9 +139,9 @@ void advance_tokens(const Params& p, const Slice& s, bool use_qk_l2norm, T* S, T
       l2norm(p.K, x.k);
       l2norm(p.K, x.q);
     }
-    const T g = *row<T>(p.g, b, t, s.head);
+    const auto [g, beta] = gates<Element, kDelta, T>(p, b, t, s.head);
     x.decay = exp_scalar(g < T(kLowestDecay) ? T(kLowestDecay) : g);
-    if constexpr (kDelta) x.beta = *row<T>(p.beta, b, t, s.head);
+    x.beta = beta;
     x.qk = dot(p.K, x.q, x.k);
     advance<kDelta, kMaxVecs>(x, p.K, S, p.V, s.width);
     store_rows(1, s.width, x.o, 0,
@@ -157,7 +182,7 @@ template <class Element, bool kDelta>
 Status step(const GatedDeltaStepParams& p) {
   using T = acc_t<Element>;
   for_each_slice<T>(p, p.B, [&](int64_t b, int64_t head, int64_t start, int64_t width, Token<T>& token) {
-    const int64_t slot = p.state_indices == nullptr ? b : p.state_indices[b];
+    const int64_t slot = p.state_indices.data == nullptr ? b : index_at(p.state_indices, b);
     if (slot < 0) {
       Element* o = static_cast<Element*>(p.o) + (b * p.T * p.HV + head) * p.V + start;
       for (int64_t t = 0; t < p.T; ++t) std::fill_n(o + t * p.HV * p.V, width, Element(0.0f));

@@ -6,21 +6,32 @@
 //   o = scale (gamma S^T q + (q . k) e)     S <- gamma S + k e^T
 // Written so, S^T q and S^T k are taken of the same old S: the state is read once and written once. With
 // use_qk_l2norm, q and k stand for q / sqrt(q . q + eps) and k / sqrt(k . k + eps), factors of these sums.
+// With A_log, g stands for -e^A_log softplus(g + dt_bias); with a beta_limit, beta for beta_limit
+// sigmoid(beta).
 //
 // Shapes: as in GatedDeltaStepParams (params.h). state_indices [B]: a negative slot leaves every state as it
 // is and gives o = 0; a slot that does not exist gives o = NaN. Two sequences must not name one slot.
 //
 // Mapping: a block owns kColumns columns of V of one (sequence, value head); blocks are numbered along x, the
-// column tile fastest, then the head. A thread owns 4 adjacent columns and every kRowGroups-th row: a row of
-// the tile is one 128-byte line, and all rows of a thread are in flight together. All warps do the same.
-//   warp 0 .. kWarps - 1   its rows; waits at the one barrier of step (3) for the sums of the other warps
+// column tile fastest, then the head. A thread owns 4 adjacent columns of kRows adjacent rows: a row of the
+// tile is one 128-byte line. There are as many threads as rows (64, 128 or 256), and thread i brings in
+// element i of q and k. All warps do the same.
+//   warp 0 .. kWarps - 1   its rows; waits for the token at the barrier of step (2), for the sums of the
+//   other
+//                          warps at that of step (3)
 //
-// Shared memory: sums [2][kWarps][kLanes] of 12 floats, 3 KB; written and read once a token, the two halves
-// in turn, so that one barrier a token is enough. Registers hold the state for all T tokens.
+// Shared memory: token [2][2][K] floats, 2 KB at K = 128, the two halves in turn; sums [kWarps][kLanes] of 12
+// floats, 1.5 KB. Registers hold the state for all T tokens.
 //
-// Numerics: fp32 throughout, inputs widened exactly, o rounded once. Every exponent taken is <= 0 for g <= 0.
-// Sums over K run in a fixed order (rows of a thread, lanes, warps): results are bitwise repeatable and do
-// not depend on the batch.
+// Pipeline: all 16-byte loads of a block's state are under way at once: 128 bytes a thread, 16 KB a block at
+// K = 128. 6 such blocks (96 KB of loads, 80 registers a thread) live on a processor; while some wait for
+// loads, others reduce or store. Needed by Little's law for 4.3 TB/s: 4.3 TB/s x 1 us / 132 = 33 KB a
+// processor, half of it loads; for 8 TB/s and 148 processors 54 KB. The next token is loaded while the
+// present one is worked on.
+//
+// Numerics: fp32 throughout, inputs widened exactly, o rounded once. Every exponent taken is <= 0 for g <= 0,
+// but for that of A_log. Sums over K run in a fixed order (rows of a thread, lanes, warps): results are
+// bitwise repeatable and do not depend on the batch.
 //
 // Cost per (sequence, head): 8 K V bytes of state for all T tokens, 8 K V FLOPs a token: bound by memory.
 //
@@ -32,6 +43,7 @@
 #include "dtype.cuh"
 #include "kernels.h"
 #include "launch.cuh"
+#include "view.cuh"
 
 namespace hypenet::cuda {
 namespace {
@@ -41,18 +53,25 @@ constexpr float kMinLogDecay = -50.0f;
 constexpr float kNormEpsilon = 1e-6f;
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-template <int Rows>
+// kSquare: K = V = kThreads, and the state's rows are whole 16-byte pieces. The distance of two rows is then
+// a constant, and one address serves all of them.
+template <int Threads, bool Square>
 struct Tile {
-  static constexpr int kRows = Rows;  // rows of the state in a thread's registers
-  static constexpr int kThreads = 128;
+  static constexpr int kThreads = Threads;
+  static constexpr bool kSquare = Square;
   static constexpr int kWarps = kThreads / arch::kWarpSize;
+  static constexpr int kRows = 8;   // rows of the state in a thread's registers
   static constexpr int kLanes = 8;  // threads along a row
   static constexpr int kColumns = kLanes * kVector;
-  static constexpr int kRowGroups = kThreads / kLanes;
-  static constexpr int kKeyDim = kRows * kRowGroups;
-  static constexpr int kBlocksPerProcessor = kRows > 8 ? 2 : 3;
-  static_assert(arch::kWarpSize % kLanes == 0 && kColumns * sizeof(float) == 128);
+  static constexpr int kKeyDim = kThreads / kLanes * kRows;
+  static constexpr int kBlocksPerProcessor = (kSquare ? 640 : 512) / kThreads;
+  static_assert(kKeyDim == kThreads && kColumns * sizeof(float) == 128);
+  static_assert(arch::kWarpSize % kLanes == 0 && kRows % kVector == 0);
 };
+
+__host__ __device__ __forceinline__ bool whole_vectors(const GatedDeltaStepParams& params) {
+  return params.V % kVector == 0 && reinterpret_cast<uintptr_t>(params.state) % 16 == 0;
+}
 
 // What a column group of a state needs of one token: sums over K.
 struct alignas(16) Sums {
@@ -60,27 +79,36 @@ struct alignas(16) Sums {
   float qk, qq, kk, unused;
 };
 
+// A token as fp32: q and k whole, zero past K; the block's columns of v; gamma; beta.
+template <class Tile>
+struct alignas(16) Token {
+  float q[Tile::kKeyDim], k[Tile::kKeyDim], v[Tile::kColumns];
+  float gamma, beta;
+};
+
 template <class Tile>
 struct Smem {
-  Sums sums[2][Tile::kWarps][Tile::kLanes];
+  Token<Tile> tokens[2];
+  Sums sums[Tile::kWarps][Tile::kLanes];
 };
-static_assert(sizeof(Smem<Tile<8>>) == 3072);
+static_assert(sizeof(Smem<Tile<128, true>>) == 3872);
 
 // Where a thread stands. Offsets are in elements.
 template <class Tile>
 struct Place {
   int64_t b, slot;
-  int head, column, row, warp, lane;
+  int head, key_head, column, row, warp, lane;
 
   __device__ explicit Place(const GatedDeltaStepParams& params) {
     const auto num_tiles = static_cast<unsigned>((params.V + Tile::kColumns - 1) / Tile::kColumns);
     const auto HV = static_cast<unsigned>(params.HV);
     const unsigned block = arch::block_idx(), tile = block % num_tiles, thread = arch::thread_idx();
     head = static_cast<int>(block / num_tiles % HV);
+    key_head = head / static_cast<int>(HV / static_cast<unsigned>(params.H));
     b = block / num_tiles / HV;
-    slot = params.state_indices == nullptr ? b : params.state_indices[b];
+    slot = params.state_indices.data == nullptr ? b : index_at(params.state_indices, b);
     lane = static_cast<int>(thread % Tile::kLanes);
-    row = static_cast<int>(thread / Tile::kLanes);
+    row = static_cast<int>(thread / Tile::kLanes) * Tile::kRows;
     warp = static_cast<int>(thread / arch::kWarpSize);
     column = static_cast<int>(tile * Tile::kColumns) + lane * kVector;
   }
@@ -93,47 +121,116 @@ __device__ __forceinline__ Element* token_row(const View& x, int64_t b, int64_t 
   return static_cast<Element*>(x.data) + b * x.batch + t * x.token + head * x.head;
 }
 
-__device__ __forceinline__ float token_scalar(const View& x, int64_t b, int64_t t, int64_t head) {
-  return *token_row<const float>(x, b, t, head);
+template <class Element>
+__device__ __forceinline__ float load_gate(const View& x, bool in_dtype, int64_t b, int64_t t, int64_t head) {
+  return in_dtype ? to_float(*token_row<const Element>(x, b, t, head))
+                  : *token_row<const float>(x, b, t, head);
 }
 
-// Columns [0, left) of four; the rest zero.
-__device__ __forceinline__ void load_columns(const float* from, int64_t left, bool aligned,
-                                             float (&x)[kVector]) {
-  if (aligned && left >= kVector) {
-    const float4 four = arch::load_16_bytes_once(from);
-    x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
-  } else {
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) x[j] = j < left ? from[j] : 0.0f;
+// gamma = e^{max(g, -50)}
+template <class Element>
+__device__ __forceinline__ float decay(const GatedDeltaStepParams& params, int64_t b, int64_t t, int head) {
+  float g = load_gate<Element>(params.g, params.gates_in_dtype, b, t, head);
+  if (params.A_log != nullptr) {
+    if (params.dt_bias != nullptr) g += static_cast<const float*>(params.dt_bias)[head];
+    const float softplus = fmaxf(g, 0.0f) + log1pf(expf(-fabsf(g)));
+    g = -expf(static_cast<const float*>(params.A_log)[head]) * softplus;
+  }
+  return expf(g < kMinLogDecay ? kMinLogDecay : g);
+}
+
+template <class Element>
+__device__ __forceinline__ float write_strength(const GatedDeltaStepParams& params, int64_t b, int64_t t,
+                                                int head) {
+  const float beta = load_gate<Element>(params.beta, params.gates_in_dtype, b, t, head);
+  return params.beta_limit == 0 ? beta : static_cast<float>(params.beta_limit) / (1.0f + expf(-beta));
+}
+
+// The thread's share of a token, to shared memory: its element of q and k; the first warp v; one thread the
+// gates.
+template <class Tile, class Element>
+__device__ __forceinline__ void bring_token(const GatedDeltaStepParams& params, const Place<Tile>& place,
+                                            int64_t t, Token<Tile>& token) {
+  static_assert(Tile::kColumns == arch::kWarpSize);
+  const int i = arch::thread_idx();
+  const bool exists = i < params.K;
+  token.q[i] = exists ? to_float(token_row<const Element>(params.q, place.b, t, place.key_head)[i]) : 0.0f;
+  token.k[i] = exists ? to_float(token_row<const Element>(params.k, place.b, t, place.key_head)[i]) : 0.0f;
+  if (place.warp == 0) {
+    const int column = place.column - place.lane * kVector + i;
+    const Element* gv = token_row<const Element>(params.v, place.b, t, place.head);
+    token.v[i] = column < params.V ? to_float(gv[column]) : 0.0f;
+  }
+  if (i == Tile::kThreads - 1) {
+    token.gamma = decay<Element>(params, place.b, t, place.head);
+    token.beta = params.delta ? write_strength<Element>(params, place.b, t, place.head) : 0.0f;
   }
 }
 
-__device__ __forceinline__ void store_columns(float* to, int64_t left, bool aligned,
-                                              const float (&x)[kVector]) {
-  if (aligned && left >= kVector) {
-    arch::store_16_bytes(to, float4{x[0], x[1], x[2], x[3]});
-  } else {
+// A thread's part of the state: rows from `row` on, of K; four columns from `column` on, of V.
+template <class Tile>
+struct StateTile {
+  float* first;
+  int64_t stride;
+  int rows, columns;  // that exist
+  bool vectors;       // whole 16-byte pieces
+
+  __device__ StateTile(const GatedDeltaStepParams& params, const Place<Tile>& place)
+      : first(static_cast<float*>(params.state) +
+              ((place.slot * params.HV + place.head) * params.K + place.row) * params.V + place.column),
+        stride(Tile::kSquare ? Tile::kThreads : params.V),
+        rows(Tile::kSquare ? Tile::kRows : static_cast<int>(params.K) - place.row),
+        columns(Tile::kSquare ? kVector : static_cast<int>(params.V - place.column)),
+        vectors(Tile::kSquare || whole_vectors(params)) {}
+
+  // Zero where there is nothing.
+  __device__ __forceinline__ void load(float (&rS)[Tile::kRows][kVector]) const {
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) {
-      if (j < left) to[j] = x[j];
+    for (int i = 0; i < Tile::kRows; ++i) {
+      const float* from = first + i * stride;
+      float4 x{};
+      if (vectors) {
+        if (i < rows && columns > 0) x = arch::load_16_bytes_once(from);
+      } else if (i < rows) {
+        x = {columns > 0 ? from[0] : 0, columns > 1 ? from[1] : 0, columns > 2 ? from[2] : 0,
+             columns > 3 ? from[3] : 0};
+      }
+      rS[i][0] = x.x, rS[i][1] = x.y, rS[i][2] = x.z, rS[i][3] = x.w;
     }
   }
-}
 
-// Rows place.row, place.row + kRowGroups, ... of a [K] vector; zero past K.
-template <class Tile, class Element>
-__device__ __forceinline__ void load_rows(const Element* from, int row, int64_t K, float (&x)[Tile::kRows]) {
+  __device__ __forceinline__ void store(const float (&rS)[Tile::kRows][kVector]) const {
 #pragma unroll
-  for (int i = 0; i < Tile::kRows; ++i) {
-    const int k = row + i * Tile::kRowGroups;
-    x[i] = k < K ? to_float(from[k]) : 0.0f;
+    for (int i = 0; i < Tile::kRows; ++i) {
+      float* to = first + i * stride;
+      if (vectors) {
+        if (i < rows && columns > 0) arch::store_16_bytes(to, float4{rS[i][0], rS[i][1], rS[i][2], rS[i][3]});
+      } else if (i < rows) {
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) {
+          if (j < columns) to[j] = rS[i][j];
+        }
+      }
+    }
+  }
+};
+
+// The thread's rows of a [kKeyDim] vector in shared memory.
+template <class Tile>
+__device__ __forceinline__ void load_rows(const float* vector, int row, float (&x)[Tile::kRows]) {
+#pragma unroll
+  for (int i = 0; i < Tile::kRows; i += kVector) {
+    const float4 four = *reinterpret_cast<const float4*>(vector + row + i);
+    x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
   }
 }
 
 template <class Tile>
-__device__ __forceinline__ Sums sum_own_rows(const float (&rq)[Tile::kRows], const float (&rk)[Tile::kRows],
+__device__ __forceinline__ Sums sum_own_rows(const Token<Tile>& token, int row,
                                              const float (&rS)[Tile::kRows][kVector]) {
+  float rq[Tile::kRows], rk[Tile::kRows];
+  load_rows<Tile>(token.q, row, rq);
+  load_rows<Tile>(token.k, row, rk);
   Sums sums{};
 #pragma unroll
   for (int i = 0; i < Tile::kRows; ++i) {
@@ -173,11 +270,11 @@ __device__ __forceinline__ Sums sum_over_block(Sums own, Sums (&shared)[Tile::kW
     other.kk = arch::shuffle_xor(own.kk, mask);
     add(own, other);
   }
-  const bool first_row_of_warp = place.row % (arch::kWarpSize / Tile::kLanes) == 0;
+  const bool first_row_of_warp = place.row % (arch::kWarpSize / Tile::kLanes * Tile::kRows) == 0;
   if (first_row_of_warp) shared[place.warp][place.lane] = own;
   arch::sync_block();
   Sums all = shared[0][place.lane];
-#pragma unroll
+#pragma unroll 1
   for (int warp = 1; warp < Tile::kWarps; ++warp) add(all, shared[warp][place.lane]);
   return all;
 }
@@ -212,41 +309,30 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerProcessor)
     }
     return;
   }
-  const int64_t K = params.K, V = params.V, left = V - place.column;
-  const bool aligned = V % kVector == 0 && reinterpret_cast<uintptr_t>(params.state) % 16 == 0;
-  float* gS =
-      static_cast<float*>(params.state) + (place.slot * params.HV + place.head) * K * V + place.column;
-  float rS[Tile::kRows][kVector] = {};
-#pragma unroll
-  for (int i = 0; i < Tile::kRows; ++i) {
-    const int k = place.row + i * Tile::kRowGroups;
-    if (k < K) load_columns(gS + k * V, left, aligned, rS[i]);
-  }
+  const StateTile<Tile> tile(params, place);
+  float rS[Tile::kRows][kVector];
+  tile.load(rS);
 
-  const int64_t key_head = place.head / (params.HV / params.H);
   for (int64_t t = 0; t < params.T; ++t) {
     // (2) the token
-    float rq[Tile::kRows], rk[Tile::kRows], e[kVector];
-    load_rows<Tile>(token_row<const Element>(params.q, place.b, t, key_head), place.row, K, rq);
-    load_rows<Tile>(token_row<const Element>(params.k, place.b, t, key_head), place.row, K, rk);
-    const Element* gv = token_row<const Element>(params.v, place.b, t, place.head) + place.column;
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) e[j] = j < left ? to_float(gv[j]) : 0.0f;
-    const float g = token_scalar(params.g, place.b, t, place.head);
-    const float gamma = expf(g < kMinLogDecay ? kMinLogDecay : g);
+    Token<Tile>& token = smem.tokens[t % 2];
+    bring_token<Tile, Element>(params, place, t, token);
+    arch::sync_block();
 
     // (3) sums over K of the old state
-    Sums sums = sum_own_rows<Tile>(rq, rk, rS);
-    sums = sum_over_block(sums, smem.sums[t % 2], place);
+    Sums sums = sum_own_rows<Tile>(token, place.row, rS);
+    sums = sum_over_block(sums, smem.sums, place);
     const float q_norm = params.use_qk_l2norm ? rsqrtf(sums.qq + kNormEpsilon) : 1.0f;
     const float k_norm = params.use_qk_l2norm ? rsqrtf(sums.kk + kNormEpsilon) : 1.0f;
     normalize(sums, q_norm, k_norm);
 
     // (4) e = beta (v - gamma S^T k)
-    if (params.delta) {
-      const float beta = token_scalar(params.beta, place.b, t, place.head);
+    float e[kVector];
+    const float gamma = token.gamma, beta = token.beta;
 #pragma unroll
-      for (int j = 0; j < kVector; ++j) e[j] = beta * (e[j] - gamma * sums.kS[j]);
+    for (int j = 0; j < kVector; ++j) {
+      const float v = token.v[place.lane * kVector + j];
+      e[j] = params.delta ? beta * (v - gamma * sums.kS[j]) : v;
     }
 
     // (5) o = scale (gamma S^T q + (q . k) e)
@@ -259,6 +345,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerProcessor)
     }
 
     // (6) S <- gamma S + k e^T
+    float rk[Tile::kRows];
+    load_rows<Tile>(token.k, place.row, rk);
 #pragma unroll
     for (int i = 0; i < Tile::kRows; ++i) {
 #pragma unroll
@@ -267,11 +355,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerProcessor)
   }
 
   // (7) the state goes back
-#pragma unroll
-  for (int i = 0; i < Tile::kRows; ++i) {
-    const int k = place.row + i * Tile::kRowGroups;
-    if (k < K) store_columns(gS + k * V, left, aligned, rS[i]);
-  }
+  tile.store(rS);
 }
 
 template <class Tile, class Element>
@@ -285,11 +369,15 @@ Status launch_step(const GatedDeltaStepParams& params, Stream stream) {
 
 Status gated_delta_step(const GatedDeltaStepParams& params, Stream stream) {
   if (params.T == 0) return nullptr;
+  const int64_t K = params.K;
+  const bool square = K == params.V && whole_vectors(params);
   return dispatch_dtype(params.dtype, [&]<class Element>() -> Status {
-    if (params.K <= Tile<4>::kKeyDim) return launch_step<Tile<4>, Element>(params, stream);
-    if (params.K <= Tile<8>::kKeyDim) return launch_step<Tile<8>, Element>(params, stream);
-    static_assert(Tile<16>::kKeyDim == kStepMaxKeyDim);
-    if (params.K <= kStepMaxKeyDim) return launch_step<Tile<16>, Element>(params, stream);
+    if (square && K == 64) return launch_step<Tile<64, true>, Element>(params, stream);
+    if (square && K == 128) return launch_step<Tile<128, true>, Element>(params, stream);
+    if (K <= 64) return launch_step<Tile<64, false>, Element>(params, stream);
+    if (K <= 128) return launch_step<Tile<128, false>, Element>(params, stream);
+    static_assert(Tile<256, false>::kKeyDim == kStepMaxKeyDim);
+    if (K <= kStepMaxKeyDim) return launch_step<Tile<256, false>, Element>(params, stream);
     return "K is larger than what is built for CUDA";
   });
 }
