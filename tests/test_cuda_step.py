@@ -65,17 +65,48 @@ def test_l2norm_and_strided_inputs(device):
     check("gated_delta_step", o, moved, results)
 
 
-def test_pool_of_states(device):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", [gated_delta_step, simple_gla_step])
+def test_gates_as_a_layer_projects_them(device, op, dtype):
+    q, k, v, _, _, state = inputs(2, 3, 2, 4, 64, 64, dtype)
+    a, b = (3 * torch.randn(2, 3, 4).to(dtype) for _ in range(2))
+    a[0, 0, 0], a[0, 1, 1] = 1e4, -1e4
+    A_log, dt_bias = torch.randn(4), torch.randn(4)
+    g = reference.log_decay(a.double(), A_log.double(), dt_bias.double()).clamp(min=-50)
+    options = {"use_gate_in_kernel": True, "A_log": A_log.to(device), "dt_bias": dt_bias.to(device)}
+    gates, beta = (a.to(device),), None
+    if op is gated_delta_step:
+        gates, beta = (a.to(device), b.to(device)), 2 * b.double().sigmoid()
+        options |= {"use_beta_sigmoid_in_kernel": True, "allow_neg_eigval": True}
+    moved = state.to(device, copy=True)
+    o = op(*(x.to(device) for x in (q, k, v)), *gates, moved, **options)
+    check(op.__name__, o, moved, expected(q, k, v, g, beta, state))
+
+
+@pytest.mark.parametrize("dim", [64, 128, 100])
+def test_bits_depend_on_the_sequence_alone(device, dim):
+    q, k, v, g, beta, state = (x.to(device) for x in inputs(3, 2, 1, 2, dim, dim, torch.bfloat16))
+    together = state.clone()
+    o = gated_delta_step(q, k, v, g, beta, together)
+    for b in range(3):
+        one = slice(b, b + 1)
+        alone, steps = state[one].clone(), []
+        for t in range(2):
+            steps.append(gated_delta_step(*(x[one, t : t + 1] for x in (q, k, v, g, beta)), alone))
+        assert torch.equal(torch.cat(steps, dim=1), o[one]) and torch.equal(alone, together[one])
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+def test_pool_of_states(device, index_dtype):
     q, k, v, g, beta, state = inputs(3, 1, 2, 4, 64, 64, torch.float32)
-    pool = torch.randn(6, *state.shape[1:])
-    moved, slots = pool.to(device, copy=True), torch.tensor([4, -1, 0])
+    pool = torch.full((6, *state.shape[1:]), float("nan"))
+    used, unused, sequences = [4, 0], [1, 2, 3, 5], [0, 2]
+    pool[used] = state[sequences]
+    moved, slots = pool.to(device, copy=True), torch.tensor([4, -1, 0], dtype=index_dtype)
     o = gated_delta_step(*(x.to(device) for x in (q, k, v, g, beta)), moved, state_indices=slots.to(device))
-    used, sequences = slots[[0, 2]], [0, 2]
-    results = expected(*(x[sequences] for x in (q, k, v, g, beta)), pool[used])
-    check("gated_delta_step", o[sequences], moved[used.to(device)], results)
-    assert (o[1] == 0).all()
-    untouched = [1, 2, 3, 5]
-    assert torch.equal(moved[untouched].cpu(), pool[untouched])
+    results = expected(*(x[sequences] for x in (q, k, v, g, beta, state)))
+    check("gated_delta_step", o[sequences], moved[used], results)
+    assert (o[1] == 0).all() and moved[unused].isnan().all()
 
 
 def test_slot_that_does_not_exist_gives_nan_and_touches_nothing(device):

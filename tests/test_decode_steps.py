@@ -80,6 +80,50 @@ class StepOp:
         assert pool[4].equal(state[0]) and pool[1].equal(state[2])
         assert pool[[0, 2, 3]].isnan().all()
 
+    def gate_inputs(self, dtype):
+        """Inputs with gates as a layer projects them, what they mean in double, the state, and the step's options."""
+        inputs, state = self.inputs(ORDINARY, dtype)
+        A_log, dt_bias = torch.randn(4), torch.randn(4)
+        projected = {name: 3 * torch.randn(3, 2, 4).to(dtype) for name in ("g", "beta") if name in inputs}
+        g = reference.log_decay(projected["g"].double(), A_log.double(), dt_bias.double())
+        exact = {**inputs, "g": g}
+        options = {"use_gate_in_kernel": True, "A_log": A_log, "dt_bias": dt_bias}
+        if self.delta:
+            exact["beta"] = 2 * projected["beta"].double().sigmoid()
+            options |= {"use_beta_sigmoid_in_kernel": True, "allow_neg_eigval": True}
+        return {**inputs, **projected}, exact, state, options
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_gates_as_a_layer_projects_them(self, dtype):
+        inputs, exact, state, options = self.gate_inputs(dtype)
+        exact = {name: x.double() for name, x in {**exact, "initial_state": state}.items()}
+        o_expected, state_expected = forward(self.reference, exact)
+        o = self.op(**inputs, state=state, **options)
+        assert_matches_reference("o", o, o_expected, eager=rounded(o_expected, dtype))
+        assert_matches_reference("state", state, state_expected, eager=rounded(state_expected, state.dtype))
+
+    def test_gates_of_any_type_and_extreme_ones(self):
+        inputs, _, state, options = self.gate_inputs(torch.bfloat16)
+        gates = [name for name in ("g", "beta") if name in inputs]
+        other = state.clone()
+        wide = {**inputs, **{name: inputs[name].float() for name in gates}}
+        mixed = {**options, "A_log": options["A_log"].double(), "dt_bias": None}
+        options["dt_bias"] = torch.zeros(4)
+        assert self.op(**inputs, state=state, **options).equal(self.op(**wide, state=other, **mixed))
+        assert state.equal(other)
+        for value in (-1e4, -60.0, 60.0, 1e4):
+            extreme = {name: torch.full_like(inputs[name], value) for name in gates}
+            assert self.op(**{**inputs, **extreme}, state=state, **options).isfinite().all()
+            assert state.isfinite().all()
+
+    def test_wrong_gates(self):
+        gate = {"use_gate_in_kernel": True, "A_log": torch.zeros(4)}
+        self.bad(TypeError, "A_log must be a tensor, got NoneType", use_gate_in_kernel=True)
+        self.bad(ValueError, "A_log must be left out without use_gate_in_kernel", A_log=torch.zeros(4))
+        self.bad(ValueError, r"A_log must have shape \[4\], got \[2\]", **{**gate, "A_log": torch.zeros(2)})
+        self.bad(ValueError, r"dt_bias must have shape \[4\], got \[1\]", **gate, dt_bias=torch.zeros(1))
+        self.bad(TypeError, "dt_bias must be float64 or .*, got int64", **gate, dt_bias=torch.zeros(4).long())
+
     def test_any_strides(self):
         inputs, state = self.inputs(ORDINARY)
         other = state.clone()
@@ -196,6 +240,7 @@ class TestGatedDeltaStep(StepOp):
             native.cpu().gated_delta_step(**absent, **sizes, **options)
 
     def test_wrong_beta(self):
+        self.bad(ValueError, "allow_neg_eigval must be False without use_beta_sigmoid_in_kernel", allow_neg_eigval=True)
         self.bad(TypeError, "beta must be a tensor, got NoneType", beta=None)
         self.bad(ValueError, r"beta must have shape \[3, 2, 4\]", beta=torch.zeros(3, 2, 4, 40))
 
