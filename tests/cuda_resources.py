@@ -27,7 +27,7 @@ BUILD = ROOT / "build" / sys.implementation.cache_tag
 TABLE = Path(__file__).with_suffix(".json")
 REWRITE = f"python {Path(__file__).relative_to(ROOT)}"
 COMMITTED = ("registers", "shared", "threads", "blocks", "tensor_cores")
-TENSOR_CORES, LOCAL_MEMORY = re.compile(r"\bH?[GI]?MMA\b"), re.compile(r"\b(?:LDL|STL)\b")
+TENSOR_CORES, LOCAL_MEMORY = re.compile(r"(?<![\w.])[HGI]+MMA\b"), re.compile(r"\b(?:LDL|STL)\b")
 # Of one processor: shared memory in all, of which every block costs 1 KB besides its own.
 SHARED_PER_PROCESSOR = {"sm_80": 164 * 1024, "sm_90a": 228 * 1024}
 SHARED_OVERHEAD, SHARED_UNIT = 1024, 128

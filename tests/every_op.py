@@ -55,10 +55,11 @@ def _packed_recurrences(device, dtype, D):
 
 
 def _steps(device, dtype, D):
-    *inputs, beta = _recurrent_inputs(device, dtype, D, tokens=1)
-    state = torch.zeros(1, beta.shape[2], D, D, device=device)
-    _call(kernels.gated_delta_step, [*inputs, beta, state])
-    _call(kernels.simple_gla_step, [*inputs, state])
+    for K, tokens in ((D, 1), (D - 4, 2)):
+        q, k, v, g, beta = _recurrent_inputs(device, dtype, D, tokens)
+        inputs, state = [q[..., :K], k[..., :K], v, g], torch.zeros(1, beta.shape[2], K, D, device=device)
+        _call(kernels.gated_delta_step, [*inputs, beta, state])
+        _call(kernels.simple_gla_step, [*inputs, state])
 
 
 def _attention(device, dtype, D, cu_seqlens=None):
@@ -76,7 +77,8 @@ def _decode(device, dtype, D):
         q = torch.randn(1, tokens, H, D, device=device).to(dtype)
         k_cache, v_cache = (torch.randn(1, 300, 1, D, device=device).to(dtype) for _ in range(2))
         inputs = [q, k_cache, v_cache, torch.tensor([290], device=device)]
-        _call(kernels.hype_attention_decode, inputs, gate=q, logit_scale_base=362.0)
+        k, v = (torch.randn(1, tokens, 1, D, device=device).to(dtype) for _ in range(2))
+        _call(kernels.hype_attention_decode, inputs, k=k, v=v, gate=q, logit_scale_base=362.0)
 
 
 if __name__ == "__main__":

@@ -15,19 +15,19 @@
 // Mapping: a block owns kColumns columns of V of one (sequence, value head); blocks are numbered along x, the
 // column tile fastest, then the head. A thread owns 4 adjacent columns of kRows adjacent rows: a row of the
 // tile is one 128-byte line. There are as many threads as rows (64, 128 or 256), and thread i brings in
-// element i of q and k. All warps do the same.
+// element i of q and k, the first warp v, the last thread the gates. All warps do the same.
 //   warp 0 .. kWarps - 1   its rows; waits for the token at the barrier of step (2), for the sums of the
 //   other
 //                          warps at that of step (3)
 //
-// Shared memory: token [2][2][K] floats, 2 KB at K = 128, the two halves in turn; sums [kWarps][kLanes] of 12
-// floats, 1.5 KB. Registers hold the state for all T tokens.
+// Shared memory, K = 128: tokens [2] of q, k [K], v [kColumns], gamma, beta, 2.3 KB, in turn; sums
+// [kWarps][kLanes] of 12 floats, 1.5 KB. Registers hold the state for all T tokens.
 //
-// Pipeline: all 16-byte loads of a block's state are under way at once: 128 bytes a thread, 16 KB a block at
-// K = 128. 6 such blocks (96 KB of loads, 80 registers a thread) live on a processor; while some wait for
-// loads, others reduce or store. Needed by Little's law for 4.3 TB/s: 4.3 TB/s x 1 us / 132 = 33 KB a
-// processor, half of it loads; for 8 TB/s and 148 processors 54 KB. The next token is loaded while the
-// present one is worked on.
+// Pipeline: all loads of a block's state are under way at once: 128 bytes a thread, 16 KB a block at K = 128.
+// With K = V = 128 (or 64) 5 (10) blocks live on a processor, 96 registers a thread: 80 KB of loads, and
+// while some blocks wait for loads, others reduce or store. Little's law asks for 4.3 TB/s x 1 us / 132 = 33
+// KB a processor under way, loads and stores together, and for 54 KB at 8 TB/s and 148 processors. Other
+// dimensions cost registers for addresses and tails: 64 KB.
 //
 // Numerics: fp32 throughout, inputs widened exactly, o rounded once. Every exponent taken is <= 0 for g <= 0,
 // but for that of A_log. Sums over K run in a fixed order (rows of a thread, lanes, warps): results are

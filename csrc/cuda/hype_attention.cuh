@@ -1,0 +1,175 @@
+// What the attention kernels share: how a position scales logits, which rows a block owns, and the products
+// that a warp takes of tiles in shared memory.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "dtype.cuh"
+#include "kernels.h"
+#include "tile.cuh"
+
+namespace hypenet::cuda::attention {
+
+constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
+constexpr int64_t kMaxTokens = std::numeric_limits<int32_t>::max() / 2;  // rows are counted in 32 bits
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// scale log2(e) s_t, by which the product q_t . k_i becomes a logit of base 2. s_t = 1 + log(1 + t / a) /
+// log(a) is ln(t + a) / ln(a), written so that it is exact at t = 0 and loses nothing where a is near 1.
+struct LogitScale {
+  float scale_log2, inverse_base, inverse_log2_base;
+
+  // base = 0: s_t = 1.
+  LogitScale(double scale, double base)
+      : scale_log2(static_cast<float>(scale * static_cast<double>(kLog2E))),
+        inverse_base(base == 0 ? 0.0f : static_cast<float>(1 / base)),
+        inverse_log2_base(base == 0 ? 0.0f : static_cast<float>(1 / std::log2(base))) {}
+
+  __device__ float operator()(int position) const {
+    const float ratio = static_cast<float>(position) * inverse_base;
+    return scale_log2 * (1.0f + log2f(1.0f + ratio) * inverse_log2_base);
+  }
+};
+
+// T queries from row `first` of `batch` on, at positions offset ..., against S keys from the same row on.
+struct Sequence {
+  int batch, first, T, S, offset;
+};
+
+// ---- tiles of kRows rows, numbered over all sequences without a table: sequence n of a packed batch has the
+// slots from cu_seqlens[n] / kRows + n on, which are at least ceil(length / kRows) and at most one too many.
+
+template <int kRows, class Params>
+int64_t num_slots(const Params& p, int64_t rows) {
+  return p.cu_seqlens == nullptr ? p.B * ((rows + kRows - 1) / kRows) : rows / kRows + p.N;
+}
+
+// The last n in [0, N) for which start(n), which never falls, is at most x.
+template <class Start>
+__device__ __forceinline__ int64_t last_at_most(int64_t N, int64_t x, Start&& start) {
+  int64_t low = 0, high = N - 1;
+  while (low < high) {
+    const int64_t middle = (low + high + 1) / 2;
+    if (start(middle) <= x) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+// Sets `begin` to the tile's first row in its sequence; it may lie past the end. Tiles rise with `slot`.
+template <int kRows, class Params>
+__device__ __forceinline__ Sequence find_tile(const Params& p, unsigned slot, int& begin) {
+  if (p.cu_seqlens == nullptr) {
+    const auto B = static_cast<unsigned>(p.B);
+    begin = static_cast<int>(slot / B) * kRows;
+    return {static_cast<int>(slot % B), 0, static_cast<int>(p.T), static_cast<int>(p.S),
+            static_cast<int>(p.query_offset)};
+  }
+  const int64_t* bounds = p.cu_seqlens;
+  const auto first_slot = [&](int64_t n) { return bounds[n] / kRows + n; };
+  const int64_t n = last_at_most(p.N, slot, first_slot);
+  begin = static_cast<int>(slot - first_slot(n)) * kRows;
+  const int first = static_cast<int>(bounds[n]), length = static_cast<int>(bounds[n + 1]) - first;
+  return {0, first, length, length, 0};
+}
+
+// ---- rows of one head
+
+template <class Element>
+__device__ __forceinline__ Element* head_row(const View& x, int64_t batch, int64_t token, int64_t head) {
+  return static_cast<Element*>(x.data) + batch * x.batch + token * x.token + head * x.head;
+}
+
+// The same for a contiguous [B, T, heads, D] tensor.
+template <int D, class Element>
+__device__ __forceinline__ Element* head_row(void* x, int64_t T, int64_t heads, int64_t batch, int64_t token,
+                                             int64_t head) {
+  return static_cast<Element*>(x) + ((batch * T + token) * heads + head) * D;
+}
+
+// sigmoid(x) by an exponent that is never positive.
+__device__ __forceinline__ float sigmoid(float x) {
+  const float e = arch::exp2(-fabsf(x) * kLog2E);
+  return (x < 0 ? e : 1.0f) * arch::reciprocal(1.0f + e);
+}
+
+// ---- products of one warp. d [16 kBlocks, 8 kColumns]
+
+// d += A B^T: A is rows [m, m + 16 kBlocks) of a tile, B all rows of a tile.
+template <int kBlocks, int kColumns, class TileA, class TileB>
+__device__ __forceinline__ void multiply_transposed(float (&d)[kBlocks][kColumns][4], const TileA& tile_a,
+                                                    int m, const TileB& tile_b) {
+  static_assert(TileB::kRows == 8 * kColumns && TileA::kCols == TileB::kCols);
+#pragma unroll
+  for (int k = 0; k < TileA::kCols; k += 16) {
+    uint32_t a[kBlocks][4];
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) load_a(a[i], tile_a, m + 16 * i, k);
+#pragma unroll
+    for (int n = 0; n < kColumns; n += 2) {
+      uint32_t b[2][2];
+      load_b_transposed(b, tile_b, k, 8 * n);
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) {
+        arch::mma_16x8x16<typename TileA::Element>(d[i][n], a[i], b[0]);
+        arch::mma_16x8x16<typename TileA::Element>(d[i][n + 1], a[i], b[1]);
+      }
+    }
+  }
+}
+
+// d += A B: A is a result of this warp, rounded; B all rows of a tile.
+template <int kBlocks, int kColumns, int kInner, class TileB>
+__device__ __forceinline__ void multiply_result(float (&d)[kBlocks][kColumns][4],
+                                                const float (&a_result)[kBlocks][kInner][4],
+                                                const TileB& tile_b) {
+  static_assert(TileB::kRows == 8 * kInner && TileB::kCols == 8 * kColumns);
+#pragma unroll
+  for (int k = 0; k < kInner; k += 2) {
+    uint32_t a[kBlocks][4];
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+      round_to_a<typename TileB::Element>(a[i], a_result[i][k], a_result[i][k + 1]);
+    }
+#pragma unroll
+    for (int n = 0; n < kColumns; n += 2) {
+      uint32_t b[2][2];
+      load_b(b, tile_b, 8 * k, 8 * n);
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) {
+        arch::mma_16x8x16<typename TileB::Element>(d[i][n], a[i], b[0]);
+        arch::mma_16x8x16<typename TileB::Element>(d[i][n + 1], a[i], b[1]);
+      }
+    }
+  }
+}
+
+// Rounds d into rows [m, m + 16 kBlocks) of a tile, which no other warp touches, and stores the first
+// num_rows of them, 16 bytes at a time.
+template <int kBlocks, int kColumns, class Tile>
+__device__ __forceinline__ void store_rows(typename Tile::Element* global, int64_t stride, int num_rows,
+                                           Tile& tile, int m, const float (&d)[kBlocks][kColumns][4]) {
+  static_assert(Tile::kCols == 8 * kColumns);
+  arch::sync_warp();
+#pragma unroll
+  for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) store_d(tile, m + 16 * i, 8 * j, d[i][j]);
+  }
+  arch::sync_warp();
+#pragma unroll
+  for (int i = 0; i < 16 * kBlocks * Tile::kPieces / arch::kWarpSize; ++i) {
+    const unsigned piece = lane_idx() + i * arch::kWarpSize;
+    const int row = piece / Tile::kPieces, col = piece % Tile::kPieces * kPiece;
+    if (row < num_rows) {
+      arch::store_16_bytes(global + row * stride + col, arch::load_16_bytes(tile.at(m + row, col)));
+    }
+  }
+}
+
+}  // namespace hypenet::cuda::attention
