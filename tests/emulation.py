@@ -44,6 +44,7 @@ GCC_KERNEL = (
 CLANG_KERNEL = "-mllvm -tsan-instrument-func-entry-exit=0 -mllvm -tsan-instrument-read-before-write=1"
 NEW_LINE = "\n"  # which an f-string of Python 3.11 cannot hold
 WRITABLE_VIEWS = ("k_cache", "v_cache")
+_POINTER, _VIEW = native.pointer, native.view
 
 
 def compiler():
@@ -130,26 +131,27 @@ def _call_chain(module):
 
 
 class _Call:
-    """One run of an op's CUDA implementation: remembers the tensors whose addresses it takes."""
+    """One run of an op's CUDA implementation: remembers which tensor stands behind each field that it fills."""
 
     def __init__(self):
         self.tensors = {}
 
     def pointer(self, x):
-        if x is not None and x.numel() > 0:
-            self.tensors[x.data_ptr()] = x
-        return 0 if x is None else x.data_ptr()
+        return self._remember(x, _POINTER(x))
 
     def view(self, x):
-        self.pointer(x)
-        return native.ABSENT if x is None else (x.data_ptr(), *x.stride()[:3])
+        return self._remember(x, _VIEW(x))
+
+    def _remember(self, x, field):
+        if x is not None and x.numel() > 0:
+            self.tensors[field] = x
+        return field
 
     def kernel(self, op, name, device):
         return functools.partial(self.launch, getattr(module(), name))
 
     def launch(self, kernel, **fields):
-        addresses = {name: value[0] if isinstance(value, tuple) else value for name, value in fields.items()}
-        tensors = {name: self.tensors[a] for name, a in addresses.items() if a in self.tensors}
+        tensors = {name: self.tensors[field] for name, field in fields.items() if field in self.tensors}
         launch(module(), kernel, tensors, **fields)
 
 

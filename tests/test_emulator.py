@@ -6,6 +6,8 @@ import emulation
 import pytest
 import torch
 
+from hypenet_kernels import simple_gla_step
+
 FOLDER = emulation.ROOT / "tests" / "emulator_kernels"
 THREAD = r"block \d+, thread \d+ \(warp \d+, lane \d+\): "
 
@@ -207,3 +209,14 @@ def test_launches_are_recorded():
     run("pipeline", a=torch.zeros(4, 128), c=torch.zeros(128), n=4, num_blocks=1)
     names = [(x["name"], x["num_blocks"], x["num_threads"], x["shared_bytes"]) for x in kernels().launches()]
     assert names == [("early_exit", 1, 128, 0), ("pipeline", 1, 128, 3 * 4 * 128 * 4)]
+
+
+def test_ops_run_on_the_machine_as_long_as_asked():
+    machine = emulation.module()
+    q, state = torch.randn(1, 1, 1, 8), torch.zeros(1, 1, 8, 8)
+    machine.forget_launches()
+    with emulation.emulated():
+        simple_gla_step(q, q, q, torch.zeros(1, 1, 1), state)
+    assert [x["name"] for x in machine.launches()] == ["gated_delta_step"]
+    simple_gla_step(q, q, q, torch.zeros(1, 1, 1), state)
+    assert len(machine.launches()) == 1

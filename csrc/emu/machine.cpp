@@ -76,7 +76,7 @@ std::string whereabouts(const Thread& thread) {
   return "running";
 }
 
-// Per run of threads in one place: "threads 0 to 63: waits at sync_block; thread 64: has exited".
+// Per run of threads in one place: "; threads 0 to 63: waiting at sync_block; thread 64: exited".
 std::string list_threads() {
   std::string list;
   const int num_threads = machine.launch->num_threads;
@@ -312,15 +312,14 @@ uint32_t shared_offset(const void* address) {
 void sync_block() { wait_at_barrier(0, machine.launch->num_threads); }
 
 void sync_group(int barrier, int num_threads) {
-  if (barrier < 1 || barrier >= kMaxBarriers)
-    fail("sync_group: there is no barrier " + std::to_string(barrier));
+  if (barrier < 1 || barrier >= kMaxBarriers) fail("sync_group: no barrier " + std::to_string(barrier));
   if (num_threads <= 0 || num_threads % kWarpSize != 0) {
     fail("sync_group: the number of threads must be a multiple of 32, got " + std::to_string(num_threads));
   }
   wait_at_barrier(barrier, num_threads);
 }
 
-void arrive(const char* what, void* operands, bool& last) {
+bool arrive(const char* what, void* operands) {
   Warp& warp = *machine.warp;
   Thread& self = *machine.current;
   Collective& c = warp.collective;
@@ -331,10 +330,10 @@ void arrive(const char* what, void* operands, bool& last) {
   c.what = what;
   c.operands[self.lane] = operands;
   c.arrived |= 1u << self.lane;
-  last = c.arrived == kAllLanes;
-  if (last) return;
+  if (c.arrived == kAllLanes) return true;
   stop_running(warp, self.lane);
   wait();
+  return false;
 }
 
 void release_warp(Warp& warp) {

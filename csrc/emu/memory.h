@@ -17,8 +17,8 @@
 namespace hypenet::emu {
 
 constexpr int kMaxWarps = 32;
-constexpr size_t kGranule =
-    2;  // bytes that share one record; accesses to single bytes are not checked for races
+// Bytes that share one record. Accesses to single bytes are not checked for races.
+constexpr size_t kGranule = 2;
 
 using Time = uint32_t;
 constexpr Time kLastTime = (1u << 26) - 1;  // then the shadows forget, and time starts anew

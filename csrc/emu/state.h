@@ -114,21 +114,17 @@ constexpr size_t kMaxShared = 256 * 1024;
 // "thread 37 (warp 1, lane 5)"
 std::string name_thread(int index);
 
-// Arrives with `operands`; the lane that completes the warp calls perform(warp) and goes on, the others wait.
-template <class Perform>
-void collective(const char* what, void* operands, const Perform& perform);
-
-void arrive(const char* what, void* operands, bool& last);
+// The running lane arrives. True for the last one of the warp, at once; for the others false, after
+// release_warp.
+bool arrive(const char* what, void* operands);
 void release_warp(Warp& warp);
 
+// Arrives with `operands`; the lane that completes the warp calls perform(warp).
 template <class Perform>
 void collective(const char* what, void* operands, const Perform& perform) {
-  bool last = false;
-  arrive(what, operands, last);
-  if (last) {
-    perform(*machine.warp);
-    release_warp(*machine.warp);
-  }
+  if (!arrive(what, operands)) return;
+  perform(*machine.warp);
+  release_warp(*machine.warp);
 }
 
 enum class Access { kRead, kWrite };
@@ -142,7 +138,7 @@ inline bool is_shared(const void* address) {
   return reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(machine.shared) < kMaxShared;
 }
 
-// The index, drawn from the seed, that lies below `bound`.
+// A number below `bound`, drawn under the seed.
 inline uint64_t draw(uint64_t bound) {
   uint64_t& x = machine.random;  // xorshift64
   x ^= x << 13, x ^= x >> 7, x ^= x << 17;
