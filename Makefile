@@ -8,7 +8,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.
 CXX_FILES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/emulator_kernels/*)
 KERNEL_TESTS := tests/test_memory.py $(wildcard tests/test_gated_delta*.py tests/test_simple_gla*.py tests/test_hype_attention*.py)
 
-.PHONY: demo test test-asan lint clean
+.PHONY: demo test test-asan bench lint clean
 
 # glibc hands the large buffers of a training step back to the system and faults them in again at the next; the demo keeps
 # them.
@@ -18,6 +18,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(PYTHON_IN_VENV) -m pytest
+
+# In under a minute; `python -m bench` has the rest.
+bench: $(INSTALLED)
+	$(PYTHON_IN_VENV) -m bench ops --quick
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
@@ -42,7 +46,7 @@ clean:
 # Editable, so that tests and demo see the checkout; without build isolation, so that a rebuild needs no network.
 $(INSTALLED): $(SOURCES) | $(PYTHON_IN_VENV)
 	$(PIP) install --constraint constraints.txt setuptools pybind11 ninja
-	$(PIP) install --constraint constraints.txt --no-build-isolation --editable ".[halo,test,dev]"
+	$(PIP) install --constraint constraints.txt --no-build-isolation --editable ".[halo,bench,test,dev]"
 	@touch $@
 
 $(PYTHON_IN_VENV):

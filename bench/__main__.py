@@ -1,6 +1,7 @@
 """`python -m bench`: measure ops and models, plot, compare two records, write RESULTS.md."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +33,7 @@ def ops(
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME ...]", help="Ops; default all.")] = None,
     device: DeviceOption = "auto",
     quick: QuickOption = False,
+    dtype: Annotated[str | None, typer.Option(help="Only cases of this type: float32, bfloat16.")] = None,
     out: OutOption = None,
     csv: Annotated[Path | None, typer.Option(help="CSV file to write besides.")] = None,
 ) -> None:
@@ -40,6 +42,7 @@ def ops(
     from bench import tables
 
     device = _device(device)
+    path = out or records.folder(device) / ("quick.json" if quick else "ops.json")
     with _progress() as progress:
         task = progress.add_task("checks and roofs", total=None)
 
@@ -47,11 +50,13 @@ def ops(
             progress.update(task, total=count, completed=index, description=name)
 
         try:
-            record = runner.run(names or [], device, quick, on_case)
+            # Saved after every row, so that a run that is stopped leaves what it measured.
+            save = partial(records.save, path)
+            record = runner.run(names or [], device, quick, dtype, on_case, save)
         except ValueError as error:
             raise SystemExit(str(error)) from None
     console.print(tables.terminal(record))
-    _save(record, out, device, "quick" if quick else "ops")
+    console.print(f"written to {path}")
     if csv is not None:
         records.save_csv(csv, record["rows"])
     if any(row["failure"] for row in record["rows"]):
@@ -77,7 +82,9 @@ def model(
 
         record = runner.run(device, quick, layers, on_length)
     console.print(runner.terminal(record))
-    _save(record, out, device, "model-quick" if quick else "model")
+    path = out or records.folder(device) / ("model-quick.json" if quick else "model.json")
+    records.save(path, record)
+    console.print(f"written to {path}")
 
 
 @app.command()
@@ -93,12 +100,11 @@ def plot(
 
 @app.command()
 def compare(old: Path, new: Path) -> None:
-    """Ratios of two records of ops; a change inside the spread of both is none."""
-    from bench.compare import compare as changes_of
+    """How many times as fast the new record is, case by case; a change inside the spread of both is none."""
+    from bench import compare as comparison
 
-    changes, alone = changes_of(records.load(old), records.load(new))
-    for change in changes:
-        console.print(f"{change.ratio:6.2f} x [{change.low:.2f}, {change.high:.2f}]  {change.verdict:9}  {change.name}")
+    changes, alone = comparison.compare(records.load(old), records.load(new))
+    console.print(comparison.terminal(changes))
     for name in alone:
         console.print(f"in one record only: {name}")
 
@@ -122,12 +128,6 @@ def _device(name):
 def _progress():
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console, transient=True)
-
-
-def _save(record, out, device, name):
-    path = out or records.folder(device) / f"{name}.json"
-    records.save(path, record)
-    console.print(f"written to {path}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import hypenet_kernels as kernels
 
 CHUNK = {"cpu": 32, "cuda": 64}  # tokens; csrc/cpu/gated_delta_chunk.h and csrc/cuda
 LOGIT_SCALE_BASE = 500.0
-ROTATED_BYTES = 256 * 2**20  # copies of a decode step's state that lie beyond any cache
+ROTATED_BYTES = 256 * 2**20  # copies of what a decode step reads, together larger than any processor's cache
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,16 @@ class Case:
 
 @dataclass
 class Workload:
-    """A case on a device. `run` and every peer return the tensors that must agree with each other's."""
+    """A case on a device. `run` and every peer return the tensors that must agree with each other's.
+
+    `names`: the tensors whose gradients a case with backward returns. `options`: further arguments of the op.
+    """
 
     tensors: dict
     run: Callable
     flops: float
     bytes: float
+    names: tuple = ()
     options: dict = field(default_factory=dict)
 
 
@@ -70,8 +74,9 @@ def runner(case, forward, tensors, names):
         return run
     leaves = {name: tensors[name].detach().requires_grad_() for name in names}
     inputs = tensors | leaves
+    o = forward(inputs)[0]
     torch.manual_seed(1)
-    do = torch.randn_like(forward(inputs)[0])
+    do = torch.randn(o.shape, device=o.device).to(o.dtype)
     return lambda: torch.autograd.grad(forward(inputs)[0], list(leaves.values()), do)
 
 
@@ -114,7 +119,7 @@ def _chunk(case, device, delta):
         forward = lambda t: kernels.chunk_simple_gla(t["q"], t["k"], t["v"], t["g"])  # noqa: E731
     names = ("q", "k", "v", "g", "beta") if delta else ("q", "k", "v", "g")
     flops = chunk_flops(case.sizes, CHUNK[device.type], delta, case.backward)
-    return Workload(x, runner(case, forward, x, names), flops, _chunk_bytes(case, delta))
+    return Workload(x, runner(case, forward, x, names), flops, _chunk_bytes(case, delta), names)
 
 
 def _step(case, device, delta):
@@ -154,7 +159,7 @@ def _attention(case, device):
     output = case.itemsize * B * T * H * D
     inputs = output * (2 if "gate" in x else 1) + 2 * case.itemsize * B * T * HK * D
     size = inputs + output + (2 * inputs + output if case.backward else 0)
-    return Workload(x, runner(case, forward, x, names), flops, size, options)
+    return Workload(x, runner(case, forward, x, names), flops, size, names, options)
 
 
 def _attention_decode(case, device):
@@ -163,11 +168,15 @@ def _attention_decode(case, device):
     x = {"q": torch.randn(B, 1, H, D, device=device).to(dtype)}
     x |= {name: torch.randn(B, S, HK, D, device=device).to(dtype) for name in ("k_cache", "v_cache")}
     x["cache_seqlens"] = torch.full((B,), S, device=device)
+    cache_bytes = 2 * B * S * HK * D * case.itemsize
+    copies = range(max(1, ROTATED_BYTES // cache_bytes) - 1)
+    x["caches"] = [(x["k_cache"], x["v_cache"]), *((x["k_cache"].clone(), x["v_cache"].clone()) for _ in copies)]
+    turns = cycle(x["caches"])
 
     def run():
-        return (kernels.hype_attention_decode(x["q"], x["k_cache"], x["v_cache"], x["cache_seqlens"]),)
+        return (kernels.hype_attention_decode(x["q"], *next(turns), x["cache_seqlens"]),)
 
-    return Workload(x, run, 4.0 * B * H * S * D, 2.0 * B * S * HK * D * case.itemsize)
+    return Workload(x, run, 4.0 * B * H * S * D, cache_bytes)
 
 
 BUILDERS = {

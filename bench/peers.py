@@ -4,10 +4,14 @@ A peer is a function of a case and its tensors that returns a callable with ours
 form. It raises ImportError where the package is missing.
 """
 
+import contextlib
+import math
+from functools import partial
 from itertools import cycle
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import cases
 
@@ -61,47 +65,68 @@ def ggml(case, x):
     return run
 
 
-def torch_sdpa(case, x):
+def torch_sdpa(case, x, backend=None):
     """torch's scaled_dot_product_attention; position scale and gate of a case, in eager torch around it."""
-    if case.op == "hype_attention_decode":
+    on_cpu = x["q"].device.type == "cpu"
+    if "k_cache" in x:
         B, _, H, D = x["q"].shape
-        HK = x["k_cache"].shape[2]
+        HK, turns = x["k_cache"].shape[2], cycle(x["caches"])
         grouped = x["q"].view(B, HK, H // HK, D)  # the heads of a group as queries of one head: exact for one token
-        k, v = x["k_cache"].transpose(1, 2), x["v_cache"].transpose(1, 2)
 
         @torch.no_grad()
         def run():
-            return (F.scaled_dot_product_attention(grouped, k, v).reshape(B, 1, H, D),)
+            k, v = (cache.transpose(1, 2) for cache in next(turns))
+            with _sdpa_backend(backend):
+                return (F.scaled_dot_product_attention(grouped, k, v).reshape(B, 1, H, D),)
 
         return run
+
+    def attend(q, k, v):
+        if on_cpu:  # faster there than enable_gqa
+            k, v = (y.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for y in (k, v))
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        with _sdpa_backend(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=not on_cpu).transpose(1, 2)
+
+    return _hype_around(attend, case, x)
+
+
+def _sdpa_backend(backend):
+    """A backend of torch's by its name, which raises where that cannot run; None leaves the choice to torch."""
+    if backend is None:
+        return contextlib.nullcontext()
+    return sdpa_kernel(getattr(SDPBackend, backend))
+
+
+def _hype_around(attend, case, x):
+    """hype_attention made of a plain causal attention; None for other ops."""
     if case.op != "hype_attention":
         return None
-    T, group = x["q"].shape[1], x["q"].shape[2] // x["k"].shape[2]
-    positions = torch.arange(T, device=x["q"].device, dtype=torch.float32)
-    a = torch.tensor(cases.LOGIT_SCALE_BASE)
-    scale = ((positions + a).log() / a.log())[:, None, None]
-    on_cpu = x["q"].device.type == "cpu"
+    positions = torch.arange(x["q"].shape[1], device=x["q"].device, dtype=torch.float32)
+    scale = ((positions + cases.LOGIT_SCALE_BASE).log() / math.log(cases.LOGIT_SCALE_BASE))[:, None, None]
 
     def forward(t):
-        q, k, v = t["q"], t["k"], t["v"]
-        if "gate" in t:
-            q = (q.float() * scale).to(q.dtype)
-        if on_cpu:  # faster there than enable_gqa
-            k, v = (y.repeat_interleave(group, dim=2) for y in (k, v))
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=not on_cpu).transpose(1, 2)
-        return (o * t["gate"].sigmoid() if "gate" in t else o,)
+        if "gate" not in t:
+            return (attend(t["q"], t["k"], t["v"]),)
+        q = (t["q"].float() * scale).to(t["q"].dtype)
+        return (attend(q, t["k"], t["v"]) * t["gate"].sigmoid(),)
 
-    names = ("q", "k", "v", "gate") if "gate" in x else ("q", "k", "v")
-    return cases.runner(case, forward, x, names)
+    return cases.runner(case, forward, x, ("q", "k", "v", "gate") if "gate" in x else ("q", "k", "v"))
+
+
+def _on_cuda(peer):
+    """A peer that is imported only where it can run."""
+
+    def on_cuda(case, x):
+        return peer(case, x) if x["q"].device.type == "cuda" else None
+
+    return on_cuda
 
 
 def flash_linear_attention(case, x):
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
     from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
 
-    if x["q"].device.type != "cuda":
-        return None
     if case.op == "chunk_gated_delta_rule":
         forward = lambda t: chunk_gated_delta_rule(t["q"], t["k"], t["v"], t["g"], t["beta"])  # noqa: E731
         return cases.runner(case, forward, x, ("q", "k", "v", "g", "beta"))
@@ -126,7 +151,7 @@ def flash_linear_attention(case, x):
 def flash_qla(case, x):
     from flash_qla import chunk_gated_delta_rule
 
-    if case.op != "chunk_gated_delta_rule" or x["q"].device.type != "cuda":
+    if case.op != "chunk_gated_delta_rule":
         return None
     forward = lambda t: chunk_gated_delta_rule(t["q"], t["k"], t["v"], t["g"], t["beta"])  # noqa: E731
     return cases.runner(case, forward, x, ("q", "k", "v", "g", "beta"))
@@ -136,7 +161,7 @@ def flashinfer(case, x):
     """Forward only, over packed sequences, with the decay itself in place of its logarithm."""
     from flashinfer.gdn_prefill import chunk_gated_delta_rule
 
-    if case.op != "chunk_gated_delta_rule" or case.backward or x["q"].device.type != "cuda":
+    if case.op != "chunk_gated_delta_rule" or case.backward:
         return None
     B, T = x["q"].shape[:2]
     q, k, v, g, beta = (x[name].flatten(0, 1) for name in ("q", "k", "v", "g", "beta"))
@@ -154,22 +179,20 @@ def flash_attention(case, x):
     """The FlashAttention-2 package; position scale and gate around it as for SDPA."""
     from flash_attn import flash_attn_func, flash_attn_with_kvcache
 
-    if x["q"].device.type != "cuda":
-        return None
     if case.op == "hype_attention_decode":
-        return lambda: (flash_attn_with_kvcache(x["q"], x["k_cache"], x["v_cache"]),)
-    if case.op != "hype_attention" or "gate" in x:
-        return None
-    forward = lambda t: (flash_attn_func(t["q"], t["k"], t["v"], causal=True),)  # noqa: E731
-    return cases.runner(case, forward, x, ("q", "k", "v"))
+        turns = cycle(x["caches"])
+        return lambda: (flash_attn_with_kvcache(x["q"], *next(turns)),)
+    return _hype_around(partial(flash_attn_func, causal=True), case, x)
 
 
 PEERS = {
     "transformers": transformers_fallback,
     "ggml": ggml,
     "torch SDPA": torch_sdpa,
-    "flash-linear-attention": flash_linear_attention,
-    "FlashQLA": flash_qla,
-    "FlashInfer": flashinfer,
-    "flash-attn": flash_attention,
+    "torch SDPA, flash": _on_cuda(partial(torch_sdpa, backend="FLASH_ATTENTION")),
+    "torch SDPA, cuDNN": _on_cuda(partial(torch_sdpa, backend="CUDNN_ATTENTION")),
+    "flash-linear-attention": _on_cuda(flash_linear_attention),
+    "FlashQLA": _on_cuda(flash_qla),
+    "FlashInfer": _on_cuda(flashinfer),
+    "flash-attn": _on_cuda(flash_attention),
 }

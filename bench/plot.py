@@ -56,25 +56,31 @@ def roofline(record, path):
 
 def speed(record, path):
     """Tokens a second against T, ours and peers, for the ops over whole sequences."""
-    rows = [row for row in _timed(record) if "T" in row["sizes"]]
-    kinds = sorted({(row["op"], row["backward"]) for row in rows})
-    figure, grid = plt.subplots(1, max(1, len(kinds)), figsize=(4 * max(1, len(kinds)), 4), squeeze=False)
-    for axes, (op, backward) in zip(grid[0], kinds, strict=False):
-        lines = {}
-        for row in rows:
-            large = row["sizes"]["H"] >= 16 and not row["sizes"].get("gated")
-            if (row["op"], row["backward"]) == (op, backward) and large and row["dtype"] == _main_dtype(record):
-                tokens = row["sizes"]["B"] * row["sizes"]["T"]
-                for name, timing in {"ours": row["ours"], **row["peers"]}.items():
-                    if "median" in timing:
-                        lines.setdefault(name, []).append((row["sizes"]["T"], 1e3 * tokens / timing["median"]))
-        for name, points in lines.items():
+    panels = {}
+    for row in _timed(record):
+        if "T" in row["sizes"] and row["dtype"] == _main_dtype(record) and not row["sizes"].get("gated"):
+            panels.setdefault((row["op"], row["backward"]), []).append(row)
+    figure, grid = plt.subplots(1, max(1, len(panels)), figsize=(4 * max(1, len(panels)), 4), squeeze=False)
+    for axes, ((op, backward), rows) in zip(grid[0], sorted(panels.items()), strict=False):
+        for name, points in _lines(rows).items():
             axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
         axes.set(xscale="log", yscale="log", xlabel="T", ylabel="tokens/s")
         axes.set_title(f"{op}\n{'forward + backward' if backward else 'forward'}", fontsize=9)
         axes.legend(fontsize=7)
     figure.suptitle(_title(record), fontsize=8)
     return _save(figure, path)
+
+
+def _lines(rows):
+    """implementation -> (T, tokens a second), of the rows with the most heads."""
+    heads = max(row["sizes"]["H"] for row in rows)
+    lines = {}
+    for row in rows:
+        for name, timing in {"ours": row["ours"], **row["peers"]}.items():
+            if row["sizes"]["H"] == heads and "median" in timing:
+                tokens = row["sizes"]["B"] * row["sizes"]["T"]
+                lines.setdefault(name, []).append((row["sizes"]["T"], 1e3 * tokens / timing["median"]))
+    return lines
 
 
 def _main_dtype(record):

@@ -1,7 +1,5 @@
 """The records as tables, for the terminal (rich) and for RESULTS.md."""
 
-from rich.table import Table
-
 
 def time_of(timing):
     """Milliseconds in three digits, with a unit that fits."""
@@ -38,6 +36,8 @@ HEADER = ["case", "time", "spread", "rate", "roof", "ours is faster by"]
 
 
 def terminal(record):
+    from rich.table import Table  # RESULTS.md and a GPU machine do without
+
     table = Table(title=record["stamp"]["device"], header_style="bold")
     for name in HEADER:
         table.add_column(name, justify="left" if name in ("case", HEADER[-1]) else "right")

@@ -1,0 +1,108 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can show, in one command under ten minutes, without network: builds the kernels for this GPU,
+# runs every CUDA test and every op under compute-sanitizer, times every op against its roof and every peer that imports.
+# Needs torch, nvcc, ninja, pybind11, setuptools and pytest.
+#
+#   bench/gpu_check.sh [--dry-run] [OUT]
+#
+# OUT: folder of the results, by default bench/results/<device>: ops.json (a row is there as soon as it is measured),
+# gpu_check.md (what each stage came to) and logs/. --dry-run prints the commands only, and needs no GPU.
+# PYTHON names the interpreter (python3), GPU_CHECK_SECONDS the time for all stages (570).
+# Exit status: 0 where every stage passed, 1 where one did not, 2 where there is nothing to run on.
+set -uo pipefail
+
+usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; }
+
+dry_run=
+out=
+for argument in "$@"; do
+    case $argument in
+        -h | --help) usage && exit 0 ;;
+        --dry-run) dry_run=1 ;;
+        -*) usage >&2 && exit 2 ;;
+        *) out=$(realpath -m "$argument") ;;
+    esac
+done
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+readonly dry_run python=${PYTHON:-python3} total=${GPU_CHECK_SECONDS:-570}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+
+# Compute capability and folder of the results, as two lines.
+facts=$("$python" - <<'EOF'
+import torch
+from bench import records
+
+if not torch.cuda.is_available():
+    raise SystemExit
+major, minor = torch.cuda.get_device_capability()
+print(f"{major}.{minor}{'a' if major == 9 else ''}")
+print(records.folder("cuda"))
+EOF
+)
+if [[ -z $facts && -z $dry_run ]]; then
+    echo "gpu_check: $python sees no GPU through torch" >&2
+    exit 2
+fi
+{ read -r capability && read -r folder; } <<<"$facts"
+readonly out=${out:-${folder:-bench/results/DEVICE}}
+export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-${capability:-9.0a}} FORCE_CUDA=1
+
+failures=0
+summary=()
+
+# stage NAME SECONDS COMMAND...: runs it with a time limit and its output in a log; what fails does not stop what follows.
+stage() {
+    local name=$1 limit=$2 started=$SECONDS code=0 result
+    shift 2
+    if [[ -n $dry_run ]]; then
+        printf '%-10s at most %3d s: %s\n' "$name" "$limit" "$*"
+        return
+    fi
+    ((limit = total - SECONDS < limit ? total - SECONDS : limit))
+    if ((limit <= 0)); then
+        result='not run: no time left'
+    else
+        timeout --kill-after=5 "$limit" "$@" >"$out/logs/$name.log" 2>&1 </dev/null
+        code=$?
+        case $code in
+            0) result=passed ;;
+            124 | 137) result="did not end in $limit s" ;;
+            *) result="failed ($code)" ;;
+        esac
+    fi
+    [[ $result == passed ]] || ((failures += 1))
+    summary+=("| $name | $result | $((SECONDS - started)) s | $(tail -n 1 "$out/logs/$name.log" 2>/dev/null | cut -c 1-160) |")
+    echo "${summary[-1]}"
+    write_summary
+}
+
+write_summary() {
+    {
+        printf '# GPU check\n\n%s, commit %s\n\n' "$(date -u +%FT%TZ)" "$(git rev-parse HEAD 2>/dev/null || echo unknown)"
+        sed 's/^/    /' "$out/logs/device.log" && echo
+        printf '| stage | result | time | last line |\n|---|---|---:|---|\n'
+        printf '%s\n' "${summary[@]}"
+    } >"$out/gpu_check.md"
+}
+
+# Every access of torch's allocator is checked one by one only without its cache. Only this library's kernels are watched.
+sanitize() {
+    local tool=$1 limit=$2
+    stage "$tool" "$limit" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --kernel-name kns=hypenet \
+        --error-exitcode 9 --print-limit 20 "$python" tests/every_op.py
+}
+
+[[ -n $dry_run ]] || mkdir -p "$out/logs" || exit 2
+stage device 20 sh -c 'nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv,noheader;
+    nvcc --version | tail -n 2'
+stage build 200 "$python" setup.py --quiet build_ext --inplace
+stage self-test 60 "$python" -m hypenet_kernels
+stage tests 150 "$python" -m pytest -m cuda --continue-on-collection-errors -rfE -p no:cacheprovider tests/test_cuda_*.py
+stage timing 240 "$python" -m bench.ops cuda "$out/ops.json"
+sanitize memcheck 60
+sanitize racecheck 60
+sanitize synccheck 45
+
+[[ -n $dry_run ]] && exit 0
+echo "written to $out; $failures stages did not pass"
+((failures == 0))

@@ -1,0 +1,275 @@
+"""bench: what it measures, what it refuses to time, what it makes of its records. At these sizes times mean nothing."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import hypenet_kernels as kernels
+from bench import __main__ as command
+from bench import cases, compare, model, ops, peers, records, report, roofline, timing
+from bench.peers import PEERS
+
+HEADS = {"B": 1, "H": 2, "K": 32, "V": 32}
+ATTENTION = {"B": 1, "H": 2, "HK": 1, "D": 32}
+TINY = [
+    cases.Case("chunk_gated_delta_rule", {"T": 40, **HEADS}, quick=True),
+    cases.Case("chunk_gated_delta_rule", {"T": 40, **HEADS}, backward=True),
+    cases.Case("chunk_simple_gla", {"T": 40, **HEADS}, "bfloat16", backward=True),
+    cases.Case("gated_delta_step", HEADS),
+    cases.Case("simple_gla_step", HEADS),
+    cases.Case("hype_attention", {"T": 40, **ATTENTION, "gated": 1}, backward=True),
+    cases.Case("hype_attention_decode", {"S": 40, **ATTENTION}),
+]
+
+
+REAL_CASES = dict(cases.CASES)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tiny():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(cases.CASES, "cpu", TINY)
+        patch.setattr(cases, "ROTATED_BYTES", 2**14)
+        patch.setitem(roofline.BUFFER_BYTES, "cpu", 2**20)
+        patch.setitem(roofline.MATRIX, "cpu", 64)
+        for name in ("SECONDS", "QUICK_SECONDS"):
+            patch.setattr(ops, name, 0.01)
+        for name in PEERS.keys() - {"transformers", "torch SDPA"}:
+            patch.delitem(PEERS, name)
+        yield
+
+
+def run(*arguments, expect=0):
+    result = CliRunner().invoke(command.app, [str(argument) for argument in arguments])
+    assert result.exit_code == expect, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def ops_json(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ops")
+    run("ops", "--device", "cpu", "--out", folder / "ops.json", "--csv", folder / "ops.csv")
+    return folder / "ops.json"
+
+
+def test_ops_are_timed_beside_their_peers(ops_json):
+    record = records.load(ops_json)
+    assert [row["name"] for row in record["rows"]] == [case.name for case in TINY]
+    assert all(row["ours"]["low"] <= row["ours"]["median"] <= row["ours"]["high"] for row in record["rows"])
+    assert all(row["fraction"] > 0 and row["bound"] in ("compute", "memory") for row in record["rows"])
+    timed = {row["op"]: set(row["peers"]) for row in record["rows"] if all("ratio" in p for p in row["peers"].values())}
+    assert timed["chunk_gated_delta_rule"] == timed["gated_delta_step"] == {"transformers"}
+    assert timed["hype_attention"] == timed["hype_attention_decode"] == {"torch SDPA"}
+    stamp = record["stamp"]
+    assert stamp["device"] and stamp["date"] and stamp["commit"] and stamp["versions"]["torch"] == torch.__version__
+    assert record["roofs"]["copy"] > 0 and record["roofs"]["matmul"]["float32"] > 0
+    lines = ops_json.with_suffix(".csv").read_text().splitlines()
+    assert len(lines) == 1 + len(TINY) + sum(len(row["peers"]) for row in record["rows"])
+
+
+def test_names_dtype_and_quick_select(tmp_path):
+    out = tmp_path / "some.json"
+    run("ops", "simple_gla_step", "gated_delta_step", "--device", "cpu", "--out", out)
+    assert [row["op"] for row in records.load(out)["rows"]] == ["gated_delta_step", "simple_gla_step"]
+    assert ops.select([], "cpu", quick=True) == TINY[:1]
+    assert ops.select([], "cpu", dtype="bfloat16") == TINY[2:3]
+    with pytest.raises(ValueError, match=r"NAME must be one of .*, got softmax"):
+        ops.select(["softmax"], "cpu")
+    with pytest.raises(ValueError, match="--dtype must be one of bfloat16, float32, got float8"):
+        ops.select([], "cpu", dtype="float8")
+
+
+def test_wrong_op_is_not_timed(tmp_path, monkeypatch):
+    right = kernels.chunk_gated_delta_rule
+    monkeypatch.setattr(kernels, "chunk_gated_delta_rule", lambda *inputs: (1.1 * right(*inputs)[0], None))
+    run("ops", "chunk_gated_delta_rule", "--device", "cpu", "--out", tmp_path / "ops.json", expect=1)
+    for row in records.load(tmp_path / "ops.json")["rows"]:
+        assert row["ours"] is None and "relative difference 1.0e-01" in row["failure"]
+
+
+def test_wrong_gradient_is_not_timed(monkeypatch):
+    right = kernels.chunk_gated_delta_rule
+
+    def wrong(q, k, v, g, beta):
+        return right(q, k, v.detach() + 1.1 * (v - v.detach()), g, beta)
+
+    monkeypatch.setattr(kernels, "chunk_gated_delta_rule", wrong)
+    assert ops.check("chunk_gated_delta_rule", "float32", False, "cpu") is None
+    assert "relative difference" in ops.check("chunk_gated_delta_rule", "float32", True, "cpu")
+
+
+def test_op_that_raises_leaves_the_others(monkeypatch):
+    def refuse(*inputs):
+        raise NotImplementedError("simple_gla_step: not built")
+
+    monkeypatch.setattr(kernels, "simple_gla_step", refuse)
+    rows = ops.run(["simple_gla_step", "gated_delta_step"], "cpu")["rows"]
+    assert rows[0]["ours"] is not None and rows[0]["failure"] is None
+    assert rows[1]["ours"] is None and rows[1]["failure"] == "NotImplementedError: simple_gla_step: not built"
+
+
+def test_peer_is_timed_only_if_it_agrees(monkeypatch):
+    def wrong(case, x):
+        return lambda: (torch.zeros(1, 40, 2, 32),)
+
+    def broken(case, x):
+        raise RuntimeError("no such kernel\nand a long story")
+
+    def missing(case, x):
+        raise ImportError
+
+    def without_form(case, x):
+        return None
+
+    for peer in (wrong, broken, missing, without_form):
+        monkeypatch.setitem(PEERS, peer.__name__, peer)
+    (row,) = ops.run(["chunk_gated_delta_rule"], "cpu", quick=True)["rows"]
+    assert row["ours"] is not None and set(row["peers"]) == {"transformers", "wrong", "broken"}
+    assert "another answer" in row["peers"]["wrong"]["error"] and "median" not in row["peers"]["wrong"]
+    assert row["peers"]["broken"]["error"] == "RuntimeError: no such kernel"
+
+
+def test_stopped_run_leaves_what_it_measured(tmp_path):
+    def stop(record):
+        records.save(tmp_path / "ops.json", record)
+        if len(record["rows"]) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ops.run([], "cpu", on_row=stop)
+    assert len(records.load(tmp_path / "ops.json")["rows"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("chunk", "delta", "backward", "thousands"),
+    [(16, True, 0, 106), (32, True, 0, 115), (64, True, 0, 131), (64, False, 0, 82), (64, True, 1, 131 + 311)],
+)
+def test_flops_per_token_and_head(chunk, delta, backward, thousands):
+    """K = V = 128; triangles as triangles."""
+    flops = cases.chunk_flops({"B": 1, "T": 1, "H": 1, "K": 128, "V": 128}, chunk, delta, backward)
+    assert round(flops / 1000) == thousands
+
+
+def test_bytes_are_each_input_and_output_once():
+    def moved(workload, outputs):
+        return sum(x.nbytes for x in workload.tensors.values() if torch.is_tensor(x)) + outputs
+
+    case = cases.Case("chunk_gated_delta_rule", {"T": 40, "B": 2, "H": 1, "HV": 2, "K": 32, "V": 16}, "bfloat16")
+    workload = cases.build(case, "cpu")
+    assert workload.bytes == moved(workload, workload.run()[0].nbytes)
+    case = cases.Case("hype_attention", {"T": 40, **ATTENTION, "gated": 1}, "bfloat16")
+    workload = cases.build(case, "cpu")
+    assert workload.bytes == moved(workload, workload.run()[0].nbytes)
+
+
+def test_decode_rotates_through_more_than_a_cache():
+    """Every call finds another copy, until all have had their turn."""
+    workload = cases.build(cases.Case("hype_attention_decode", {"S": 40, **ATTENTION}), "cpu")
+    sizes = [k.nbytes + v.nbytes for k, v in workload.tensors["caches"]]
+    assert 0.5 * cases.ROTATED_BYTES <= sum(sizes) <= cases.ROTATED_BYTES
+    step = cases.build(cases.Case("gated_delta_step", HEADS), "cpu")
+    before = [state.clone() for state in step.tensors["states"]]
+    for _ in before:
+        step.run()
+    assert not any(torch.equal(old, new) for old, new in zip(before, step.tensors["states"], strict=True))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_op_is_measured(device):
+    known = REAL_CASES[device]
+    assert {case.op for case in known} == set(cases.BUILDERS) and len({case.name for case in known}) == len(known)
+    assert {case.op for case in known if case.quick} == set(cases.BUILDERS)
+
+
+def test_fraction_is_of_the_binding_roof():
+    roofs = roofline.Roofs(copy=1e9, read=2e9, matmul={"float32": 1e12})
+    assert roofs.seconds(1e12, 1e9, "float32") == 1.0 and roofs.bound(1e12, 1e9, "float32") == "compute"
+    assert roofs.seconds(1e10, 4e9, "float32") == 2.0 and roofs.bound(1e10, 4e9, "float32") == "memory"
+
+
+def test_ours_and_peers_take_turns():
+    order = []
+    functions = {name: lambda name=name: order.append(name) for name in ("ours", "theirs")}
+    times = timing.measure(functions, "cpu", 0.001)
+    assert {"ours", "theirs"} == set(times) and order[-1] == "theirs"
+    assert times["ours"].rounds == times["theirs"].rounds >= timing.MIN_ROUNDS
+    assert timing.summary([4.0, 1.0, 2.0, 3.0, 5.0]) == timing.Timing(3.0, 2.0, 4.0, 5)
+
+
+def test_change_inside_the_spread_is_none():
+    def record(**medians):
+        rows = [
+            {"name": name, "ours": {"median": ms, "low": 0.9 * ms, "high": 1.1 * ms}} for name, ms in medians.items()
+        ]
+        return {"kind": "ops", "rows": rows}
+
+    changes, alone = compare.compare(record(a=1.0, b=1.0, c=1.0, d=1.0), record(a=1.1, b=2.0, c=0.5, e=1.0))
+    assert [(change.name, change.verdict) for change in changes] == [
+        ("a", "no change"),
+        ("b", "slower"),
+        ("c", "faster"),
+    ]
+    assert changes[2].ratio == 2 and alone == ["d", "e"]
+
+
+def test_compare_reads_records(ops_json):
+    printed = run("compare", ops_json, ops_json)
+    assert printed.count("no change") == len(TINY)
+
+
+@pytest.fixture
+def small_model(monkeypatch):
+    widths = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    monkeypatch.setattr(model, "WIDTHS", model.WIDTHS | widths | {"head_dim": 16, "vocab_size": 64})
+    monkeypatch.setitem(model.QUICK_LENGTHS, "cpu", (64, 128))
+    monkeypatch.setitem(model.LENGTHS, "cpu", (64, 128))
+
+
+def test_model_is_measured_against_its_teacher(tmp_path, small_model):
+    run("model", "--device", "cpu", "--quick", "--out", tmp_path / "model.json")
+    rows = records.load(tmp_path / "model.json")["rows"]
+    assert [(row["model"], row["length"]) for row in rows] == [
+        (name, length) for length in (64, 128) for name in ("Qwen3", "HypeNet")
+    ]
+    cache = {(row["model"], row["length"]): row["cache_bytes"] for row in rows}
+    growth = {name: cache[name, 128] - cache[name, 64] for name in ("Qwen3", "HypeNet")}
+    assert 0 < growth["HypeNet"] < growth["Qwen3"]  # one softmax layer of four
+    assert all(row["decode_low_ms"] <= row["decode_ms"] <= row["decode_high_ms"] for row in rows)
+
+
+def test_results_and_plots_come_from_the_records(tmp_path, ops_json, small_model, monkeypatch):
+    results = tmp_path / "bench" / "results"
+    (results / "some-device").mkdir(parents=True)
+    shutil.copy(ops_json, results / "some-device" / "ops.json")
+    run("model", "--device", "cpu", "--out", results / "some-device" / "model.json")
+    (results / "facts.md").write_text("## Measured facts\n\n- one\n")
+    text = report.write(results, tmp_path / "RESULTS.md").read_text()
+    for picture in ("roofline", "speed", "context"):
+        assert f"![{picture}](bench/results/some-device/{picture}.png)" in text
+        assert (results / "some-device" / f"{picture}.png").stat().st_size > 1000
+    assert all(case.name in text for case in TINY) and "HypeNet" in text and text.rstrip().endswith("- one")
+    monkeypatch.setattr(records, "RESULTS", results)
+    printed = run("plot", results / "some-device")
+    assert "roofline.png" in printed
+
+
+def test_wrong_use_is_one_line(tmp_path):
+    result = CliRunner().invoke(command.app, ["ops", "softmax", "--device", "cpu", "--out", str(tmp_path / "x.json")])
+    assert result.exit_code == 1 and not (tmp_path / "x.json").exists()
+    result = CliRunner().invoke(command.app, ["plot", str(tmp_path)])
+    assert result.exit_code == 1
+
+
+def test_records_are_plain_json(ops_json):
+    assert json.loads(ops_json.read_text()) == records.load(ops_json)
+    assert records.folder("cpu").parent == records.RESULTS
+
+
+def test_peers_of_attention_take_gate_and_scale():
+    case = cases.Case("hype_attention", {"T": 40, **ATTENTION, "gated": 1})
+    workload = cases.build(case, "cpu")
+    (o,) = peers.torch_sdpa(case, workload.tensors)()
+    assert ops.relative_error(o, workload.run()[0]) < 1e-5

@@ -1,0 +1,88 @@
+"""bench/gpu_check.sh without a GPU: the order of its stages, what survives a failure, what it says at the end."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "bench" / "gpu_check.sh"
+STAGES = ["device", "build", "self-test", "tests", "timing", "memcheck", "racecheck", "synccheck"]
+PYTHON = """#!/bin/sh
+case "$*" in
+    -) cat >/dev/null; printf '%s' "$FAKE_FACTS" ;;
+    setup.py*) echo "built for $TORCH_CUDA_ARCH_LIST" ;;
+    "-m pytest"*) echo "1 failed, 3 passed"; exit 1 ;;
+    "-m bench.ops"*) echo '{"rows": [1]}' >"$4"; sleep "$FAKE_SECONDS"; echo timed ;;
+    *) echo "ran $*" ;;
+esac
+"""
+SANITIZER = """#!/bin/sh
+echo "checked by $2: ERROR SUMMARY: 0 errors"
+"""
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """Environment of a machine on which python, nvcc, nvidia-smi and compute-sanitizer are puppets."""
+    for name, text in {
+        "python": PYTHON,
+        "compute-sanitizer": SANITIZER,
+        "nvidia-smi": "#!/bin/sh\necho NVIDIA H200\n",
+        "nvcc": "#!/bin/sh\necho release 13.0\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    facts = {"FAKE_FACTS": f"9.0a\n{tmp_path}/results\n", "FAKE_SECONDS": "0"}
+    return os.environ | facts | {"PYTHON": f"{tmp_path}/python", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+
+def run(environment, *arguments, cwd=None):
+    return subprocess.run([SCRIPT, *arguments], env=environment, cwd=cwd, capture_output=True, text=True)
+
+
+def rows(folder):
+    lines = (folder / "gpu_check.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    return {name: (result, last) for name, result, _, last in cells[1:]}
+
+
+def test_failure_of_a_stage_stops_no_other(machine, tmp_path):
+    ran = run(machine)
+    assert ran.returncode == 1 and "1 stages did not pass" in ran.stdout, ran.stdout + ran.stderr
+    found = rows(tmp_path / "results")
+    assert list(found) == STAGES
+    assert found.pop("tests") == ("failed (1)", "1 failed, 3 passed")
+    assert {result for result, _ in found.values()} == {"passed"}
+    assert found["build"][1] == "built for 9.0a" and found["racecheck"][1].startswith("checked by racecheck")
+    assert "NVIDIA H200" in (tmp_path / "results" / "gpu_check.md").read_text()
+    assert (tmp_path / "results" / "logs" / "timing.log").read_text() == "timed\n"
+
+
+def test_what_was_measured_survives_the_end_of_the_time(machine, tmp_path):
+    """Results go to a folder that is named, from anywhere."""
+    ran = run(machine | {"FAKE_SECONDS": "60", "GPU_CHECK_SECONDS": "3"}, "out", cwd=tmp_path)
+    assert ran.returncode == 1, ran.stdout + ran.stderr
+    found = rows(tmp_path / "out")
+    assert found["timing"][0].startswith("did not end in") and found["memcheck"][0] == "not run: no time left"
+    assert (tmp_path / "out" / "ops.json").read_text() == '{"rows": [1]}\n'
+
+
+def test_no_gpu_is_said(machine, tmp_path):
+    ran = run(machine | {"FAKE_FACTS": ""}, tmp_path / "out")
+    assert ran.returncode == 2 and "sees no GPU" in ran.stderr and not (tmp_path / "out").exists()
+
+
+def test_dry_run_prints_every_stage_and_runs_none(machine, tmp_path):
+    ran = run(machine | {"FAKE_FACTS": ""}, "--dry-run", tmp_path / "out")
+    assert ran.returncode == 0 and not (tmp_path / "out").exists()
+    assert [line.split()[0] for line in ran.stdout.splitlines() if " at most " in line] == STAGES
+    limits = [int(line.split(" at most ")[1].split()[0]) for line in ran.stdout.splitlines() if " at most " in line]
+    assert sum(limits) < 1000 and all(f"--tool {tool}" in ran.stdout for tool in STAGES[-3:])
+
+
+def test_help_is_the_head_of_the_script():
+    ran = run(os.environ, "--help")
+    assert ran.returncode == 0 and "--dry-run" in ran.stdout and "#" not in ran.stdout
+    assert run(os.environ, "--fast").returncode == 2
