@@ -37,7 +37,23 @@ void bind_all(py::module_& m) {
                                              FIELD(Decode, partial_o),
                                              FIELD(Decode, partial_softmax)};
 
+  using HypeFwd = HypeAttentionFwdParams;
+  const std::vector<Field<HypeFwd>> hype_fwd = {
+      HYPE_FIELDS(HypeFwd),       FIELD(HypeFwd, S), FIELD(HypeFwd, N),         FIELD(HypeFwd, query_offset),
+      FIELD(HypeFwd, cu_seqlens), FIELD(HypeFwd, o), FIELD(HypeFwd, o_ungated), FIELD(HypeFwd, lse)};
+
+  using HypeBwd = HypeAttentionBwdParams;
+  const std::vector<Field<HypeBwd>> hype_bwd = {
+      HYPE_FIELDS(HypeBwd),         FIELD(HypeBwd, S),          FIELD(HypeBwd, N),
+      FIELD(HypeBwd, query_offset), FIELD(HypeBwd, cu_seqlens), FIELD(HypeBwd, o_ungated),
+      FIELD(HypeBwd, lse),          FIELD(HypeBwd, do_),        FIELD(HypeBwd, dq),
+      FIELD(HypeBwd, dk),           FIELD(HypeBwd, dv),         FIELD(HypeBwd, dgate),
+      FIELD(HypeBwd, do_ungated),   FIELD(HypeBwd, row_terms)};
+
 #if HYPENET_CUDA
+  m.attr("ATTENTION_HEAD_DIMS") = py::make_tuple(cuda::kAttentionHeadDims[0], cuda::kAttentionHeadDims[1]);
+  def_kernel<HypeFwd>(m, "hype_attention_fwd", cuda::hype_attention_fwd, hype_fwd);
+  def_kernel<HypeBwd>(m, "hype_attention_bwd", cuda::hype_attention_bwd, hype_bwd);
   m.attr("STEP_MAX_KEY_DIM") = cuda::kStepMaxKeyDim;
   def_kernel<Step>(m, "gated_delta_step", cuda::gated_delta_step, step);
 
@@ -60,18 +76,8 @@ void bind_all(py::module_& m) {
                    FIELD(Bwd, do_), FIELD(Bwd, dfinal_state), FIELD(Bwd, dq), FIELD(Bwd, dk), FIELD(Bwd, dv),
                    FIELD(Bwd, dg), FIELD(Bwd, dbeta), FIELD(Bwd, dinitial_state)});
 
-  using HypeFwd = HypeAttentionFwdParams;
-  def_kernel<HypeFwd>(
-      m, "hype_attention_fwd", cpu::hype_attention_fwd,
-      {HYPE_FIELDS(HypeFwd), FIELD(HypeFwd, S), FIELD(HypeFwd, N), FIELD(HypeFwd, query_offset),
-       FIELD(HypeFwd, cu_seqlens), FIELD(HypeFwd, o), FIELD(HypeFwd, o_ungated), FIELD(HypeFwd, lse)});
-
-  using HypeBwd = HypeAttentionBwdParams;
-  def_kernel<HypeBwd>(
-      m, "hype_attention_bwd", cpu::hype_attention_bwd,
-      {HYPE_FIELDS(HypeBwd), FIELD(HypeBwd, S), FIELD(HypeBwd, N), FIELD(HypeBwd, query_offset),
-       FIELD(HypeBwd, cu_seqlens), FIELD(HypeBwd, o_ungated), FIELD(HypeBwd, lse), FIELD(HypeBwd, do_),
-       FIELD(HypeBwd, dq), FIELD(HypeBwd, dk), FIELD(HypeBwd, dv), FIELD(HypeBwd, dgate)});
+  def_kernel<HypeFwd>(m, "hype_attention_fwd", cpu::hype_attention_fwd, hype_fwd);
+  def_kernel<HypeBwd>(m, "hype_attention_bwd", cpu::hype_attention_bwd, hype_bwd);
 
   def_kernel<Decode>(m, "hype_attention_decode", cpu::hype_attention_decode, decode);
 #endif

@@ -103,7 +103,7 @@ struct HypeAttentionFwdParams {
   const int64_t* cu_seqlens;  // [N + 1] or null; with it B = 1, S = T, query_offset = 0
   // outputs
   void* o;          // [B, T, H, D] dtype, gated
-  void* o_ungated;  // [B, T, H, D] dtype, or null without gate
+  void* o_ungated;  // [B, T, H, D] dtype, or null without gate and where no gradient is wanted
   void* lse;        // [B, H, T] acc, natural log of the softmax denominator
 };
 
@@ -121,6 +121,9 @@ struct HypeAttentionBwdParams {
   void* dq;       // [B, T, H, D] dtype
   void *dk, *dv;  // [B, S, HK, D] dtype
   void* dgate;    // [B, T, H, D] dtype, null without gate
+  // workspace, null on the CPU
+  void* do_ungated;  // [B, T, H, D] dtype, null without gate
+  void* row_terms;   // [3, B, H, T] float32
 };
 
 // T query tokens (one or a few) per sequence against its cache; k, v are appended first where given.

@@ -9,10 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from hypenet_kernels import native
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-BUILT = {
-    "cpu": (torch.float64, torch.float32, torch.bfloat16),
-    "cuda": (torch.float32, torch.bfloat16, torch.float16),
-}
+CPU_FLOATS = (torch.float64, torch.float32, torch.bfloat16)
 
 
 def fail(error, op, argument, rule, got):
@@ -64,9 +61,9 @@ def element(op, name, x):
     """A float type that is built for the device."""
     dtype(op, name, x, FLOATS)
     device = native.device_type(x)
-    built = BUILT.get(device, FLOATS)
+    built = {"cpu": CPU_FLOATS, "cuda": native.CUDA_OPS.get(op)}.get(device) or FLOATS
     if x.dtype not in built:
-        rule = f"be {' or '.join(_name(d) for d in built)} on {device}"
+        rule = f"be {' or '.join(_name(d) for d in built)} on {device.upper()}"
         fail(NotImplementedError, op, name, rule, _name(x.dtype))
 
 

@@ -14,17 +14,20 @@ def hype_attention(q, k, v, *, logit_scale_base=None, gate=None, scale=None, que
     """Causal attention of T queries at positions query_offset ... query_offset + T - 1 over all keys up to each.
 
     q: [B, T, H, D]; k, v: [B, S, HK, D] with S = query_offset + T and H a multiple of HK; gate: [B, T, H, D], before
-    the sigmoid. All of one dtype: float64, float32 or bfloat16; sums are taken in float64 or float32, where q is also
-    scaled. Any strides. logit_scale_base: a > 1, in tokens, or None for s_t = 1. scale: default D ** -0.5.
-    cu_seqlens: [N + 1] int32 or int64, the bounds of sequences packed along T (B = 1, query_offset = 0); positions
-    restart and attention ends at each. Returns o: [B, T, H, D]. Differentiable once in q, k, v and gate.
+    the sigmoid. Any strides. All of one dtype, float64, float32 or bfloat16; on CUDA bfloat16 or float16, with D up to
+    128. Sums are taken in float64 or float32, where q is also scaled. logit_scale_base: a > 1, in tokens, or None for
+    s_t = 1. scale: default D ** -0.5. cu_seqlens: [N + 1] int32 or int64, the bounds of sequences packed along T
+    (B = 1, query_offset = 0); positions restart and attention ends at each. Returns o: [B, T, H, D]. Differentiable
+    once in q, k, v and gate.
 
-    Raises TypeError (dtype), ValueError (shape, device, range), NotImplementedError (device or dtype not built).
+    Raises TypeError (dtype), ValueError (shape, device, range), NotImplementedError (device, dtype or D not built).
     Source: HALO (arXiv 2601.22156), HyPE and the softmax layer of HypeNet; online softmax as in FlashAttention-2.
     """
     op = "hype_attention"
     checks.tensors(op, q, k=k, v=v, gate=gate, cu_seqlens=cu_seqlens)
-    return _forward(q, k, v, gate, cu_seqlens, logit_scale_base, scale, query_offset)[0]
+    inputs = (q, k, v, gate)
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    return _forward(*inputs, cu_seqlens, logit_scale_base, scale, query_offset, save)[0]
 
 
 def hype_attention_decode(
@@ -108,19 +111,26 @@ def _check_lengths(cache_seqlens, T, capacity, appends):
         checks.fail(ValueError, op, "cache_seqlens", f"{rule} capacity of {capacity}", lengths)
 
 
-def _forward_fake(q, k, v, gate, cu_seqlens, logit_scale_base, scale, query_offset):
+def _forward_fake(q, k, v, gate, cu_seqlens, logit_scale_base, scale, query_offset, save):
     _check_forward(q, k, v, gate, cu_seqlens, logit_scale_base, query_offset)
     B, T, H, D = q.shape
     o = q.new_empty(B, T, H, D)
-    o_ungated = q.new_empty(0) if gate is None else torch.empty_like(o)
+    o_ungated = torch.empty_like(o) if save and gate is not None else q.new_empty(0)
     return o, o_ungated, q.new_empty(B, H, T, dtype=native.accumulator(q.dtype))
 
 
-def _forward_cpu(q, k, v, gate, cu_seqlens, logit_scale_base, scale, query_offset):
-    o, o_ungated, lse = _forward_fake(q, k, v, gate, cu_seqlens, logit_scale_base, scale, query_offset)
+def _forward_native(q, k, v, gate, cu_seqlens, logit_scale_base, scale, query_offset, save):
+    outputs = _forward_fake(q, k, v, gate, cu_seqlens, logit_scale_base, scale, query_offset, save)
+    o, o_ungated, lse = outputs
+    D, width = q.shape[3], _built_width("hype_attention", q)
     if o.numel() == 0:
-        return o, o_ungated, lse
-    q, k, v, gate = (native.dense_last(x) for x in (q, k, v, gate))
+        return outputs
+    if width != D:
+        wide = (_widen(x, width) for x in (q, k, v, gate))
+        scale = D**-0.5 if scale is None else scale
+        o, o_ungated, lse = _forward_native(*wide, cu_seqlens, logit_scale_base, scale, query_offset, save)
+        return o[..., :D].contiguous(), o_ungated[..., :D].contiguous(), lse
+    q, k, v, gate = (_readable(x) for x in (q, k, v, gate))
     bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
     native.kernel("hype_attention", "hype_attention_fwd", q.device)(
         **_sizes(q, k, logit_scale_base, scale),
@@ -130,10 +140,10 @@ def _forward_cpu(q, k, v, gate, cu_seqlens, logit_scale_base, scale, query_offse
         v=native.view(v),
         gate=native.view(gate),
         o=native.pointer(o),
-        o_ungated=0 if gate is None else native.pointer(o_ungated),
+        o_ungated=native.pointer(o_ungated if o_ungated.numel() else None),
         lse=native.pointer(lse),
     )
-    return o, o_ungated, lse
+    return outputs
 
 
 def _backward_fake(do, q, k, v, gate, cu_seqlens, o_ungated, lse, logit_scale_base, scale, query_offset):
@@ -147,14 +157,29 @@ def _backward_fake(do, q, k, v, gate, cu_seqlens, o_ungated, lse, logit_scale_ba
     return dq, dk, dv, q.new_empty(0) if gate is None else q.new_empty(q.shape)
 
 
-def _backward_cpu(do, q, k, v, gate, cu_seqlens, o_ungated, lse, logit_scale_base, scale, query_offset):
-    gradients = _backward_fake(do, q, k, v, gate, cu_seqlens, o_ungated, lse, logit_scale_base, scale, query_offset)
-    dq, dk, dv, dgate = gradients
+def _backward_native(do, q, k, v, gate, cu_seqlens, o_ungated, lse, logit_scale_base, scale, query_offset):
+    options = (logit_scale_base, scale, query_offset)
+    gradients = _backward_fake(do, q, k, v, gate, cu_seqlens, o_ungated, lse, *options)
+    D, width = q.shape[3], _built_width("hype_attention", q)
     if q.numel() == 0:
-        return dq, dk.zero_(), dv.zero_(), dgate
-    do, q, k, v, gate = (native.dense_last(x) for x in (do, q, k, v, gate))
+        return tuple(x.zero_() for x in gradients)
+    if width != D:
+        do, q, k, v, gate, o_ungated = (_widen(x, width) for x in (do, q, k, v, gate, o_ungated))
+        options = (logit_scale_base, D**-0.5 if scale is None else scale, query_offset)
+        wide = _backward_native(do, q, k, v, gate, cu_seqlens, o_ungated, lse, *options)
+        return tuple(x[..., :D].contiguous() for x in wide)
+    _run_backward(gradients, do, q, k, v, gate, cu_seqlens, o_ungated, lse, *options)
+    return gradients
+
+
+def _run_backward(gradients, do, q, k, v, gate, cu_seqlens, o_ungated, lse, logit_scale_base, scale, query_offset):
+    dq, dk, dv, dgate = gradients
+    do, q, k, v, gate = (_readable(x) for x in (do, q, k, v, gate))
     o_ungated, lse = o_ungated.contiguous(), lse.contiguous()
     bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
+    on_cuda = native.device_type(q) == "cuda"
+    do_ungated = torch.empty_like(dgate) if on_cuda and gate is not None else None
+    row_terms = lse.new_empty(3, *lse.shape) if on_cuda else None
     native.kernel("hype_attention_bwd", "hype_attention_bwd", q.device)(
         **_sizes(q, k, logit_scale_base, scale),
         **_sequences(q, k, query_offset, bounds),
@@ -169,8 +194,32 @@ def _backward_cpu(do, q, k, v, gate, cu_seqlens, o_ungated, lse, logit_scale_bas
         dk=native.pointer(dk),
         dv=native.pointer(dv),
         dgate=0 if gate is None else native.pointer(dgate),
+        do_ungated=native.pointer(do_ungated),
+        row_terms=native.pointer(row_terms),
     )
-    return gradients
+
+
+def _built_width(op, q):
+    """The head dimension with which the kernel runs: q's own on the CPU, on CUDA the next one that is built."""
+    D = q.shape[3]
+    if native.device_type(q) != "cuda":
+        return D
+    built = native.cuda().ATTENTION_HEAD_DIMS
+    if built[-1] < D:
+        checks.fail(NotImplementedError, op, "q", f"have a head dimension of at most {built[-1]} on CUDA", D)
+    return next(width for width in built if width >= D)
+
+
+def _widen(x, width):
+    """x with zeros behind its last dimension: they change no product and no output but their own."""
+    return x if x is None else torch.nn.functional.pad(x, (0, width - x.shape[-1]))
+
+
+def _readable(x):
+    """x itself where the kernels can read it, else a copy."""
+    if x is None or native.device_type(x) != "cuda":
+        return native.dense_last(x)
+    return native.aligned_rows(x)
 
 
 def _decode_fake(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base, scale):
@@ -190,8 +239,6 @@ def _decode_cuda(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_bas
     op, cuda = "hype_attention_decode", native.cuda()
     o = _decode_fake(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base, scale)
     (B, T, H, D), capacity = q.shape, k_cache.shape[1]
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        checks.fail(NotImplementedError, op, "q", "be bfloat16 or float16 on CUDA", q.dtype)
     if cuda.DECODE_MAX_DIM < D:
         rule = f"have a head dimension of at most {cuda.DECODE_MAX_DIM} on CUDA"
         checks.fail(NotImplementedError, op, "q", rule, D)
@@ -253,7 +300,7 @@ def _sequences(q, k, query_offset, bounds):
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, gate, cu_seqlens, *ctx.options = inputs
+    q, k, v, gate, cu_seqlens, *ctx.options, _ = inputs
     o, o_ungated, lse = output
     ctx.save_for_backward(q, k, v, gate, cu_seqlens, o if gate is None else o_ungated, lse)
     ctx.mark_non_differentiable(o_ungated, lse)
@@ -262,10 +309,10 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, do, *_):
     if do is None:
-        return (None,) * 8
+        return (None,) * 9
     q, k, v, gate, cu_seqlens, o_ungated, lse = ctx.saved_tensors
     dq, dk, dv, dgate = _backward_op(do, q, k, v, gate, cu_seqlens, o_ungated, lse, *ctx.options)
-    return dq, dk, dv, None if gate is None else dgate, None, None, None, None
+    return dq, dk, dv, None if gate is None else dgate, None, None, None, None, None
 
 
 def _no_second_derivative(ctx, *_):
@@ -278,7 +325,7 @@ _library = torch.library.Library("hypenet", "FRAGMENT")
 _OPTIONS = "float? logit_scale_base, float? scale"
 _library.define(
     "hype_attention(Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? cu_seqlens, "
-    f"{_OPTIONS}, SymInt query_offset) -> (Tensor o, Tensor o_ungated, Tensor lse)"
+    f"{_OPTIONS}, SymInt query_offset, bool save) -> (Tensor o, Tensor o_ungated, Tensor lse)"
 )
 _library.define(
     "hype_attention_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? cu_seqlens, Tensor o_ungated, "
@@ -289,12 +336,14 @@ _library.define(
     f"Tensor? v, Tensor? gate, {_OPTIONS}) -> Tensor"
 )
 for _name, _cpu, _fake in (
-    ("hype_attention", _forward_cpu, _forward_fake),
-    ("hype_attention_bwd", _backward_cpu, _backward_fake),
+    ("hype_attention", _forward_native, _forward_fake),
+    ("hype_attention_bwd", _backward_native, _backward_fake),
     ("hype_attention_decode", _decode_cpu, _decode_fake),
 ):
     _library.impl(_name, _cpu, "CPU")
     torch.library.register_fake(f"hypenet::{_name}", _fake, lib=_library)
+_library.impl("hype_attention", _forward_native, "CUDA")
+_library.impl("hype_attention_bwd", _backward_native, "CUDA")
 _library.impl("hype_attention_decode", _decode_cuda, "CUDA")
 torch.library.register_autograd("hypenet::hype_attention", _backward, setup_context=_setup_context, lib=_library)
 torch.library.register_autograd("hypenet::hype_attention_bwd", _no_second_derivative, lib=_library)

@@ -10,7 +10,13 @@ import torch  # before any native module, so that both share torch's OpenMP runt
 
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/params.h, DType
 LEVELS = {"AVX512": "v4", "AVX2": "v3"}  # torch's name of the processor's level -> ours; anything else is the baseline
-CUDA_OPS = ("gated_delta_step", "simple_gla_step", "hype_attention_decode")  # the ops that have a CUDA kernel
+HALF = (torch.bfloat16, torch.float16)
+CUDA_OPS = {  # the ops that have a CUDA kernel, and for which dtypes
+    "gated_delta_step": (torch.float32, *HALF),
+    "simple_gla_step": (torch.float32, *HALF),
+    "hype_attention": HALF,
+    "hype_attention_decode": HALF,
+}
 ABSENT = (0, 0, 0, 0)  # the View of an optional tensor that is not there
 
 logger = logging.getLogger("hypenet_kernels")
@@ -99,3 +105,14 @@ def pointer(x):
 def dense_last(x):
     """x itself where its last dimension is contiguous (any other strides are fine), else a contiguous copy."""
     return x if x is None or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def aligned_rows(x):
+    """x itself where its rows are contiguous and begin at multiples of 16 bytes, else a copy."""
+    if x is None:
+        return None
+    step = 16 // x.element_size()
+    strides = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
+    if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % step == 0 for stride in strides):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)

@@ -145,7 +145,7 @@ void store_output(const HypeAttentionFwdParams& p, const Sequence& s, int64_t he
     lse[r] = max[r] + std::log(sum[r]);
     for (int64_t d = 0; d < p.D; ++d) x[d] *= norm;
     if (gate.data != nullptr) {
-      store_row(x, p.D, ungated[r]);
+      if (ungated.data != nullptr) store_row(x, p.D, ungated[r]);
       load_row(gate[r], p.D, gate_row);
       sigmoid_in_place(gate_row, p.D);
       for (int64_t d = 0; d < p.D; ++d) x[d] *= gate_row[d];

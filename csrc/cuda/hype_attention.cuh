@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <iterator>
 #include <limits>
 
 #include "dtype.cuh"
@@ -32,6 +33,15 @@ struct LogitScale {
     return scale_log2 * (1.0f + log2f(1.0f + ratio) * inverse_log2_base);
   }
 };
+
+// Calls run.template operator()<D>() for a head dimension that is built.
+template <class Run>
+Status dispatch_head_dim(int64_t D, Run&& run) {
+  if (D == kAttentionHeadDims[0]) return run.template operator()<kAttentionHeadDims[0]>();
+  if (D == kAttentionHeadDims[1]) return run.template operator()<kAttentionHeadDims[1]>();
+  static_assert(std::size(kAttentionHeadDims) == 2);
+  return "D is not built for CUDA";
+}
 
 // T queries from row `first` of `batch` on, at positions offset ..., against S keys from the same row on.
 struct Sequence {

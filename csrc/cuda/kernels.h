@@ -12,7 +12,13 @@ using Stream = CUstream_st*;
 // The largest K of gated_delta_step.
 constexpr int64_t kStepMaxKeyDim = 256;
 
+// The head dimensions of hype_attention_fwd and hype_attention_bwd.
+constexpr int64_t kAttentionHeadDims[] = {64, 128};
+
 Status gated_delta_step(const GatedDeltaStepParams& params, Stream stream);
+
+Status hype_attention_fwd(const HypeAttentionFwdParams& params, Stream stream);
+Status hype_attention_bwd(const HypeAttentionBwdParams& params, Stream stream);
 
 // hype_attention_decode: the largest D; the least length of a segment of keys, and the most segments of a
 // sequence.

@@ -91,16 +91,20 @@ __device__ __forceinline__ void store_d(Tile& tile, int m, int n, const float (&
 
 // ---- copies by kThreads threads, this one being number `thread`
 
-// run(row, col) for the pieces of a tile that fall to a thread: neighbouring threads, neighbouring pieces.
+// run(i, row, col) for the pieces of a tile that fall to a thread, kRowStep<kThreads, Tile> rows apart;
+// neighbouring threads have neighbouring pieces.
+template <int kThreads, class Tile>
+constexpr int kRowStep = kThreads / Tile::kPieces;
+
 template <int kThreads, class Tile, class Run>
 __device__ __forceinline__ void for_each_piece(int thread, Run&& run) {
-  constexpr int kNumPieces = Tile::kRows * Tile::kPieces;
+  constexpr int kStep = kRowStep<kThreads, Tile>, kCount = (Tile::kRows + kStep - 1) / kStep;
+  static_assert(kThreads % Tile::kPieces == 0);
+  const int row = static_cast<unsigned>(thread) / Tile::kPieces;
+  const int col = static_cast<unsigned>(thread) % Tile::kPieces * kPiece;
 #pragma unroll
-  for (int i = 0; i < (kNumPieces + kThreads - 1) / kThreads; ++i) {
-    const unsigned piece = thread + i * kThreads;
-    if (kNumPieces % kThreads == 0 || piece < kNumPieces) {
-      run(static_cast<int>(piece / Tile::kPieces), static_cast<int>(piece % Tile::kPieces * kPiece));
-    }
+  for (int i = 0; i < kCount; ++i) {
+    if (Tile::kRows % kStep == 0 || row + i * kStep < Tile::kRows) run(i, row + i * kStep, col);
   }
 }
 
@@ -109,9 +113,10 @@ __device__ __forceinline__ void for_each_piece(int thread, Run&& run) {
 template <int kThreads, class Tile>
 __device__ __forceinline__ void copy_tile_async(Tile& tile, const typename Tile::Element* global,
                                                 int64_t stride, int num_rows, int thread) {
-  for_each_piece<kThreads, Tile>(thread, [&](int row, int col) {
-    const bool valid = row < num_rows;
-    arch::copy_16_async(tile.at(row, col), global + (valid ? row * stride + col : 0), valid);
+  const int64_t step = kRowStep<kThreads, Tile> * stride;
+  for_each_piece<kThreads, Tile>(thread, [&](int i, int row, int col) {
+    if (i == 0) global += row * stride + col;
+    arch::copy_16_async(tile.at(row, col), global + i * step, row < num_rows);
   });
 }
 
@@ -119,10 +124,10 @@ __device__ __forceinline__ void copy_tile_async(Tile& tile, const typename Tile:
 template <int kThreads, class Tile>
 __device__ __forceinline__ void store_tile(typename Tile::Element* global, int64_t stride, int num_rows,
                                            const Tile& tile, int thread) {
-  for_each_piece<kThreads, Tile>(thread, [&](int row, int col) {
-    if (row < num_rows) {
-      arch::store_16_bytes(global + row * stride + col, arch::load_16_bytes(tile.at(row, col)));
-    }
+  const int64_t step = kRowStep<kThreads, Tile> * stride;
+  for_each_piece<kThreads, Tile>(thread, [&](int i, int row, int col) {
+    if (i == 0) global += row * stride + col;
+    if (row < num_rows) arch::store_16_bytes(global + i * step, arch::load_16_bytes(tile.at(row, col)));
   });
 }
 
