@@ -144,14 +144,19 @@ class _Call:
 
     def _remember(self, x, field):
         if x is not None and x.numel() > 0:
-            self.tensors[field] = x
+            self.tensors[field] = self.tensors[x.data_ptr()] = x
         return field
+
+    def _find(self, field):
+        """By the field as it is, which tells views of one storage apart, or by the address that it begins with."""
+        address = field[0] if isinstance(field, tuple) else field
+        return self.tensors.get(field, self.tensors.get(address))
 
     def kernel(self, op, name, device):
         return functools.partial(self.launch, getattr(module(), name))
 
     def launch(self, kernel, **fields):
-        tensors = {name: self.tensors[field] for name, field in fields.items() if field in self.tensors}
+        tensors = {name: x for name, field in fields.items() if (x := self._find(field)) is not None}
         launch(module(), kernel, tensors, **fields)
 
 
