@@ -39,9 +39,9 @@ def hype_attention_decode(
     dimension; cache_seqlens: [B] int32 or int64. With k, v: [B, T, HK, D], sequence b's cache holds cache_seqlens[b]
     keys before the call, k and v are written behind them, and the queries stand at those positions. Without, it holds
     cache_seqlens[b] >= T keys, and the queries are the last T of them. Cache rows beyond are neither read nor written.
-    cache_seqlens itself is not changed. dtypes, logit_scale_base, scale and errors as in `hype_attention`; a length that
-    does not fit is a ValueError. On CUDA (bfloat16 or float16, D up to 256) lengths are read on the device alone, so
-    that a graph can be captured: one that does not fit gives its sequence o = NaN and leaves its cache as it is.
+    cache_seqlens itself is not changed. dtypes, logit_scale_base, scale and errors as in `hype_attention`; a length
+    that does not fit is a ValueError. On CUDA (bfloat16 or float16, D up to 256) lengths are read on the device alone,
+    so that a graph can be captured: one that does not fit gives its sequence o = NaN and leaves its cache as it is.
     Returns o: [B, T, H, D]. No gradient.
     """
     op = "hype_attention_decode"

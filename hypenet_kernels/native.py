@@ -94,7 +94,7 @@ def view(x):
 
 def indices(x):
     """Address of a contiguous int32 or int64 tensor, and whether it is int32; (0, False) for None."""
-    return pointer(x), x is not None and x.dtype == torch.int32
+    return (0, False) if x is None else (x.data_ptr(), x.dtype == torch.int32)
 
 
 def pointer(x):

@@ -44,7 +44,7 @@ GCC_KERNEL = (
 CLANG_KERNEL = "-mllvm -tsan-instrument-func-entry-exit=0 -mllvm -tsan-instrument-read-before-write=1"
 NEW_LINE = "\n"  # which an f-string of Python 3.11 cannot hold
 WRITABLE_VIEWS = ("k_cache", "v_cache")
-_POINTER, _VIEW = native.pointer, native.view
+_POINTER, _VIEW, _INDICES = native.pointer, native.view, native.indices
 
 
 def compiler():
@@ -142,6 +142,9 @@ class _Call:
     def view(self, x):
         return self._remember(x, _VIEW(x))
 
+    def indices(self, x):
+        return self._remember(x, _INDICES(x))
+
     def _remember(self, x, field):
         if x is not None and x.numel() > 0:
             self.tensors[field] = self.tensors[x.data_ptr()] = x
@@ -163,7 +166,7 @@ class _Call:
 def _run_cuda_implementation(operator, *args):
     call = _Call()
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("pointer", "view", "kernel"):
+        for name in ("pointer", "view", "indices", "kernel"):
             patch.setattr(native, name, getattr(call, name))
         patch.setattr(native, "cuda", module)
         return operator.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args)
