@@ -85,6 +85,14 @@ void wait_copies() {
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { emu::ldmatrix_x4(r, row, false); }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { emu::ldmatrix_x4(r, row, true); }
 
+inline uint32_t transpose_8x8(uint32_t x) {
+  const int lane = emu::thread_idx() % kWarpSize;
+  const int column = lane / 4, first = lane % 4 * 8 + column / 2;  // lane of (2 (lane % 4), column)
+  const uint32_t low = shuffle(x, first), high = shuffle(x, first + 4);
+  const int shift = column % 2 * 16;
+  return (low >> shift & 0xffffu) | (high >> shift & 0xffffu) << 16;
+}
+
 template <class Element>
 void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   static_assert(std::is_same_v<Element, bf16> || std::is_same_v<Element, fp16>);
