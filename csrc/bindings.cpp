@@ -37,6 +37,10 @@ void bind_all(py::module_& m) {
                                              FIELD(Decode, partial_o),
                                              FIELD(Decode, partial_softmax)};
 
+  using Fwd = GatedDeltaFwdParams;
+  std::vector<Field<Fwd>> fwd = {GATED_DELTA_FIELDS(Fwd),   FIELD(Fwd, N), FIELD(Fwd, cu_seqlens),
+                                 FIELD(Fwd, initial_state), FIELD(Fwd, o), FIELD(Fwd, final_state)};
+
   using HypeFwd = HypeAttentionFwdParams;
   const std::vector<Field<HypeFwd>> hype_fwd = {
       HYPE_FIELDS(HypeFwd),       FIELD(HypeFwd, S), FIELD(HypeFwd, N),         FIELD(HypeFwd, query_offset),
@@ -51,6 +55,9 @@ void bind_all(py::module_& m) {
       FIELD(HypeBwd, do_ungated),   FIELD(HypeBwd, row_terms)};
 
 #if HYPENET_CUDA
+  fwd.insert(fwd.end(), {FIELD(Fwd, num_chunks), FIELD(Fwd, T0), FIELD(Fwd, G), FIELD(Fwd, h),
+                         FIELD(Fwd, chunk_offsets), FIELD(Fwd, decays), FIELD(Fwd, Tb), FIELD(Fwd, P)});
+  def_kernel<Fwd>(m, "gated_delta_chunk_fwd", cuda::gated_delta_chunk_fwd, fwd);
   m.attr("ATTENTION_HEAD_DIMS") = py::make_tuple(cuda::kAttentionHeadDims[0], cuda::kAttentionHeadDims[1]);
   def_kernel<HypeFwd>(m, "hype_attention_fwd", cuda::hype_attention_fwd, hype_fwd);
   def_kernel<HypeBwd>(m, "hype_attention_bwd", cuda::hype_attention_bwd, hype_bwd);
@@ -64,9 +71,6 @@ void bind_all(py::module_& m) {
 #else
   def_kernel<Step>(m, "gated_delta_step", cpu::gated_delta_step, step);
 
-  using Fwd = GatedDeltaFwdParams;
-  const std::vector<Field<Fwd>> fwd = {GATED_DELTA_FIELDS(Fwd),   FIELD(Fwd, N), FIELD(Fwd, cu_seqlens),
-                                       FIELD(Fwd, initial_state), FIELD(Fwd, o), FIELD(Fwd, final_state)};
   def_kernel<Fwd>(m, "gated_delta_chunk_fwd", cpu::gated_delta_chunk_fwd, fwd);
   def_kernel<Fwd>(m, "gated_delta_recurrent_fwd", cpu::gated_delta_recurrent_fwd, fwd);
 

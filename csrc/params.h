@@ -48,6 +48,16 @@ struct GatedDeltaFwdParams {
   // outputs
   void* o;            // [B, T, HV, V] dtype
   void* final_state;  // [N, HV, K, V] acc
+  // kept for the backward on CUDA, all null where it is not wanted, and on the CPU: NT chunks of 64 tokens
+  int64_t num_chunks;  // NT, with cu_seqlens the most that there may be
+  void* T0;            // [NT, HV, 64, 64] dtype, (I + stril(diag(beta) K K^T))^-1; null without delta
+  float* G;            // [NT, HV, 64] running sum of max(g, -50) log2(e) inside the chunk
+  void* h;             // [NT, HV, K, V] dtype, the state before the chunk
+  // workspace on CUDA
+  int64_t* chunk_offsets;  // [N + 1] chunks before each sequence, null without cu_seqlens
+  float* decays;           // [NT, HV, 2, 64] decay from the chunk's start, and to its end
+  void* Tb;                // [NT, HV, 64, 64] dtype, T0 . Gamma diag(beta); null without delta
+  void* P;                 // [NT, HV, 64, 64] dtype, scale (Q K^T) . Gamma
 };
 
 struct GatedDeltaBwdParams {

@@ -26,10 +26,11 @@ def chunk_gated_delta_rule(
 ):
     """The gated delta rule over whole sequences, chunk by chunk.
 
-    q, k: [B, T, H, K]; v: [B, T, HV, V] with HV a multiple of H; all of one dtype (float64, float32, bfloat16), any
-    strides. g: [B, T, HV], natural log of the decay, <= 0; below -50 it counts as -50 and gets no gradient, so -inf (a
-    reset) is legal. beta: [B, T, HV], in [0, 2] where |k| = 1. g, beta, initial_state: any float dtype, computed in the
-    accumulation type (float64 for float64, else float32). scale: default K ** -0.5. initial_state: [N, HV, K, V].
+    q, k: [B, T, H, K]; v: [B, T, HV, V] with HV a multiple of H; all of one dtype (float64, float32, bfloat16; on CUDA
+    bfloat16 or float16, and K <= 128), any strides. g: [B, T, HV], natural log of the decay, <= 0; below -50 it counts
+    as -50 and gets no gradient, so -inf (a reset) is legal. beta: [B, T, HV], in [0, 2] where |k| = 1. g, beta,
+    initial_state: any float dtype, computed in the accumulation type (float64 for float64, else float32). scale:
+    default K ** -0.5. initial_state: [N, HV, K, V].
     use_qk_l2norm_in_kernel: q and k are divided by sqrt(sum of squares + 1e-6) first. cu_seqlens: [N + 1] int32 or
     int64, the bounds of sequences packed along T (then B = 1; else N = B).
     fla's and transformers' further arguments are accepted where they ask for nothing that is not done here.
@@ -71,7 +72,8 @@ def fused_recurrent_gated_delta_rule(
 ):
     """The gated delta rule token by token, for short sequences: `chunk_gated_delta_rule` in everything else.
 
-    g: None for no decay; beta: None for 1. The gradient goes through the chunk form.
+    g: None for no decay; beta: None for 1. The gradient goes through the chunk form. On CUDA, up to 16 tokens without
+    cu_seqlens and without a gradient go one by one, in float32 any number of them; all else is the chunk form.
     """
     op = "fused_recurrent_gated_delta_rule"
     recurrence.check_other_arguments(op, other_arguments)
@@ -138,6 +140,11 @@ def _chunk_cpu(q, k, v, g, beta, initial_state, cu_seqlens, scale, save):
     return recurrence.forward_cpu(kernel, op, q, k, v, g, beta, initial_state, cu_seqlens, scale)
 
 
+def _chunk_cuda(q, k, v, g, beta, initial_state, cu_seqlens, scale, save):
+    op = "chunk_gated_delta_rule"
+    return recurrence.forward_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, save)
+
+
 def _chunk_fake(q, k, v, g, beta, initial_state, cu_seqlens, scale, save):
     return recurrence.forward_fake("chunk_gated_delta_rule", q, k, v, g, beta, initial_state, cu_seqlens, save)
 
@@ -155,6 +162,11 @@ def _chunk_bwd_fake(do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlen
 def _recurrent_cpu(q, k, v, g, beta, initial_state, cu_seqlens, scale, save):
     kernel, op = "gated_delta_recurrent_fwd", "fused_recurrent_gated_delta_rule"
     return recurrence.forward_cpu(kernel, op, q, k, v, g, beta, initial_state, cu_seqlens, scale)
+
+
+def _recurrent_cuda(q, k, v, g, beta, initial_state, cu_seqlens, scale, save):
+    op = "fused_recurrent_gated_delta_rule"
+    return recurrence.recurrent_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, save)
 
 
 def _recurrent_fake(q, k, v, g, beta, initial_state, cu_seqlens, scale, save):
@@ -184,12 +196,18 @@ _STEP = (
 _library = torch.library.Library("hypenet", "FRAGMENT")
 _BWD_INPUTS = f"Tensor do, Tensor? dfinal_state, {_INPUTS}, {recurrence.SAVED}, float scale"
 for _schema, _fake, *_run in (
-    (f"chunk_gated_delta_rule({_INPUTS}, float scale, bool save) -> ({_OUTPUTS})", _chunk_fake, _chunk_cpu),
+    (
+        f"chunk_gated_delta_rule({_INPUTS}, float scale, bool save) -> ({_OUTPUTS})",
+        _chunk_fake,
+        _chunk_cpu,
+        _chunk_cuda,
+    ),
     (f"chunk_gated_delta_rule_bwd({_BWD_INPUTS}) -> ({_GRADIENTS})", _chunk_bwd_fake, _chunk_bwd_cpu),
     (
         f"fused_recurrent_gated_delta_rule({_INPUTS}, float scale, bool save) -> ({_OUTPUTS})",
         _recurrent_fake,
         _recurrent_cpu,
+        _recurrent_cuda,
     ),
     (f"gated_delta_step({_STEP}) -> Tensor", _step_fake, _step_run, _step_run),
 ):

@@ -12,6 +12,10 @@ DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 
 LEVELS = {"AVX512": "v4", "AVX2": "v3"}  # torch's name of the processor's level -> ours; anything else is the baseline
 HALF = (torch.bfloat16, torch.float16)
 CUDA_OPS = {  # the ops that have a CUDA kernel, and for which dtypes
+    "chunk_gated_delta_rule": HALF,
+    "fused_recurrent_gated_delta_rule": (torch.float32, *HALF),
+    "chunk_simple_gla": HALF,
+    "fused_recurrent_simple_gla": (torch.float32, *HALF),
     "gated_delta_step": (torch.float32, *HALF),
     "simple_gla_step": (torch.float32, *HALF),
     "hype_attention": HALF,

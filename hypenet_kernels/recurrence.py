@@ -47,6 +47,9 @@ MODEL_ARGUMENTS = frozenset(
     }
 )
 CHUNK = 64  # tokens, on CUDA
+# Head dimensions that are built for CUDA; others are padded with zeros, which changes nothing, and narrowed back.
+KEY_DIMS, VALUE_DIM_MULTIPLE = (64, 128), 64
+STEP_TOKENS = 16  # up to which the recurrent form on CUDA goes token by token
 
 
 class Saved(NamedTuple):
@@ -159,13 +162,36 @@ def outputs(op, q, k, v, g, beta, initial_state, cu_seqlens):
     return q.new_empty(B, T, HV, V), q.new_empty(N, HV, K, V, dtype=native.accumulator(q.dtype))
 
 
+def padded_dims(op, q, v):
+    """K and V as CUDA kernels over whole sequences take them."""
+    K, V = q.shape[3], v.shape[3]
+    built = [n for n in KEY_DIMS if n >= K]
+    if not built:
+        checks.fail(NotImplementedError, op, "q", f"have a head dimension of at most {KEY_DIMS[-1]} on CUDA", K)
+    return built[0], (V + VALUE_DIM_MULTIPLE - 1) // VALUE_DIM_MULTIPLE * VALUE_DIM_MULTIPLE
+
+
+def to_save(op, q, v, beta, cu_seqlens, save):
+    """What the forward on CUDA keeps, not yet computed."""
+    if not save:
+        return nothing_saved(q)
+    NT, HV, (K, V) = max_chunks(q, cu_seqlens), v.shape[2], padded_dims(op, q, v)
+    return Saved(
+        T0=q.new_empty(0) if beta is None else q.new_empty(NT, HV, CHUNK, CHUNK),
+        G=q.new_empty(NT, HV, CHUNK, dtype=torch.float32),
+        h=q.new_empty(NT, HV, K, V),
+        chunk_offsets=_chunk_offsets(q, cu_seqlens),
+    )
+
+
 def nothing_saved(q):
     wide = native.accumulator(q.dtype)
     return Saved(q.new_empty(0), q.new_empty(0, dtype=wide), q.new_empty(0), q.new_empty(0, dtype=torch.int64))
 
 
 def forward_fake(op, q, k, v, g, beta, initial_state, cu_seqlens, save):
-    return *outputs(op, q, k, v, g, beta, initial_state, cu_seqlens), *nothing_saved(q)
+    save = save and native.device_type(q) == "cuda"
+    return *outputs(op, q, k, v, g, beta, initial_state, cu_seqlens), *to_save(op, q, v, beta, cu_seqlens, save)
 
 
 def forward_cpu(kernel_name, op, q, k, v, g, beta, initial_state, cu_seqlens, scale):
@@ -180,6 +206,50 @@ def forward_cpu(kernel_name, op, q, k, v, g, beta, initial_state, cu_seqlens, sc
         o=native.pointer(o),
         final_state=native.pointer(final_state),
     )
+    return o, final_state, *nothing_saved(q)
+
+
+def forward_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, save):
+    o, final_state = outputs(op, q, k, v, g, beta, initial_state, cu_seqlens)
+    if q.dtype not in native.HALF:
+        checks.fail(NotImplementedError, op, "q", "be bfloat16 or float16 on CUDA", q.dtype)
+    K, V = padded_dims(op, q, v)
+    NT, HV = max_chunks(q, cu_seqlens), v.shape[2]
+    q, k, v = (native.aligned_rows(_padded(x, n)) for x, n in ((q, K), (k, K), (v, V)))
+    initial_state, cu_seqlens = _contiguous(_padded(initial_state, K, V)), _bounds(cu_seqlens)
+    saved = to_save(op, q, v, beta, cu_seqlens, save)
+    chunk_offsets = saved.chunk_offsets if save else _chunk_offsets(q, cu_seqlens)
+    decays = q.new_empty(NT, HV, 2, CHUNK, dtype=torch.float32)
+    Tb = None if beta is None else q.new_empty(NT, HV, CHUNK, CHUNK)
+    P = q.new_empty(NT, HV, CHUNK, CHUNK)
+    wide_o, wide_state = _with_room(o, V), _with_room(final_state, K, V)
+    native.kernel(op, "gated_delta_chunk_fwd", q.device)(
+        **_operands(q, k, v, g, beta, scale),
+        N=final_state.shape[0],
+        cu_seqlens=native.pointer(cu_seqlens),
+        initial_state=native.pointer(initial_state),
+        o=native.pointer(wide_o),
+        final_state=native.pointer(wide_state),
+        num_chunks=NT,
+        T0=native.pointer(saved.T0 if save and beta is not None else None),
+        G=native.pointer(saved.G if save else None),
+        h=native.pointer(saved.h if save else None),
+        chunk_offsets=native.pointer(None if cu_seqlens is None else chunk_offsets),
+        decays=native.pointer(decays),
+        Tb=native.pointer(Tb),
+        P=native.pointer(P),
+    )
+    return _narrowed(wide_o, o), _narrowed(wide_state, final_state), *saved
+
+
+def recurrent_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, save):
+    """Few tokens go one by one, and float32 always; else this is the chunk form."""
+    few = q.shape[1] <= STEP_TOKENS or q.dtype == torch.float32
+    if save or cu_seqlens is not None or not few:
+        return forward_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, save)
+    _, final_state = outputs(op, q, k, v, g, beta, initial_state, cu_seqlens)
+    final_state.zero_() if initial_state is None else final_state.copy_(initial_state)
+    o = step(op, q, k, v, g, beta, final_state, None, None, None, scale)
     return o, final_state, *nothing_saved(q)
 
 
@@ -304,6 +374,29 @@ def _check_slots(op, slots, num_slots):
 
 def _contiguous(x):
     return None if x is None else x.contiguous()
+
+
+def _padded(x, *size):
+    """x with its last dimensions enlarged to `size` by zeros; None for None."""
+    if x is None or x.shape[-len(size) :] == size:
+        return x
+    missing = [n - have for n, have in zip(size, x.shape[-len(size) :], strict=True)]
+    return torch.nn.functional.pad(x, [side for n in reversed(missing) for side in (0, n)])
+
+
+def _with_room(x, *size):
+    """x itself, or a new tensor like it where its last dimensions are not `size`."""
+    return x if x.shape[-len(size) :] == size else x.new_empty(*x.shape[: -len(size)], *size)
+
+
+def _narrowed(x, like):
+    """What of x, made by _with_room, belongs to `like`."""
+    return x if x is like else x[tuple(slice(n) for n in like.shape)].contiguous()
+
+
+def _chunk_offsets(q, cu_seqlens):
+    size = 0 if cu_seqlens is None else cu_seqlens.shape[0]
+    return q.new_empty(size, dtype=torch.int64)
 
 
 def _bounds(x):

@@ -27,10 +27,11 @@ def chunk_simple_gla(
 ):
     """Simple gated linear attention over whole sequences, chunk by chunk.
 
-    q, k: [B, T, H, K]; v: [B, T, HV, V] with HV a multiple of H; all of one dtype (float64, float32, bfloat16), any
-    strides. The natural log of the decay, <= 0, is g: [B, T, HV], or g_gamma: [HV], the same for all tokens, or absent:
-    no decay. Below -50 it counts as -50 and gets no gradient, so -inf (a reset) is legal. g, g_gamma, initial_state:
-    any float dtype, computed in the accumulation type (float64 for float64, else float32). scale: default K ** -0.5.
+    q, k: [B, T, H, K]; v: [B, T, HV, V] with HV a multiple of H; all of one dtype (float64, float32, bfloat16; on CUDA
+    bfloat16 or float16, and K <= 128), any strides. The natural log of the decay, <= 0, is g: [B, T, HV], or g_gamma:
+    [HV], the same for all tokens, or absent: no decay. Below -50 it counts as -50 and gets no gradient, so -inf (a
+    reset) is legal. g, g_gamma, initial_state: any float dtype, computed in the accumulation type (float64 for float64,
+    else float32). scale: default K ** -0.5.
     initial_state: [N, HV, K, V]. cu_seqlens: [N + 1] int32 or int64, the bounds of sequences packed along T (then
     B = 1; else N = B). fla's further arguments are accepted where they ask for nothing that is not done here.
 
@@ -58,7 +59,8 @@ def fused_recurrent_simple_gla(
 ):
     """Simple gated linear attention token by token, for short sequences: `chunk_simple_gla` in everything else.
 
-    The gradient goes through the chunk form.
+    The gradient goes through the chunk form. On CUDA, up to 16 tokens without cu_seqlens and without a gradient go one
+    by one, in float32 any number of them; all else is the chunk form.
     """
     op = "fused_recurrent_simple_gla"
     recurrence.check_other_arguments(op, other_arguments)
@@ -117,6 +119,11 @@ def _chunk_cpu(q, k, v, g, initial_state, cu_seqlens, scale, save):
     return recurrence.forward_cpu(kernel, op, q, k, v, g, None, initial_state, cu_seqlens, scale)
 
 
+def _chunk_cuda(q, k, v, g, initial_state, cu_seqlens, scale, save):
+    op = "chunk_simple_gla"
+    return recurrence.forward_cuda(op, q, k, v, g, None, initial_state, cu_seqlens, scale, save)
+
+
 def _chunk_fake(q, k, v, g, initial_state, cu_seqlens, scale, save):
     return recurrence.forward_fake("chunk_simple_gla", q, k, v, g, None, initial_state, cu_seqlens, save)
 
@@ -134,6 +141,11 @@ def _chunk_bwd_fake(do, dfinal_state, q, k, v, g, initial_state, cu_seqlens, T0,
 def _recurrent_cpu(q, k, v, g, initial_state, cu_seqlens, scale, save):
     kernel, op = "gated_delta_recurrent_fwd", "fused_recurrent_simple_gla"
     return recurrence.forward_cpu(kernel, op, q, k, v, g, None, initial_state, cu_seqlens, scale)
+
+
+def _recurrent_cuda(q, k, v, g, initial_state, cu_seqlens, scale, save):
+    op = "fused_recurrent_simple_gla"
+    return recurrence.recurrent_cuda(op, q, k, v, g, None, initial_state, cu_seqlens, scale, save)
 
 
 def _recurrent_fake(q, k, v, g, initial_state, cu_seqlens, scale, save):
@@ -163,12 +175,13 @@ _STEP = (
 _library = torch.library.Library("hypenet", "FRAGMENT")
 _BWD_INPUTS = f"Tensor do, Tensor? dfinal_state, {_INPUTS}, {recurrence.SAVED}, float scale"
 for _schema, _fake, *_run in (
-    (f"chunk_simple_gla({_INPUTS}, float scale, bool save) -> ({_OUTPUTS})", _chunk_fake, _chunk_cpu),
+    (f"chunk_simple_gla({_INPUTS}, float scale, bool save) -> ({_OUTPUTS})", _chunk_fake, _chunk_cpu, _chunk_cuda),
     (f"chunk_simple_gla_bwd({_BWD_INPUTS}) -> ({_GRADIENTS})", _chunk_bwd_fake, _chunk_bwd_cpu),
     (
         f"fused_recurrent_simple_gla({_INPUTS}, float scale, bool save) -> ({_OUTPUTS})",
         _recurrent_fake,
         _recurrent_cpu,
+        _recurrent_cuda,
     ),
     (f"simple_gla_step({_STEP}) -> Tensor", _step_fake, _step_run, _step_run),
 ):

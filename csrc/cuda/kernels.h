@@ -15,6 +15,7 @@ constexpr int64_t kStepMaxKeyDim = 256;
 // The head dimensions of hype_attention_fwd and hype_attention_bwd.
 constexpr int64_t kAttentionHeadDims[] = {64, 128};
 
+Status gated_delta_chunk_fwd(const GatedDeltaFwdParams& params, Stream stream);
 Status gated_delta_step(const GatedDeltaStepParams& params, Stream stream);
 
 Status hype_attention_fwd(const HypeAttentionFwdParams& params, Stream stream);
