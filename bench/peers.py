@@ -158,11 +158,13 @@ def flash_qla(case, x):
 
 
 def flashinfer(case, x):
-    """Forward only, over packed sequences, with the decay itself in place of its logarithm."""
-    from flashinfer.gdn_prefill import chunk_gated_delta_rule
-
+    """Forward only; whole sequences packed, with the decay itself in place of its logarithm."""
+    if case.op == "gated_delta_step":
+        return _flashinfer_step(x)
     if case.op != "chunk_gated_delta_rule" or case.backward:
         return None
+    from flashinfer.gdn_prefill import chunk_gated_delta_rule
+
     B, T = x["q"].shape[:2]
     q, k, v, g, beta = (x[name].flatten(0, 1) for name in ("q", "k", "v", "g", "beta"))
     alpha, bounds = g.exp(), torch.arange(0, (B + 1) * T, T, device=q.device, dtype=torch.int64)
@@ -171,6 +173,21 @@ def flashinfer(case, x):
         o = chunk_gated_delta_rule(q, k, v, alpha, beta, cu_seqlens=bounds)
         o = o[0] if isinstance(o, tuple) else o
         return (o.view(x["v"].shape),)
+
+    return run
+
+
+def _flashinfer_step(x):
+    """It takes gates before their activations: g = -exp(A_log) softplus(a + dt_bias), beta = sigmoid(b)."""
+    from flashinfer.gdn_decode import gated_delta_rule_decode
+
+    A_log = dt_bias = torch.zeros(x["v"].shape[2], device=x["v"].device)
+    a, b = (-x["g"]).expm1().log().to(x["q"].dtype), x["beta"].logit().to(x["q"].dtype)
+    turns = cycle(x["states"])
+
+    def run():
+        inputs = (x["q"], x["k"], x["v"], next(turns), A_log, a, dt_bias, b)
+        return (gated_delta_rule_decode(*inputs, use_qk_l2norm=False)[0],)
 
     return run
 

@@ -26,25 +26,28 @@ needs_module = pytest.mark.skipif(
 )
 
 
-@needs_nvcc
-def test_nothing_is_kept_in_local_memory():
+@pytest.fixture(scope="module")
+def measured():
+    if NVCC is None:
+        pytest.skip("no nvcc in CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda")
+    return cuda_resources.measure()
+
+
+def test_nothing_is_kept_in_local_memory(measured):
     """No spills (they stop the build) and no stack: every array stays in registers."""
-    rows = cuda_resources.measure()
-    assert {target for target, _ in rows} == {"sm_80", "sm_90a"}
-    assert not {kernel: row for kernel, row in rows.items() if row["stack"] or row["spills"]}
+    assert {target for target, _ in measured} == {"sm_80", "sm_90a"}
+    assert not {kernel: row for kernel, row in measured.items() if row["stack"] or row["spills"]}
     assert not [kernel for kernel, (_, local_memory) in cuda_resources.disassembled().items() if local_memory]
 
 
-@needs_nvcc
-def test_every_kernel_is_launched_by_some_op():
-    idle = {name for (_, name), row in cuda_resources.measure().items() if row["threads"] is None}
+def test_every_kernel_is_launched_by_some_op(measured):
+    idle = {name for (_, name), row in measured.items() if row["threads"] is None}
     assert not idle, "compiled for nothing, or tests/every_op.py does not reach it"
 
 
-@needs_nvcc
-def test_resources_are_those_of_the_table():
+def test_resources_are_those_of_the_table(measured):
     """A kernel that takes more registers, or of which fewer blocks fit, does so on purpose, or not at all."""
-    measured, table = cuda_resources.measure(), cuda_resources.read_table()
+    table = cuda_resources.read_table()
     problems = [f"{kernel}: not in the table" for kernel in measured.keys() - table.keys()]
     problems += [f"{kernel}: in the table, but no kernel" for kernel in table.keys() - measured.keys()]
     for kernel in measured.keys() & table.keys():
@@ -59,7 +62,6 @@ def test_resources_are_those_of_the_table():
     assert not problems, "\n".join([*sorted(problems), fix])
 
 
-@needs_nvcc
 def test_products_run_on_tensor_cores():
     table = cuda_resources.read_table()
     without = {name.split("<")[0] for (_, name), row in table.items() if not row["tensor_cores"]}
