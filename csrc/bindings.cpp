@@ -41,6 +41,14 @@ void bind_all(py::module_& m) {
   std::vector<Field<Fwd>> fwd = {GATED_DELTA_FIELDS(Fwd),   FIELD(Fwd, N), FIELD(Fwd, cu_seqlens),
                                  FIELD(Fwd, initial_state), FIELD(Fwd, o), FIELD(Fwd, final_state)};
 
+  using Bwd = GatedDeltaBwdParams;
+  std::vector<Field<Bwd>> bwd = {GATED_DELTA_FIELDS(Bwd), FIELD(Bwd, N),
+                                 FIELD(Bwd, cu_seqlens),  FIELD(Bwd, initial_state),
+                                 FIELD(Bwd, do_),         FIELD(Bwd, dfinal_state),
+                                 FIELD(Bwd, dq),          FIELD(Bwd, dk),
+                                 FIELD(Bwd, dv),          FIELD(Bwd, dg),
+                                 FIELD(Bwd, dbeta),       FIELD(Bwd, dinitial_state)};
+
   using HypeFwd = HypeAttentionFwdParams;
   const std::vector<Field<HypeFwd>> hype_fwd = {
       HYPE_FIELDS(HypeFwd),       FIELD(HypeFwd, S), FIELD(HypeFwd, N),         FIELD(HypeFwd, query_offset),
@@ -68,17 +76,16 @@ void bind_all(py::module_& m) {
   m.attr("DECODE_SEGMENT") = cuda::kDecodeSegment;
   m.attr("DECODE_MAX_SEGMENTS") = cuda::kDecodeMaxSegments;
   def_kernel<Decode>(m, "hype_attention_decode", cuda::hype_attention_decode, decode);
+  bwd.insert(bwd.end(), {FIELD(Bwd, num_chunks), FIELD(Bwd, T0), FIELD(Bwd, G), FIELD(Bwd, h),
+                         FIELD(Bwd, chunk_offsets), FIELD(Bwd, dstates)});
+  def_kernel<Bwd>(m, "gated_delta_chunk_bwd", cuda::gated_delta_chunk_bwd, bwd);
 #else
   def_kernel<Step>(m, "gated_delta_step", cpu::gated_delta_step, step);
 
   def_kernel<Fwd>(m, "gated_delta_chunk_fwd", cpu::gated_delta_chunk_fwd, fwd);
   def_kernel<Fwd>(m, "gated_delta_recurrent_fwd", cpu::gated_delta_recurrent_fwd, fwd);
 
-  using Bwd = GatedDeltaBwdParams;
-  def_kernel<Bwd>(m, "gated_delta_chunk_bwd", cpu::gated_delta_chunk_bwd,
-                  {GATED_DELTA_FIELDS(Bwd), FIELD(Bwd, N), FIELD(Bwd, cu_seqlens), FIELD(Bwd, initial_state),
-                   FIELD(Bwd, do_), FIELD(Bwd, dfinal_state), FIELD(Bwd, dq), FIELD(Bwd, dk), FIELD(Bwd, dv),
-                   FIELD(Bwd, dg), FIELD(Bwd, dbeta), FIELD(Bwd, dinitial_state)});
+  def_kernel<Bwd>(m, "gated_delta_chunk_bwd", cpu::gated_delta_chunk_bwd, bwd);
 
   def_kernel<HypeFwd>(m, "hype_attention_fwd", cpu::hype_attention_fwd, hype_fwd);
   def_kernel<HypeBwd>(m, "hype_attention_bwd", cpu::hype_attention_bwd, hype_bwd);

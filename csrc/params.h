@@ -71,6 +71,14 @@ struct GatedDeltaBwdParams {
   const void* initial_state;
   View do_;                  // [B, T, HV, V] dtype
   const void* dfinal_state;  // [N, HV, K, V] acc, or null
+  // saved by the forward on CUDA, null on the CPU: NT chunks of 64 tokens
+  int64_t num_chunks;            // NT, with cu_seqlens the most that there may be
+  const int64_t* chunk_offsets;  // [N + 1] chunks before each sequence, or null without cu_seqlens
+  const void* T0;  // [NT, HV, 64, 64] dtype, (I + stril(diag(beta) K K^T))^-1; null without delta
+  const float* G;  // [NT, HV, 64] running sum of max(g, -50) log2(e) inside the chunk
+  const void* h;   // [NT, HV, K, V] dtype, the state before the chunk
+  // workspace on CUDA
+  void* dstates;  // [NT, HV, K, V] dtype, the gradient of the state after the chunk
   // outputs
   void *dq, *dk;         // [B, T, H, K] dtype
   void* dv;              // [B, T, HV, V] dtype

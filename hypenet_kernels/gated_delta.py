@@ -154,6 +154,13 @@ def _chunk_bwd_cpu(do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens
     return recurrence.backward_cpu(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens, scale)
 
 
+def _chunk_bwd_cuda(do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens, T0, G, h, chunk_offsets, scale):
+    op = "chunk_gated_delta_rule_bwd"
+    return recurrence.backward_cuda(
+        op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens, T0, G, h, chunk_offsets, scale
+    )
+
+
 def _chunk_bwd_fake(do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens, T0, G, h, chunk_offsets, scale):
     op = "chunk_gated_delta_rule_bwd"
     return recurrence.backward_fake(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens)
@@ -202,7 +209,7 @@ for _schema, _fake, *_run in (
         _chunk_cpu,
         _chunk_cuda,
     ),
-    (f"chunk_gated_delta_rule_bwd({_BWD_INPUTS}) -> ({_GRADIENTS})", _chunk_bwd_fake, _chunk_bwd_cpu),
+    (f"chunk_gated_delta_rule_bwd({_BWD_INPUTS}) -> ({_GRADIENTS})", _chunk_bwd_fake, _chunk_bwd_cpu, _chunk_bwd_cuda),
     (
         f"fused_recurrent_gated_delta_rule({_INPUTS}, float scale, bool save) -> ({_OUTPUTS})",
         _recurrent_fake,

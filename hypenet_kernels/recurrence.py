@@ -284,6 +284,40 @@ def backward_cpu(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqle
     return gradients
 
 
+def backward_cuda(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens, T0, G, h, chunk_offsets, scale):
+    gradients = backward_fake(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens)
+    dq, dk, dv, dg, *dbeta, dinitial_state = gradients
+    K, V = padded_dims(op, q, v)
+    checks.shape(op, "h", h, [max_chunks(q, cu_seqlens), v.shape[2], K, V])
+    do, q, k, v = (native.aligned_rows(_padded(x, n)) for x, n in ((do, V), (q, K), (k, K), (v, V)))
+    dfinal_state, cu_seqlens = _contiguous(_padded(dfinal_state, K, V)), _bounds(cu_seqlens)
+    narrow = dq, dk, dv, dinitial_state
+    wide = [_with_room(x, *size) for x, size in zip(narrow, ((K,), (K,), (V,), (K, V)), strict=True)]
+    dstates = torch.empty_like(h)
+    native.kernel(op, "gated_delta_chunk_bwd", q.device)(
+        **_operands(q, k, v, g, beta, scale),
+        N=dinitial_state.shape[0],
+        cu_seqlens=native.pointer(cu_seqlens),
+        initial_state=native.pointer(None),
+        do_=native.view(do),
+        dfinal_state=native.pointer(dfinal_state),
+        num_chunks=h.shape[0],
+        chunk_offsets=native.pointer(chunk_offsets),
+        T0=native.pointer(T0),
+        G=native.pointer(G),
+        h=native.pointer(h),
+        dstates=native.pointer(dstates),
+        dq=native.pointer(wide[0]),
+        dk=native.pointer(wide[1]),
+        dv=native.pointer(wide[2]),
+        dg=native.pointer(dg),
+        dbeta=native.pointer(dbeta[0] if dbeta else None),
+        dinitial_state=native.pointer(wide[3]),
+    )
+    dq, dk, dv, dinitial_state = (_narrowed(x, like) for x, like in zip(wide, narrow, strict=True))
+    return dq, dk, dv, dg, *dbeta, dinitial_state
+
+
 def setup_context(ctx, inputs, output):
     *tensors, ctx.scale, _ = inputs
     ctx.save_for_backward(*tensors, *output[2:])

@@ -133,6 +133,13 @@ def _chunk_bwd_cpu(do, dfinal_state, q, k, v, g, initial_state, cu_seqlens, T0, 
     return recurrence.backward_cpu(op, do, dfinal_state, q, k, v, g, None, initial_state, cu_seqlens, scale)
 
 
+def _chunk_bwd_cuda(do, dfinal_state, q, k, v, g, initial_state, cu_seqlens, T0, G, h, chunk_offsets, scale):
+    op = "chunk_simple_gla_bwd"
+    return recurrence.backward_cuda(
+        op, do, dfinal_state, q, k, v, g, None, initial_state, cu_seqlens, T0, G, h, chunk_offsets, scale
+    )
+
+
 def _chunk_bwd_fake(do, dfinal_state, q, k, v, g, initial_state, cu_seqlens, T0, G, h, chunk_offsets, scale):
     op = "chunk_simple_gla_bwd"
     return recurrence.backward_fake(op, do, dfinal_state, q, k, v, g, None, initial_state, cu_seqlens)
@@ -176,7 +183,7 @@ _library = torch.library.Library("hypenet", "FRAGMENT")
 _BWD_INPUTS = f"Tensor do, Tensor? dfinal_state, {_INPUTS}, {recurrence.SAVED}, float scale"
 for _schema, _fake, *_run in (
     (f"chunk_simple_gla({_INPUTS}, float scale, bool save) -> ({_OUTPUTS})", _chunk_fake, _chunk_cpu, _chunk_cuda),
-    (f"chunk_simple_gla_bwd({_BWD_INPUTS}) -> ({_GRADIENTS})", _chunk_bwd_fake, _chunk_bwd_cpu),
+    (f"chunk_simple_gla_bwd({_BWD_INPUTS}) -> ({_GRADIENTS})", _chunk_bwd_fake, _chunk_bwd_cpu, _chunk_bwd_cuda),
     (
         f"fused_recurrent_simple_gla({_INPUTS}, float scale, bool save) -> ({_OUTPUTS})",
         _recurrent_fake,

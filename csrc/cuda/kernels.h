@@ -16,6 +16,7 @@ constexpr int64_t kStepMaxKeyDim = 256;
 constexpr int64_t kAttentionHeadDims[] = {64, 128};
 
 Status gated_delta_chunk_fwd(const GatedDeltaFwdParams& params, Stream stream);
+Status gated_delta_chunk_bwd(const GatedDeltaBwdParams& params, Stream stream);
 Status gated_delta_step(const GatedDeltaStepParams& params, Stream stream);
 
 Status hype_attention_fwd(const HypeAttentionFwdParams& params, Stream stream);

@@ -183,6 +183,15 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
   return rounded;
 }
 
+// ---- what the compiler may know
+
+// x, about which the compiler knows nothing from here on: what is computed from it inside a loop stays there,
+// instead of filling registers before it.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- arithmetic
 
 // 2^x to 2 ulp; 0 for x = -inf, and below 2^-126.

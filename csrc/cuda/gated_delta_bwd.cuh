@@ -1,0 +1,172 @@
+// What the two kernels of the gated delta rule's backward share: decays, products of warps, sums over
+// lanes.
+#pragma once
+
+#include "arch/sm80.cuh"
+#include "gated_delta.cuh"
+#include "kernels.h"
+#include "tile.cuh"
+
+namespace hypenet::cuda::gated_delta_bwd {
+
+using namespace gated_delta;
+
+// The kernels of the backward, in this order.
+Status scan(const GatedDeltaBwdParams& params, Stream stream);
+Status finish(const GatedDeltaBwdParams& params, Stream stream);
+
+// This thread's number, from which nothing is known to follow: addresses that outlive a step cost more
+// registers than there are.
+__device__ __forceinline__ int fresh_thread() { return arch::opaque(arch::thread_idx()); }
+
+// Starts the copies of G and beta of a chunk, beta past the end zero; both by threads 0 to kChunk - 1.
+template <bool kDelta>
+__device__ __forceinline__ void copy_gates_async(float (&G)[kChunk], float (&beta)[kChunk],
+                                                 const GatedDeltaBwdParams& params, int64_t chunk, int head,
+                                                 int64_t batch, int64_t token, int num_tokens) {
+  const int i = fresh_thread();
+  if (i >= kChunk) return;
+  arch::copy_4_async(&G[i], params.G + (chunk * params.HV + head) * kChunk + i, true);
+  if constexpr (kDelta) {
+    const bool valid = i < num_tokens;
+    arch::copy_4_async(&beta[i], row_of<float>(params.beta, batch, token + (valid ? i : 0), head), valid);
+  }
+}
+
+// Gamma_ij = exp(G_i - G_j) for j <= i, else 0.
+__device__ __forceinline__ float decay_between(const float (&G)[kChunk], int i, int j) {
+  return j <= i ? arch::exp2(G[i] - G[j]) : 0.0f;
+}
+
+// T0 -> T = T0 . Gamma, in place.
+template <int kThreads, class Tile>
+__device__ __forceinline__ void apply_decay(Tile& T, const float (&G)[kChunk]) {
+  using Element = typename Tile::Element;
+  for_each_piece<kThreads, Tile>(fresh_thread(), [&](int, int row, int col) {
+    uint4 piece = arch::load_16_bytes(T.at(row, col));
+    uint32_t* pairs = &piece.x;
+#pragma unroll
+    for (int i = 0; i < kPiece / 2; ++i) {
+      const float2 x = arch::unpack<Element>(pairs[i]);
+      const int j = col + 2 * i;
+      pairs[i] = arch::pack<Element>(x.x * decay_between(G, row, j), x.y * decay_between(G, row, j + 1));
+    }
+    arch::store_16_bytes(T.at(row, col), piece);
+  });
+}
+
+// Rows of a tile times a factor each, rounded, into another tile or the same one.
+template <int kThreads, class Tile, class Factor>
+__device__ __forceinline__ void scale_rows(Tile& to, const Tile& from, Factor&& factor) {
+  using Element = typename Tile::Element;
+  for_each_piece<kThreads, Tile>(fresh_thread(), [&](int, int row, int col) {
+    uint4 piece = arch::load_16_bytes(from.at(row, col));
+    uint32_t* pairs = &piece.x;
+    const float by = factor(row);
+#pragma unroll
+    for (int i = 0; i < kPiece / 2; ++i) {
+      const float2 x = arch::unpack<Element>(pairs[i]);
+      pairs[i] = arch::pack<Element>(x.x * by, x.y * by);
+    }
+    arch::store_16_bytes(to.at(row, col), piece);
+  });
+}
+
+// d [16 kM, 8 kN] += A B over kDepth, by one warp. load_a(a, m, k) and load_b(b, k, n) fill fragments [16,
+// 16]. kSteps of the sum stand in line; fewer need fewer registers.
+template <class Element, int kDepth, int kSteps = kDepth / 16, int kM, int kN, class LoadA, class LoadB>
+__device__ __forceinline__ void multiply(float (&d)[kM][kN][4], LoadA&& load_a, LoadB&& load_b) {
+  static_assert(kDepth % 16 == 0 && kN % 2 == 0);
+#pragma unroll kSteps
+  for (int k = 0; k < kDepth; k += 16) {
+    uint32_t a[kM][4];
+#pragma unroll
+    for (int m = 0; m < kM; ++m) load_a(a[m], 16 * m, k);
+#pragma unroll
+    for (int n = 0; n < kN; n += 2) {
+      uint32_t b[2][2];
+      load_b(b, k, 8 * n);
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        arch::mma_16x8x16<Element>(d[m][n], a[m], b[0]);
+        arch::mma_16x8x16<Element>(d[m][n + 1], a[m], b[1]);
+      }
+    }
+  }
+}
+
+template <int kM, int kN>
+__device__ __forceinline__ void set_zero(float (&d)[kM][kN][4]) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) d[m][n][0] = d[m][n][1] = d[m][n][2] = d[m][n][3] = 0.0f;
+  }
+}
+
+// run(element of d, row, column, and its number in d[m][n]) for what this lane holds of a product [16 kM, 8
+// kN] that lies at (row, col).
+template <int kM, int kN, class Run>
+__device__ __forceinline__ void for_each_element(float (&d)[kM][kN][4], int row, int col, Run&& run) {
+  const int lane = lane_idx();
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        run(d[m][n][i], row + 16 * m + lane / 4 + i / 2 * 8, col + 8 * n + lane % 4 * 2 + i % 2);
+      }
+    }
+  }
+}
+
+template <class Tile, int kM, int kN>
+__device__ __forceinline__ void store_product(Tile& tile, int row, int col, const float (&d)[kM][kN][4]) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) store_d(tile, row + 16 * m, col + 8 * n, d[m][n]);
+  }
+}
+
+// `multiply` with two of its steps in line, so that nothing spills.
+template <class Element, int kDepth, int kN, class LoadA, class LoadB>
+__device__ __forceinline__ void multiply_in_pairs(float (&d)[1][kN][4], LoadA&& load_a, LoadB&& load_b) {
+  multiply<Element, kDepth, 2>(d, load_a, load_b);
+}
+
+// The sum over the four lanes that share a row.
+__device__ __forceinline__ float sum_row(float x) {
+  x += arch::shuffle_xor(x, 1);
+  return x + arch::shuffle_xor(x, 2);
+}
+
+// The sum over the eight lanes that share a column.
+__device__ __forceinline__ float sum_column(float x) {
+  x += arch::shuffle_xor(x, 4);
+  x += arch::shuffle_xor(x, 8);
+  return x + arch::shuffle_xor(x, 16);
+}
+
+template <int kParts>
+__device__ __forceinline__ float sum_parts(const float (&parts)[kParts][kChunk], int i) {
+  float sum = parts[0][i];
+#pragma unroll
+  for (int part = 1; part < kParts; ++part) sum += parts[part][i];
+  return sum;
+}
+
+// Sum of x over the lanes below this one.
+__device__ __forceinline__ float sum_of_lanes_below(float x) {
+  float sum = x;
+#pragma unroll
+  for (int delta = 1; delta < arch::kWarpSize; delta *= 2) {
+    const float other = arch::shuffle_up(sum, delta);
+    if (lane_idx() >= delta) sum += other;
+  }
+  const float below = arch::shuffle_up(sum, 1);
+  return lane_idx() == 0 ? 0.0f : below;
+}
+
+}  // namespace hypenet::cuda::gated_delta_bwd

@@ -1,0 +1,284 @@
+// Backward of the gated delta rule and of simple GLA (kDelta = false), first of two kernels: the gradient of
+// the state, chunk after chunk from the last to the first. gated_delta_bwd_chunk.cu does the rest.
+//
+// Math, per value head and chunk of C tokens; s the scale, G the running sum of g, gamma = e^G, Gamma_ij =
+// e^(G_i - G_j) for j <= i else 0, T0 = (I + stril(diag(beta) K K^T))^-1 from the forward, dS1 the gradient
+// of the state after the chunk, dS0 of the one before it:
+//   P   = s Q K^T . Gamma          T = T0 . Gamma                                                  (1)
+//   dE  = P^T dO + gamma_C / gamma (K dS1)                                                         (2)
+//   dB  = T^T dE                   (dE itself without delta)                                       (3)
+//   dS0 = gamma_C dS1 + Q^T (s gamma dO) + K^T dZ      with dZ = -gamma beta dB, 0 without delta  (2, 4)
+//
+// Shapes: as in GatedDeltaBwdParams (params.h). Reads q, k, do, G, beta, T0, dfinal_state; writes dS1 of
+// every chunk to dstates, dB to dv (which the second kernel turns into dv = beta dB), and dinitial_state.
+//
+// Mapping: a block owns kColumns columns of V of one (sequence, value head), blocks numbered along x with the
+// column tile fastest, so that neighbours share q, k and T0 in L2. Every formula above needs only its own
+// columns. dS stays in fp32 registers. Warp w of 4 owns rows 16 w of every [C, kColumns] product, and rows K
+// / 4 w of dS.
+//
+// Shared memory (K = 128, bytes):      lifetime
+//   stage[2].k   [C, K]         16 K   copied while the chunk before is at work
+//   stage[2].T   [C, C]          8 K   likewise; T0, after (1) T
+//   stage[2].dO  [C, columns]    4 K   likewise; after (3) dZ
+//   q            [C, K]         16 K   copied during (3) and (4) of the chunk before
+//   P            [C, C]          8 K   (1) to (2)
+//   dS           [K, columns]    8 K   dS1 rounded, (0) to (2)
+//   scaled_dO    [C, columns]    4 K   s gamma dO, (1) to (2); after (3) dB
+//   dE           [C, columns]    4 K   (2) to (3)
+// Two blocks fit a processor of Hopper, one of Ampere.
+//
+// Pipeline: four barriers a chunk, one at the end of each of (0) to (3).
+//
+// Numerics: fp32 accumulation; rounded to dtype are dS1, P, T, s gamma dO, dE, dZ and dB, each once. Every
+// exponent taken is <= 0. Sums run in a fixed order, which depends on nothing but the shapes of one sequence.
+// Tokens past the end are zero in k, q, dO and beta, and contribute nothing; their memory is not read.
+//
+// Cost per token and value head: 2 (3 K V + C (K V / kColumns + 2 V)) FLOPs. Bytes from and to memory: 2 (2 K
+// + 2 V
+// + C) and 2 K V / C for dS1. The chain of chunks is serial: latency bounds it unless blocks fill the device.
+//
+// Limits: K 64 or 128, V a multiple of 64, bf16 or fp16, rows aligned to 16 bytes.
+#include "dtype.cuh"
+#include "gated_delta_bwd.cuh"
+#include "launch.cuh"
+
+namespace hypenet::cuda {
+namespace gated_delta_bwd {
+namespace {
+
+constexpr int kWarps = 4;
+constexpr int kThreads = kWarps * arch::kWarpSize;
+constexpr int kColumns = 32;  // of V, per block
+constexpr int kRows = kChunk / kWarps;
+static_assert(kRows == 16);
+
+template <class Element_, int K_, bool kDelta_>
+struct Smem {
+  using Element = Element_;
+  static constexpr int K = K_;
+  static constexpr bool kDelta = kDelta_;
+  static constexpr int kStateRows = K / kWarps;  // of a warp
+
+  struct Stage {
+    Tile<Element, kChunk, K> k;
+    Tile<Element, kChunk, kChunk> T;
+    Tile<Element, kChunk, kColumns> dO;
+    float G[kChunk], beta[kChunk];
+  };
+  Stage stages[2];
+  Tile<Element, kChunk, K> q;
+  Tile<Element, kChunk, kChunk> P;
+  Tile<Element, K, kColumns> dS;
+  Tile<Element, kChunk, kColumns> scaled_dO, dE;
+};
+constexpr size_t kSharedOfHopper = 228 * 1024, kReserved = 1024;  // of a processor, and of it per block
+static_assert(2 * (sizeof(Smem<arch::bf16, 128, true>) + kReserved) <= kSharedOfHopper);
+
+template <class Smem>
+using State = float[Smem::kStateRows / 16][kColumns / 8][4];
+using Product = float[1][kColumns / 8][4];
+
+// What a block works on.
+struct Place {
+  Sequence sequence;
+  int64_t n, column;
+  int head, key_head;
+
+  __device__ explicit Place(const GatedDeltaBwdParams& params) {
+    const unsigned num_tiles = static_cast<unsigned>(params.V) / kColumns;
+    const unsigned block = arch::block_idx(), HV = static_cast<unsigned>(params.HV);
+    column = block % num_tiles * kColumns;
+    head = static_cast<int>(block / num_tiles % HV);
+    key_head = head / static_cast<int>(HV / static_cast<unsigned>(params.H));
+    n = block / num_tiles / HV;
+    sequence = gated_delta::sequence(params, n);
+  }
+  __device__ int64_t chunk(int64_t i) const { return sequence.first_chunk + i; }
+};
+
+template <class Smem>
+__device__ __forceinline__ void copy_q_async(Smem& sm, const GatedDeltaBwdParams& params, const Place& place,
+                                             int64_t i) {
+  const int64_t token = place.sequence.start + i * kChunk;
+  copy_tile_async<kThreads>(
+      sm.q, row_of<typename Smem::Element>(params.q, place.sequence.batch, token, place.key_head),
+      params.q.token, tokens_from(place.sequence, i * kChunk), arch::thread_idx());
+}
+
+template <class Smem>
+__device__ __forceinline__ void copy_stage_async(Smem& sm, const GatedDeltaBwdParams& params,
+                                                 const Place& place, int64_t i) {
+  using Element = typename Smem::Element;
+  auto& stage = sm.stages[i % 2];
+  const int thread = arch::thread_idx(), num_tokens = tokens_from(place.sequence, i * kChunk);
+  const int64_t batch = place.sequence.batch, token = place.sequence.start + i * kChunk;
+  copy_tile_async<kThreads>(stage.k, row_of<Element>(params.k, batch, token, place.key_head), params.k.token,
+                            num_tokens, thread);
+  copy_tile_async<kThreads>(stage.dO, row_of<Element>(params.do_, batch, token, place.head) + place.column,
+                            params.do_.token, num_tokens, thread);
+  if constexpr (Smem::kDelta) {
+    const int64_t offset = (place.chunk(i) * params.HV + place.head) * kChunk * kChunk;
+    copy_tile_async<kThreads>(stage.T, static_cast<const Element*>(params.T0) + offset, kChunk, kChunk,
+                              thread);
+  }
+  copy_gates_async<Smem::kDelta>(stage.G, stage.beta, params, place.chunk(i), place.head, batch, token,
+                                 num_tokens);
+}
+
+// dfinal_state, or zeros -> registers
+template <class Smem>
+__device__ __forceinline__ void load_state(State<Smem>& rS, const GatedDeltaBwdParams& params,
+                                           const Place& place) {
+  set_zero(rS);
+  if (params.dfinal_state == nullptr) return;
+  const float* from = static_cast<const float*>(params.dfinal_state) +
+                      (place.n * params.HV + place.head) * Smem::K * params.V + place.column;
+  for_each_element(rS, Smem::kStateRows * warp_idx(), 0,
+                   [&](float& x, int row, int col) { x = from[row * params.V + col]; });
+}
+
+template <class Smem>
+__device__ __forceinline__ void store_state(State<Smem>& rS, const GatedDeltaBwdParams& params,
+                                            const Place& place) {
+  float* to = static_cast<float*>(params.dinitial_state) +
+              (place.n * params.HV + place.head) * Smem::K * params.V + place.column;
+  for_each_element(rS, Smem::kStateRows * warp_idx(), 0,
+                   [&](float& x, int row, int col) { to[row * params.V + col] = x; });
+}
+
+// (1) P, T in place of T0, s gamma dO
+template <class Smem>
+__device__ __forceinline__ void apply_decays(Smem& sm, typename Smem::Stage& stage, float scale) {
+  using Element = typename Smem::Element;
+  const int row = kRows * warp_idx();
+  float rP[1][kChunk / 8][4];
+  set_zero(rP);
+  multiply<Element, Smem::K>(
+      rP, [&](auto& a, int m, int k) { load_a(a, sm.q, row + m, k); },
+      [&](auto& b, int k, int n) { load_b_transposed(b, stage.k, k, n); });
+  for_each_element(rP, row, 0, [&](float& x, int i, int j) { x *= scale * decay_between(stage.G, i, j); });
+  store_product(sm.P, row, 0, rP);
+  if constexpr (Smem::kDelta) apply_decay<kThreads>(stage.T, stage.G);
+  scale_rows<kThreads>(sm.scaled_dO, stage.dO, [&](int i) { return scale * arch::exp2(stage.G[i]); });
+}
+
+// (2) dE; and of dS0 what does not need it
+template <class Smem>
+__device__ __forceinline__ void output_to_pseudo_values(Smem& sm, typename Smem::Stage& stage,
+                                                        State<Smem>& rS) {
+  using Element = typename Smem::Element;
+  const int row = kRows * warp_idx(), state_row = Smem::kStateRows * warp_idx();
+  const float last = stage.G[kChunk - 1];
+  Product rdE;
+  set_zero(rdE);
+  multiply<Element, Smem::K>(
+      rdE, [&](auto& a, int m, int k) { load_a(a, stage.k, row + m, k); },
+      [&](auto& b, int k, int n) { load_b(b, sm.dS, k, n); });
+  for_each_element(rdE, row, 0, [&](float& x, int i, int) { x *= arch::exp2(last - stage.G[i]); });
+  multiply<Element, kChunk>(
+      rdE, [&](auto& a, int m, int k) { load_a_transposed(a, sm.P, row + m, k); },
+      [&](auto& b, int k, int n) { load_b(b, stage.dO, k, n); });
+  store_product(sm.dE, row, 0, rdE);
+
+  const float whole = arch::exp2(last);
+  for_each_element(rS, 0, 0, [&](float& x, int, int) { x *= whole; });
+  multiply<Element, kChunk>(
+      rS, [&](auto& a, int m, int k) { load_a_transposed(a, sm.q, state_row + m, k); },
+      [&](auto& b, int k, int n) { load_b(b, sm.scaled_dO, k, n); });
+}
+
+// (3) dB in place of s gamma dO, dZ in place of dO
+template <class Smem>
+__device__ __forceinline__ void solve(Smem& sm, typename Smem::Stage& stage) {
+  const int row = kRows * warp_idx();
+  Product rdB;
+  set_zero(rdB);
+  multiply<typename Smem::Element, kChunk>(
+      rdB, [&](auto& a, int m, int k) { load_a_transposed(a, stage.T, row + m, k); },
+      [&](auto& b, int k, int n) { load_b(b, sm.dE, k, n); });
+  store_product(sm.scaled_dO, row, 0, rdB);
+  for_each_element(rdB, row, 0, [&](float& x, int i, int) { x *= -arch::exp2(stage.G[i]) * stage.beta[i]; });
+  store_product(stage.dO, row, 0, rdB);
+}
+
+// (4) dS0 += K^T dZ
+template <class Smem>
+__device__ __forceinline__ void update_state(State<Smem>& rS, const typename Smem::Stage& stage) {
+  const int row = Smem::kStateRows * warp_idx();
+  multiply<typename Smem::Element, kChunk>(
+      rS, [&](auto& a, int m, int k) { load_a_transposed(a, stage.k, row + m, k); },
+      [&](auto& b, int k, int n) { load_b(b, stage.dO, k, n); });
+}
+
+template <class Smem>
+__global__ void __launch_bounds__(kThreads, 2)
+    scan_kernel(const __grid_constant__ GatedDeltaBwdParams params) {
+  using Element = typename Smem::Element;
+  Smem& sm = arch::shared_memory<Smem>();
+  const Place place(params);
+  const int thread = arch::thread_idx();
+  const int64_t num_chunks = (place.sequence.length + kChunk - 1) / kChunk;
+  State<Smem> rS;
+  load_state<Smem>(rS, params, place);
+  if (num_chunks > 0) {
+    copy_q_async(sm, params, place, num_chunks - 1);
+    copy_stage_async(sm, params, place, num_chunks - 1);
+    arch::commit_copies();
+  }
+  for (int64_t i = num_chunks - 1; i >= 0; --i) {
+    auto& stage = sm.stages[i % 2];
+    store_product(sm.dS, Smem::kStateRows * warp_idx(), 0, rS);  // (0)
+    arch::wait_copies<0>();
+    arch::sync_block();
+    if (i > 0) copy_stage_async(sm, params, place, i - 1);
+    store_tile<kThreads>(static_cast<Element*>(params.dstates) +
+                             (place.chunk(i) * params.HV + place.head) * Smem::K * params.V + place.column,
+                         params.V, Smem::K, sm.dS, thread);
+    apply_decays(sm, stage, static_cast<float>(params.scale));  // (1)
+    arch::sync_block();
+    output_to_pseudo_values(sm, stage, rS);  // (2)
+    arch::sync_block();
+    if (i > 0) copy_q_async(sm, params, place, i - 1);
+    arch::commit_copies();
+    if constexpr (Smem::kDelta) {
+      solve(sm, stage);  // (3)
+      arch::sync_block();
+      update_state<Smem>(rS, stage);  // (4)
+    }
+    const int64_t token = place.sequence.start + i * kChunk;
+    store_tile<kThreads>(static_cast<Element*>(params.dv) +
+                             ((place.sequence.batch * params.T + token) * params.HV + place.head) * params.V +
+                             place.column,
+                         params.HV * params.V, tokens_from(place.sequence, i * kChunk),
+                         Smem::kDelta ? sm.scaled_dO : sm.dE, thread);
+  }
+  store_state<Smem>(rS, params, place);
+}
+
+template <class Smem>
+Status launch_scan(const GatedDeltaBwdParams& params, Stream stream) {
+  return launch("gated_delta_bwd_scan", scan_kernel<Smem>, params.N * params.HV * (params.V / kColumns),
+                kThreads, sizeof(Smem), stream, params);
+}
+
+}  // namespace
+
+Status scan(const GatedDeltaBwdParams& params, Stream stream) {
+  return dispatch_half_dtype(params.dtype, [&]<class Element>() -> Status {
+    return dispatch_key_dim(params.K, [&]<int K>() -> Status {
+      return params.delta ? launch_scan<Smem<Element, K, true>>(params, stream)
+                          : launch_scan<Smem<Element, K, false>>(params, stream);
+    });
+  });
+}
+
+}  // namespace gated_delta_bwd
+
+Status gated_delta_chunk_bwd(const GatedDeltaBwdParams& params, Stream stream) {
+  if (params.V % 64 != 0) return "V must be a multiple of 64";
+  const Status status = gated_delta_bwd::scan(params, stream);
+  return status == nullptr ? gated_delta_bwd::finish(params, stream) : status;
+}
+
+}  // namespace hypenet::cuda
