@@ -36,22 +36,22 @@ def _call(op, inputs, **options):
             torch.autograd.grad(sum(x.float().sum() for x in results), leaves)
 
 
-def _recurrent_inputs(device, dtype, D, tokens, H=1, HV=2):
+def _recurrent_inputs(device, dtype, D, tokens, V=None, H=1, HV=2):
     q, k = (torch.nn.functional.normalize(torch.randn(1, tokens, H, D, device=device), dim=-1) for _ in range(2))
-    v = torch.randn(1, tokens, HV, D, device=device)
+    v = torch.randn(1, tokens, HV, V or D, device=device)
     g, beta = -torch.rand(1, tokens, HV, device=device), torch.rand(1, tokens, HV, device=device)
     return [x.to(dtype) for x in (q, k, v)] + [g, beta]
 
 
-def _recurrences(device, dtype, D, cu_seqlens=None):
+def _recurrences(device, dtype, D, V=None, cu_seqlens=None):
     options = {"output_final_state": True, "cu_seqlens": cu_seqlens}
-    *inputs, beta = _recurrent_inputs(device, dtype, D, T)
+    *inputs, beta = _recurrent_inputs(device, dtype, D, T, V)
     _call(kernels.chunk_gated_delta_rule, [*inputs, beta], **options)
     _call(kernels.chunk_simple_gla, inputs, **options)
 
 
 def _packed_recurrences(device, dtype, D):
-    _recurrences(device, dtype, D, torch.tensor([0, 1, T], device=device))
+    _recurrences(device, dtype, D, V=128, cu_seqlens=torch.tensor([0, 1, T], device=device))
 
 
 def _steps(device, dtype, D):

@@ -15,7 +15,7 @@ from hypenet_kernels import native
 REGISTERS_TO_SPARE = 8  # what another version of the compiler may take
 WITHOUT_TENSOR_CORES = {  # nothing to multiply but vectors
     "gated_delta_step_kernel",
-    "gated_delta_map_kernel",
+    "gated_delta::gated_delta_map_kernel",
     "hype_attention_bwd_prepare_kernel",
     "hype_attention_decode_combine_kernel",
 }
