@@ -66,7 +66,9 @@ void bind_all(py::module_& m) {
   fwd.insert(fwd.end(), {FIELD(Fwd, num_chunks), FIELD(Fwd, T0), FIELD(Fwd, G), FIELD(Fwd, h),
                          FIELD(Fwd, chunk_offsets), FIELD(Fwd, decays), FIELD(Fwd, Tb), FIELD(Fwd, P)});
   def_kernel<Fwd>(m, "gated_delta_chunk_fwd", cuda::gated_delta_chunk_fwd, fwd);
-  m.attr("ATTENTION_HEAD_DIMS") = py::make_tuple(cuda::kAttentionHeadDims[0], cuda::kAttentionHeadDims[1]);
+  py::list head_dims;
+  for (const int64_t D : cuda::kAttentionHeadDims) head_dims.append(D);
+  m.attr("ATTENTION_HEAD_DIMS") = py::tuple(head_dims);
   def_kernel<HypeFwd>(m, "hype_attention_fwd", cuda::hype_attention_fwd, hype_fwd);
   def_kernel<HypeBwd>(m, "hype_attention_bwd", cuda::hype_attention_bwd, hype_bwd);
   m.attr("STEP_MAX_KEY_DIM") = cuda::kStepMaxKeyDim;

@@ -15,7 +15,7 @@ def hype_attention(q, k, v, *, logit_scale_base=None, gate=None, scale=None, que
 
     q: [B, T, H, D]; k, v: [B, S, HK, D] with S = query_offset + T and H a multiple of HK; gate: [B, T, H, D], before
     the sigmoid. Any strides. All of one dtype, float64, float32 or bfloat16; on CUDA bfloat16 or float16, with D up to
-    128. Sums are taken in float64 or float32, where q is also scaled. logit_scale_base: a > 1, in tokens, or None for
+    256. Sums are taken in float64 or float32, where q is also scaled. logit_scale_base: a > 1, in tokens, or None for
     s_t = 1. scale: default D ** -0.5. cu_seqlens: [N + 1] int32 or int64, the bounds of sequences packed along T
     (B = 1, query_offset = 0); positions restart and attention ends at each. Returns o: [B, T, H, D]. Differentiable
     once in q, k, v and gate.

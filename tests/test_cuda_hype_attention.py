@@ -21,6 +21,7 @@ SHAPES = {  # rows of a block: 128 queries and 64 keys in the forward, 128 and 6
     "one query after many keys": Shape(2, 1, 4, 2, 128, query_offset=150),
     "queries and keys out of step": Shape(1, 73, 2, 2, 64, query_offset=95),
     "padded head dimensions": Shape(1, 70, 2, 1, 40),
+    "the longest head": Shape(1, 70, 2, 1, 256, query_offset=65),
     "padded to 128": Shape(1, 40, 2, 1, 100, query_offset=3),
 }
 OPTIONS = {
@@ -205,7 +206,7 @@ def test_what_is_not_built_is_refused(device):
         NotImplementedError, match=r"^hype_attention: q must be bfloat16 or float16 on CUDA, got float32"
     ):
         hype_attention(q, q, q)
-    wide = torch.ones(1, 4, 2, 136, device=device, dtype=torch.bfloat16)
-    rule = "^hype_attention: q must have a head dimension of at most 128 on CUDA, got 136"
+    wide = torch.ones(1, 4, 2, 264, device=device, dtype=torch.bfloat16)
+    rule = "^hype_attention: q must have a head dimension of at most 256 on CUDA, got 264"
     with pytest.raises(NotImplementedError, match=rule):
         hype_attention(wide, wide, wide)

@@ -39,7 +39,8 @@ template <class Run>
 Status dispatch_head_dim(int64_t D, Run&& run) {
   if (D == kAttentionHeadDims[0]) return run.template operator()<kAttentionHeadDims[0]>();
   if (D == kAttentionHeadDims[1]) return run.template operator()<kAttentionHeadDims[1]>();
-  static_assert(std::size(kAttentionHeadDims) == 2);
+  if (D == kAttentionHeadDims[2]) return run.template operator()<kAttentionHeadDims[2]>();
+  static_assert(std::size(kAttentionHeadDims) == 3);
   return "D is not built for CUDA";
 }
 
@@ -115,7 +116,7 @@ template <int kBlocks, int kColumns, class TileA, class TileB>
 __device__ __forceinline__ void multiply_transposed(float (&d)[kBlocks][kColumns][4], const TileA& tile_a,
                                                     int m, const TileB& tile_b) {
   static_assert(TileB::kRows == 8 * kColumns && TileA::kCols == TileB::kCols);
-#pragma unroll
+#pragma unroll 8  // more would keep more addresses than there are registers
   for (int k = 0; k < TileA::kCols; k += 16) {
     uint32_t a[kBlocks][4];
 #pragma unroll

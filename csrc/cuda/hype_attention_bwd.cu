@@ -23,7 +23,8 @@
 //   streamed  [kStages][2][kStreamed, D]  Q and dO', or K and V
 //   terms     [kStages][3][kStreamed]     (2) row_terms of the streamed queries
 //   place     1                           (2) what the block owns, out of the way of the products' registers
-// 130 KB at D = 128: one block of 8 warps per processor.
+// 130 KB at D = 128 and 256: one block per processor, of 8 or 4 warps. At D = 256, (2) runs for dv, then for
+// dk.
 //
 // Pipeline: while a tile is multiplied, the next is under way into the other stage; one barrier a tile.
 //
@@ -32,8 +33,8 @@
 // before the exponential, and x - lse <= 0 but for rounding. No atomics: every sum has one order, whatever
 // the batch.
 //
-// Cost: (2) 8 D and (3) 6 D FLOPs per visible (query, key) pair: compute bound. That (3) takes S and dP anew
-// is the price of sums in one order.
+// Cost: (2) 8 D, at D = 256 10 D, and (3) 6 D FLOPs per visible (query, key) pair: compute bound. That (3)
+// takes S and dP anew is the price of sums in one order.
 //
 // Limits: as in the forward.
 #include <cmath>
@@ -53,9 +54,10 @@ namespace {
 template <int D_>
 struct Shape {
   static constexpr int D = D_;
-  static constexpr int kRows = 128;     // keys or queries that a block owns
-  static constexpr int kStreamed = 64;  // queries or keys of a tile that it takes
+  static constexpr int kRows = D == 256 ? 64 : 128;     // keys or queries that a block owns
+  static constexpr int kStreamed = D == 256 ? 32 : 64;  // queries or keys of a tile that it takes
   static constexpr int kThreads = kRows / 16 * arch::kWarpSize;
+  static constexpr bool kApart = D == 256;  // dv, then dk: registers hold one of them
   static constexpr int kStages = 2;
   static constexpr int kPrepareThreads = 256;
   static constexpr int kPrepareRows = kPrepareThreads / (D / kPiece);
@@ -80,6 +82,7 @@ struct Smem {
 };
 static_assert(sizeof(Smem<arch::bf16, Shape<64>>) < 67 * 1024);
 static_assert(sizeof(Smem<arch::bf16, Shape<128>>) < 131 * 1024);
+static_assert(sizeof(Smem<arch::bf16, Shape<256>>) < 131 * 1024);
 
 using Params = HypeAttentionBwdParams;
 
@@ -257,10 +260,13 @@ __device__ __forceinline__ Place find_keys(const Params& p) {
   return place;
 }
 
-template <class Shape, class Element>
+enum class Gradient { kKeysAndValues, kKeys, kValues };
+
+template <class Shape, class Element, Gradient kGradient>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     hype_attention_bwd_keys_kernel(const __grid_constant__ Arguments arguments) {
   constexpr int D = Shape::D, kStreamed = Shape::kStreamed, kThreads = Shape::kThreads;
+  constexpr bool kWithKeys = kGradient != Gradient::kValues, kWithValues = kGradient != Gradient::kKeys;
   auto& smem = arch::shared_memory<Smem<Element, Shape>>();
   const Params& p = arguments.params;
 
@@ -302,7 +308,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       Result<kStreamed / 8> S = {}, dP = {};
       const auto& [queries, grads] = smem.streamed[stage];
       multiply_transposed(S, smem.owned[0], m, queries);
-      multiply_transposed(dP, smem.owned[1], m, grads);
+      if constexpr (kWithKeys) multiply_transposed(dP, smem.owned[1], m, grads);
       if (first + 15 > 0) {
         differentiate_keys<true>(S, dP, first, smem.terms[stage]);
       } else {
@@ -310,19 +316,23 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       }
 
       // (2.4) dV += P^T dO', dK += dX^T Q
-      multiply_result(dv, S, grads);
-      multiply_result(dk, dP, queries);
+      if constexpr (kWithValues) multiply_result(dv, S, grads);
+      if constexpr (kWithKeys) multiply_result(dk, dP, queries);
     }
     stage = 1 - stage;
   }
 
   // (2.5) the output
-  scale_by(dk, kLn2);
   const int row = s.first + place.begin + m, num_rows = s.S - place.begin - m;
-  store_rows(head_row<D, Element>(p.dk, p.S, p.HK, s.batch, row, place.key_head), p.HK * D, num_rows,
-             smem.owned[0], m, dk);
-  store_rows(head_row<D, Element>(p.dv, p.S, p.HK, s.batch, row, place.key_head), p.HK * D, num_rows,
-             smem.owned[1], m, dv);
+  if constexpr (kWithKeys) {
+    scale_by(dk, kLn2);
+    store_rows(head_row<D, Element>(p.dk, p.S, p.HK, s.batch, row, place.key_head), p.HK * D, num_rows,
+               smem.owned[0], m, dk);
+  }
+  if constexpr (kWithValues) {
+    store_rows(head_row<D, Element>(p.dv, p.S, p.HK, s.batch, row, place.key_head), p.HK * D, num_rows,
+               smem.owned[1], m, dv);
+  }
 }
 
 // (3)
@@ -398,9 +408,17 @@ Status launch_backward(const Params& p, Stream stream) {
   Status status = launch("hype_attention_bwd_prepare", hype_attention_bwd_prepare_kernel<Shape, Element>,
                          prepare_blocks, Shape::kPrepareThreads, 0, stream, Arguments{p, logit_scale, 0});
   if (status != nullptr) return status;
-  status =
-      launch("hype_attention_bwd_keys", hype_attention_bwd_keys_kernel<Shape, Element>, key_slots * p.HK,
-             Shape::kThreads, kBytes, stream, Arguments{p, logit_scale, static_cast<unsigned>(key_slots)});
+  const auto launch_keys = [&]<Gradient kGradient>() {
+    return launch("hype_attention_bwd_keys", hype_attention_bwd_keys_kernel<Shape, Element, kGradient>,
+                  key_slots * p.HK, Shape::kThreads, kBytes, stream,
+                  Arguments{p, logit_scale, static_cast<unsigned>(key_slots)});
+  };
+  if constexpr (Shape::kApart) {
+    status = launch_keys.template operator()<Gradient::kValues>();
+    if (status == nullptr) status = launch_keys.template operator()<Gradient::kKeys>();
+  } else {
+    status = launch_keys.template operator()<Gradient::kKeysAndValues>();
+  }
   if (status != nullptr) return status;
   return launch("hype_attention_bwd_queries", hype_attention_bwd_queries_kernel<Shape, Element>,
                 query_slots * p.H, Shape::kThreads, kBytes, stream,

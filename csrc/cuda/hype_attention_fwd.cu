@@ -17,7 +17,8 @@
 //   q      [kQueries, D]         the queries; at last each warp's rows of the output
 //   ring   [kStages][kKeys, D]   a stream of pieces: keys, then values of tile 0, of tile 1, ...; then the
 //   gate
-// 80 KB at D = 128 and 40 KB at D = 64: two blocks per processor, which is what registers allow.
+// 40, 80 and 160 KB at D = 64, 128 and 256: two blocks per processor, which is what registers allow; one at
+// 256.
 //
 // Pipeline: while piece j is multiplied, j + 1 and j + 2 are under way; j + 2 takes the place of j - 1, with
 // which every warp is done at the barrier before j. The gate is thus there when the last product ends.
@@ -30,8 +31,8 @@
 //
 // Cost: 4 D FLOPs per visible (query, key) pair: compute bound. Bytes from L2: 4 D per key and block.
 //
-// Limits: D = 64 or 128, bf16 or fp16, S < 2^31. A key or value that is not finite spoils every query of its
-// own tile, earlier ones too.
+// Limits: D = 64, 128 or 256, bf16 or fp16, S < 2^31. A key or value that is not finite spoils every query of
+// its own tile, earlier ones too.
 #include <algorithm>
 #include <cmath>
 
@@ -53,10 +54,11 @@ struct Shape {
   static constexpr int D = D_;
   static constexpr int kQueries = 128;
   static constexpr int kKeys = 64;
-  static constexpr int kWarpRows = 32;  // each fragment of keys or values then serves two products
+  // 32 rows: each fragment of keys or values serves two products; 16 where the output fills the registers
+  static constexpr int kWarpRows = D == 256 ? 16 : 32;
   static constexpr int kBlocks = kWarpRows / 16;
   static constexpr int kThreads = kQueries / kWarpRows * arch::kWarpSize;
-  static constexpr int kBlocksPerProcessor = 2;
+  static constexpr int kBlocksPerProcessor = D == 256 ? 1 : 2;
   static constexpr int kStages = 3;
   static_assert(kQueries / kKeys < kStages && kKeys % kWarpRows == 0);
 };
@@ -68,6 +70,7 @@ struct Smem {
 };
 static_assert(sizeof(Smem<arch::bf16, Shape<64>>) == 40 * 1024);
 static_assert(sizeof(Smem<arch::bf16, Shape<128>>) == 80 * 1024);
+static_assert(sizeof(Smem<arch::bf16, Shape<256>>) == 160 * 1024);
 
 using Params = HypeAttentionFwdParams;
 

@@ -13,7 +13,7 @@ using Stream = CUstream_st*;
 constexpr int64_t kStepMaxKeyDim = 256;
 
 // The head dimensions of hype_attention_fwd and hype_attention_bwd.
-constexpr int64_t kAttentionHeadDims[] = {64, 128};
+constexpr int64_t kAttentionHeadDims[] = {64, 128, 256};
 
 Status gated_delta_chunk_fwd(const GatedDeltaFwdParams& params, Stream stream);
 Status gated_delta_chunk_bwd(const GatedDeltaBwdParams& params, Stream stream);
