@@ -11,9 +11,9 @@
 //   diag(beta)
 // Simple GLA needs (2) and (3) only. A second, small kernel writes the map of chunks for cu_seqlens.
 //
-// Why P and Tb are made here and not in the scan: there they would be made again for each of its V / 16
-// column slices, on the one path that is serial in T. Here they cost one more write and read of 2 x 5 KB per
-// chunk and value head, and the scan is left without an exponential and without a product of C x C x K.
+// Why P and Tb are made here and not in the scan: there every tile of value columns would make them again, on
+// the one path that is serial in T. Here they cost one write and one read of 10 KB per chunk and value head,
+// and the scan is left without an exponential and without a product of C x C x K.
 //
 // Shapes: GatedDeltaFwdParams (params.h). Of P and Tb only the ten blocks [16, 16] on and below the diagonal
 // exist; T0 is written whole. Tokens past a sequence's end act as k = q = v = beta = g = 0: rows and columns
@@ -21,16 +21,16 @@
 //
 // Mapping: a block owns a (chunk, key head), blocks numbered along x, the key head fastest; it finds its
 // sequence by binary search in the map. Four warps; warp w computes block row w of KK and block row 3 - w of
-// QK, which is the same work for each. Per value head, block barriers
-// between: warp 0 the decays; warp w the inverse of diagonal block w by forward substitution (a lane per
-// column), and its row of P; warp w block column w of T0, by forward substitution over blocks; all warps the
-// stores.
+// QK, which is the same work for each. Per value head, block barriers between: warp 0 the decays; warp w the
+// inverse of diagonal block w by forward substitution (a lane per column), and its row of P; warp w block
+// column w of T0, by forward substitution over blocks; all warps the stores.
 //
-// Shared memory, for K = 128 (the largest): 50.5 KB, 4 blocks per processor of 228 KB, 3 of 164 KB
-//   q, k    [64, K]        Element   32 KB     until (1)
-//   T, P    [64, 72] fp32, [64, 64]  26 KB     in their place; a stride of 8 banks: fragments B without
-//   conflicts products [64, 68] fp32           17 KB     KK below the diagonal; QK, transposed, on and above
-//   it G, beta [64] fp32                0.5 KB
+// Shared memory, for K = 128 (the largest): 49.5 KB, 4 blocks per processor of 228 KB, 3 of 164 KB
+//   q, k      [64, K]  Element        32 KB    until (1)
+//   T         [64, 72] fp32           18 KB    in their place; rows 8 banks apart: fragments B do not collide
+//   P         [64, 64] Element         8 KB    in their place
+//   products  [64, 68] fp32           17 KB    KK below the diagonal; QK, transposed, on and above it
+//   G, beta   [64]     fp32          0.5 KB
 //
 // Numerics: KK and QK accumulate exact products in fp32. T0 is fp32 throughout: its block products are taken
 // of factors split into two tf32 each, three products for one (an error of 2^-21 instead of 2^-11), so that
@@ -38,7 +38,8 @@
 // Every exponent is a difference of G, held <= 0.
 //
 // Cost per chunk: 5/8 4 C^2 K FLOPs per key head, about 0.1 MFLOP x 3 of tf32 per value head; reads 4 C K
-// bytes per key head, writes 20.75 KB (delta, 8 KB more with T0) per value head: bound by memory.
+// bytes per key head, writes 10.5 KB per value head (5.5 KB without delta; 8.25 KB more where T0 and G are
+// kept): bound by memory.
 //
 // Limits: bf16, fp16; K = 64, 128; 2^31 - 1 blocks.
 #include "arch/sm80.cuh"
@@ -71,7 +72,7 @@ struct PrepareSmem {
   float products[kChunk][68];
   float G[kChunk], beta[kChunk];
 };
-static_assert(sizeof(PrepareSmem<arch::bf16, 128>) <= 51 * 1024);
+static_assert(sizeof(PrepareSmem<arch::bf16, 128>) == 99 * 512);
 
 // One block row of Q K^T or K K^T in a warp's registers: column blocks of two results [16, 8].
 using BlockRow = float[kBlocks][2][4];
