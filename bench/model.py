@@ -58,7 +58,10 @@ def build(device, layers):
 
 @torch.no_grad()
 def measure(model, length, device):
-    """Seconds of a prefill, of a decode step (median and quartiles), and bytes of the cache after it."""
+    """Seconds of a prefill, of a decode step (median and quartiles), bytes of the cache after it, the most in use."""
+    on_cuda = torch.device(device).type == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()
     ids = torch.randint(0, WIDTHS["vocab_size"], (1, length), device=device)
     model(input_ids=ids[:, :64], logits_to_keep=1)
     _wait(device)
@@ -83,6 +86,7 @@ def measure(model, length, device):
         "decode_low_ms": decode.low,
         "decode_high_ms": decode.high,
         "cache_bytes": cache_bytes(out.past_key_values),
+        "peak_bytes": torch.cuda.max_memory_allocated() if on_cuda else None,
     }
 
 
@@ -111,7 +115,7 @@ def terminal(record):
     return table
 
 
-HEADER = ["model", "context", "prefill tokens/s", "decode ms", "cache MB"]
+HEADER = ["model", "context", "prefill tokens/s", "decode ms", "cache MB", "peak MB"]
 
 
 def cells(row):
@@ -121,4 +125,5 @@ def cells(row):
         f"{row['prefill_tokens_per_s']:.0f}",
         f"{row['decode_ms']:.2f}",
         f"{row['cache_bytes'] / 1e6:.2f}",
+        "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",
     ]

@@ -2,8 +2,13 @@
 
 
 def time_of(timing):
-    """Milliseconds in three digits, with a unit that fits."""
-    ms = timing["median"]
+    """The time, and on CUDA also what a caller waits where that is much more."""
+    ms, latency = timing["median"], timing["latency"]
+    return _in_units(ms) + (f" (call {_in_units(latency)})" if latency is not None and latency > 1.2 * ms else "")
+
+
+def _in_units(ms):
+    """Three digits, with a unit that fits."""
     return f"{ms:.3g} ms" if ms >= 1 else f"{1e3 * ms:.3g} µs"
 
 

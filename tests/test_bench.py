@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import hypenet_kernels as kernels
 from bench import __main__ as command
-from bench import cases, compare, model, ops, peers, records, report, roofline, timing
+from bench import cases, compare, model, ops, peers, records, report, roofline, tables, timing
 from bench.peers import PEERS
 
 HEADS = {"B": 1, "H": 2, "K": 32, "V": 32}
@@ -197,6 +197,11 @@ def test_ours_and_peers_take_turns():
     assert {"ours", "theirs"} == set(times) and order[-1] == "theirs"
     assert times["ours"].rounds == times["theirs"].rounds >= timing.MIN_ROUNDS
     assert timing.summary([4.0, 1.0, 2.0, 3.0, 5.0]) == timing.Timing(3.0, 2.0, 4.0, 5)
+
+
+def test_latency_is_said_where_it_is_more_than_the_kernel():
+    assert tables.time_of({"median": 0.0123, "latency": 0.0456}) == "12.3 µs (call 45.6 µs)"
+    assert tables.time_of({"median": 12.34, "latency": 12.5}) == tables.time_of({"median": 12.34, "latency": None})
 
 
 def test_change_inside_the_spread_is_none():
