@@ -15,9 +15,9 @@
 
 namespace hypenet::cpu::attention {
 
-constexpr int64_t kQueryBlock = 64;
 constexpr int64_t kKeyBlock = 64;
-constexpr int64_t kStrip = 16;  // queries, where the diagonal crosses a block
+constexpr int64_t kTileLanes = 64;
+constexpr int64_t kTileHeads = 4;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -69,16 +69,27 @@ Rows<Element> head_rows(std::conditional_t<std::is_const_v<Element>, const void*
   return {static_cast<Element*>(x) + ((batch * T + token) * heads + head) * D, heads * D};
 }
 
-// body(first row, rows, keys) for the rows of a block pair, row r of which sees first_visible + r of the
-// keys: strips where that cuts into the block, so that little is computed of what nobody sees, else all rows
-// at once.
-template <class Body>
-void for_each_strip(int64_t rows, int64_t keys, int64_t first_visible, Body&& body) {
-  const int64_t height = first_visible >= keys ? rows : kStrip;
-  for (int64_t r = 0; r < rows; r += height) {
-    const int64_t count = std::min(height, rows - r);
-    body(r, count, std::clamp<int64_t>(first_visible + r + count - 1, 0, keys));
+// The unit of the forward's and backward's products: a few tokens of a few query heads that share a key head,
+// one (head, token) pair in each lane, so that a key is one broadcast, and maxima and sums over keys need no
+// shuffles. What belongs to the lanes lies as [.., kTileLanes]; lanes up to `padded` are computed and
+// ignored.
+struct Tile {
+  int64_t head, num_heads;    // query heads
+  int64_t begin, num_tokens;  // within the sequence
+
+  int64_t lanes() const { return num_heads * num_tokens; }
+  template <class T>
+  int64_t padded() const {
+    return ceil_div(lanes(), kLanes<T>) * kLanes<T>;
   }
+};
+
+// body(tile) for all tiles of tokens [begin, end) of some heads.
+template <class Body>
+void for_each_tile(int64_t head, int64_t num_heads, int64_t begin, int64_t end, Body&& body) {
+  constexpr int64_t kStep = kTileLanes / kTileHeads;
+  const int64_t tokens = kTileLanes / num_heads / kStep * kStep;
+  for (; begin < end; begin += tokens) body(Tile{head, num_heads, begin, std::min(tokens, end - begin)});
 }
 
 // kLanes<Acc> elements in the accumulation type.
@@ -126,43 +137,6 @@ void store_row(const Acc* x, int64_t D, Element* y) {
 template <class Element, class Acc>
 void load_rows(Rows<Element> x, int64_t rows, int64_t D, Acc* y) {
   for (int64_t r = 0; r < rows; ++r) load_row(x[r], D, y + r * D);
-}
-
-template <class T>
-T row_max(const T* x, int64_t n) {
-  T max = -std::numeric_limits<T>::infinity();
-  int64_t i = 0;
-  if (n >= kLanes<T>) {
-    vec<T> lanes = load(x);
-    for (i = kLanes<T>; i + kLanes<T> <= n; i += kLanes<T>) {
-      const vec<T> next = load(x + i);
-      lanes = next > lanes ? next : lanes;
-    }
-    for (int lane = 0; lane < kLanes<T>; ++lane) max = std::max(max, T(lanes[lane]));
-  }
-  for (; i < n; ++i) max = std::max(max, x[i]);
-  return max;
-}
-
-// x = exp(x - shift) in place; returns the sum.
-template <class T>
-T exp_row(T* x, int64_t n, T shift) {
-  vec<T> total{};
-  int64_t i = 0;
-  for (; i + kLanes<T> <= n; i += kLanes<T>) {
-    const vec<T> y = exp<T>(load(x + i) - shift);
-    store(x + i, y);
-    total += y;
-  }
-  T rest = 0;
-  if (i < n) {
-    const int count = static_cast<int>(n - i);
-    const vec<T> y = load_partial(x + i, count) - shift;
-    store_partial(x + i, exp<T>(y > 0 ? vec<T>{} : y),
-                  count);  // the lanes behind hold -shift, of either sign
-    for (; i < n; ++i) rest += x[i];
-  }
-  return sum<T>(total) + rest;
 }
 
 // y = sigmoid(x); the exponent taken is never positive.

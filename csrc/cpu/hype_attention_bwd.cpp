@@ -8,21 +8,26 @@
 //
 // Shapes: params.h, HypeAttentionBwdParams.
 //
-// Mapping: (1) a pass over query blocks prepares s_t scale q, do', delta and writes dgate. Then either (2)
-// one task per (sequence, key head) computes all of dq, dk, dv; or, where those are too few for the threads,
-// (3) a task per (query head, query block) for dq and (4) one per (key head, key block) for dk, dv, both of
-// which recompute P and dX. Every sum is taken over the same blocks in the same order either way: dq over
-// rising key blocks; dk, dv over the heads of the group, then rising query blocks. So neither the choice nor
-// the number of threads changes a bit.
+// Mapping: either (1) one task per (sequence, key head) computes all of dq, dk, dv: it walks over blocks of
+// queries and for each over the key blocks, dq staying and dk, dv adding up in memory. Or, where those tasks
+// are too few for the threads, (2) a task per (key head, block of queries) computes dq, and (3) one per (key
+// head, block of keys) dk and dv, both of which recompute P and dX. Queries are cut into tiles as in the
+// forward, and every sum is taken in one order either way: dq over rising keys; dk, dv over rising tiles. So
+// neither the choice nor the number of threads changes a bit.
+//
+// Products, for the lanes c of a tile and the keys i of a block:
+//   X^T[i, c] = K[i, :] Q^T[:, c]      dP^T[i, c] = V[i, :] dO^T[:, c]      dQ^T[:, c] += K^T[:, i] dX^T[i,
+//   c] dV[i, :] += P^T[i, c] dO[c, :]     dK[i, :] += dX^T[i, c] Q[c, :]
 //
 // Numerics: everything between the inputs and the outputs is in the accumulation type; x_ti - lse_t <= 0 but
-// for rounding, so no exponential overflows; keys after a query's position get a zero weight.
+// for rounding.
 //
-// Cost: 10 D FLOPs per visible (query, key) pair, 14 D in two passes; compute bound. Memory: 2 B T H D
-// accumulators, in (2) one head group's dq per thread.
+// Cost: 10 D FLOPs per visible (query, key) pair, 14 D in two passes; compute bound. Memory: a few blocks per
+// thread; in (1) and where the outputs are not of the accumulation type, dk and dv of a key head per thread.
 #include <omp.h>
 
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "gemm.h"
@@ -34,193 +39,269 @@ namespace hypenet::cpu {
 using namespace attention;
 namespace {
 
-// What (1) leaves for the other passes, [B, H, T, D] and [B, H, T].
-template <class Acc>
-struct Prepared {
-  Acc *q, *do_, *delta;
-  const Acc* lse;
-  int64_t T, H, D;
+constexpr int64_t kQueryBlock = 32;  // its tiles share a block of keys and what adds up in dk and dv
+constexpr int64_t kKeysAlone = 128;  // keys of (3)
+constexpr int64_t kTilesPerBlock = ceil_div(kQueryBlock * kTileHeads, kTileLanes);
 
-  // Rows [token, ...) of a head; all its rows are contiguous.
-  int64_t row(const Sequence& s, int64_t head, int64_t begin) const {
-    return (s.batch * H + head) * T + s.first + begin;
-  }
+// What a tile holds, scaled and gated: q and do as rows and transposed, dq transposed, and numbers per lane.
+template <class Acc>
+struct TileBlocks {
+  Acc *q, *do_;                            // [kTileLanes, D]
+  Acc *q_transposed, *do_transposed, *dq;  // [D, kTileLanes]
+  Acc *lse, *delta, *position;             // [kTileLanes]
+
+  TileBlocks(Arena<Acc>& arena, int64_t D)
+      : q(arena.take(kTileLanes * D)),
+        do_(arena.take(kTileLanes * D)),
+        q_transposed(arena.take(kTileLanes * D)),
+        do_transposed(arena.take(kTileLanes * D)),
+        dq(arena.take(kTileLanes * D)),
+        lse(arena.take(kTileLanes)),
+        delta(arena.take(kTileLanes)),
+        position(arena.take(kTileLanes)) {}
 };
 
-// Factor of q at a position.
-inline double query_scale(const HypeAttentionBwdParams& p, int64_t position) {
-  return p.scale * position_scale(position, p.logit_scale_base);
-}
-
-// (1) for one block of queries; o_row and gate_row are room for a row each.
-template <class Element, class Acc>
-void prepare(const HypeAttentionBwdParams& p, const Sequence& s, int64_t head, int64_t begin, int64_t rows,
-             const Prepared<Acc>& out, Acc* o_row, Acc* gate_row) {
-  const int64_t D = p.D, token = s.first + begin, row = out.row(s, head, begin);
-  const auto q = head_rows<Element>(p.q, s.batch, token, head);
-  const auto gate = head_rows<Element>(p.gate, s.batch, token, head);
-  const auto grad = head_rows<Element>(p.do_, s.batch, token, head);
-  const auto o = head_rows<const Element>(p.o_ungated, p.T, p.H, D, s.batch, token, head);
-  const auto dgate = head_rows<Element>(p.dgate, p.T, p.H, D, s.batch, token, head);
-  for (int64_t r = 0; r < rows; ++r) {
-    Acc* q_row = out.q + (row + r) * D;
-    Acc* do_row = out.do_ + (row + r) * D;
-    const Acc factor = static_cast<Acc>(query_scale(p, s.offset + begin + r));
-    for (int64_t d = 0; d < D; ++d) q_row[d] = static_cast<Acc>(q[r][d]) * factor;
-    load_row(grad[r], D, do_row);
-    load_row(o[r], D, o_row);
-    if (gate.data != nullptr) {
-      load_row(gate[r], D, gate_row);
-      sigmoid_in_place(gate_row, D);
-      for (int64_t d = 0; d < D; ++d) {
-        const Acc gated = do_row[d] * gate_row[d];
-        dgate[r][d] = static_cast<Element>(gated * o_row[d] * (1 - gate_row[d]));
-        do_row[d] = gated;
-      }
-    }
-    Acc delta = 0;
-#pragma omp simd reduction(+ : delta)
-    for (int64_t d = 0; d < D; ++d) delta += do_row[d] * o_row[d];
-    out.delta[row + r] = delta;
-  }
-}
-
-// A key block and its values, both transposed, and the keys as rows; P and dX of one block pair.
+// What the tiles of a thread share: P and dX of a tile and a block of keys, and two rows.
 template <class Acc>
 struct Blocks {
-  Acc *k_transposed, *v_transposed, *k_rows, *weights, *dlogits;
+  Acc *weights, *dlogits, *o_row, *gate_row;
 
   Blocks(Arena<Acc>& arena, int64_t D)
-      : k_transposed(arena.take(D * kKeyBlock)),
-        v_transposed(arena.take(D * kKeyBlock)),
-        k_rows(arena.take(D * kKeyBlock)),
-        weights(arena.take(kQueryBlock * kKeyBlock)),
-        dlogits(arena.take(kQueryBlock * kKeyBlock)) {}
+      : weights(arena.take(kKeyBlock * kTileLanes)),
+        dlogits(arena.take(kKeyBlock * kTileLanes)),
+        o_row(arena.take(D)),
+        gate_row(arena.take(D)) {}
+};
+
+// Keys [start, start + keys) with their values, and where their gradients add up, or null.
+template <class Acc>
+struct KeyBlock {
+  Acc *k, *v;  // [kKeyBlock, D]
+  Rows<Acc> dk{}, dv{};
+  int64_t start = 0, keys = 0;
+
+  KeyBlock(Arena<Acc>& arena, int64_t D) : k(arena.take(kKeyBlock * D)), v(arena.take(kKeyBlock * D)) {}
 
   template <class Element>
-  void load(const HypeAttentionBwdParams& p, const Sequence& s, int64_t key_head, int64_t start,
-            int64_t keys) {
-    load_rows(head_rows<Element>(p.v, s.batch, s.first + start, key_head), keys, p.D, k_rows);
-    transpose(keys, p.D, k_rows, p.D, v_transposed, kKeyBlock);
-    load_rows(head_rows<Element>(p.k, s.batch, s.first + start, key_head), keys, p.D, k_rows);
-    transpose(keys, p.D, k_rows, p.D, k_transposed, kKeyBlock);
-  }
-
-  // P and dX of `rows` queries from `row` on, the first of which sees `first_visible` of the keys.
-  void differentiate(const Prepared<Acc>& in, int64_t row, int64_t rows, int64_t keys,
-                     int64_t first_visible) {
-    const int64_t D = in.D;
-    for_each_strip(rows, keys, first_visible, [&](int64_t r, int64_t count, int64_t seen) {
-      const int64_t at = r * kKeyBlock, from = (row + r) * D;
-      gemm<Op::kNN, false>(count, seen, D, in.q + from, D, k_transposed, kKeyBlock, weights + at, kKeyBlock);
-      gemm<Op::kNN, false>(count, seen, D, in.do_ + from, D, v_transposed, kKeyBlock, dlogits + at,
-                           kKeyBlock);
-    });
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t visible = std::clamp<int64_t>(first_visible + r, 0, keys);
-      Acc *P = weights + r * kKeyBlock, *dX = dlogits + r * kKeyBlock;
-      exp_row(P, visible, in.lse[row + r]);
-      const Acc delta = in.delta[row + r];
-      for (int64_t i = 0; i < visible; ++i) dX[i] = P[i] * (dX[i] - delta);
-      for (int64_t i = visible; i < keys; ++i) P[i] = dX[i] = 0;
-    }
-  }
-
-  void add_dq(int64_t rows, int64_t keys, int64_t first_visible, int64_t D, Acc* dq) const {
-    for_each_strip(rows, keys, first_visible, [&](int64_t r, int64_t count, int64_t seen) {
-      gemm<Op::kNN, true>(count, D, seen, dlogits + r * kKeyBlock, kKeyBlock, k_rows, D, dq + r * D, D);
-    });
-  }
-
-  void add_dk_dv(const Prepared<Acc>& in, int64_t row, int64_t rows, int64_t keys, Acc* dk, Acc* dv) const {
-    const int64_t D = in.D;
-    gemm<Op::kTN, true>(keys, D, rows, dlogits, kKeyBlock, in.q + row * D, D, dk, D);
-    gemm<Op::kTN, true>(keys, D, rows, weights, kKeyBlock, in.do_ + row * D, D, dv, D);
+  void load(const HypeAttentionBwdParams& p, const Sequence& s, int64_t key_head, int64_t begin,
+            int64_t end) {
+    start = begin;
+    keys = std::min(kKeyBlock, end - begin);
+    load_rows(head_rows<Element>(p.k, s.batch, s.first + start, key_head), keys, p.D, k);
+    load_rows(head_rows<Element>(p.v, s.batch, s.first + start, key_head), keys, p.D, v);
   }
 };
 
+inline double query_scale(const HypeAttentionBwdParams& p, const Sequence& s, int64_t token) {
+  return p.scale * position_scale(s.offset + token, p.logit_scale_base);
+}
+
+// One (head, token) of a tile: q_row = s_t scale q_t, do_row = do'_t; returns delta_t. Writes dgate where
+// asked.
 template <class Element, class Acc>
-void store_dq(const HypeAttentionBwdParams& p, const Sequence& s, int64_t head, int64_t begin, int64_t rows,
-              const Acc* dq) {
-  const auto out = head_rows<Element>(p.dq, p.T, p.H, p.D, s.batch, s.first + begin, head);
-  for (int64_t r = 0; r < rows; ++r) {
-    const Acc factor = static_cast<Acc>(query_scale(p, s.offset + begin + r));
-    for (int64_t d = 0; d < p.D; ++d) out[r][d] = static_cast<Element>(dq[r * p.D + d] * factor);
+Acc load_lane(const HypeAttentionBwdParams& p, const Sequence& s, int64_t head, int64_t token,
+              bool with_dgate, const Blocks<Acc>& b, Acc* q_row, Acc* do_row) {
+  const int64_t D = p.D, row = s.first + token;
+  const Acc factor = static_cast<Acc>(query_scale(p, s, token));
+  const Element* q = head_rows<Element>(p.q, s.batch, row, head)[0];
+  for (int64_t d = 0; d < D; ++d) q_row[d] = static_cast<Acc>(q[d]) * factor;
+  load_row(head_rows<Element>(p.do_, s.batch, row, head)[0], D, do_row);
+  load_row(head_rows<const Element>(p.o_ungated, p.T, p.H, D, s.batch, row, head)[0], D, b.o_row);
+  if (p.gate.data != nullptr) {
+    Element* dgate = head_rows<Element>(p.dgate, p.T, p.H, D, s.batch, row, head)[0];
+    load_row(head_rows<Element>(p.gate, s.batch, row, head)[0], D, b.gate_row);
+    sigmoid_in_place(b.gate_row, D);
+    for (int64_t d = 0; d < D; ++d) {
+      const Acc gated = do_row[d] * b.gate_row[d];
+      if (with_dgate) dgate[d] = static_cast<Element>(gated * b.o_row[d] * (1 - b.gate_row[d]));
+      do_row[d] = gated;
+    }
+  }
+  Acc delta = 0;
+#pragma omp simd reduction(+ : delta)
+  for (int64_t d = 0; d < D; ++d) delta += do_row[d] * b.o_row[d];
+  return delta;
+}
+
+template <class Element, class Acc>
+void load_tile(const HypeAttentionBwdParams& p, const Sequence& s, const Tile& tile, bool with_dgate,
+               const Blocks<Acc>& b, const TileBlocks<Acc>& t) {
+  const int64_t D = p.D, lanes = tile.lanes(), padded = tile.padded<Acc>();
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    const int64_t head = tile.head + lane / tile.num_tokens, token = tile.begin + lane % tile.num_tokens;
+    t.delta[lane] = load_lane<Element>(p, s, head, token, with_dgate, b, t.q + lane * D, t.do_ + lane * D);
+    t.lse[lane] = static_cast<const Acc*>(p.lse)[(s.batch * p.H + head) * p.T + s.first + token];
+    t.position[lane] = static_cast<Acc>(s.offset + token);
+  }
+  for (Acc* x : {t.q, t.do_}) std::fill(x + lanes * D, x + padded * D, Acc(0));
+  for (Acc* x : {t.delta, t.lse, t.position}) std::fill(x + lanes, x + padded, Acc(0));
+  transpose(padded, D, t.q, D, t.q_transposed, kTileLanes);
+  transpose(padded, D, t.do_, D, t.do_transposed, kTileLanes);
+  std::fill_n(t.dq, D * kTileLanes, Acc(0));
+}
+
+// P and dX of a tile and the first `keys` of a block.
+template <class Acc>
+void differentiate(const Tile& tile, const KeyBlock<Acc>& block, int64_t keys, bool masked, int64_t D,
+                   const Blocks<Acc>& b, const TileBlocks<Acc>& t) {
+  constexpr int64_t L = kLanes<Acc>;
+  const int64_t padded = tile.padded<Acc>();
+  gemm<Op::kNN, false>(keys, padded, D, block.k, D, t.q_transposed, kTileLanes, b.weights, kTileLanes);
+  gemm<Op::kNN, false>(keys, padded, D, block.v, D, t.do_transposed, kTileLanes, b.dlogits, kTileLanes);
+  for (int64_t i = 0; i < keys; ++i) {
+    const vec<Acc> key = broadcast(static_cast<Acc>(block.start + i));
+    for (int64_t c = 0; c < padded; c += L) {
+      Acc *P = b.weights + i * kTileLanes + c, *dX = b.dlogits + i * kTileLanes + c;
+      vec<Acc> weight = exp<Acc>(load(P) - load(t.lse + c));
+      vec<Acc> gradient = weight * (load(dX) - load(t.delta + c));
+      if (masked) {
+        const auto hidden = key > load(t.position + c);
+        weight = hidden ? vec<Acc>{} : weight;
+        gradient = hidden ? vec<Acc>{} : gradient;
+      }
+      store(P, weight);
+      store(dX, gradient);
+    }
+  }
+}
+
+// The share of a tile and a block of keys in dq, and in dk and dv where the block collects them.
+template <class Acc>
+void add_gradients(const Sequence& s, const Tile& tile, const KeyBlock<Acc>& block, int64_t D,
+                   const Blocks<Acc>& b, const TileBlocks<Acc>& t, bool with_dq) {
+  const int64_t lanes = tile.lanes(), first_visible = s.offset + tile.begin - block.start + 1;
+  const int64_t seen = std::min(block.keys, first_visible + tile.num_tokens - 1);
+  if (seen <= 0) return;
+  differentiate(tile, block, seen, first_visible < seen, D, b, t);
+  if (with_dq) {
+    gemm<Op::kTN, true>(D, tile.padded<Acc>(), seen, block.k, D, b.dlogits, kTileLanes, t.dq, kTileLanes);
+  }
+  if (block.dk.data != nullptr) {
+    gemm<Op::kNN, true>(seen, D, lanes, b.dlogits, kTileLanes, t.q, D, block.dk.data, block.dk.stride);
+    gemm<Op::kNN, true>(seen, D, lanes, b.weights, kTileLanes, t.do_, D, block.dv.data, block.dv.stride);
+  }
+}
+
+// dq of a tile; its rows are put where those of q were.
+template <class Element, class Acc>
+void store_dq(const HypeAttentionBwdParams& p, const Sequence& s, const Tile& tile,
+              const TileBlocks<Acc>& t) {
+  const int64_t D = p.D;
+  transpose(D, tile.lanes(), t.dq, kTileLanes, t.q, D);
+  for (int64_t lane = 0; lane < tile.lanes(); ++lane) {
+    const int64_t head = tile.head + lane / tile.num_tokens, token = tile.begin + lane % tile.num_tokens;
+    Element* out = head_rows<Element>(p.dq, p.T, p.H, D, s.batch, s.first + token, head)[0];
+    const Acc factor = static_cast<Acc>(query_scale(p, s, token));
+    for (int64_t d = 0; d < D; ++d) out[d] = static_cast<Element>(t.q[lane * D + d] * factor);
   }
 }
 
 template <class Element, class Acc>
 void store_keys(void* out, const HypeAttentionBwdParams& p, const Sequence& s, int64_t key_head,
-                int64_t start, int64_t keys, const Acc* x) {
+                int64_t start, int64_t keys, Rows<Acc> x) {
   const auto rows = head_rows<Element>(out, p.S, p.HK, p.D, s.batch, s.first + start, key_head);
-  for (int64_t r = 0; r < keys; ++r) store_row(x + r * p.D, p.D, rows[r]);
+  for (int64_t r = 0; r < keys; ++r) store_row(x[r], p.D, rows[r]);
 }
 
-// dk and dv of one key block; adds its share to dq [group, T, D] where that is given.
-template <class Element, class Acc>
-void run_key_block(const HypeAttentionBwdParams& p, const Sequence& s, int64_t key_head, int64_t start,
-                   const Prepared<Acc>& in, Acc* memory, Acc* dq) {
-  const int64_t D = p.D, group = p.H / p.HK, keys = std::min(kKeyBlock, s.S - start);
-  Arena<Acc> arena(memory);
-  Blocks<Acc> b(arena, D);
-  Acc* dk = arena.take(kKeyBlock * D);
-  Acc* dv = arena.take(kKeyBlock * D);
-  std::fill(dk, dk + keys * D, Acc(0));
-  std::fill(dv, dv + keys * D, Acc(0));
-  b.template load<Element>(p, s, key_head, start, keys);
-  const int64_t first_block = std::max<int64_t>(start - s.offset, 0) / kQueryBlock;
-  for (int64_t g = 0; g < group; ++g) {
-    for (int64_t begin = first_block * kQueryBlock; begin < s.T; begin += kQueryBlock) {
-      const int64_t rows = std::min(kQueryBlock, s.T - begin), row = in.row(s, key_head * group + g, begin);
-      const int64_t seen = std::min(keys, s.offset + begin + rows - start);
-      const int64_t first_visible = s.offset + begin - start + 1;
-      b.differentiate(in, row, rows, seen, first_visible);
-      b.add_dk_dv(in, row, rows, seen, dk, dv);
-      if (dq != nullptr) b.add_dq(rows, seen, first_visible, D, dq + (g * s.T + begin) * D);
+// body(head, heads, begin, end) for blocks of queries from `begin` on, and in each for a few heads of a key
+// head's group after the others: the order in which dk and dv add up.
+template <class Body>
+void for_each_query_block(const HypeAttentionBwdParams& p, const Sequence& s, int64_t key_head, int64_t begin,
+                          Body&& body) {
+  const int64_t group = p.H / p.HK;
+  for (; begin < s.T; begin += kQueryBlock) {
+    for (int64_t g = 0; g < group; g += kTileHeads) {
+      body(key_head * group + g, std::min(kTileHeads, group - g), begin, std::min(begin + kQueryBlock, s.T));
     }
   }
-  store_keys<Element>(p.dk, p, s, key_head, start, keys, dk);
-  store_keys<Element>(p.dv, p, s, key_head, start, keys, dv);
 }
 
-// (2) all gradients of one key head's group.
+// (2) dq of queries [begin, end) of some heads of a group, and their share in dk and dv [S, D] where those
+// are given.
 template <class Element, class Acc>
-void run_group(const HypeAttentionBwdParams& p, const Sequence& s, int64_t key_head, const Prepared<Acc>& in,
-               Acc* memory, Acc* dq) {
-  const int64_t group = p.H / p.HK;
-  std::fill(dq, dq + group * s.T * p.D, Acc(0));
-  for (int64_t start = 0; start < s.S; start += kKeyBlock) {
-    run_key_block<Element>(p, s, key_head, start, in, memory, dq);
-  }
-  for (int64_t g = 0; g < group; ++g) {
-    store_dq<Element>(p, s, key_head * group + g, 0, s.T, dq + g * s.T * p.D);
-  }
-}
-
-// (3) dq of one query block.
-template <class Element, class Acc>
-void run_query_block(const HypeAttentionBwdParams& p, const Sequence& s, int64_t head, int64_t begin,
-                     const Prepared<Acc>& in, Acc* memory) {
-  const int64_t D = p.D, rows = std::min(kQueryBlock, s.T - begin), position = s.offset + begin;
+void run_queries(const HypeAttentionBwdParams& p, const Sequence& s, int64_t head, int64_t num_heads,
+                 int64_t begin, int64_t end, Rows<Acc> dk, Rows<Acc> dv, Acc* memory) {
+  const int64_t key_head = head / (p.H / p.HK);
   Arena<Acc> arena(memory);
-  Blocks<Acc> b(arena, D);
-  Acc* dq = arena.take(kQueryBlock * D);
-  std::fill(dq, dq + rows * D, Acc(0));
-  for (int64_t start = 0; start < position + rows; start += kKeyBlock) {
-    const int64_t seen = std::min(kKeyBlock, position + rows - start);
-    b.template load<Element>(p, s, head / (p.H / p.HK), start, seen);
-    b.differentiate(in, in.row(s, head, begin), rows, seen, position - start + 1);
-    b.add_dq(rows, seen, position - start + 1, D, dq);
+  const Blocks<Acc> b(arena, p.D);
+  KeyBlock<Acc> block(arena, p.D);
+  const auto for_each = [&](auto&& body) {
+    Arena<Acc> rest = arena;
+    for_each_tile(head, num_heads, begin, end,
+                  [&](const Tile& tile) { body(tile, TileBlocks<Acc>(rest, p.D)); });
+  };
+  for_each([&](const Tile& tile, const TileBlocks<Acc>& t) { load_tile<Element>(p, s, tile, true, b, t); });
+  for (int64_t start = 0; start < s.offset + end; start += kKeyBlock) {
+    block.template load<Element>(p, s, key_head, start, s.offset + end);
+    if (dk.data != nullptr) {
+      block.dk = {dk[start], dk.stride};
+      block.dv = {dv[start], dv.stride};
+    }
+    for_each(
+        [&](const Tile& tile, const TileBlocks<Acc>& t) { add_gradients(s, tile, block, p.D, b, t, true); });
   }
-  store_dq<Element>(p, s, head, begin, rows, dq);
+  for_each([&](const Tile& tile, const TileBlocks<Acc>& t) { store_dq<Element>(p, s, tile, t); });
 }
 
-// A block that starts at row `begin` of a head of sequence n.
+// (1) all gradients of one key head's group. Outputs of the accumulation type collect dk and dv themselves.
+template <class Element, class Acc>
+void run_group(const HypeAttentionBwdParams& p, const Sequence& s, int64_t key_head, Acc* memory,
+               Acc* dk_dv) {
+  const int64_t D = p.D;
+  Rows<Acc> dk{dk_dv, D}, dv{dk_dv + s.S * D, D};
+  if constexpr (std::is_same_v<Element, Acc>) {
+    dk = head_rows<Acc>(p.dk, p.S, p.HK, D, s.batch, s.first, key_head);
+    dv = head_rows<Acc>(p.dv, p.S, p.HK, D, s.batch, s.first, key_head);
+  }
+  for (int64_t r = 0; r < s.S; ++r) {
+    std::fill_n(dk[r], D, Acc(0));
+    std::fill_n(dv[r], D, Acc(0));
+  }
+  for_each_query_block(p, s, key_head, 0, [&](int64_t head, int64_t num_heads, int64_t begin, int64_t end) {
+    run_queries<Element>(p, s, head, num_heads, begin, end, dk, dv, memory);
+  });
+  if constexpr (!std::is_same_v<Element, Acc>) {
+    store_keys<Element>(p.dk, p, s, key_head, 0, s.S, dk);
+    store_keys<Element>(p.dv, p, s, key_head, 0, s.S, dv);
+  }
+}
+
+// (3) dk and dv of keys [begin, begin + kKeysAlone).
+template <class Element, class Acc>
+void run_keys(const HypeAttentionBwdParams& p, const Sequence& s, int64_t key_head, int64_t begin,
+              Acc* memory) {
+  const int64_t D = p.D, end = std::min(begin + kKeysAlone, s.S);
+  Arena<Acc> arena(memory);
+  const Blocks<Acc> b(arena, D);
+  const TileBlocks<Acc> t(arena, D);
+  const Rows<Acc> dk{arena.take(kKeysAlone * D), D}, dv{arena.take(kKeysAlone * D), D};
+  std::fill_n(dk.data, (end - begin) * D, Acc(0));
+  std::fill_n(dv.data, (end - begin) * D, Acc(0));
+  std::vector<KeyBlock<Acc>> blocks;
+  for (int64_t start = begin; start < end; start += kKeyBlock) {
+    blocks.emplace_back(arena, D).template load<Element>(p, s, key_head, start, end);
+    blocks.back().dk = {dk[start - begin], D};
+    blocks.back().dv = {dv[start - begin], D};
+  }
+  const int64_t first_query = std::max<int64_t>(begin - s.offset, 0) / kQueryBlock * kQueryBlock;
+  for_each_query_block(p, s, key_head, first_query,
+                       [&](int64_t head, int64_t num_heads, int64_t from, int64_t to) {
+                         for_each_tile(head, num_heads, from, to, [&](const Tile& tile) {
+                           load_tile<Element>(p, s, tile, false, b, t);
+                           for (const KeyBlock<Acc>& block : blocks)
+                             add_gradients(s, tile, block, D, b, t, false);
+                         });
+                       });
+  store_keys<Element>(p.dk, p, s, key_head, begin, end - begin, dk);
+  store_keys<Element>(p.dv, p, s, key_head, begin, end - begin, dv);
+}
+
+// Rows from `begin` on of a head of sequence n.
 struct Task {
   int64_t n, head, begin;
 };
 
-// The blocks of `size` of every head's first `length(sequence)` rows.
+// The blocks of `size` of the first `length(sequence)` rows of every head.
 template <class Length>
 std::vector<Task> list_blocks(const HypeAttentionBwdParams& p, int64_t heads, int64_t size, Length&& length) {
   std::vector<Task> tasks;
@@ -233,7 +314,7 @@ std::vector<Task> list_blocks(const HypeAttentionBwdParams& p, int64_t heads, in
   return tasks;
 }
 
-// Whether (2), 5 products a block pair, ends before (3) and (4), 7 products but many more tasks.
+// Whether (1), 5 products a block pair, ends before (2) and (3), 7 products but many more tasks.
 bool one_pass(const HypeAttentionBwdParams& p, int64_t threads) {
   const int64_t tasks = p.N * p.HK;
   return 5 * ceil_div(tasks, threads) * threads <= 7 * tasks;
@@ -242,43 +323,42 @@ bool one_pass(const HypeAttentionBwdParams& p, int64_t threads) {
 template <class Element>
 void backward(const HypeAttentionBwdParams& p) {
   using Acc = acc_t<Element>;
-  const int64_t D = p.D, rows = p.B * p.H * p.T;
-  const auto queries = [](const Sequence& s) { return s.T; };
-  const auto keys = [](const Sequence& s) { return s.S; };
-  const std::vector<Task> query_blocks = list_blocks(p, p.H, kQueryBlock, queries);
-  const int64_t threads = useful_threads(p.num_threads, query_blocks.size(), 3 * multiply_adds(p));
+  const int64_t D = p.D, group = p.H / p.HK;
+  const std::vector<Task> queries = list_blocks(p, p.HK, kQueryBlock, [](const Sequence& s) { return s.T; });
+  const int64_t threads = useful_threads(p.num_threads, queries.size(), 3 * multiply_adds(p));
   const bool single = one_pass(p, threads);
 
   Arena<Acc> count;
   Blocks<Acc>(count, D);
-  count.take(2 * kKeyBlock * D);
+  for (int64_t i = 0; i < kKeysAlone / kKeyBlock; ++i) KeyBlock<Acc>(count, D);
+  for (int64_t i = 0; i < kTilesPerBlock; ++i) TileBlocks<Acc>(count, D);
+  count.take(2 * kKeysAlone * D);
   const int64_t block_size = count.used();
-  if (single) count.take(p.H / p.HK * p.T * D);
-  const ThreadBlocks<Acc> memory(threads, count.used()), shared(1, 2 * rows * D + rows);
-  Acc* q = shared.thread(0);
-  const Prepared<Acc> in{q, q + rows * D, q + 2 * rows * D, static_cast<const Acc*>(p.lse), p.T, p.H, D};
+  if (single && !std::is_same_v<Element, Acc>) count.take(2 * p.S * D);
+  const ThreadBlocks<Acc> memory(threads, count.used());
 
   const auto for_each_block = [&](const std::vector<Task>& tasks, auto&& run) {
     for_each_task(tasks.size(), threads, [&](int64_t i, int64_t thread) {
       run(sequence(p, tasks[i].n), tasks[i].head, tasks[i].begin, memory.thread(thread));
     });
   };
-  for_each_block(query_blocks, [&](const Sequence& s, int64_t head, int64_t begin, Acc* room) {
-    prepare<Element>(p, s, head, begin, std::min(kQueryBlock, s.T - begin), in, room, room + D);
-  });
   if (single) {
-    for_each_block(list_blocks(p, p.HK, p.S, keys),
+    for_each_block(list_blocks(p, p.HK, 1, [](const Sequence&) { return 1; }),
                    [&](const Sequence& s, int64_t key_head, int64_t, Acc* room) {
-                     run_group<Element>(p, s, key_head, in, room, room + block_size);
+                     run_group<Element>(p, s, key_head, room, room + block_size);
                    });
     return;
   }
-  for_each_block(query_blocks, [&](const Sequence& s, int64_t head, int64_t begin, Acc* room) {
-    run_query_block<Element>(p, s, head, begin, in, room);
+  for_each_block(queries, [&](const Sequence& s, int64_t key_head, int64_t begin, Acc* room) {
+    const int64_t end = std::min(begin + kQueryBlock, s.T);
+    for (int64_t g = 0; g < group; g += kTileHeads) {
+      run_queries<Element>(p, s, key_head * group + g, std::min(kTileHeads, group - g), begin, end,
+                           Rows<Acc>{}, Rows<Acc>{}, room);
+    }
   });
-  for_each_block(list_blocks(p, p.HK, kKeyBlock, keys),
-                 [&](const Sequence& s, int64_t key_head, int64_t start, Acc* room) {
-                   run_key_block<Element>(p, s, key_head, start, in, room, static_cast<Acc*>(nullptr));
+  for_each_block(list_blocks(p, p.HK, kKeysAlone, [](const Sequence& s) { return s.S; }),
+                 [&](const Sequence& s, int64_t key_head, int64_t begin, Acc* room) {
+                   run_keys<Element>(p, s, key_head, begin, room);
                  });
 }
 

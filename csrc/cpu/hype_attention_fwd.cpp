@@ -7,9 +7,13 @@
 //
 // Shapes: params.h, HypeAttentionFwdParams.
 //
-// Mapping: a task is (sequence, key head, up to kHeadsPerTask query heads of its group, block of kQueryBlock
-// queries). It walks over the key blocks in rising order and holds one transposed key block, which all its
-// heads read. Tasks share nothing, so that any number of threads gives the same bits.
+// Mapping: a task is (sequence, key head, up to kTileHeads query heads of its group, block of
+// queries), cut into tiles. It walks over the key blocks in rising order, and each is read by all its tiles.
+// Tasks share nothing, so that any number of threads gives the same bits.
+//
+// Products, for the lanes c of a tile and the keys i of a block: X^T[i, c] = K[i, :] Q^T[:, c], then
+// O^T[:, c] += V^T[:, i] P^T[i, c]. Keys and values are read as they are; queries and outputs are transposed
+// once per task.
 //
 // Numerics: q is scaled in the accumulation type, where also logits, maxima, sums and outputs live. Every
 // exponent taken is <= 0: every query sees the first key of the first block, so its maximum is finite from
@@ -17,7 +21,7 @@
 //
 // Cost: 4 D FLOPs per visible (query, key) pair; compute bound. Memory: a few blocks per thread.
 //
-// Limits: a value v_i that is not finite reaches back to the queries of its strip, 0 times it being NaN.
+// Limits: a value v_i that is not finite reaches back to the queries of its tile, 0 times it being NaN.
 #include <omp.h>
 
 #include <cstdint>
@@ -32,25 +36,27 @@ namespace hypenet::cpu {
 using namespace attention;
 namespace {
 
-constexpr int64_t kHeadsPerTask = 4;
+// Queries per task: more of them share a block of keys, fewer make more tasks. No bit depends on it.
+constexpr int64_t kMinQueryBlock = 64, kMaxQueryBlock = 128, kTasksPerThread = 4;
 
+// Queries [begin, end) of sequence n for some heads of a key head's group.
 struct Task {
-  int64_t n, key_head, head, num_heads, query_block;
+  int64_t n, key_head, head, num_heads, begin, end;
 };
 
 // Longest first, so that the last ones to finish are short.
-std::vector<Task> list_tasks(const HypeAttentionFwdParams& p) {
+std::vector<Task> list_tasks(const HypeAttentionFwdParams& p, int64_t query_block) {
   const int64_t group = p.H / p.HK;
   std::vector<Task> tasks;
-  int64_t max_blocks = 0;
-  for (int64_t n = 0; n < p.N; ++n)
-    max_blocks = std::max(max_blocks, ceil_div(sequence(p, n).T, kQueryBlock));
-  for (int64_t block = max_blocks - 1; block >= 0; --block) {
+  int64_t max_length = 0;
+  for (int64_t n = 0; n < p.N; ++n) max_length = std::max(max_length, sequence(p, n).T);
+  for (int64_t begin = (max_length - 1) / query_block * query_block; begin >= 0; begin -= query_block) {
     for (int64_t n = 0; n < p.N; ++n) {
-      if (block * kQueryBlock >= sequence(p, n).T) continue;
+      const int64_t end = std::min(begin + query_block, sequence(p, n).T);
+      if (begin >= end) continue;
       for (int64_t key_head = 0; key_head < p.HK; ++key_head) {
-        for (int64_t g = 0; g < group; g += kHeadsPerTask) {
-          tasks.push_back({n, key_head, key_head * group + g, std::min(kHeadsPerTask, group - g), block});
+        for (int64_t g = 0; g < group; g += kTileHeads) {
+          tasks.push_back({n, key_head, key_head * group + g, std::min(kTileHeads, group - g), begin, end});
         }
       }
     }
@@ -58,99 +64,139 @@ std::vector<Task> list_tasks(const HypeAttentionFwdParams& p) {
   return tasks;
 }
 
-// What a thread holds: per head of the task the scaled queries, the sums over keys so far, their maxima and
-// weights; shared by the heads the transposed key block, room for a block of rows, and one block of
-// weights.
+// What a tile holds: the scaled queries, and the sums over keys so far with their maxima and weights.
+template <class Acc>
+struct TileBlocks {
+  Acc *q, *o, *max, *sum;  // [D, kTileLanes] twice, [kTileLanes] twice
+
+  TileBlocks(Arena<Acc>& arena, int64_t D)
+      : q(arena.take(D * kTileLanes)),
+        o(arena.take(D * kTileLanes)),
+        max(arena.take(kTileLanes)),
+        sum(arena.take(kTileLanes)) {}
+};
+
+// What the tiles of a thread share: a block of keys, one of values, the weights of a tile, and rows of a
+// tile.
 template <class Acc>
 struct Blocks {
-  Acc *q[kHeadsPerTask], *o[kHeadsPerTask], *max[kHeadsPerTask], *sum[kHeadsPerTask];
-  Acc *k_transposed, *rows, *weights;
+  Acc *k, *v, *weights, *rows;  // [kKeyBlock, D] twice, [kKeyBlock, kTileLanes], [kTileLanes, D]
 
-  Blocks(Arena<Acc>& arena, int64_t num_heads, int64_t D) {
-    for (int64_t h = 0; h < num_heads; ++h) {
-      q[h] = arena.take(kQueryBlock * D);
-      o[h] = arena.take(kQueryBlock * D);
-      max[h] = arena.take(kQueryBlock);
-      sum[h] = arena.take(kQueryBlock);
-    }
-    k_transposed = arena.take(D * kKeyBlock);
-    rows = arena.take(kKeyBlock * D);
-    weights = arena.take(kQueryBlock * kKeyBlock);
-  }
+  Blocks(Arena<Acc>& arena, int64_t D)
+      : k(arena.take(kKeyBlock * D)),
+        v(arena.take(kKeyBlock * D)),
+        weights(arena.take(kKeyBlock * kTileLanes)),
+        rows(arena.take((kTileLanes + 1) * D)) {}
 };
 
 template <class Element, class Acc>
-void load_scaled_queries(const HypeAttentionFwdParams& p, Rows<Element> x, int64_t rows, int64_t position,
-                         Acc* q) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const Acc factor = static_cast<Acc>(p.scale * position_scale(position + r, p.logit_scale_base));
-    for (int64_t d = 0; d < p.D; ++d) q[r * p.D + d] = static_cast<Acc>(x[r][d]) * factor;
+void load_queries(const HypeAttentionFwdParams& p, const Sequence& s, const Tile& tile, Acc* rows,
+                  const TileBlocks<Acc>& out) {
+  const int64_t D = p.D, padded = tile.padded<Acc>();
+  for (int64_t t = 0; t < tile.num_tokens; ++t) {
+    const double position = position_scale(s.offset + tile.begin + t, p.logit_scale_base);
+    const Acc factor = static_cast<Acc>(p.scale * position);
+    for (int64_t h = 0; h < tile.num_heads; ++h) {
+      const Element* x = head_rows<Element>(p.q, s.batch, s.first + tile.begin + t, tile.head + h)[0];
+      Acc* row = rows + (h * tile.num_tokens + t) * D;
+      for (int64_t d = 0; d < D; ++d) row[d] = static_cast<Acc>(x[d]) * factor;
+    }
+  }
+  std::fill(rows + tile.lanes() * D, rows + padded * D, Acc(0));
+  transpose(padded, D, rows, D, out.q, kTileLanes);
+  std::fill_n(out.o, D * kTileLanes, Acc(0));
+  std::fill_n(out.max, padded, -std::numeric_limits<Acc>::infinity());
+  std::fill_n(out.sum, padded, Acc(0));
+}
+
+// Turns the logits [keys, lanes] of kVecs vectors of lanes into weights exp(x - max), and carries max, sum
+// and o over from the key blocks before. A lane sees the first `visible` keys; all of them where !kMasked.
+template <int kVecs, bool kMasked, class Acc>
+void online_softmax(int64_t keys, int64_t D, const Acc* visible, Acc* weights, Acc* max, Acc* sum, Acc* o) {
+  constexpr int L = kLanes<Acc>;
+  vec<Acc> most[kVecs], total[kVecs] = {}, seen[kVecs];
+#pragma GCC unroll 4
+  for (int c = 0; c < kVecs; ++c) {
+    most[c] = load(max + c * L);
+    if (kMasked) seen[c] = load(visible + c * L);
+  }
+  for (int64_t i = 0; i < keys; ++i) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kVecs; ++c) {
+      const vec<Acc> x = load(weights + i * kTileLanes + c * L);
+      const vec<Acc> larger = x > most[c] ? x : most[c];
+      most[c] = kMasked ? (broadcast(Acc(i)) < seen[c] ? larger : most[c]) : larger;
+    }
+  }
+  for (int64_t i = 0; i < keys; ++i) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kVecs; ++c) {
+      Acc* x = weights + i * kTileLanes + c * L;
+      vec<Acc> weight = exp<Acc>(load(x) - most[c]);
+      if (kMasked) weight = broadcast(Acc(i)) < seen[c] ? weight : vec<Acc>{};
+      store(x, weight);
+      total[c] += weight;
+    }
+  }
+  for (int c = 0; c < kVecs; ++c) {
+    const vec<Acc> keep = exp<Acc>(load(max + c * L) - most[c]);
+    store(sum + c * L, load(sum + c * L) * keep + total[c]);
+    store(max + c * L, most[c]);
+    const auto changed = keep != broadcast(Acc(1));
+    bool any = false;
+    for (int lane = 0; lane < L; ++lane) any |= changed[lane] != 0;
+    if (!any) continue;
+    for (int64_t d = 0; d < D; ++d) {
+      store(o + d * kTileLanes + c * L, load(o + d * kTileLanes + c * L) * keep);
+    }
   }
 }
 
-// Turns logits into weights exp(x - max), and carries max, sum and o over from the key blocks before. Row r
-// sees `first_visible + r` keys of the block, at most `keys`.
+// One block of keys and values for a tile, whose first token sees `first_visible` keys of it.
 template <class Acc>
-void online_softmax(int64_t rows, int64_t keys, int64_t first_visible, bool first_block, int64_t D,
-                    Acc* weights, Acc* max, Acc* sum, Acc* o) {
-  for (int64_t r = 0; r < rows; ++r) {
-    Acc* x = weights + r * kKeyBlock;
-    const int64_t visible = std::clamp<int64_t>(first_visible + r, 0, keys);
-    const Acc block_max = row_max(x, visible);
-    if (first_block) {
-      max[r] = block_max;
-      sum[r] = exp_row(x, visible, block_max);
+void add_keys(const Tile& tile, int64_t keys, int64_t first_visible, int64_t D, const Blocks<Acc>& b,
+              const TileBlocks<Acc>& t) {
+  constexpr int64_t L = kLanes<Acc>, kWide = 4 * L;
+  const int64_t padded = tile.padded<Acc>();
+  gemm<Op::kNN, false>(keys, padded, D, b.k, D, t.q, kTileLanes, b.weights, kTileLanes);
+  Acc visible[kTileLanes];
+  for (int64_t c = 0; c < padded; ++c) visible[c] = static_cast<Acc>(first_visible + c % tile.num_tokens);
+  const auto softmax = [&]<int kVecs>(int64_t c, std::integral_constant<int, kVecs>) {
+    if (first_visible >= keys) {
+      online_softmax<kVecs, false>(keys, D, visible + c, b.weights + c, t.max + c, t.sum + c, t.o + c);
     } else {
-      if (block_max > max[r]) {
-        const Acc keep = exp_scalar(max[r] - block_max);
-        max[r] = block_max;
-        sum[r] *= keep;
-        for (int64_t d = 0; d < D; ++d) o[r * D + d] *= keep;
-      }
-      sum[r] += exp_row(x, visible, max[r]);
+      online_softmax<kVecs, true>(keys, D, visible + c, b.weights + c, t.max + c, t.sum + c, t.o + c);
     }
-    std::fill(x + visible, x + keys, Acc(0));
-  }
-}
-
-// One block of keys and values for the queries of head h of the task.
-template <class Acc>
-void add_keys(int64_t rows, int64_t keys, int64_t first_visible, bool first_block, int64_t D,
-              const Blocks<Acc>& b, int64_t h) {
-  for_each_strip(rows, keys, first_visible, [&](int64_t r, int64_t count, int64_t seen) {
-    Acc *weights = b.weights + r * kKeyBlock, *o = b.o[h] + r * D;
-    gemm<Op::kNN, false>(count, seen, D, b.q[h] + r * D, D, b.k_transposed, kKeyBlock, weights, kKeyBlock);
-    online_softmax(count, seen, first_visible + r, first_block, D, weights, b.max[h] + r, b.sum[h] + r, o);
-    if (first_block) {
-      gemm<Op::kNN, false>(count, D, seen, weights, kKeyBlock, b.rows, D, o, D);
-    } else {
-      gemm<Op::kNN, true>(count, D, seen, weights, kKeyBlock, b.rows, D, o, D);
-    }
-  });
+  };
+  int64_t c = 0;
+  for (; c + kWide <= padded; c += kWide) softmax(c, std::integral_constant<int, 4>());
+  for (; c < padded; c += L) softmax(c, std::integral_constant<int, 1>());
+  gemm<Op::kTN, true>(D, padded, keys, b.v, D, b.weights, kTileLanes, t.o, kTileLanes);
 }
 
 // Writes o, gated where there is a gate, the output before the gate for the backward, and the logarithm of
 // the sums.
 template <class Element, class Acc>
-void store_output(const HypeAttentionFwdParams& p, const Sequence& s, int64_t head, int64_t begin,
-                  int64_t rows, Acc* o, const Acc* max, const Acc* sum, Acc* gate_row) {
-  const int64_t token = s.first + begin;
-  const auto out = head_rows<Element>(p.o, p.T, p.H, p.D, s.batch, token, head);
-  const auto gate = head_rows<Element>(p.gate, s.batch, token, head);
-  const auto ungated = head_rows<Element>(p.o_ungated, p.T, p.H, p.D, s.batch, token, head);
-  Acc* lse = static_cast<Acc*>(p.lse) + (s.batch * p.H + head) * p.T + token;
-  for (int64_t r = 0; r < rows; ++r) {
-    Acc* x = o + r * p.D;
-    const Acc norm = 1 / sum[r];
-    lse[r] = max[r] + std::log(sum[r]);
-    for (int64_t d = 0; d < p.D; ++d) x[d] *= norm;
+void store_output(const HypeAttentionFwdParams& p, const Sequence& s, const Tile& tile, const Blocks<Acc>& b,
+                  const TileBlocks<Acc>& t) {
+  const int64_t D = p.D, token = s.first + tile.begin;
+  Acc* gate_row = b.rows + kTileLanes * D;
+  transpose(D, tile.lanes(), t.o, kTileLanes, b.rows, D);
+  for (int64_t lane = 0; lane < tile.lanes(); ++lane) {
+    const int64_t head = tile.head + lane / tile.num_tokens, r = lane % tile.num_tokens;
+    const auto gate = head_rows<Element>(p.gate, s.batch, token, head);
+    Acc* x = b.rows + lane * D;
+    const Acc norm = 1 / t.sum[lane];
+    static_cast<Acc*>(p.lse)[(s.batch * p.H + head) * p.T + token + r] = t.max[lane] + std::log(t.sum[lane]);
+    for (int64_t d = 0; d < D; ++d) x[d] *= norm;
     if (gate.data != nullptr) {
-      if (ungated.data != nullptr) store_row(x, p.D, ungated[r]);
-      load_row(gate[r], p.D, gate_row);
-      sigmoid_in_place(gate_row, p.D);
-      for (int64_t d = 0; d < p.D; ++d) x[d] *= gate_row[d];
+      const auto ungated = head_rows<Element>(p.o_ungated, p.T, p.H, D, s.batch, token, head);
+      if (ungated.data != nullptr) store_row(x, D, ungated[r]);
+      load_row(gate[r], D, gate_row);
+      sigmoid_in_place(gate_row, D);
+      for (int64_t d = 0; d < D; ++d) x[d] *= gate_row[d];
     }
-    store_row(x, p.D, out[r]);
+    store_row(x, D, head_rows<Element>(p.o, p.T, p.H, D, s.batch, token, head)[r]);
   }
 }
 
@@ -158,28 +204,28 @@ template <class Element>
 void run_task(const HypeAttentionFwdParams& p, const Task& task, acc_t<Element>* memory) {
   using Acc = acc_t<Element>;
   const Sequence s = sequence(p, task.n);
-  const int64_t D = p.D, begin = task.query_block * kQueryBlock;
-  const int64_t rows = std::min(kQueryBlock, s.T - begin), position = s.offset + begin,
-                seen = position + rows;
+  const int64_t D = p.D, end = s.offset + task.end;
   Arena<Acc> arena(memory);
-  const Blocks<Acc> b(arena, task.num_heads, D);
+  const Blocks<Acc> b(arena, D);
+  const Arena<Acc> tiles = arena;
+  const auto for_each = [&](auto&& body) {
+    Arena<Acc> rest = tiles;
+    for_each_tile(task.head, task.num_heads, task.begin, task.end,
+                  [&](const Tile& tile) { body(tile, TileBlocks<Acc>(rest, D)); });
+  };
 
-  for (int64_t h = 0; h < task.num_heads; ++h) {
-    load_scaled_queries(p, head_rows<Element>(p.q, s.batch, s.first + begin, task.head + h), rows, position,
-                        b.q[h]);
+  for_each([&](const Tile& tile, const TileBlocks<Acc>& t) { load_queries<Element>(p, s, tile, b.rows, t); });
+  for (int64_t start = 0; start < end; start += kKeyBlock) {
+    const int64_t keys = std::min(kKeyBlock, end - start);
+    load_rows(head_rows<Element>(p.k, s.batch, s.first + start, task.key_head), keys, D, b.k);
+    load_rows(head_rows<Element>(p.v, s.batch, s.first + start, task.key_head), keys, D, b.v);
+    for_each([&](const Tile& tile, const TileBlocks<Acc>& t) {
+      const int64_t first_visible = s.offset + tile.begin - start + 1;
+      const int64_t seen = std::min(keys, first_visible + tile.num_tokens - 1);
+      if (seen > 0) add_keys(tile, seen, first_visible, D, b, t);
+    });
   }
-  for (int64_t start = 0; start < seen; start += kKeyBlock) {
-    const int64_t keys = std::min(kKeyBlock, seen - start);
-    load_rows(head_rows<Element>(p.k, s.batch, s.first + start, task.key_head), keys, D, b.rows);
-    transpose(keys, D, b.rows, D, b.k_transposed, kKeyBlock);
-    load_rows(head_rows<Element>(p.v, s.batch, s.first + start, task.key_head), keys, D, b.rows);
-    for (int64_t h = 0; h < task.num_heads; ++h) {
-      add_keys(rows, keys, position - start + 1, start == 0, D, b, h);
-    }
-  }
-  for (int64_t h = 0; h < task.num_heads; ++h) {
-    store_output<Element>(p, s, task.head + h, begin, rows, b.o[h], b.max[h], b.sum[h], b.rows);
-  }
+  for_each([&](const Tile& tile, const TileBlocks<Acc>& t) { store_output<Element>(p, s, tile, b, t); });
 }
 
 }  // namespace
@@ -187,11 +233,15 @@ void run_task(const HypeAttentionFwdParams& p, const Task& task, acc_t<Element>*
 Status hype_attention_fwd(const HypeAttentionFwdParams& params) {
   return dispatch_dtype(params.dtype, [&]<class Element>() -> Status {
     using Acc = acc_t<Element>;
-    const std::vector<Task> tasks = list_tasks(params);
+    std::vector<Task> tasks = list_tasks(params, kMaxQueryBlock);
+    const int64_t enough = kTasksPerThread * params.num_threads;
+    if (static_cast<int64_t>(tasks.size()) < enough) tasks = list_tasks(params, kMinQueryBlock);
     const int64_t num_tasks = static_cast<int64_t>(tasks.size());
     const int64_t threads = useful_threads(params.num_threads, num_tasks, multiply_adds(params));
     Arena<Acc> count;
-    Blocks<Acc>(count, kHeadsPerTask, params.D);
+    Blocks<Acc>(count, params.D);
+    for (int64_t tile = 0; tile < kMaxQueryBlock * kTileHeads / kTileLanes; ++tile)
+      TileBlocks<Acc>(count, params.D);
     ThreadBlocks<Acc> memory(threads, count.used());
     for_each_task(num_tasks, threads, [&](int64_t i, int64_t thread) {
       run_task<Element>(params, tasks[i], memory.thread(thread));

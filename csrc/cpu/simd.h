@@ -63,7 +63,7 @@ inline void store(T* p, vec<T> v) {
 
 template <class T>
 inline vec<T> broadcast(T x) {
-  return vec<T>{} + x;
+  return x - vec<T>{};  // x + 0 would be an addition: it is not x for -0
 }
 
 // The first n lanes, 0 < n < kLanes<T>; memory behind them is not touched, the other lanes read as zero.
