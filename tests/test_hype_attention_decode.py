@@ -9,7 +9,8 @@ from compare import assert_matches_reference
 
 from hypenet_kernels import hype_attention, hype_attention_decode, reference
 
-SPLIT = 512  # keys per partial result of the CPU kernel (csrc/cpu/hype_attention_decode.cpp)
+SPLIT = 64  # keys per partial result of the CPU kernel for short sequences (csrc/cpu/hype_attention_decode.cpp)
+LONGEST_SPLIT = 512  # likewise, for long ones; reached after 64 splits
 ROWS = 64  # query rows per key head and round, likewise
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
@@ -27,6 +28,8 @@ SHAPES = {
     "unequal lengths, groups of four": Shape(1, 8, 2, 64, [5, 0, 131, 64]),
     "around a split": Shape(1, 2, 2, 20, [SPLIT - 2, SPLIT - 1, SPLIT, SPLIT + 1]),
     "three tokens over the end of a split": Shape(3, 8, 1, 100, [SPLIT - 2, 2 * SPLIT - 1, 7]),
+    "one row per key head": Shape(1, 3, 3, 128, [3 * SPLIT - 4, SPLIT + 2]),
+    "tiles of four, two and one rows": Shape(1, 7, 1, 48, [SPLIT + 26]),
     "head dimension of no vector": Shape(2, 3, 3, 5, [17, 40]),
     "long head": Shape(1, 2, 1, 256, [77]),
     "more rows than one round takes": Shape(ROWS // 8 + 3, 16, 2, 16, [70, SPLIT - 4]),
@@ -91,6 +94,12 @@ def test_gate_scale_and_no_base(dtype):
     inputs = make_inputs(Shape(2, 4, 2, 40, [100, 33]), dtype)
     inputs["gate"] = torch.randn_like(inputs["q"])
     assert_op_matches_reference(inputs, scale=0.2)
+
+
+@dtypes
+def test_splits_grow_with_the_sequence(dtype):
+    inputs = make_inputs(Shape(1, 2, 1, 8, [64 * SPLIT + 5, 64 * LONGEST_SPLIT + 3]), dtype)
+    assert_op_matches_reference(inputs, logit_scale_base=500.0)
 
 
 @pytest.mark.slow
