@@ -38,14 +38,19 @@ namespace {
 
 constexpr int64_t kSplits = 64, kMinSplit = 64, kMaxSplit = 512;
 constexpr int64_t kMaxRows = 64;
-constexpr int64_t kPrefetch = 16;   // keys between those read and those fetched
-constexpr int64_t kValueKeys = 16;  // of one head, before the next head
 constexpr int kTileRows = 4;
 #if defined(__AVX512F__)
 constexpr int kTileSums = 16, kTileVecs = 4;
 #else
 constexpr int kTileSums = 8, kTileVecs = 2;
 #endif
+
+// Keys between those read and those fetched, and keys of one head before the next head: the longer the rows
+// of a cache, the fewer of them the first cache holds, as they lie a power of two apart.
+template <class Element>
+constexpr int64_t kPrefetch = 32 / sizeof(Element);
+template <class Element>
+constexpr int64_t kValueKeys = sizeof(Element) == 2 ? 16 : 4;
 
 // Keys [start, start + keys) of sequence b.
 struct Task {
@@ -296,7 +301,7 @@ void run_split(const HypeAttentionDecodeParams& p, const Task& task, const Round
   const int64_t tile_keys = kTileSums / (rows >= kTileRows ? kTileRows : rows >= 2 ? 2 : 1);
   for_each_block(p.k_cache, p.HK, task.keys, tile_keys, [&](int64_t head, int64_t begin, int64_t keys) {
     const auto k = head_rows<const Element>(p.k_cache, task.b, task.start, head);
-    const int64_t ahead = std::min(kPrefetch, task.keys - begin - keys) * k.stride;
+    const int64_t ahead = std::min(kPrefetch<Element>, task.keys - begin - keys) * k.stride;
     for_each_row_tile(rows, [&]<int kRows>(int64_t r) {
       constexpr int64_t kKeys = kTileSums / kRows;
       for (int64_t j = begin; j < begin + keys; j += kKeys) {
@@ -310,14 +315,15 @@ void run_split(const HypeAttentionDecodeParams& p, const Task& task, const Round
     return std::clamp<int64_t>(position + row % rows / group + 1 - task.start, 0, task.keys);
   });
   std::fill_n(out.o, num_rows * D_padded, Acc(0));
-  for_each_block(p.v_cache, p.HK, task.keys, kValueKeys, [&](int64_t head, int64_t begin, int64_t keys) {
-    const auto v = head_rows<const Element>(p.v_cache, task.b, task.start, head);
-    const int64_t ahead = std::min(kPrefetch, task.keys - begin - keys) * v.stride;
-    for_each_row_tile(rows, [&]<int kRows>(int64_t r) {
-      add_values<kRows, Element>(keys, D, b.weights + begin * num_rows + head * rows + r, num_rows,
-                                 {v[begin], v.stride}, ahead, out.o + (head * rows + r) * D_padded);
-    });
-  });
+  for_each_block(
+      p.v_cache, p.HK, task.keys, kValueKeys<Element>, [&](int64_t head, int64_t begin, int64_t keys) {
+        const auto v = head_rows<const Element>(p.v_cache, task.b, task.start, head);
+        const int64_t ahead = std::min(kPrefetch<Element>, task.keys - begin - keys) * v.stride;
+        for_each_row_tile(rows, [&]<int kRows>(int64_t r) {
+          add_values<kRows, Element>(keys, D, b.weights + begin * num_rows + head * rows + r, num_rows,
+                                     {v[begin], v.stride}, ahead, out.o + (head * rows + r) * D_padded);
+        });
+      });
 }
 
 // (3) for one row of a sequence, whose partial results are those of tasks [first, last).
