@@ -1,30 +1,63 @@
-// Small row-major matrix products: C[M, N] = A B, or keep C + A B. Every element of C is summed over k in
-// rising order in one register, so its value does not depend on how the rows or columns were tiled or split.
-// No allocation; transposed B is packed on the stack.
+// Small row-major matrix products: C[M, N] = A B, or A B on top of something. Every element of C is summed
+// over k in rising order in one register, so its value does not depend on how the rows or columns were tiled
+// or split. No allocation, no packing.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "simd.h"
 
 namespace hypenet::cpu {
 
-enum class Op { kNN, kTN, kNT };  // kTN: A is stored [K, M]. kNT: B is stored [N, K].
+enum class Op { kNN, kTN };  // kTN: A is stored [K, M]
+
+// What the sums of a product start from: zero, `factor` times a matrix, or its rows times a factor each.
+struct FromZero {
+  FromZero at(int64_t, int64_t) const { return *this; }
+};
+template <class T>
+struct FromScaled {
+  const T* from;
+  int64_t ld;
+  T factor;
+  FromScaled at(int64_t row, int64_t column) const { return {from + row * ld + column, ld, factor}; }
+  T of_row(int) const { return factor; }
+};
+template <class T>
+struct FromScaledRows {
+  const T* from;
+  int64_t ld;
+  const T* factor;  // [M]
+  FromScaledRows at(int64_t row, int64_t column) const {
+    return {from + row * ld + column, ld, factor + row};
+  }
+  T of_row(int row) const { return factor[row]; }
+};
 
 namespace gemm_detail {
 
-// The register tile: kRows x kVecs accumulators, kVecs rows of B, one broadcast element of A.
-#if defined(__AVX512F__)
-inline constexpr int kMaxVecs = 4, kRowsWide = 4, kRowsNarrow = 8;
+// The register tile: rows x vectors of sums, one row of B, one broadcast element of A.
+#if defined(__AVX512F__) || defined(__aarch64__)
+inline constexpr int kMaxVecs = 4;
 #else
-inline constexpr int kMaxVecs = 2, kRowsWide = 4, kRowsNarrow = 8;
+inline constexpr int kMaxVecs = 2;
 #endif
+#if defined(__FMA__) || defined(__aarch64__)
+inline constexpr int kRowsOfWidest = 6;
+#else
+inline constexpr int kRowsOfWidest = 4;  // leaves a register for the product
+#endif
+constexpr int rows_of_tile(int vecs, Op op) {
+  if (vecs < kMaxVecs) return 8;
+  return op == Op::kTN && kMaxVecs == 4 ? 4 : kRowsOfWidest;
+}
+constexpr int next_fewer_rows(int rows) { return rows == 6 ? 4 : rows / 2; }
 
 // kTail: the tile is one vector wide, of which `tail` columns exist.
-template <int kRows, int kVecs, Op op, bool kAccumulate, bool kTail, class T>
-inline __attribute__((always_inline)) void tile(int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb,
-                                                T* C, int64_t ldc, T keep, int tail) {
+template <int kRows, int kVecs, Op op, bool kTail, class Start, class T>
+HYPENET_INLINE void tile(int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb, T* C, int64_t ldc,
+                         Start start, int tail) {
   static_assert(!kTail || kVecs == 1);
   constexpr int L = kLanes<T>;
   const auto read = [tail](const T* p) {
@@ -37,7 +70,8 @@ inline __attribute__((always_inline)) void tile(int64_t K, const T* A, int64_t l
 #pragma GCC unroll 4
     for (int c = 0; c < kVecs; ++c) {
       acc[r][c] = vec<T>{};
-      if constexpr (kAccumulate) acc[r][c] = keep * read(C + r * ldc + c * L);
+      if constexpr (!std::is_same_v<Start, FromZero>)
+        acc[r][c] = start.of_row(r) * read(start.from + r * start.ld + c * L);
     }
   }
   for (int64_t k = 0; k < K; ++k) {
@@ -66,75 +100,56 @@ inline __attribute__((always_inline)) void tile(int64_t K, const T* A, int64_t l
 }
 
 // All rows of a panel of kVecs vectors of columns.
-template <int kRows, int kVecs, Op op, bool kAccumulate, bool kTail, class T>
-void panel(int64_t M, int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb, T* C, int64_t ldc, T keep,
-           int tail) {
+template <int kRows, int kVecs, Op op, bool kTail, class Start, class T>
+void panel(int64_t M, int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb, T* C, int64_t ldc,
+           Start start, int tail) {
+  const auto rows_from = [=](int64_t m) { return op == Op::kTN ? A + m : A + m * lda; };
   int64_t m = 0;
   for (; m + kRows <= M; m += kRows) {
-    tile<kRows, kVecs, op, kAccumulate, kTail>(K, op == Op::kTN ? A + m : A + m * lda, lda, B, ldb,
-                                               C + m * ldc, ldc, keep, tail);
+    tile<kRows, kVecs, op, kTail>(K, rows_from(m), lda, B, ldb, C + m * ldc, ldc, start.at(m, 0), tail);
   }
   if constexpr (kRows > 1) {
     if (m < M) {
-      panel<kRows / 2, kVecs, op, kAccumulate, kTail>(M - m, K, op == Op::kTN ? A + m : A + m * lda, lda, B,
-                                                      ldb, C + m * ldc, ldc, keep, tail);
+      panel<next_fewer_rows(kRows), kVecs, op, kTail>(M - m, K, rows_from(m), lda, B, ldb, C + m * ldc, ldc,
+                                                      start.at(m, 0), tail);
     }
   }
 }
 
-template <Op op, bool kAccumulate, class T>
+// Panels of kVecs vectors, then of half as many, and so on.
+template <int kVecs, Op op, class Start, class T>
 void columns(int64_t M, int64_t N, int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb, T* C,
-             int64_t ldc, T keep) {
-  constexpr int L = kLanes<T>;
+             int64_t ldc, Start start) {
+  constexpr int kRows = rows_of_tile(kVecs, op), kWidth = kVecs * kLanes<T>;
   int64_t n = 0;
-  for (; n + kMaxVecs * L <= N; n += kMaxVecs * L) {
-    panel<kRowsWide, kMaxVecs, op, kAccumulate, false>(M, K, A, lda, B + n, ldb, C + n, ldc, keep, 0);
+  for (; n + kWidth <= N; n += kWidth) {
+    panel<kRows, kVecs, op, false>(M, K, A, lda, B + n, ldb, C + n, ldc, start.at(0, n), 0);
   }
-  if constexpr (kMaxVecs > 2) {
-    for (; n + 2 * L <= N; n += 2 * L) {
-      panel<kRowsNarrow, 2, op, kAccumulate, false>(M, K, A, lda, B + n, ldb, C + n, ldc, keep, 0);
-    }
-  }
-  for (; n + L <= N; n += L) {
-    panel<kRowsNarrow, 1, op, kAccumulate, false>(M, K, A, lda, B + n, ldb, C + n, ldc, keep, 0);
-  }
-  if (n < N) {
-    panel<kRowsNarrow, 1, op, kAccumulate, true>(M, K, A, lda, B + n, ldb, C + n, ldc, keep, int(N - n));
-  }
-}
-
-// Transposes B panel by panel into a buffer and multiplies from there.
-template <bool kAccumulate, class T>
-void packed_columns(int64_t M, int64_t N, int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb, T* C,
-                    int64_t ldc, T keep) {
-  constexpr int64_t kPackN = kMaxVecs * kLanes<T>, kPackK = 128;
-  alignas(kVectorBytes) T packed[kPackK * kPackN];
-  for (int64_t n = 0; n < N; n += kPackN) {
-    const int64_t num_cols = std::min(kPackN, N - n);
-    // runs once for K = 0 too: C is then keep C, or zero
-    for (int64_t k = 0; k == 0 || k < K; k += kPackK) {
-      const int64_t depth = std::min(kPackK, K - k);
-      transpose(num_cols, depth, B + n * ldb + k, ldb, packed, kPackN);
-      if (kAccumulate || k > 0) {
-        const T factor = k > 0 ? T(1) : keep;
-        columns<Op::kNN, true>(M, num_cols, depth, A + k, lda, packed, kPackN, C + n, ldc, factor);
-      } else {
-        columns<Op::kNN, false>(M, num_cols, depth, A, lda, packed, kPackN, C + n, ldc, keep);
-      }
-    }
+  if (n == N) return;
+  if constexpr (kVecs > 1) {
+    columns<kVecs / 2, op>(M, N - n, K, A, lda, B + n, ldb, C + n, ldc, start.at(0, n));
+  } else {
+    panel<kRows, 1, op, true>(M, K, A, lda, B + n, ldb, C + n, ldc, start.at(0, n), int(N - n));
   }
 }
 
 }  // namespace gemm_detail
 
-// C[M, N] = A B; with kAccumulate: C = keep C + A B. lda, ldb, ldc are the distances between stored rows.
+// C[M, N] = start + A B. lda, ldb, ldc are the distances between stored rows. What it starts from may be C.
+template <Op op, class Start, class T>
+void gemm_from(Start start, int64_t M, int64_t N, int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb,
+               T* C, int64_t ldc) {
+  gemm_detail::columns<gemm_detail::kMaxVecs, op>(M, N, K, A, lda, B, ldb, C, ldc, start);
+}
+
+// C[M, N] = A B; with kAccumulate: C = keep C + A B.
 template <Op op, bool kAccumulate = false, class T>
 void gemm(int64_t M, int64_t N, int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb, T* C,
           int64_t ldc, T keep = T(1)) {
-  if constexpr (op == Op::kNT) {
-    gemm_detail::packed_columns<kAccumulate>(M, N, K, A, lda, B, ldb, C, ldc, keep);
+  if constexpr (kAccumulate) {
+    gemm_from<op>(FromScaled<T>{C, ldc, keep}, M, N, K, A, lda, B, ldb, C, ldc);
   } else {
-    gemm_detail::columns<op, kAccumulate>(M, N, K, A, lda, B, ldb, C, ldc, keep);
+    gemm_from<op>(FromZero{}, M, N, K, A, lda, B, ldb, C, ldc);
   }
 }
 

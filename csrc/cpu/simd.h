@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -49,6 +50,16 @@ using vec = typename Vector<T>::type;
 template <class T>
 inline constexpr int kLanes = kVectorBytes / sizeof(T);
 
+// Where inlining is part of the meaning: compilers drop calls to functions that do nothing but prefetch.
+#define HYPENET_INLINE inline __attribute__((always_inline))
+
+// Asks for the n elements at x, on their way into the second cache.
+template <bool kWrite, class Element>
+HYPENET_INLINE void prefetch_row(const Element* x, int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(Element);
+  for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(x + i, kWrite, 2);
+}
+
 template <class T>
 inline vec<T> load(const T* p) {
   vec<T> v;
@@ -88,6 +99,18 @@ inline void store_partial(T* p, vec<T> v, int n) {
   std::memcpy(p, &v, n * sizeof(T));
 #endif
 }
+
+// A vector, or as many lanes of it as are left: the others read as zero and are not written.
+template <class T>
+struct Lanes {
+  int count;
+  explicit Lanes(int64_t left) : count(int(left < kLanes<T> ? left : kLanes<T>)) {}
+  vec<T> read(const T* p) const { return count == kLanes<T> ? load(p) : load_partial(p, count); }
+  void write(T* p, vec<T> v) const {
+    if (count == kLanes<T>) return store(p, v);
+    store_partial(p, v, count);
+  }
+};
 
 template <class T>
 inline T sum(vec<T> v) {
@@ -137,29 +160,65 @@ inline T exp_scalar(T x) {
   return exp<T>(broadcast(x))[0];
 }
 
+// The quads at p, p + step, p + 2 step, ... side by side in one vector.
+template <int kQuads>
+inline auto gather_quads(const float* p, int64_t step) {
+  typedef float Wide __attribute__((vector_size(16 * kQuads)));
+  if constexpr (kQuads == 1) {
+    Wide quad;
+    std::memcpy(&quad, p, sizeof(quad));
+    return quad;
+  } else {
+    const auto low = gather_quads<kQuads / 2>(p, step);
+    const auto high = gather_quads<kQuads / 2>(p + kQuads / 2 * step, step);
+    return [&]<int... i>(std::integer_sequence<int, i...>) -> Wide {
+      return __builtin_shufflevector(low, high, i...);
+    }(std::make_integer_sequence<int, 4 * kQuads>());
+  }
+}
+
+// In every quad of lanes: element `first` of a, of b, element first + 1 of a, of b.
+template <int first, class Wide>
+inline Wide interleave_quads(Wide a, Wide b) {
+  constexpr int kWide = sizeof(Wide) / sizeof(a[0]);
+  return [&]<int... i>(std::integer_sequence<int, i...>) -> Wide {
+    return __builtin_shufflevector(a, b, (i % 2 * kWide + i / 4 * 4 + i % 4 / 2 + first)...);
+  }(std::make_integer_sequence<int, kWide>());
+}
+
+// In every quad of lanes: elements first, first + 1 of a, then of b.
+template <int first, class Wide>
+inline Wide join_quads(Wide a, Wide b) {
+  constexpr int kWide = sizeof(Wide) / sizeof(a[0]);
+  return [&]<int... i>(std::integer_sequence<int, i...>) -> Wide {
+    return __builtin_shufflevector(a, b, (i % 4 / 2 * kWide + i / 4 * 4 + i % 2 + first)...);
+  }(std::make_integer_sequence<int, kWide>());
+}
+
+// Four columns of kLanes<float> rows become four vectors.
+inline void transpose_four_columns(const float* src, int64_t src_ld, float* dst, int64_t dst_ld) {
+  constexpr int kQuads = kLanes<float> / 4;
+  vec<float> row[4];
+  for (int r = 0; r < 4; ++r) row[r] = gather_quads<kQuads>(src + r * src_ld, 4 * src_ld);
+  const vec<float> a = interleave_quads<0>(row[0], row[1]), b = interleave_quads<0>(row[2], row[3]);
+  const vec<float> c = interleave_quads<2>(row[0], row[1]), d = interleave_quads<2>(row[2], row[3]);
+  store(dst, join_quads<0>(a, b));
+  store(dst + dst_ld, join_quads<2>(a, b));
+  store(dst + 2 * dst_ld, join_quads<0>(c, d));
+  store(dst + 3 * dst_ld, join_quads<2>(c, d));
+}
+
 // dst[j, i] = src[i, j] for i < rows, j < cols; row-major, leading dimensions in elements.
 template <class T>
 inline void transpose(int64_t rows, int64_t cols, const T* src, int64_t src_ld, T* dst, int64_t dst_ld) {
   int64_t i = 0;
   if constexpr (sizeof(T) == 4) {
-    typedef float quad __attribute__((vector_size(16)));
-    for (; i + 4 <= rows; i += 4) {
+    for (; i + kLanes<T> <= rows; i += kLanes<T>) {
       int64_t j = 0;
-      for (; j + 4 <= cols; j += 4) {
-        quad a[4], b[4];
-        for (int r = 0; r < 4; ++r) std::memcpy(&a[r], src + (i + r) * src_ld + j, sizeof(quad));
-        b[0] = __builtin_shufflevector(a[0], a[1], 0, 4, 1, 5);
-        b[1] = __builtin_shufflevector(a[2], a[3], 0, 4, 1, 5);
-        b[2] = __builtin_shufflevector(a[0], a[1], 2, 6, 3, 7);
-        b[3] = __builtin_shufflevector(a[2], a[3], 2, 6, 3, 7);
-        a[0] = __builtin_shufflevector(b[0], b[1], 0, 1, 4, 5);
-        a[1] = __builtin_shufflevector(b[0], b[1], 2, 3, 6, 7);
-        a[2] = __builtin_shufflevector(b[2], b[3], 0, 1, 4, 5);
-        a[3] = __builtin_shufflevector(b[2], b[3], 2, 3, 6, 7);
-        for (int r = 0; r < 4; ++r) std::memcpy(dst + (j + r) * dst_ld + i, &a[r], sizeof(quad));
-      }
+      for (; j + 4 <= cols; j += 4)
+        transpose_four_columns(src + i * src_ld + j, src_ld, dst + j * dst_ld + i, dst_ld);
       for (; j < cols; ++j) {
-        for (int r = 0; r < 4; ++r) dst[j * dst_ld + i + r] = src[(i + r) * src_ld + j];
+        for (int r = 0; r < kLanes<T>; ++r) dst[j * dst_ld + i + r] = src[(i + r) * src_ld + j];
       }
     }
   }
