@@ -243,7 +243,8 @@ class SequenceOp:
 
     def test_bitwise_the_same_twice_and_for_any_number_of_threads(self, restore_threads):
         results = []
-        for shape in (Shape(1, 100, 1, 2, 64, 96), Shape(3, 40, 2, 2, 16, 24), Shape(1, 70, 1, 1, 33, 45)):
+        few_heads = (Shape(1, 300, 1, 1, 64, 80), Shape(1, 100, 1, 2, 64, 96), Shape(1, 70, 1, 1, 33, 45))
+        for shape in (*few_heads, Shape(3, 40, 2, 2, 16, 24)):
             inputs = self.inputs(shape)
             do, dfinal_state = cotangents(inputs)
             for threads in (1, 1, 2, 3, 7):

@@ -1,5 +1,5 @@
-// What the chunk forward and backward share: tiles in and out, the decays of a chunk, the triangular solves,
-// and the steps that carry the state over a chunk.
+// What the chunk forward and backward share: tiles in and out, the decays of a chunk, triangular products and
+// solves.
 //
 // Letters beyond params.h: C tokens a chunk holds, c <= C tokens it has. All tiles are in the accumulation
 // type T.
@@ -21,6 +21,16 @@ inline constexpr int64_t kMaxChunk = 32;
 inline constexpr double kLowestDecay = -50;  // of one token, in log space: e^-50 forgets everything
 
 // A long chunk reads the state less often, a short one has less work inside the chunk.
+// Columns of V that are worked on together, so that their part of the state stays in the first cache: a block
+// of rows of this width, one after the other. What a narrower panel lacks to whole vectors counts as columns
+// too; nothing of them is stored.
+template <class T>
+inline constexpr int64_t kPanel = 256 / sizeof(T);
+template <class T>
+int64_t whole_vectors(int64_t columns) {
+  return (columns + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+}
+
 inline int64_t chunk_length(int64_t K, int64_t V) { return K + V >= 128 ? kMaxChunk : kMaxChunk / 2; }
 
 struct Sequence {
@@ -98,23 +108,24 @@ struct ChunkDecay {
 // Rows that share the columns of a triangle: the part of it that is certainly zero is skipped block by block.
 inline constexpr int64_t kTriangleRows = 16;
 
-// Y += L X for a lower-triangular L [c, c].
-template <class T>
-void add_lower_product(int64_t c, int64_t dim, const T* L, int64_t L_ld, const T* X, int64_t X_ld, T* Y,
-                       int64_t Y_ld) {
+// Y = start + L X for a lower-triangular L [c, c].
+template <class Start, class T>
+void add_lower_product(Start start, int64_t c, int64_t dim, const T* L, int64_t L_ld, const T* X,
+                       int64_t X_ld, T* Y, int64_t Y_ld) {
   for (int64_t i = 0; i < c; i += kTriangleRows) {
     const int64_t rows = std::min(kTriangleRows, c - i);
-    gemm<Op::kNN, true>(rows, dim, i + rows, L + i * L_ld, L_ld, X, X_ld, Y + i * Y_ld, Y_ld);
+    gemm_from<Op::kNN>(start.at(i, 0), rows, dim, i + rows, L + i * L_ld, L_ld, X, X_ld, Y + i * Y_ld, Y_ld);
   }
 }
 
-// Y += L^T X for a lower-triangular L [c, c].
-template <class T>
-void add_lower_transposed_product(int64_t c, int64_t dim, const T* L, int64_t L_ld, const T* X, int64_t X_ld,
-                                  T* Y, int64_t Y_ld) {
+// Y = start + L^T X for a lower-triangular L [c, c].
+template <class Start, class T>
+void add_lower_transposed_product(Start start, int64_t c, int64_t dim, const T* L, int64_t L_ld, const T* X,
+                                  int64_t X_ld, T* Y, int64_t Y_ld) {
   for (int64_t i = 0; i < c; i += kTriangleRows) {
     const int64_t rows = std::min(kTriangleRows, c - i);
-    gemm<Op::kTN, true>(rows, dim, c - i, L + i * L_ld + i, L_ld, X + i * X_ld, X_ld, Y + i * Y_ld, Y_ld);
+    gemm_from<Op::kTN>(start.at(i, 0), rows, dim, c - i, L + i * L_ld + i, L_ld, X + i * X_ld, X_ld,
+                       Y + i * Y_ld, Y_ld);
   }
 }
 
@@ -123,14 +134,20 @@ void add_scaled_row(int64_t dim, T factor, const T* x, T* y) {
   for (int64_t j = 0; j < dim; ++j) y[j] += factor * x[j];
 }
 
-// Lanes are summed separately and joined at the end.
+// Lanes, and every fourth vector, are summed separately and joined at the end.
 template <class T>
 T dot(int64_t dim, const T* x, const T* y) {
-  vec<T> total{};
+  constexpr int L = kLanes<T>;
+  vec<T> total[4] = {};
   int64_t j = 0;
-  for (; j + kLanes<T> <= dim; j += kLanes<T>) total += load(x + j) * load(y + j);
-  if (j < dim) total += load_partial(x + j, int(dim - j)) * load_partial(y + j, int(dim - j));
-  return sum<T>(total);
+  for (; j + 4 * L <= dim; j += 4 * L) {
+    for (int i = 0; i < 4; ++i) total[i] += load(x + j + i * L) * load(y + j + i * L);
+  }
+  for (; j < dim; j += L) {
+    const Lanes<T> lanes(dim - j);
+    total[0] += lanes.read(x + j) * lanes.read(y + j);
+  }
+  return sum<T>((total[0] + total[1]) + (total[2] + total[3]));
 }
 
 inline constexpr int64_t kSolveRows =
@@ -186,14 +203,6 @@ void form_residual(int64_t c, int64_t dim, const T* beta, const ChunkDecay<T>& d
       E[i * ld + j] = beta[i] * r;
     }
   }
-}
-
-// S := whole S + (to_end K)^T E for a [K, dim] slice of the state; decayed_K [c, K] is scratch.
-template <class T>
-void update_state(int64_t c, int64_t K, int64_t dim, const ChunkDecay<T>& decay, const T* k, const T* E,
-                  int64_t E_ld, T* decayed_K, T* S, int64_t S_ld) {
-  scale_rows(c, K, decay.to_end, k, K, decayed_K, K);
-  gemm<Op::kTN, true>(K, dim, c, decayed_K, K, E, E_ld, S, S_ld, decay.whole);
 }
 
 // How the columns of V are cut where there are fewer heads than threads; whole vectors, so that no block has

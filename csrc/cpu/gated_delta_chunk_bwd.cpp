@@ -13,14 +13,16 @@
 //   dg  = reverse running sum of dG inside the chunk, 0 where g was clamped                     (6)
 //   dS  = gamma_c dS1 + Q^T (s gamma dO) + K^T dZ                        (6)
 //
-// Mapping: a task is a sequence and a key head. Inside each chunk it goes through the value heads of the
-// group and sums dN, dM, dq, dk over them in a fixed order. dS lives in dinitial_state. States: a task goes
-// through its sequence segment by segment, last segment first; within one it recomputes the states (and E, R)
-// before every chunk and keeps them, before that only the states at the segments' starts. dQ and dK are
-// summed transposed, [K, 2c] with dK left of dQ, as that makes all products with S row-major. Numerics:
-// everything but the loads and stores in the accumulation type; dG in double. Cost per token and value head:
-// 2 (7 K V + C (5 K + 5 V)) FLOPs, and 2 (2 K V + C V) for the states, twice where there is more than one
-// segment.
+// Mapping: a task is a sequence and a key head with its group of value heads. It goes through its sequence
+// segment by segment, last segment first; within one it recomputes the states (and E, R) before every chunk
+// and keeps them, before that only the states at the segments' starts. A segment is done in blocks of chunks:
+// what needs no state (prepare) chunk by chunk, then what runs along the sequence, (1), (2) and (6), head by
+// head and column block of V by column block, then everything that sums over V chunk by chunk, over the value
+// heads in a fixed order. Threads take tasks where there are enough; else all of them share each task's
+// chunks and columns. The split leaves no trace in the result. dQ and dK are summed transposed, [K, 2c] with
+// dK left of dQ, as that makes all products with S row-major. Numerics: everything but the loads and stores
+// in the accumulation type; dG in double. Cost per token and value head: 2 (7 K V + C (5 K + 5 V)) FLOPs, and
+// 2 (2 K V + C V) for the states, twice where there is more than one segment.
 #include "gated_delta_chunk.h"
 #include "kernels.h"
 
@@ -29,57 +31,77 @@ namespace gated_delta {
 namespace {
 
 constexpr int64_t kSegmentStates = 64;  // states kept at once, of all value heads of the group together
+constexpr int64_t kBlockAlone = 2;      // chunks of a block where one thread has the task
+constexpr int64_t kBlockShared = 8;     // where threads share it
 
 // How a task cuts its sequence.
 struct Cut {
-  int64_t C, held,
-      segments;  // tokens a chunk holds, chunks a segment holds, segments of the longest sequence
+  int64_t C;         // tokens a chunk holds
+  int64_t block;     // chunks a block holds
+  int64_t held;      // chunks a segment holds
+  int64_t segments;  // of the longest sequence
+  int64_t threads;   // that share the task
 };
 
+// What a task keeps; the leading dimension of everything that is 2c wide is 2C.
 template <class T>
-struct Tiles {
-  // of the key head; the leading dimension of everything that is 2c wide is 2C
-  T* kq;        // [2c, K]: K above Q
-  T* kqt;       // [K, 2c]: its transpose
-  T* products;  // [2c, C]: K K^T above Q K^T
-  T* dkqt;      // [K, 2c]: dK^T left of dQ^T
-  T* dkq;       // [2c, K]
-  T* dm;        // [c, C], summed over the group
-  T* dn;        // [c, C], summed over the group
-  T* mixed;     // [c, 2c]: dM + dM^T left of dN^T
-  // of one value head
-  T* system;      // [2c, C]: -A above P
-  T* db_do;       // [2c, V]: dB above dO
+struct Kept {
+  // of the key head, for every chunk of a block
+  T* kq;        // [block, 2c, K]: K above Q
+  T* kqt;       // [block, K, 2c]: its transpose
+  T* products;  // [block, 2c, C]: K K^T above Q K^T
+  // of every value head of the group, for every chunk of a block
+  ChunkDecay<T>* decay;  // [group, block]
+  T* beta;               // [group, block, c]
+  T* system;             // [group, block, 2c, C]: -A above P
+  T* db_do;              // [group, block, 2c, V]: dB above dO
+  T* dstates;            // [group, block + 1, K, V]: dS before every chunk, and after the last
+  // of every value head of the group
+  T* starts;  // [group, segments, K, V]: the state before every segment
+  T* states;  // [group, held, K, V]: before every chunk of the segment but the first
+  T* e;       // [group, held, c, V]
+  T* r;       // [group, held, c, V]; nothing without delta
+
+  Kept(Arena<T>& a, const Cut& cut, bool delta, int64_t K, int64_t V, int64_t group) {
+    const int64_t C = cut.C, chunks = cut.block, heads = group * cut.block;
+    for (T** tile : {&kq, &kqt}) *tile = a.take(chunks * 2 * C * K);
+    products = a.take(chunks * 2 * C * C);
+    decay = reinterpret_cast<ChunkDecay<T>*>(a.take(heads * (sizeof(ChunkDecay<T>) / sizeof(T))));
+    beta = a.take(heads * C);
+    system = a.take(heads * 2 * C * C);
+    db_do = a.take(heads * 2 * C * V);
+    dstates = a.take((heads + group) * K * V);
+    starts = a.take(group * cut.segments * K * V);
+    states = a.take(group * cut.held * K * V);
+    e = a.take(group * cut.held * C * V);
+    r = a.take(delta ? group * cut.held * C * V : 0);
+  }
+};
+
+// What a thread needs for one chunk of one value head.
+template <class T>
+struct Scratch {
+  T* z;           // [c, V]: Z, then decayed E; dV in the reverse pass
   T* dz_do;       // [2c, V]: dZ above s gamma dO
   T* dz_do_t;     // [V, 2c]: its transpose
   T* et;          // [V, C]: E^T
   T* outer;       // [2c, C]: dB E^T above dO E^T
   T* from_state;  // [K, 2c]: S dZ^T left of S (s gamma dO)^T
-  T* from_next;   // [K, C]: gamma_c / gamma (dS1 E^T)
-  T* decayed_k;   // [c, K]
-  T* z;           // [c, V]: Z in the recomputation, dV in the reverse pass
-  T* beta;        // [c]
-  ChunkDecay<T> decay;
-  // of all value heads of the group
-  T* running;  // [group, K, V]: the recomputed state
-  T* starts;   // [group, segments, K, V]: the state before every segment
-  T* states;   // [group, held, K, V]: before every chunk of the segment
-  T* e;        // [group, held, C, V]; without delta one chunk's is enough
-  T* r;        // [group, held, C, V]
+  T* from_next;   // [K, C]: dS1 E^T
+  // summed over the group
+  T* dkqt;   // [K, 2c]: dK^T left of dQ^T
+  T* dkq;    // [2c, K]
+  T* dm;     // [c, C]
+  T* dn;     // [c, C]
+  T* mixed;  // [c, 2c]: dM + dM^T left of dN^T
 
-  Tiles(Arena<T>& a, const Cut& cut, bool delta, int64_t K, int64_t V, int64_t group) {
-    const int64_t C = cut.C;
-    for (T** tile : {&kq, &kqt, &dkqt, &dkq, &from_state}) *tile = a.take(2 * C * K);
-    for (T** tile : {&products, &system, &mixed, &outer}) *tile = a.take(2 * C * C);
-    for (T** tile : {&db_do, &dz_do, &dz_do_t}) *tile = a.take(2 * C * V);
+  Scratch(Arena<T>& a, int64_t C, int64_t K, int64_t V) {
+    for (T** tile : {&z, &et}) *tile = a.take(C * V);
+    for (T** tile : {&dz_do, &dz_do_t}) *tile = a.take(2 * C * V);
+    for (T** tile : {&outer, &mixed}) *tile = a.take(2 * C * C);
     for (T** tile : {&dm, &dn}) *tile = a.take(C * C);
-    for (T** tile : {&from_next, &decayed_k}) *tile = a.take(C * K);
-    for (T** tile : {&et, &z}) *tile = a.take(C * V);
-    beta = a.take(C);
-    running = a.take(group * K * V);
-    starts = a.take(group * cut.segments * K * V);
-    states = a.take(group * cut.held * K * V);
-    for (T** tile : {&e, &r}) *tile = a.take(group * (delta ? cut.held : 1) * C * V);
+    for (T** tile : {&from_state, &dkqt, &dkq}) *tile = a.take(2 * C * K);
+    from_next = a.take(C * K);
   }
 };
 
@@ -89,7 +111,9 @@ class Task {
   using T = acc_t<Element>;
 
  public:
-  Task(const GatedDeltaBwdParams& p, int64_t n, int64_t key_head, const Cut& cut, Tiles<T>& x)
+  // `scratch` is the first of as many pieces, of scratch_size each, as threads share the task.
+  Task(const GatedDeltaBwdParams& p, int64_t n, int64_t key_head, const Cut& cut, T* kept, T* scratch,
+       int64_t scratch_size)
       : p_(p),
         seq_(sequence(p, n)),
         n_(n),
@@ -100,25 +124,30 @@ class Task {
         V_(p.V),
         cut_(cut),
         scale_(T(p.scale)),
-        x_(x) {}
+        arena_(kept),
+        x_(arena_, cut, kDelta, p.K, p.V, group_),
+        scratch_(scratch),
+        scratch_size_(scratch_size) {}
 
   void run() {
     const int64_t chunks = (seq_.length + C_ - 1) / C_, segments = (chunks + cut_.held - 1) / cut_.held;
     for (int64_t j = 0; j < group_; ++j) {
-      copy_state(static_cast<const T*>(p_.initial_state), state_offset(j), running(j));
-      copy_state(static_cast<const T*>(p_.dfinal_state), state_offset(j), dstate(j));
+      copy_state(static_cast<const T*>(p_.initial_state), j, start(j, 0));
+      copy_state(static_cast<const T*>(p_.dfinal_state), j, dstate(j, 0));
     }
-    for (int64_t segment = 0; segment < segments; ++segment) {
-      for (int64_t j = 0; j < group_; ++j) std::copy_n(running(j), K_ * V_, start(j, segment));
-      const int64_t stop = (segment + 1) * cut_.held;
-      if (stop < chunks) recompute(stop - cut_.held, stop, false);
+    for (segment_ = 0; segment_ + 1 < segments; ++segment_) {
+      for (int64_t j = 0; j < group_; ++j) std::copy_n(start(j, segment_), K_ * V_, start(j, segment_ + 1));
+      recompute((segment_ + 1) * cut_.held, false);
     }
-    for (int64_t segment = segments - 1; segment >= 0; --segment) {
-      const int64_t first = segment * cut_.held, stop = std::min(first + cut_.held, chunks);
-      for (int64_t j = 0; j < group_; ++j) std::copy_n(start(j, segment), K_ * V_, running(j));
-      recompute(first, stop, true);
-      for (int64_t chunk = stop - 1; chunk >= first; --chunk) reverse_chunk(chunk, chunk - first);
+    for (segment_ = segments - 1; segment_ >= 0; --segment_) {
+      const int64_t first = segment_ * cut_.held, stop = std::min(first + cut_.held, chunks);
+      recompute(stop, true);
+      const int64_t last_block = first + (stop - first - 1) / cut_.block * cut_.block;
+      for (int64_t block = last_block; block >= first; block -= cut_.block)
+        reverse(block, std::min(block + cut_.block, stop));
     }
+    for (int64_t j = 0; j < group_; ++j)
+      std::copy_n(dstate(j, 0), K_ * V_, static_cast<T*>(p_.dinitial_state) + state_offset(j));
   }
 
  private:
@@ -126,207 +155,272 @@ class Task {
   int64_t token(int64_t chunk) const { return seq_.start + chunk * C_; }
   int64_t tokens(int64_t chunk) const { return std::min(C_, seq_.length - chunk * C_); }
   int64_t state_offset(int64_t j) const { return (n_ * p_.HV + value_head(j)) * K_ * V_; }
-  T* dstate(int64_t j) const { return static_cast<T*>(p_.dinitial_state) + state_offset(j); }
-  T* running(int64_t j) const { return x_.running + j * K_ * V_; }
+  // i: chunk of the block; slot: chunk of the segment
+  T* kq(int64_t i) const { return x_.kq + i * 2 * C_ * K_; }
+  T* kqt(int64_t i) const { return x_.kqt + i * 2 * C_ * K_; }
+  T* products(int64_t i) const { return x_.products + i * 2 * C_ * C_; }
+  ChunkDecay<T>& decay(int64_t j, int64_t i) const { return x_.decay[j * cut_.block + i]; }
+  T* beta(int64_t j, int64_t i) const { return x_.beta + (j * cut_.block + i) * C_; }
+  T* system(int64_t j, int64_t i) const { return x_.system + (j * cut_.block + i) * 2 * C_ * C_; }
+  T* db_do(int64_t j, int64_t i) const { return x_.db_do + (j * cut_.block + i) * 2 * C_ * V_; }
+  T* dstate(int64_t j, int64_t i) const { return x_.dstates + (j * (cut_.block + 1) + i) * K_ * V_; }
   T* start(int64_t j, int64_t segment) const { return x_.starts + (j * cut_.segments + segment) * K_ * V_; }
-  T* state(int64_t j, int64_t slot) const { return x_.states + (j * cut_.held + slot) * K_ * V_; }
-  T* e(int64_t j, int64_t slot) const { return x_.e + (kDelta ? j * cut_.held + slot : 0) * C_ * V_; }
-  T* r(int64_t j, int64_t slot) const { return x_.r + (kDelta ? j * cut_.held + slot : 0) * C_ * V_; }
+  T* state(int64_t j, int64_t slot) const {
+    return slot == 0 ? start(j, segment_) : x_.states + (j * cut_.held + slot) * K_ * V_;
+  }
+  T* e(int64_t j, int64_t slot) const { return x_.e + (j * cut_.held + slot) * C_ * V_; }
+  T* r(int64_t j, int64_t slot) const { return x_.r + (j * cut_.held + slot) * C_ * V_; }
 
-  void copy_state(const T* from, int64_t offset, T* to) const {
+  Scratch<T> scratch(int64_t thread) const {
+    Arena<T> arena(scratch_ + thread * scratch_size_);
+    return Scratch<T>(arena, C_, K_, V_);
+  }
+
+  void copy_state(const T* from, int64_t j, T* to) const {
     if (from == nullptr) {
       std::fill_n(to, K_ * V_, T(0));
     } else {
-      std::copy_n(from + offset, K_ * V_, to);
+      std::copy_n(from + state_offset(j), K_ * V_, to);
     }
   }
 
-  void load_key_head(int64_t t, int64_t c, bool with_q) {
-    load_rows(c, K_, row<Element>(p_.k, seq_.batch, t, key_head_), p_.k.token, x_.kq, K_);
-    const int64_t rows = with_q ? 2 * c : c;
-    if (with_q)
-      load_rows(c, K_, row<Element>(p_.q, seq_.batch, t, key_head_), p_.q.token, x_.kq + c * K_, K_);
+  template <class Run>
+  void for_each_chunk(int64_t first, int64_t stop, const Run& run) const {
+    for_each_task(stop - first, cut_.threads, [&](int64_t i, int64_t thread) { run(first + i, i, thread); });
+  }
+
+  // run(value head, first column, number of columns, thread)
+  template <class Run>
+  void for_each_columns(const Run& run) const {
+    const ColumnSplit split = split_columns<T>(group_, V_, cut_.threads);
+    for_each_task(split.tasks, cut_.threads, [&](int64_t task, int64_t thread) {
+      const int64_t start = task % split.blocks * split.columns;
+      run(task / split.blocks, start, std::min(split.columns, V_ - start), thread);
+    });
+  }
+
+  // What needs no state, of chunk i of a block.
+  void prepare(int64_t chunk, int64_t i, bool with_q) const {
+    const int64_t t = token(chunk), c = tokens(chunk), b = seq_.batch, rows = with_q ? 2 * c : c;
+    load_rows(c, K_, row<Element>(p_.k, b, t, key_head_), p_.k.token, kq(i), K_);
+    if (with_q) load_rows(c, K_, row<Element>(p_.q, b, t, key_head_), p_.q.token, kq(i) + c * K_, K_);
+    transpose(rows, K_, kq(i), K_, kqt(i), 2 * C_);
     const int64_t first = kDelta ? 0 : c;
-    if (first == rows) return;
-    transpose(rows, K_, x_.kq, K_, x_.kqt, 2 * C_);
-    gemm<Op::kNN>(rows - first, c, K_, x_.kq + first * K_, K_, x_.kqt, 2 * C_, x_.products + first * C_, C_);
-  }
-
-  void load_value_head(int64_t t, int64_t c, int64_t j) {
-    const int64_t head = value_head(j);
-    if constexpr (kDelta) load_rows(c, 1, row<T>(p_.beta, seq_.batch, t, head), p_.beta.token, x_.beta, 1);
-    x_.decay.compute(c, C_, row<T>(p_.g, seq_.batch, t, head), p_.g.token);
-  }
-
-  void load_v(int64_t t, int64_t c, int64_t j, T* to) {
-    load_rows(c, V_, row<Element>(p_.v, seq_.batch, t, value_head(j)), p_.v.token, to, V_);
-  }
-
-  // The forward without output, from the running states on; `keep` the states, E and R of every chunk.
-  void recompute(int64_t first, int64_t stop, bool keep) {
-    for (int64_t chunk = first; chunk < stop; ++chunk) {
-      const int64_t t = token(chunk), c = tokens(chunk), slot = keep ? chunk - first : 0;
-      load_key_head(t, c, false);
-      for (int64_t j = 0; j < group_; ++j) {
-        T *S = running(j), *E = e(j, slot), *R = r(j, slot);
-        load_value_head(t, c, j);
-        load_v(t, c, j, kDelta ? R : E);
-        if (keep) std::copy_n(S, K_ * V_, state(j, slot));
-        if constexpr (kDelta) {
-          gemm<Op::kNN>(c, V_, K_, x_.kq, K_, S, V_, x_.z, V_);
-          form_residual(c, V_, x_.beta, x_.decay, x_.z, V_, R, E, V_);
-          form_system(c, C_, x_.beta, x_.products, x_.decay, x_.system);
-          solve_unit_lower(c, V_, x_.system, C_, E, V_);
-        }
-        if (!keep || chunk + 1 < stop) update_state(c, K_, V_, x_.decay, x_.kq, E, V_, x_.decayed_k, S, V_);
+    gemm<Op::kNN>(rows - first, c, K_, kq(i) + first * K_, K_, kqt(i), 2 * C_, products(i) + first * C_, C_);
+    for (int64_t j = 0; j < group_; ++j) {
+      const int64_t head = value_head(j);
+      decay(j, i).compute(c, C_, row<T>(p_.g, b, t, head), p_.g.token);
+      if constexpr (kDelta) {
+        load_rows(c, 1, row<T>(p_.beta, b, t, head), p_.beta.token, beta(j, i), 1);
+        form_system(c, C_, beta(j, i), products(i), decay(j, i), system(j, i));
       }
+      if (!with_q) continue;
+      const T *QK = products(i) + c * C_, *gamma = decay(j, i).between;
+      T* P = system(j, i) + c * C_;
+      for (int64_t k = 0; k < c * C_; ++k) P[k] = scale_ * gamma[k] * QK[k];
     }
   }
 
-  void reverse_chunk(int64_t chunk, int64_t slot) {
+  // The forward without output, from the segment's start on; `keep` the states, E and R of every chunk, or
+  // else leave the last state at the next segment's start.
+  void recompute(int64_t stop, bool keep) const {
+    const int64_t begin = segment_ * cut_.held;
+    for (int64_t first = begin; first < stop; first += cut_.block) {
+      const int64_t last = std::min(first + cut_.block, stop);
+      for_each_chunk(first, last, [&](int64_t chunk, int64_t i, int64_t) { prepare(chunk, i, false); });
+      for_each_columns([&](int64_t j, int64_t from, int64_t w, int64_t thread) {
+        const Scratch<T> y = scratch(thread);
+        for (int64_t chunk = first; chunk < last; ++chunk) {
+          const int64_t i = chunk - first, slot = keep ? chunk - begin : i;
+          const T* S = keep ? state(j, slot) : start(j, segment_ + 1);
+          T* S1 = !keep ? start(j, segment_ + 1) : chunk + 1 < stop ? state(j, slot + 1) : nullptr;
+          advance_state(chunk, i, slot, j, from, w, S, S1, y);
+        }
+      });
+    }
+  }
+
+  // Columns [from, from + w) of E and R of one chunk, and of the state after it unless S1 is null.
+  void advance_state(int64_t chunk, int64_t i, int64_t slot, int64_t j, int64_t from, int64_t w, const T* S,
+                     T* S1, const Scratch<T>& y) const {
+    const int64_t c = tokens(chunk);
+    const ChunkDecay<T>& d = decay(j, i);
+    T *E = e(j, slot) + from, *R = r(j, slot) + from;
+    const Element* v = row<Element>(p_.v, seq_.batch, token(chunk), value_head(j)) + from;
+    load_rows(c, w, v, p_.v.token, kDelta ? R : E, V_);
+    if constexpr (kDelta) {
+      gemm<Op::kNN>(c, w, K_, kq(i), K_, S + from, V_, y.z, V_);
+      form_residual(c, w, beta(j, i), d, y.z, V_, R, E, V_);
+      solve_unit_lower(c, w, system(j, i), C_, E, V_);
+    }
+    if (S1 == nullptr) return;
+    scale_rows(c, w, d.to_end, E, V_, y.z, V_);
+    gemm_from<Op::kNN>(FromScaled<T>{S + from, V_, d.whole}, K_, w, c, kqt(i), 2 * C_, y.z, V_, S1 + from,
+                       V_);
+  }
+
+  // Everything that flows back through chunks [first, stop). dS after them is where the last reversed block
+  // left it, dstate(j, 0).
+  void reverse(int64_t first, int64_t stop) const {
+    for_each_chunk(first, stop, [&](int64_t chunk, int64_t i, int64_t) { prepare(chunk, i, true); });
+    for_each_columns([&](int64_t j, int64_t from, int64_t w, int64_t thread) {
+      const Scratch<T> y = scratch(thread);
+      T *last = dstate(j, stop - first) + from, *previous = dstate(j, 0) + from;
+      for (int64_t k = 0; k < K_; ++k) std::copy_n(previous + k * V_, w, last + k * V_);
+      for (int64_t chunk = stop - 1; chunk >= first; --chunk)
+        reverse_state(chunk, chunk - first, j, from, w, y);
+    });
+    for_each_chunk(first, stop, [&](int64_t chunk, int64_t i, int64_t thread) {
+      gradients(chunk, i, chunk - segment_ * cut_.held, scratch(thread));
+    });
+  }
+
+  // Columns [from, from + w) of (1), (2) and (6).
+  void reverse_state(int64_t chunk, int64_t i, int64_t j, int64_t from, int64_t w,
+                     const Scratch<T>& y) const {
+    const int64_t t = token(chunk), c = tokens(chunk), first = kDelta ? 0 : c;
+    const ChunkDecay<T>& d = decay(j, i);
+    T *dB = db_do(j, i) + from, *dO = dB + c * V_, *dV = kDelta ? y.z : dB;
+    load_rows(c, w, row<Element>(p_.do_, seq_.batch, t, value_head(j)) + from, p_.do_.token, dO, V_);
+    gemm<Op::kNN>(c, w, K_, kq(i), K_, dstate(j, i + 1) + from, V_, dB, V_);
+    add_lower_transposed_product(FromScaledRows<T>{dB, V_, d.to_end}, c, w, system(j, i) + c * C_, C_, dO, V_,
+                                 dB, V_);
+    if constexpr (kDelta) {
+      solve_unit_lower_transposed(c, w, system(j, i), C_, dB, V_);
+      scale_rows(c, w, beta(j, i), dB, V_, dV, V_);
+    }
+    store_rows(c, w, dV, V_, output<Element>(p_.dv, t, p_.HV, value_head(j), V_) + from, p_.HV * V_);
+    scale_gradients(c, w, j, i, dB, y.dz_do);
+    gemm_from<Op::kNN>(FromScaled<T>{dstate(j, i + 1) + from, V_, d.whole}, K_, w, 2 * c - first,
+                       kqt(i) + first, 2 * C_, y.dz_do + first * V_, V_, dstate(j, i) + from, V_);
+  }
+
+  // dZ above s gamma dO, from dB above dO.
+  void scale_gradients(int64_t c, int64_t w, int64_t j, int64_t i, const T* dB, T* dz_do) const {
+    T factor[2 * kMaxChunk];
+    for (int64_t k = 0; k < c; ++k) {
+      const T gamma = decay(j, i).from_start[k];
+      factor[k] = kDelta ? -gamma * beta(j, i)[k] : T(0);
+      factor[c + k] = scale_ * gamma;
+    }
+    const int64_t first = kDelta ? 0 : c;
+    scale_rows(2 * c - first, w, factor + first, dB + first * V_, V_, dz_do + first * V_, V_);
+  }
+
+  // What sums over the columns: dQ, dK, dg and dbeta of one chunk.
+  void gradients(int64_t chunk, int64_t i, int64_t slot, const Scratch<T>& y) const {
     const int64_t t = token(chunk), c = tokens(chunk);
-    load_key_head(t, c, true);
-    std::fill_n(x_.dkqt, 2 * C_ * K_, T(0));
-    std::fill_n(x_.dm, C_ * C_, T(0));
-    std::fill_n(x_.dn, C_ * C_, T(0));
+    std::fill_n(y.dkqt, 2 * C_ * K_, T(0));
+    std::fill_n(y.dm, C_ * C_, T(0));
+    std::fill_n(y.dn, C_ * C_, T(0));
     for (int64_t j = 0; j < group_; ++j) {
       double dG[kMaxChunk] = {};
       T dbeta[kMaxChunk] = {};
-      load_value_head(t, c, j);
-      if constexpr (!kDelta) load_v(t, c, j, e(j, slot));
-      output_to_pseudo_values(t, c, j);
-      pseudo_values_to_v(t, c, j, r(j, slot), dbeta);
-      chunk_products(c, e(j, slot), dG, dbeta);
-      through_states(c, state(j, slot), dstate(j), dG);
-      store_gate_gradients(t, c, j, dG, dbeta);
-    }
-    finish_key_head(t, c);
-  }
-
-  // (1) dE, into the upper half of db_do
-  void output_to_pseudo_values(int64_t t, int64_t c, int64_t j) {
-    T *P = x_.system + c * C_, *dO = x_.db_do + c * V_;
-    const T* QK = x_.products + c * C_;
-    for (int64_t i = 0; i < c; ++i) {
-      for (int64_t k = 0; k < c; ++k) P[i * C_ + k] = scale_ * x_.decay.between[i * C_ + k] * QK[i * C_ + k];
-    }
-    load_rows(c, V_, row<Element>(p_.do_, seq_.batch, t, value_head(j)), p_.do_.token, dO, V_);
-    scale_rows(c, K_, x_.decay.to_end, x_.kq, K_, x_.decayed_k, K_);
-    gemm<Op::kNN>(c, V_, K_, x_.decayed_k, K_, dstate(j), V_, x_.db_do, V_);
-    add_lower_transposed_product(c, V_, P, C_, dO, V_, x_.db_do, V_);
-  }
-
-  // (2) dB in place of dE, dV, dZ, and s gamma dO beside it
-  void pseudo_values_to_v(int64_t t, int64_t c, int64_t j, const T* R, T* dbeta) {
-    T *dB = x_.db_do, *dZ = x_.dz_do, *dV = kDelta ? x_.z : dB;
-    if constexpr (kDelta) {
-      form_system(c, C_, x_.beta, x_.products, x_.decay, x_.system);
-      solve_unit_lower_transposed(c, V_, x_.system, C_, dB, V_);
-      for (int64_t i = 0; i < c; ++i) {
-        dbeta[i] = dot(V_, R + i * V_, dB + i * V_);
-        const T factor = -x_.decay.from_start[i];
-        for (int64_t k = 0; k < V_; ++k) {
-          const T dv = x_.beta[i] * dB[i * V_ + k];
-          dV[i * V_ + k] = dv;
-          dZ[i * V_ + k] = factor * dv;
-        }
+      transpose(c, V_, e(j, slot), V_, y.et, C_);
+      chunk_products(c, i, j, y, dG, dbeta);
+      if constexpr (kDelta) {
+        for (int64_t k = 0; k < c; ++k) dbeta[k] += dot(V_, r(j, slot) + k * V_, db_do(j, i) + k * V_);
       }
+      through_states(c, i, j, state(j, slot), y, dG);
+      store_gate_gradients(t, c, i, j, dG, dbeta);
     }
-    T factor[kMaxChunk];
-    for (int64_t i = 0; i < c; ++i) factor[i] = scale_ * x_.decay.from_start[i];
-    scale_rows(c, V_, factor, x_.db_do + c * V_, V_, x_.dz_do + c * V_, V_);
-    store_rows(c, V_, dV, V_, output<Element>(p_.dv, t, p_.HV, value_head(j), V_), p_.HV * V_);
+    finish_key_head(t, c, i, y);
   }
 
   // (3) and (4): what flows through A and P into K K^T, Q K^T, beta and the decays inside the chunk
-  void chunk_products(int64_t c, const T* E, double* dG, T* dbeta) {
+  void chunk_products(int64_t c, int64_t i, int64_t j, const Scratch<T>& y, double* dG, T* dbeta) const {
     const int64_t first = kDelta ? 0 : c;
-    transpose(c, V_, E, V_, x_.et, C_);
-    gemm<Op::kNN>(2 * c - first, c, V_, x_.db_do + first * V_, V_, x_.et, C_, x_.outer + first * C_, C_);
+    gemm<Op::kNN>(2 * c - first, c, V_, db_do(j, i) + first * V_, V_, y.et, C_, y.outer + first * C_, C_);
     T columns[kMaxChunk] = {};
-    for (int64_t i = 0; i < c; ++i) {
-      const T *gamma = x_.decay.between + i * C_, *X = x_.outer + (c + i) * C_, *P = x_.system + (c + i) * C_;
-      T row_sum = 0;
-      x_.dn[i * C_ + i] += scale_ * X[i];
-      for (int64_t j = 0; j < i; ++j) {
-        x_.dn[i * C_ + j] += scale_ * X[j] * gamma[j];
-        row_sum += X[j] * P[j];
-        columns[j] += X[j] * P[j];
-      }
-      if constexpr (kDelta) {
-        const T *dA = x_.outer + i * C_, *KK = x_.products + i * C_;
-        T through_A = 0;
-        for (int64_t j = 0; j < i; ++j) {
-          const T decayed = -dA[j] * gamma[j], product = decayed * KK[j];
-          x_.dm[i * C_ + j] += x_.beta[i] * decayed;
-          through_A += product;
-          columns[j] += x_.beta[i] * product;
+    for (int64_t a = 0; a < c; ++a) {
+      const int64_t row = a * C_;
+      const T beta_a = kDelta ? beta(j, i)[a] : T(0);
+      const T *gamma = decay(j, i).between + row, *P = system(j, i) + c * C_ + row;
+      T *dA = y.outer + row, *X = dA + c * C_;
+      y.dn[row + a] += scale_ * X[a];
+      dA[a] = X[a] = 0;  // dA has no diagonal, and that of X does not decay
+      vec<T> through_A{}, through_P{};
+      for (int64_t b = 0; b <= a; b += kLanes<T>) {  // Gamma and P are zero above the diagonal
+        const Lanes<T> lanes(c - b);
+        const vec<T> X_b = lanes.read(X + b), gamma_b = lanes.read(gamma + b);
+        const vec<T> product = X_b * lanes.read(P + b);
+        vec<T> column = lanes.read(columns + b) + product;
+        through_P += product;
+        lanes.write(y.dn + row + b, lanes.read(y.dn + row + b) + scale_ * X_b * gamma_b);
+        if constexpr (kDelta) {
+          const vec<T> decayed = -lanes.read(dA + b) * gamma_b;
+          const vec<T> part = decayed * lanes.read(products(i) + row + b);
+          lanes.write(y.dm + row + b, lanes.read(y.dm + row + b) + beta_a * decayed);
+          through_A += part;
+          column += beta_a * part;
         }
-        dbeta[i] += through_A;
-        row_sum += x_.beta[i] * through_A;
+        lanes.write(columns + b, column);
       }
-      dG[i] += row_sum;
+      const T from_A = kDelta ? sum<T>(through_A) : T(0);
+      dbeta[a] += from_A;
+      dG[a] += sum<T>(through_P) + beta_a * from_A;
     }
-    for (int64_t j = 0; j < c; ++j) dG[j] -= columns[j];
+    for (int64_t b = 0; b < c; ++b) dG[b] -= columns[b];
   }
 
-  // (5) and (6): the parts of dK, dQ and dG that come from S and dS1, and dS in place of dS1
-  void through_states(int64_t c, const T* S, T* dS, double* dG) {
+  // (5): the parts of dK, dQ and dG that come from S and dS1
+  void through_states(int64_t c, int64_t i, int64_t j, const T* S, const Scratch<T>& y, double* dG) const {
     const int64_t first = kDelta ? 0 : c, wide = 2 * C_;
-    transpose(2 * c - first, V_, x_.dz_do + first * V_, V_, x_.dz_do_t + first, wide);
-    gemm<Op::kNN>(K_, 2 * c - first, V_, S, V_, x_.dz_do_t + first, wide, x_.from_state + first, wide);
-    gemm<Op::kNN>(K_, c, V_, dS, V_, x_.et, C_, x_.from_next, C_);
+    const ChunkDecay<T>& d = decay(j, i);
+    const T* dS1 = dstate(j, i + 1);
+    scale_gradients(c, V_, j, i, db_do(j, i), y.dz_do);
+    transpose(2 * c - first, V_, y.dz_do + first * V_, V_, y.dz_do_t + first, wide);
+    gemm<Op::kNN>(K_, 2 * c - first, V_, S, V_, y.dz_do_t + first, wide, y.from_state + first, wide);
+    gemm<Op::kNN>(K_, c, V_, dS1, V_, y.et, C_, y.from_next, C_);
     T by_state[2 * kMaxChunk] = {}, by_next[kMaxChunk] = {};
-    for (int64_t i = 0; i < K_; ++i) {
-      const T *kq = x_.kqt + i * wide, *part = x_.from_state + i * wide, *next = x_.from_next + i * C_;
-      T* dkq = x_.dkqt + i * wide;
-      for (int64_t j = first; j < 2 * c; ++j) {
-        dkq[j] += part[j];
-        by_state[j] += kq[j] * part[j];
+    for (int64_t a = 0; a < K_; ++a) {
+      const T *kq_t = kqt(i) + a * wide, *part = y.from_state + a * wide, *next = y.from_next + a * C_;
+      T* dkq = y.dkqt + a * wide;
+      for (int64_t b = first; b < 2 * c; ++b) {
+        dkq[b] += part[b];
+        by_state[b] += kq_t[b] * part[b];
       }
-      for (int64_t j = 0; j < c; ++j) {
-        const T decayed = x_.decay.to_end[j] * next[j];
-        dkq[j] += decayed;
-        by_next[j] += kq[j] * decayed;
+      for (int64_t b = 0; b < c; ++b) {
+        const T decayed = d.to_end[b] * next[b];
+        dkq[b] += decayed;
+        by_next[b] += kq_t[b] * decayed;
       }
     }
-    double whole = double(x_.decay.whole) * dot(K_ * V_, S, dS);
-    for (int64_t j = 0; j < c; ++j) {
-      dG[j] += double(by_state[j]) + by_state[c + j];
-      if (j + 1 == c) break;  // the last token does not decay on its way to the end
-      dG[j] -= by_next[j];
-      whole += by_next[j];
+    double whole = double(d.whole) * dot(K_ * V_, S, dS1);
+    for (int64_t b = 0; b < c; ++b) {
+      dG[b] += double(by_state[b]) + by_state[c + b];
+      if (b + 1 == c) break;  // the last token does not decay on its way to the end
+      dG[b] -= by_next[b];
+      whole += by_next[b];
     }
     dG[c - 1] += whole;
-    gemm<Op::kTN, true>(K_, V_, 2 * c - first, x_.kq + first * K_, K_, x_.dz_do + first * V_, V_, dS, V_,
-                        x_.decay.whole);
   }
 
-  void store_gate_gradients(int64_t t, int64_t c, int64_t j, const double* dG, const T* dbeta) {
+  void store_gate_gradients(int64_t t, int64_t c, int64_t i, int64_t j, const double* dG,
+                            const T* dbeta) const {
     T* dg = output<T>(p_.dg, t, p_.HV, value_head(j), 1);
     double running = 0;
-    for (int64_t i = c - 1; i >= 0; --i) {
-      running += dG[i];
-      dg[i * p_.HV] = x_.decay.clamped[i] ? T(0) : T(running);
+    for (int64_t k = c - 1; k >= 0; --k) {
+      running += dG[k];
+      dg[k * p_.HV] = decay(j, i).clamped[k] ? T(0) : T(running);
     }
     if constexpr (kDelta) store_rows(c, 1, dbeta, 1, output<T>(p_.dbeta, t, p_.HV, value_head(j), 1), p_.HV);
   }
 
   // (7) the parts of dK and dQ that come through K K^T and Q K^T
-  void finish_key_head(int64_t t, int64_t c) {
-    const int64_t wide = 2 * C_;
-    for (int64_t i = 0; i < c; ++i) {
-      for (int64_t j = 0; j < c; ++j) {
-        x_.mixed[i * wide + j] = x_.dm[i * C_ + j] + x_.dm[j * C_ + i];
-        x_.mixed[i * wide + c + j] = x_.dn[j * C_ + i];
+  void finish_key_head(int64_t t, int64_t c, int64_t i, const Scratch<T>& y) const {
+    const int64_t wide = 2 * C_, first = kDelta ? 0 : c;
+    for (int64_t a = 0; a < c; ++a) {
+      for (int64_t b = 0; b < c; ++b) {
+        y.mixed[a * wide + b] = y.dm[a * C_ + b] + y.dm[b * C_ + a];
+        y.mixed[a * wide + c + b] = y.dn[b * C_ + a];
       }
     }
-    const int64_t first = kDelta ? 0 : c;
-    gemm<Op::kNN, true>(K_, 2 * c - first, c, x_.kqt, wide, x_.mixed + first, wide, x_.dkqt + first, wide);
-    gemm<Op::kNN, true>(K_, c, c, x_.kqt + c, wide, x_.dn, C_, x_.dkqt, wide);
-    transpose(K_, 2 * c, x_.dkqt, wide, x_.dkq, K_);
-    store_rows(c, K_, x_.dkq, K_, output<Element>(p_.dk, t, p_.H, key_head_, K_), p_.H * K_);
-    store_rows(c, K_, x_.dkq + c * K_, K_, output<Element>(p_.dq, t, p_.H, key_head_, K_), p_.H * K_);
+    gemm<Op::kNN, true>(K_, 2 * c - first, c, kqt(i), wide, y.mixed + first, wide, y.dkqt + first, wide);
+    gemm<Op::kNN, true>(K_, c, c, kqt(i) + c, wide, y.dn, C_, y.dkqt, wide);
+    transpose(K_, 2 * c, y.dkqt, wide, y.dkq, K_);
+    store_rows(c, K_, y.dkq, K_, output<Element>(p_.dk, t, p_.H, key_head_, K_), p_.H * K_);
+    store_rows(c, K_, y.dkq + c * K_, K_, output<Element>(p_.dq, t, p_.H, key_head_, K_), p_.H * K_);
   }
 
   // Address of token t in a contiguous [B, T, heads, dim] output.
@@ -340,14 +434,15 @@ class Task {
   const int64_t n_, key_head_, group_, C_, K_, V_;
   const Cut& cut_;
   const T scale_;
-  Tiles<T>& x_;
+  Arena<T> arena_;
+  const Kept<T> x_;
+  T* const scratch_;
+  const int64_t scratch_size_;
+  int64_t segment_ = 0;
 };
 
-template <class Element, bool kDelta>
-Status backward(const GatedDeltaBwdParams& p) {
-  using T = acc_t<Element>;
-  const int64_t tasks = p.N * p.H;
-  if (tasks == 0 || p.HV == 0) return nullptr;
+template <class Params>
+Cut cut_sequences(const Params& p, int64_t tasks) {
   const int64_t group = p.HV / p.H;
   int64_t longest = 0;
   for (int64_t n = 0; n < p.N; ++n) longest = std::max(longest, sequence(p, n).length);
@@ -356,15 +451,30 @@ Status backward(const GatedDeltaBwdParams& p) {
   const int64_t chunks = std::max<int64_t>(1, (longest + cut.C - 1) / cut.C);
   cut.held = std::min(chunks, std::max<int64_t>(1, kSegmentStates / group));
   cut.segments = (chunks + cut.held - 1) / cut.held;
+  // Tasks are shared where dealing them out would leave threads without one for a good part of the time.
+  const bool shared = tasks % p.num_threads != 0 && tasks < 4 * p.num_threads;
+  cut.block = std::min(shared ? kBlockShared : kBlockAlone, cut.held);
+  const double work_of_block = 3.0 * cut.block * cut.C * group * p.K * p.V;
+  cut.threads = shared ? useful_threads(p.num_threads, p.num_threads, work_of_block) : 1;
+  return cut;
+}
+
+template <class Element, bool kDelta>
+Status backward(const GatedDeltaBwdParams& p) {
+  using T = acc_t<Element>;
+  const int64_t tasks = p.N * p.H;
+  if (tasks == 0 || p.HV == 0) return nullptr;
+  const Cut cut = cut_sequences(p, tasks);
   const double work = 10.0 * p.B * p.T * p.HV * p.K * p.V;
-  const int64_t threads = useful_threads(p.num_threads, tasks, work);
-  Arena<T> count;
-  Tiles<T>(count, cut, kDelta, p.K, p.V, group);
-  const ThreadBlocks<T> workspace(threads, count.used());
+  const int64_t threads = cut.threads > 1 ? 1 : useful_threads(p.num_threads, tasks, work);
+  Arena<T> kept_size, scratch_size;
+  Kept<T>(kept_size, cut, kDelta, p.K, p.V, p.HV / p.H);
+  Scratch<T>(scratch_size, cut.C, p.K, p.V);
+  const ThreadBlocks<T> kept(threads, kept_size.used()), scratch(threads * cut.threads, scratch_size.used());
   for_each_task(tasks, threads, [&](int64_t task, int64_t thread) {
-    Arena<T> arena(workspace.thread(thread));
-    Tiles<T> tiles(arena, cut, kDelta, p.K, p.V, group);
-    Task<Element, kDelta>(p, task / p.H, task % p.H, cut, tiles).run();
+    Task<Element, kDelta>(p, task / p.H, task % p.H, cut, kept.thread(thread), scratch.thread(thread),
+                          scratch_size.used())
+        .run();
   });
   return nullptr;
 }

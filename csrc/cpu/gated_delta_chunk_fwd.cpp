@@ -11,9 +11,11 @@
 //
 // Mapping: a task is a sequence, a value head, and a block of the value columns; there is more than one block
 // only where there are fewer heads than threads. Columns of V never mix, so the split leaves no trace in the
-// result. The state lives in final_state. Scratch does not depend on T. Numerics: everything but the loads
-// and stores in the accumulation type; see ChunkDecay for the exponents. Cost per token and value head: 2 (3
-// K V + C (2 K + 2 V)) FLOPs less what the triangles save.
+// result. Inside a chunk, (2) to (5) go panel by panel of columns, each with its part of the state, which
+// stays in the first cache. The rows of the next chunk lie far apart in memory, so they are asked for during
+// (2). Scratch does not depend on T. Numerics: everything but the loads and stores in the accumulation type;
+// see ChunkDecay for the exponents. Cost per token and value head: 2 (3 K V + C (2 K + 2 V)) FLOPs less what
+// the triangles save.
 #include "gated_delta_chunk.h"
 #include "kernels.h"
 
@@ -21,27 +23,30 @@ namespace hypenet::cpu {
 namespace gated_delta {
 namespace {
 
+constexpr int64_t kRowsAtOnce = 6;  // of (2): few enough that what is asked for with them arrives in between
+
 template <class T>
 struct Tiles {
-  T* kq;         // [2c, K]: K above Q
-  T* kt;         // [K, C]: K^T
-  T* products;   // [2c, C]: K K^T above Q K^T, then -A above P
-  T* state_kq;   // [2c, V]: Z above Q S, then O in the lower half
-  T* r;          // [c, V]
-  T* e;          // [c, V]
-  T* decayed_k;  // [c, K]
-  T* beta;       // [c]
+  T* kq;        // [2c, K]: K above Q
+  T* kt;        // [K, C]: K^T
+  T* products;  // [2c, C]: K K^T above Q K^T, then -A above P
+  T* beta;      // [c]
   ChunkDecay<T> decay;
+  // of one panel of columns
+  T* state_kq;  // [2c, panel]: Z above Q S, then O in the lower half
+  T* r;         // [c, panel]
+  T* e;         // [c, panel]
+  T* state;     // [panels, K, panel]
 
-  Tiles(Arena<T>& arena, int64_t C, int64_t K, int64_t V)
+  Tiles(Arena<T>& arena, int64_t C, int64_t K, int64_t panels)
       : kq(arena.take(2 * C * K)),
         kt(arena.take(K * C)),
         products(arena.take(2 * C * C)),
-        state_kq(arena.take(2 * C * V)),
-        r(arena.take(C * V)),
-        e(arena.take(C * V)),
-        decayed_k(arena.take(C * K)),
-        beta(arena.take(C)) {}
+        beta(arena.take(C)),
+        state_kq(arena.take(2 * C * kPanel<T>)),
+        r(arena.take(C * kPanel<T>)),
+        e(arena.take(C * kPanel<T>)),
+        state(arena.take(panels * K * kPanel<T>)) {}
 };
 
 // One task: a sequence, a value head, columns [v_start, v_start + width) of V.
@@ -50,56 +55,115 @@ struct Slice {
   int64_t head, v_start, width;
 };
 
-template <class Element, bool kDelta, class T = acc_t<Element>>
-void load_chunk(const GatedDeltaFwdParams& p, const Slice& s, int64_t t, int64_t c, int64_t C, Tiles<T>& x) {
-  const int64_t b = s.seq.batch, key_head = s.head / (p.HV / p.H);
-  load_rows(c, p.K, row<Element>(p.k, b, t, key_head), p.k.token, x.kq, p.K);
-  load_rows(c, p.K, row<Element>(p.q, b, t, key_head), p.q.token, x.kq + c * p.K, p.K);
-  load_rows(c, s.width, row<Element>(p.v, b, t, s.head) + s.v_start, p.v.token, kDelta ? x.r : x.e, p.V);
-  if constexpr (kDelta) load_rows(c, 1, row<T>(p.beta, b, t, s.head), p.beta.token, x.beta, 1);
-  x.decay.compute(c, C, row<T>(p.g, b, t, s.head), p.g.token);
-}
+template <class Element, bool kDelta>
+class Task {
+  using T = acc_t<Element>;
 
-template <bool kDelta, class T>
-void form_products(int64_t c, int64_t C, int64_t K, T scale, Tiles<T>& x) {
-  const int64_t first = kDelta ? 0 : c;
-  transpose(c, K, x.kq, K, x.kt, C);
-  gemm<Op::kNN>(2 * c - first, c, K, x.kq + first * K, K, x.kt, C, x.products + first * C, C);
-  if constexpr (kDelta) form_system(c, C, x.beta, x.products, x.decay, x.products);
-  T* P = x.products + c * C;
-  for (int64_t i = 0; i < c; ++i) {
-    for (int64_t j = 0; j < c; ++j) P[i * C + j] *= scale * x.decay.between[i * C + j];
+ public:
+  Task(const GatedDeltaFwdParams& p, const Slice& slice, int64_t C, Tiles<T>& x)
+      : p_(p),
+        s_(slice),
+        key_head_(slice.head / (p.HV / p.H)),
+        C_(C),
+        K_(p.K),
+        panels_((slice.width + kPanel<T> - 1) / kPanel<T>),
+        scale_(T(p.scale)),
+        x_(x) {}
+
+  void run(const T* initial_state, T* final_state) {
+    std::fill_n(kDelta ? x_.r : x_.e, C_ * kPanel<T>, T(0));  // the columns that fill up a vector, above all
+    for (int64_t i = 0; i < panels_; ++i) load_panel(initial_state, i);
+    for (int64_t t = s_.seq.start, stop = t + s_.seq.length; t < stop; t += C_) {
+      const int64_t c = std::min(C_, stop - t);
+      load_chunk(t, c);
+      form_products(c);
+      for (int64_t i = 0; i < panels_; ++i) advance_panel(t, c, i);
+    }
+    for (int64_t i = 0; i < panels_; ++i)
+      store_rows(K_, panel_width(i), state(i), kPanel<T>, final_state + i * kPanel<T>, p_.V);
   }
-}
 
-template <class Element, bool kDelta, class T = acc_t<Element>>
-void forward_slice(const GatedDeltaFwdParams& p, const Slice& s, T* S, int64_t C, Tiles<T>& x) {
-  const int64_t K = p.K, V = p.V, w = s.width;
-  const T scale = T(p.scale);
-  Element* o = static_cast<Element*>(p.o) + (s.seq.batch * p.T * p.HV + s.head) * V + s.v_start;
-  for (int64_t t = s.seq.start, stop = t + s.seq.length; t < stop; t += C) {
-    const int64_t c = std::min(C, stop - t), first = kDelta ? 0 : c;
-    load_chunk<Element, kDelta>(p, s, t, c, C, x);
-    // (1)
-    form_products<kDelta>(c, C, K, scale, x);
+ private:
+  T* state(int64_t i) const { return x_.state + i * K_ * kPanel<T>; }
+  int64_t panel_width(int64_t i) const { return std::min(kPanel<T>, s_.width - i * kPanel<T>); }
+  const Element* v_row(int64_t t, int64_t i) const {
+    return row<Element>(p_.v, s_.seq.batch, t, s_.head) + s_.v_start + i * kPanel<T>;
+  }
+  Element* o_row(int64_t t, int64_t i) const {
+    Element* o = static_cast<Element*>(p_.o) + ((s_.seq.batch * p_.T + t) * p_.HV + s_.head) * p_.V;
+    return o + s_.v_start + i * kPanel<T>;
+  }
+
+  void load_panel(const T* initial_state, int64_t i) {
+    std::fill_n(state(i), K_ * kPanel<T>, T(0));
+    if (initial_state == nullptr) return;
+    load_rows(K_, panel_width(i), initial_state + i * kPanel<T>, p_.V, state(i), kPanel<T>);
+  }
+
+  void load_chunk(int64_t t, int64_t c) {
+    const int64_t b = s_.seq.batch;
+    load_rows(c, K_, row<Element>(p_.k, b, t, key_head_), p_.k.token, x_.kq, K_);
+    load_rows(c, K_, row<Element>(p_.q, b, t, key_head_), p_.q.token, x_.kq + c * K_, K_);
+    if constexpr (kDelta) load_rows(c, 1, row<T>(p_.beta, b, t, s_.head), p_.beta.token, x_.beta, 1);
+    x_.decay.compute(c, C_, row<T>(p_.g, b, t, s_.head), p_.g.token);
+  }
+
+  // (1), and what the chunk needs of the decays
+  void form_products(int64_t c) {
+    const int64_t first = kDelta ? 0 : c;
+    transpose(c, K_, x_.kq, K_, x_.kt, C_);
+    gemm<Op::kNN>(2 * c - first, c, K_, x_.kq + first * K_, K_, x_.kt, C_, x_.products + first * C_, C_);
+    if constexpr (kDelta) form_system(c, C_, x_.beta, x_.products, x_.decay, x_.products);
+    T* P = x_.products + c * C_;
+    for (int64_t i = 0; i < c; ++i) {
+      for (int64_t j = 0; j < c; ++j) P[i * C_ + j] *= scale_ * x_.decay.between[i * C_ + j];
+    }
+  }
+
+  void advance_panel(int64_t t, int64_t c, int64_t i) {
+    constexpr int64_t ld = kPanel<T>;
+    const int64_t width = panel_width(i), w = whole_vectors<T>(width), first = kDelta ? 0 : c;
+    T *S = state(i), *O = x_.state_kq + c * ld;
+    load_rows(c, width, v_row(t, i), p_.v.token, kDelta ? x_.r : x_.e, ld);
     // (2)
-    gemm<Op::kNN>(2 * c - first, w, K, x.kq + first * K, K, S, V, x.state_kq + first * V, V);
+    for (int64_t m = first; m < 2 * c; m += kRowsAtOnce) {
+      const int64_t rows = std::min(kRowsAtOnce, 2 * c - m);
+      prefetch(t, i, (m - first) * c / (2 * c - first), (m + rows - first) * c / (2 * c - first), c);
+      gemm<Op::kNN>(rows, w, K_, x_.kq + m * K_, K_, S, ld, x_.state_kq + m * ld, ld);
+    }
     if constexpr (kDelta) {
-      form_residual(c, w, x.beta, x.decay, x.state_kq, V, x.r, x.e, V);
+      form_residual(c, w, x_.beta, x_.decay, x_.state_kq, ld, x_.r, x_.e, ld);
       // (3)
-      solve_unit_lower(c, w, x.products, C, x.e, V);
+      solve_unit_lower(c, w, x_.products, C_, x_.e, ld);
     }
     // (4)
     T factor[kMaxChunk];
-    for (int64_t i = 0; i < c; ++i) factor[i] = scale * x.decay.from_start[i];
-    T* O = x.state_kq + c * V;
-    scale_rows(c, w, factor, O, V, O, V);
-    add_lower_product(c, w, x.products + c * C, C, x.e, V, O, V);
-    store_rows(c, w, O, V, o + t * p.HV * V, p.HV * V);
+    for (int64_t j = 0; j < c; ++j) factor[j] = scale_ * x_.decay.from_start[j];
+    add_lower_product(FromScaledRows<T>{O, ld, factor}, c, w, x_.products + c * C_, C_, x_.e, ld, O, ld);
+    store_rows(c, width, O, ld, o_row(t, i), p_.HV * p_.V);
     // (5)
-    update_state(c, K, w, x.decay, x.kq, x.e, V, x.decayed_k, S, V);
+    scale_rows(c, w, x_.decay.to_end, x_.e, ld, x_.e, ld);
+    gemm<Op::kNN, true>(K_, w, c, x_.kt, C_, x_.e, ld, S, ld, x_.decay.whole);
   }
-}
+
+  // Rows [first, last) of what this chunk's panel i will store, and of the next chunk's inputs for it.
+  HYPENET_INLINE void prefetch(int64_t t, int64_t i, int64_t first, int64_t last, int64_t c) const {
+    const int64_t b = s_.seq.batch, next = t + c, left = s_.seq.start + s_.seq.length - next;
+    for (int64_t j = first; j < last; ++j) {
+      prefetch_row<true>(o_row(t + j, i), panel_width(i));
+      if (j >= left) continue;
+      prefetch_row<false>(v_row(next + j, i), panel_width(i));
+      if (i == 0) prefetch_row<false>(row<Element>(p_.k, b, next + j, key_head_), K_);
+      if (i == panels_ - 1) prefetch_row<false>(row<Element>(p_.q, b, next + j, key_head_), K_);
+    }
+  }
+
+  const GatedDeltaFwdParams& p_;
+  const Slice s_;
+  const int64_t key_head_, C_, K_, panels_;
+  const T scale_;
+  Tiles<T>& x_;
+};
 
 template <class Element, bool kDelta>
 Status forward(const GatedDeltaFwdParams& p) {
@@ -107,17 +171,19 @@ Status forward(const GatedDeltaFwdParams& p) {
   const int64_t C = chunk_length(p.K, p.V);
   const ColumnSplit split = split_columns<T>(p.N * p.HV, p.V, p.num_threads);
   const int64_t threads = useful_threads(p.num_threads, split.tasks, 3.0 * p.B * p.T * p.HV * p.K * p.V);
+  const int64_t panels = (split.columns + kPanel<T> - 1) / kPanel<T>;
   Arena<T> count;
-  Tiles<T>(count, C, p.K, p.V);
+  Tiles<T>(count, C, p.K, panels);
   const ThreadBlocks<T> workspace(threads, count.used());
   for_each_task(split.tasks, threads, [&](int64_t task, int64_t thread) {
     Arena<T> arena(workspace.thread(thread));
-    Tiles<T> tiles(arena, C, p.K, p.V);
+    Tiles<T> tiles(arena, C, p.K, panels);
     const int64_t head = task / split.blocks, start = task % split.blocks * split.columns;
-    const int64_t width = std::min(split.columns, p.V - start);
-    T* S = initial_slice<T>(p, head, start, width);
-    forward_slice<Element, kDelta>(p, Slice{sequence(p, head / p.HV), head % p.HV, start, width}, S, C,
-                                   tiles);
+    const int64_t width = std::min(split.columns, p.V - start), offset = head * p.K * p.V + start;
+    const T* initial_state = static_cast<const T*>(p.initial_state);
+    Task<Element, kDelta>(p, Slice{sequence(p, head / p.HV), head % p.HV, start, width}, C, tiles)
+        .run(initial_state == nullptr ? nullptr : initial_state + offset,
+             static_cast<T*>(p.final_state) + offset);
   });
   return nullptr;
 }
