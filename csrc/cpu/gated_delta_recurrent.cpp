@@ -157,7 +157,7 @@ void for_each_slice(const Params& p, int64_t N, const Run& run) {
   Arena<T> count;
   for (int64_t dim : {p.K, p.K, p.V, p.V}) count.take(dim);
   const ThreadBlocks<T> workspace(threads, count.used());
-  for_each_task(split.tasks, threads, [&](int64_t task, int64_t thread) {
+  for_each_equal_task(split.tasks, threads, [&](int64_t task, int64_t thread) {
     Arena<T> arena(workspace.thread(thread));
     Token<T> token{};
     token.k = arena.take(p.K), token.q = arena.take(p.K), token.v = arena.take(p.V),

@@ -67,4 +67,13 @@ void for_each_task(int64_t tasks, int64_t threads, const Run& run) {
   }
 }
 
+// The same for tasks of equal work: each thread has the same ones in every call, and finds in its cache what
+// it left there.
+template <class Run>
+void for_each_equal_task(int64_t tasks, int64_t threads, const Run& run) {
+  if (threads <= 1) return for_each_task(tasks, threads, run);
+#pragma omp parallel for num_threads(int(threads)) schedule(static)
+  for (int64_t task = 0; task < tasks; ++task) run(task, int64_t{omp_get_thread_num()});
+}
+
 }  // namespace hypenet::cpu
