@@ -42,13 +42,13 @@ def require(op, **tensors):
 def rank(op, name, x, dims):
     """dims: the letters of the dimensions, as in 'B T H K'."""
     tensor(op, name, x)
-    if x.dim() != len(dims.split()):
+    if x.dim() != dims.count(" ") + 1:
         fail(ValueError, op, name, f"have {len(dims.split())} dimensions [{', '.join(dims.split())}]", list(x.shape))
 
 
 def shape(op, name, x, expected):
     tensor(op, name, x)
-    if list(x.shape) != list(expected):
+    if x.shape != tuple(expected):
         fail(ValueError, op, name, f"have shape {list(expected)}", list(x.shape))
 
 
@@ -86,9 +86,10 @@ def like(op, name, x, like_name, other):
 
 
 def same_device(op, like, **others):
+    device = like.device
     for name, x in others.items():
-        if x is not None and x.device != like.device:
-            fail(ValueError, op, name, f"be on q's device {like.device}", x.device)
+        if x is not None and x.device != device:
+            fail(ValueError, op, name, f"be on q's device {device}", x.device)
 
 
 def multiple(op, name, value, of_name, of):

@@ -118,7 +118,8 @@ def accumulated(op, name, x, q):
     if x is None:
         return None
     checks.dtype(op, name, x, checks.FLOATS)
-    return x.to(native.accumulator(q.dtype))
+    wide = native.accumulator(q.dtype)
+    return x if x.dtype == wide else x.to(wide)
 
 
 def check_inputs(op, q, k, v, g, beta, gate_dtype=None):
