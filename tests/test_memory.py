@@ -22,7 +22,7 @@ def inside_nan(*shape, dtype=torch.float32, low=-1.0, high=1.0):
 
 
 def recurrence_inputs(B, T, H, HV, K, V, dtype):
-    q, k = (inside_nan(B, T, H, K, dtype=dtype, high=1 / K) for _ in range(2))
+    q, k = (inside_nan(B, T, H, K, dtype=dtype, low=-1 / K, high=1 / K) for _ in range(2))  # |k| < 1, or states diverge
     return q, k, inside_nan(B, T, HV, V, dtype=dtype), inside_nan(B, T, HV, high=0.0), inside_nan(B, T, HV, low=0.0)
 
 
