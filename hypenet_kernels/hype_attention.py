@@ -27,8 +27,7 @@ def hype_attention(q, k, v, *, logit_scale_base=None, gate=None, scale=None, que
     checks.tensors(op, q, k=k, v=v, gate=gate, cu_seqlens=cu_seqlens)
     inputs = (q, k, v, gate)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    forward = _forward_native if native.unobserved(*inputs, cu_seqlens) else _forward
-    return forward(*inputs, cu_seqlens, logit_scale_base, scale, query_offset, save)[0]
+    return _forward(*inputs, cu_seqlens, logit_scale_base, scale, query_offset, save)[0]
 
 
 def hype_attention_decode(
@@ -48,9 +47,7 @@ def hype_attention_decode(
     op = "hype_attention_decode"
     checks.tensors(op, q, k_cache=k_cache, v_cache=v_cache, cache_seqlens=cache_seqlens, k=k, v=v, gate=gate)
     checks.no_grad(op, q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, gate=gate)
-    direct = native.unobserved(q, k_cache, v_cache, cache_seqlens, k, v, gate)
-    decode = _decode_cpu if direct else _decode
-    return decode(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base, scale)
+    return _decode(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base, scale)
 
 
 def _check_forward(q, k, v, gate, cu_seqlens, logit_scale_base, query_offset):

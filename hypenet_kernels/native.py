@@ -7,7 +7,6 @@ import logging
 from pathlib import Path
 
 import torch  # before any native module, so that both share torch's OpenMP runtime
-from torch.autograd import forward_ad
 
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/params.h, DType
 LEVELS = {"AVX512": "v4", "AVX2": "v3"}  # torch's name of the processor's level -> ours; anything else is the baseline
@@ -82,33 +81,6 @@ def _on_current_stream(launch, device, **fields):
         launch(**fields, stream=torch.cuda.current_stream().cuda_stream)
 
 
-def _included():
-    """The dispatch keys that modes, transforms and tracers add to every call in this thread."""
-    return torch._C._dispatch_tls_local_include_set().raw_repr()
-
-
-def _plain_keys():
-    """What plain CPU tensors look like to the dispatcher: _included() -> the dispatch keys of such tensors."""
-    with torch.inference_mode():
-        inference, included = torch._C._dispatch_keys(torch.empty(0)), _included()
-    keys = {torch._C._dispatch_keys(torch.empty(0)).raw_repr(), inference.raw_repr()}
-    return {_included(): keys, included: keys}
-
-
-def unobserved(q, *others):
-    """Whether all that PyTorch would do for an op on these tensors (or None) is to call its CPU kernel: plain tensors,
-    no gradient wanted, and no mode, transform or tracer at work. Then a public function calls the kernel itself: going
-    through the dispatcher and back to Python takes longer than attention over a few tokens.
-    """
-    if torch.compiler.is_compiling() or torch._C._len_torch_function_stack() or forward_ad._current_level >= 0:
-        return False
-    plain, with_grad = PLAIN_KEYS.get(_included(), ()), torch.is_grad_enabled()
-    for x in (q, *others):
-        if x is not None and (torch._C._dispatch_keys(x).raw_repr() not in plain or (with_grad and x.requires_grad)):
-            return False
-    return device_type(q) == "cpu"
-
-
 def accumulator(dtype):
     """The type in which kernels accumulate and keep states: float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -148,6 +120,3 @@ def aligned_rows(x):
     if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % step == 0 for stride in strides):
         return x
     return x.clone(memory_format=torch.contiguous_format)
-
-
-PLAIN_KEYS = _plain_keys()
