@@ -33,7 +33,7 @@ def cells(row):
     compute, memory = rates(row)
     rate = compute if row["bound"] == "compute" else memory
     peers = ", ".join(peer_text(name, peer) for name, peer in row["peers"].items())
-    roof = f"{100 * row['fraction']:.0f} % of {row['bound']}"
+    roof = f"{100 * row['fraction']:.0f} % of {'the product' if row['bound'] == 'compute' else 'memory'}"
     return [row["name"], time_of(row["ours"]), spread_of(row["ours"]), rate, roof, peers]
 
 

@@ -1,5 +1,7 @@
 """How long a callable takes: median and quartiles, ours and peers in turns, so that a slow minute hits all alike."""
 
+import ctypes
+import functools
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -11,6 +13,7 @@ SHORTEST_SAMPLE = 2e-4  # seconds; shorter calls are timed several at once
 GRAPH_BELOW_MS = 0.05  # on CUDA: below it a launch costs as much as the kernel
 GRAPH_MS = 1.0  # of calls in one graph: what they rotate through is then larger than the L2
 FLUSHED_BYTES = 256 * 2**20
+MALLOPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_TOP_PAD": (-2, 2**28)}  # glibc's <malloc.h>
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,17 @@ def measure(functions, device, seconds):
     return _on_cpu(functions, seconds)
 
 
+@functools.cache
+def keep_buffers():
+    """Makes glibc keep freed memory, as torch does on CUDA: else large outputs, ours and peers', cost more time in page
+    faults than in arithmetic. Elsewhere nothing happens."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    for parameter, value in MALLOPT.values() if mallopt else ():
+        mallopt(parameter, value)
+
+
 def _on_cpu(functions, seconds):
+    keep_buffers()
     calls = {name: _calls_per_sample(function) for name, function in functions.items()}
     samples = {name: [] for name in functions}
     started = time.perf_counter()
