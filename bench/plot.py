@@ -43,8 +43,10 @@ def roofline(record, path):
     intensities = [row["flops"] / row["bytes"] for row in rows]
     reach = [min([*intensities, 0.1]), max([*intensities, 10 * peak / bandwidth])]
     ridge = peak / bandwidth
-    axes.plot([reach[0], ridge, reach[1]], [bandwidth * reach[0], peak, peak], color="black", label="measured roof")
-    for (op, backward), group in groupby(rows, key=lambda row: (row["op"], row["backward"])):
+    corners = [reach[0], ridge, reach[1]], [bandwidth * reach[0], peak, peak]
+    axes.plot(*corners, color="black", label="memory and matrix product")
+    kind = lambda row: (row["op"], row["backward"])  # noqa: E731
+    for (op, backward), group in groupby(sorted(rows, key=kind), key=kind):
         group = list(group)
         x = [row["flops"] / row["bytes"] for row in group]
         y = [row["flops"] / (1e-3 * row["ours"]["median"]) for row in group]
@@ -60,11 +62,12 @@ def speed(record, path):
     for row in _timed(record):
         if "T" in row["sizes"] and row["dtype"] == _main_dtype(record) and not row["sizes"].get("gated"):
             panels.setdefault((row["op"], row["backward"]), []).append(row)
-    figure, grid = plt.subplots(1, max(1, len(panels)), figsize=(4 * max(1, len(panels)), 4), squeeze=False)
-    for axes, ((op, backward), rows) in zip(grid[0], sorted(panels.items()), strict=False):
+    columns = max(1, (len(panels) + 1) // 2)
+    figure, grid = plt.subplots(2, columns, figsize=(4 * columns, 7), squeeze=False)
+    for axes, ((op, backward), rows) in zip(grid.T.flat, sorted(panels.items()), strict=False):
         for name, points in _lines(rows).items():
             axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-        axes.set(xscale="log", yscale="log", xlabel="T", ylabel="tokens/s")
+        axes.set(xscale="log", ylim=(0, None), xlabel="T", ylabel="tokens/s")
         axes.set_title(f"{op}\n{'forward + backward' if backward else 'forward'}", fontsize=9)
         axes.legend(fontsize=7)
     figure.suptitle(_title(record), fontsize=8)
