@@ -15,6 +15,9 @@ void bind_all(py::module_& m) {
   FIELD(P, dtype), FIELD(P, delta), FIELD(P, num_threads), FIELD(P, B), FIELD(P, T), FIELD(P, H),     \
       FIELD(P, HV), FIELD(P, K), FIELD(P, V), FIELD(P, scale), FIELD(P, q), FIELD(P, k), FIELD(P, v), \
       FIELD(P, g), FIELD(P, beta)
+#define SEGMENT_FIELDS(P)                                                                           \
+  FIELD(P, segment_chunks), FIELD(P, num_segments), FIELD(P, segment_offsets), FIELD(P, transfers), \
+      FIELD(P, segment_states)
 #define HYPE_FIELDS(P)                                                                                      \
   FIELD(P, dtype), FIELD(P, num_threads), FIELD(P, B), FIELD(P, T), FIELD(P, H), FIELD(P, HK), FIELD(P, D), \
       FIELD(P, scale), FIELD(P, logit_scale_base), FIELD(P, q), FIELD(P, k), FIELD(P, v), FIELD(P, gate)
@@ -63,8 +66,9 @@ void bind_all(py::module_& m) {
       FIELD(HypeBwd, do_ungated),   FIELD(HypeBwd, row_terms)};
 
 #if HYPENET_CUDA
-  fwd.insert(fwd.end(), {FIELD(Fwd, num_chunks), FIELD(Fwd, T0), FIELD(Fwd, G), FIELD(Fwd, h),
-                         FIELD(Fwd, chunk_offsets), FIELD(Fwd, decays), FIELD(Fwd, Tb), FIELD(Fwd, P)});
+  fwd.insert(fwd.end(),
+             {FIELD(Fwd, num_chunks), FIELD(Fwd, T0), FIELD(Fwd, G), FIELD(Fwd, h), FIELD(Fwd, chunk_offsets),
+              SEGMENT_FIELDS(Fwd), FIELD(Fwd, decays), FIELD(Fwd, Tb), FIELD(Fwd, P)});
   def_kernel<Fwd>(m, "gated_delta_chunk_fwd", cuda::gated_delta_chunk_fwd, fwd);
   py::list head_dims;
   for (const int64_t D : cuda::kAttentionHeadDims) head_dims.append(D);
@@ -79,7 +83,7 @@ void bind_all(py::module_& m) {
   m.attr("DECODE_MAX_SEGMENTS") = cuda::kDecodeMaxSegments;
   def_kernel<Decode>(m, "hype_attention_decode", cuda::hype_attention_decode, decode);
   bwd.insert(bwd.end(), {FIELD(Bwd, num_chunks), FIELD(Bwd, T0), FIELD(Bwd, G), FIELD(Bwd, h),
-                         FIELD(Bwd, chunk_offsets), FIELD(Bwd, dstates)});
+                         FIELD(Bwd, chunk_offsets), SEGMENT_FIELDS(Bwd), FIELD(Bwd, dstates)});
   def_kernel<Bwd>(m, "gated_delta_chunk_bwd", cuda::gated_delta_chunk_bwd, bwd);
 #else
   def_kernel<Step>(m, "gated_delta_step", cpu::gated_delta_step, step);

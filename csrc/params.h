@@ -53,11 +53,18 @@ struct GatedDeltaFwdParams {
   void* T0;            // [NT, HV, 64, 64] dtype, (I + stril(diag(beta) K K^T))^-1; null without delta
   float* G;            // [NT, HV, 64] running sum of max(g, -50) log2(e) inside the chunk
   void* h;             // [NT, HV, K, V] dtype, the state before the chunk
+  // sequence split on CUDA: NS segments, each of segment_chunks chunks but a sequence's last; all else as
+  // without it
+  int64_t segment_chunks;  // 0: no split
+  int64_t num_segments;    // NS, with cu_seqlens the most that there may be; N without split
+  float* transfers;  // [NS, HV, K, K], [NS, HV] without delta: by what a segment multiplies a state; kept
+  float* segment_states;  // [NS, HV, K, V] workspace: the state before the segment
   // workspace on CUDA
-  int64_t* chunk_offsets;  // [N + 1] chunks before each sequence, null without cu_seqlens
-  float* decays;           // [NT, HV, 2, 64] decay from the chunk's start, and to its end
-  void* Tb;                // [NT, HV, 64, 64] dtype, T0 . Gamma diag(beta); null without delta
-  void* P;                 // [NT, HV, 64, 64] dtype, scale (Q K^T) . Gamma
+  int64_t* chunk_offsets;    // [N + 1] chunks before each sequence, null without cu_seqlens
+  int64_t* segment_offsets;  // [N + 1] segments before each sequence, null without cu_seqlens or split
+  float* decays;             // [NT, HV, 2, 64] decay from the chunk's start, and to its end
+  void* Tb;                  // [NT, HV, 64, 64] dtype, T0 . Gamma diag(beta); null without delta
+  void* P;                   // [NT, HV, 64, 64] dtype, scale (Q K^T) . Gamma
 };
 
 struct GatedDeltaBwdParams {
@@ -77,6 +84,11 @@ struct GatedDeltaBwdParams {
   const void* T0;  // [NT, HV, 64, 64] dtype, (I + stril(diag(beta) K K^T))^-1; null without delta
   const float* G;  // [NT, HV, 64] running sum of max(g, -50) log2(e) inside the chunk
   const void* h;   // [NT, HV, K, V] dtype, the state before the chunk
+  // sequence split on CUDA, as in the forward
+  int64_t segment_chunks, num_segments;
+  const int64_t* segment_offsets;
+  const float* transfers;
+  float* segment_states;  // [NS, HV, K, V] workspace: the gradient of the state after the segment
   // workspace on CUDA
   void* dstates;  // [NT, HV, K, V] dtype, the gradient of the state after the chunk
   // outputs

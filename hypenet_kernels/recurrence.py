@@ -3,9 +3,11 @@
 Everything here takes beta = None for simple GLA. Fakes check and allocate; the functions for a device add the native
 call. g, beta and states arrive in the accumulation type.
 
-A forward op with save = True also returns what its backward reads again; where there is nothing to keep (save = False,
-and always on the CPU, which computes it anew) these tensors are empty. NT chunks of 64 tokens, K and V as padded:
-    T0 [NT, HV, 64, 64] dtype, G [NT, HV, 64] float32, h [NT, HV, K, V] dtype, chunk_offsets [N + 1] int64
+A forward op with save = True also returns a list of what its backward reads again, Saved; the list is empty where there
+is nothing to keep (save = False, and always on the CPU, which computes it anew). NT chunks of 64 tokens, K and V as padded:
+    T0 [NT, HV, 64, 64] dtype, G [NT, HV, 64] float32, h [NT, HV, K, V] dtype, chunk_offsets [N + 1] int64,
+and where sequences are split, into NS segments:
+    transfers [NS, HV, K, K] ([NS, HV] without delta) float32, segment_offsets [N + 1] int64
 """
 
 from typing import NamedTuple
@@ -49,6 +51,10 @@ MODEL_ARGUMENTS = frozenset(
 CHUNK = 64  # tokens, on CUDA
 # Head dimensions that are built for CUDA; others are padded with zeros, which changes nothing, and narrowed back.
 KEY_DIMS, VALUE_DIM_MULTIPLE = (64, 128), 64
+# Splitting sequences takes 2.25 times the work. It pays where whole heads leave most of a device idle: with at most
+# SPLIT_HEADS of them, of 128 value columns each. Then each of DEVICE_HEADS, about what large devices run at once, gets one
+# segment, of at least MIN_SEGMENT chunks, since the states go from segment to segment one by one.
+SPLIT_HEADS, DEVICE_HEADS, MIN_SEGMENT = 40, 128, 16
 STEP_TOKENS = 16  # up to which the recurrent form on CUDA goes token by token
 
 
@@ -59,6 +65,8 @@ class Saved(NamedTuple):
     G: torch.Tensor  # sum of max(g, -50) log2(e) from the chunk's start to each token
     h: torch.Tensor  # the state before every chunk, rounded
     chunk_offsets: torch.Tensor  # chunks before every sequence; empty without cu_seqlens
+    transfers: torch.Tensor  # by what every segment of a split sequence multiplies a state; empty without split
+    segment_offsets: torch.Tensor  # segments before every sequence; empty without cu_seqlens or split
 
 
 def check_other_arguments(op, arguments):
@@ -78,7 +86,19 @@ def l2norm(x, eps=1e-6):
 
 
 def run(
-    op, operator, q, k, v, gates, scale, initial_state, output_final_state, use_qk_l2norm, cu_seqlens, defaults=None
+    op,
+    operator,
+    q,
+    k,
+    v,
+    gates,
+    scale,
+    initial_state,
+    output_final_state,
+    use_qk_l2norm,
+    cu_seqlens,
+    split_sequence=False,
+    defaults=None,
 ):
     """A public function over whole sequences: `operator` on gates = {"g": ..., "beta": ...}, in that order.
 
@@ -95,7 +115,9 @@ def run(
     gates = [accumulated(op, name, x, q) for name, x in gates.items()]
     initial_state = accumulated(op, "initial_state", initial_state, q)
     save = needs_gradient(q, k, v, *gates, initial_state)
-    o, final_state, *_ = operator(q, k, v, *gates, initial_state, cu_seqlens, default_scale(q, scale), save)
+    segment_chunks = chunks_of_segment(op, q, v, cu_seqlens) if split_sequence else 0
+    scale = default_scale(q, scale)
+    o, final_state, _ = operator(q, k, v, *gates, initial_state, cu_seqlens, scale, save, segment_chunks)
     return o, final_state if output_final_state else None
 
 
@@ -152,6 +174,28 @@ def max_chunks(q, cu_seqlens):
     return T // CHUNK + num_sequences(q, cu_seqlens)
 
 
+def chunks_of_segment(op, q, v, cu_seqlens):
+    """How many chunks a segment of a split sequence has, from shapes alone; 0 where splitting does not pay."""
+    checks.rank(op, "v", v, "B T HV V")
+    if cu_seqlens is not None:
+        checks.rank(op, "cu_seqlens", cu_seqlens, "N+1")
+    sequence_heads = v.shape[2] * -(-v.shape[3] // 128)
+    if num_sequences(q, cu_seqlens) * sequence_heads > SPLIT_HEADS:
+        return 0
+    chunks = max(MIN_SEGMENT, -(-max_chunks(q, cu_seqlens) * sequence_heads // DEVICE_HEADS))
+    return chunks if 2 * chunks * CHUNK <= q.shape[1] else 0
+
+
+def max_segments(q, cu_seqlens, segment_chunks):
+    """Segments that the sequences have together; with cu_seqlens the most that they may have."""
+    N, tokens = num_sequences(q, cu_seqlens), segment_chunks * CHUNK
+    if segment_chunks == 0:
+        return N
+    if cu_seqlens is None:
+        return N * max(1, -(-q.shape[1] // tokens))
+    return N + q.shape[1] // tokens
+
+
 def outputs(op, q, k, v, g, beta, initial_state, cu_seqlens):
     """Checks the inputs of a forward op; returns o and final_state."""
     check_inputs(op, q, k, v, g, beta)
@@ -172,27 +216,23 @@ def padded_dims(op, q, v):
     return built[0], (V + VALUE_DIM_MULTIPLE - 1) // VALUE_DIM_MULTIPLE * VALUE_DIM_MULTIPLE
 
 
-def to_save(op, q, v, beta, cu_seqlens, save):
+def to_save(op, q, v, beta, cu_seqlens, segment_chunks):
     """What the forward on CUDA keeps, not yet computed."""
-    if not save:
-        return nothing_saved(q)
     NT, HV, (K, V) = max_chunks(q, cu_seqlens), v.shape[2], padded_dims(op, q, v)
     return Saved(
         T0=q.new_empty(0) if beta is None else q.new_empty(NT, HV, CHUNK, CHUNK),
         G=q.new_empty(NT, HV, CHUNK, dtype=torch.float32),
         h=q.new_empty(NT, HV, K, V),
-        chunk_offsets=_chunk_offsets(q, cu_seqlens),
+        chunk_offsets=_offsets(q, cu_seqlens),
+        transfers=_transfers(q, v, beta, cu_seqlens, segment_chunks, K),
+        segment_offsets=_offsets(q, cu_seqlens if segment_chunks else None),
     )
 
 
-def nothing_saved(q):
-    wide = native.accumulator(q.dtype)
-    return Saved(q.new_empty(0), q.new_empty(0, dtype=wide), q.new_empty(0), q.new_empty(0, dtype=torch.int64))
-
-
-def forward_fake(op, q, k, v, g, beta, initial_state, cu_seqlens, save):
+def forward_fake(op, q, k, v, g, beta, initial_state, cu_seqlens, save, segment_chunks):
     save = save and native.device_type(q) == "cuda"
-    return *outputs(op, q, k, v, g, beta, initial_state, cu_seqlens), *to_save(op, q, v, beta, cu_seqlens, save)
+    saved = to_save(op, q, v, beta, cu_seqlens, segment_chunks) if save else ()
+    return *outputs(op, q, k, v, g, beta, initial_state, cu_seqlens), list(saved)
 
 
 def forward_cpu(kernel_name, op, q, k, v, g, beta, initial_state, cu_seqlens, scale):
@@ -207,10 +247,10 @@ def forward_cpu(kernel_name, op, q, k, v, g, beta, initial_state, cu_seqlens, sc
         o=native.pointer(o),
         final_state=native.pointer(final_state),
     )
-    return o, final_state, *nothing_saved(q)
+    return o, final_state, []
 
 
-def forward_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, save):
+def forward_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, save, segment_chunks):
     o, final_state = outputs(op, q, k, v, g, beta, initial_state, cu_seqlens)
     if q.dtype not in native.HALF:
         checks.fail(NotImplementedError, op, "q", "be bfloat16 or float16 on CUDA", q.dtype)
@@ -218,8 +258,19 @@ def forward_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, save):
     NT, HV = max_chunks(q, cu_seqlens), v.shape[2]
     q, k, v = (native.aligned_rows(_padded(x, n)) for x, n in ((q, K), (k, K), (v, V)))
     initial_state, cu_seqlens = _contiguous(_padded(initial_state, K, V)), _bounds(cu_seqlens)
-    saved = to_save(op, q, v, beta, cu_seqlens, save)
-    chunk_offsets = saved.chunk_offsets if save else _chunk_offsets(q, cu_seqlens)
+    if save:
+        saved = to_save(op, q, v, beta, cu_seqlens, segment_chunks)
+    else:
+        saved = Saved(
+            T0=None,
+            G=None,
+            h=None,
+            chunk_offsets=_offsets(q, cu_seqlens),
+            transfers=_transfers(q, v, beta, cu_seqlens, segment_chunks, K),
+            segment_offsets=_offsets(q, cu_seqlens if segment_chunks else None),
+        )
+    num_segments = max_segments(q, cu_seqlens, segment_chunks)
+    segment_states = q.new_empty(num_segments, HV, K, V, dtype=torch.float32) if segment_chunks else None
     decays = q.new_empty(NT, HV, 2, CHUNK, dtype=torch.float32)
     Tb = None if beta is None else q.new_empty(NT, HV, CHUNK, CHUNK)
     P = q.new_empty(NT, HV, CHUNK, CHUNK)
@@ -232,26 +283,31 @@ def forward_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, save):
         o=native.pointer(wide_o),
         final_state=native.pointer(wide_state),
         num_chunks=NT,
-        T0=native.pointer(saved.T0 if save and beta is not None else None),
-        G=native.pointer(saved.G if save else None),
-        h=native.pointer(saved.h if save else None),
-        chunk_offsets=native.pointer(None if cu_seqlens is None else chunk_offsets),
+        T0=native.pointer(saved.T0),
+        G=native.pointer(saved.G),
+        h=native.pointer(saved.h),
+        chunk_offsets=native.pointer(saved.chunk_offsets),
+        segment_chunks=segment_chunks,
+        num_segments=num_segments,
+        segment_offsets=native.pointer(saved.segment_offsets),
+        transfers=native.pointer(saved.transfers),
+        segment_states=native.pointer(segment_states),
         decays=native.pointer(decays),
         Tb=native.pointer(Tb),
         P=native.pointer(P),
     )
-    return _narrowed(wide_o, o), _narrowed(wide_state, final_state), *saved
+    return _narrowed(wide_o, o), _narrowed(wide_state, final_state), list(saved) if save else []
 
 
-def recurrent_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, save):
+def recurrent_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, save, segment_chunks):
     """Few tokens go one by one, and float32 always; else this is the chunk form."""
     few = q.shape[1] <= STEP_TOKENS or q.dtype == torch.float32
     if save or cu_seqlens is not None or not few:
-        return forward_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, save)
+        return forward_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, save, segment_chunks)
     _, final_state = outputs(op, q, k, v, g, beta, initial_state, cu_seqlens)
     final_state.zero_() if initial_state is None else final_state.copy_(initial_state)
     o = step(op, q, k, v, g, beta, final_state, None, None, None, scale)
-    return o, final_state, *nothing_saved(q)
+    return o, final_state, []
 
 
 def backward_fake(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens):
@@ -285,16 +341,19 @@ def backward_cpu(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqle
     return gradients
 
 
-def backward_cuda(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens, T0, G, h, chunk_offsets, scale):
+def backward_cuda(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens, saved, scale, segment_chunks):
     gradients = backward_fake(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens)
     dq, dk, dv, dg, *dbeta, dinitial_state = gradients
     K, V = padded_dims(op, q, v)
+    T0, G, h, chunk_offsets, transfers, segment_offsets = saved
     checks.shape(op, "h", h, [max_chunks(q, cu_seqlens), v.shape[2], K, V])
     do, q, k, v = (native.aligned_rows(_padded(x, n)) for x, n in ((do, V), (q, K), (k, K), (v, V)))
     dfinal_state, cu_seqlens = _contiguous(_padded(dfinal_state, K, V)), _bounds(cu_seqlens)
     narrow = dq, dk, dv, dinitial_state
     wide = [_with_room(x, *size) for x, size in zip(narrow, ((K,), (K,), (V,), (K, V)), strict=True)]
     dstates = torch.empty_like(h)
+    num_segments = max_segments(q, cu_seqlens, segment_chunks)
+    segment_states = q.new_empty(num_segments, *h.shape[1:], dtype=torch.float32) if segment_chunks else None
     native.kernel(op, "gated_delta_chunk_bwd", q.device)(
         **_operands(q, k, v, g, beta, scale),
         N=dinitial_state.shape[0],
@@ -307,6 +366,11 @@ def backward_cuda(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seql
         T0=native.pointer(T0),
         G=native.pointer(G),
         h=native.pointer(h),
+        segment_chunks=segment_chunks,
+        num_segments=num_segments,
+        segment_offsets=native.pointer(segment_offsets),
+        transfers=native.pointer(transfers),
+        segment_states=native.pointer(segment_states),
         dstates=native.pointer(dstates),
         dq=native.pointer(wide[0]),
         dk=native.pointer(wide[1]),
@@ -320,22 +384,25 @@ def backward_cuda(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seql
 
 
 def setup_context(ctx, inputs, output):
-    *tensors, ctx.scale, _ = inputs
-    ctx.save_for_backward(*tensors, *output[2:])
+    *tensors, ctx.scale, _, ctx.segment_chunks = inputs
+    _, _, saved = output
+    ctx.num_inputs = len(tensors)
+    ctx.save_for_backward(*tensors, *saved)
     ctx.set_materialize_grads(False)
 
 
 def backward(ctx, backward_op, do, dfinal_state):
-    """The gradient of every input of a forward op, None for cu_seqlens, scale and save."""
-    saved = ctx.saved_tensors  # read once: activation checkpointing allows no second time
-    *inputs, initial_state, _ = saved[: -len(Saved._fields)]
+    """The gradient of every input of a forward op, None for what is no tensor and for cu_seqlens."""
+    tensors = ctx.saved_tensors  # read once: activation checkpointing allows no second time
+    (*inputs, initial_state, cu_seqlens), saved = tensors[: ctx.num_inputs], tensors[ctx.num_inputs :]
     q, _, v, *_ = inputs
     if do is None:
         if dfinal_state is None:
-            return (None,) * (len(inputs) + 4)
+            return (None,) * (len(inputs) + 5)
         do = q.new_zeros(v.shape)
-    *gradients, dinitial_state = backward_op(do, dfinal_state, *saved, ctx.scale)
-    return *gradients, None if initial_state is None else dinitial_state, None, None, None
+    arguments = *inputs, initial_state, cu_seqlens, list(saved), ctx.scale, ctx.segment_chunks
+    *gradients, dinitial_state = backward_op(do, dfinal_state, *arguments)
+    return *gradients, None if initial_state is None else dinitial_state, None, None, None, None
 
 
 def step_gates(op, q, g, beta, use_gate, A_log, dt_bias):
@@ -429,9 +496,17 @@ def _narrowed(x, like):
     return x if x is like else x[tuple(slice(n) for n in like.shape)].contiguous()
 
 
-def _chunk_offsets(q, cu_seqlens):
+def _offsets(q, cu_seqlens):
+    """Room for a number before every sequence; empty without cu_seqlens."""
     size = 0 if cu_seqlens is None else cu_seqlens.shape[0]
     return q.new_empty(size, dtype=torch.int64)
+
+
+def _transfers(q, v, beta, cu_seqlens, segment_chunks, K):
+    if segment_chunks == 0:
+        return q.new_empty(0, dtype=torch.float32)
+    size = () if beta is None else (K, K)
+    return q.new_empty(max_segments(q, cu_seqlens, segment_chunks), v.shape[2], *size, dtype=torch.float32)
 
 
 def _bounds(x):
@@ -458,9 +533,6 @@ def _operands(q, k, v, g, beta, scale):
         "g": native.view(g),
         "beta": native.view(beta),
     }
-
-
-SAVED = "Tensor T0, Tensor G, Tensor h, Tensor chunk_offsets"  # Saved, in the schemas
 
 
 def register(library, schema, fake, cpu, cuda=None):

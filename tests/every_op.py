@@ -5,10 +5,12 @@ compute-sanitizer --tool racecheck python tests/every_op.py        # on a GPU
 
 import contextlib
 from itertools import product
+from unittest import mock
 
 import torch
 
 import hypenet_kernels as kernels
+from hypenet_kernels import recurrence
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 128, 256)
@@ -18,7 +20,7 @@ T = 70
 def run(device):
     """What an op refuses, it does not launch."""
     torch.manual_seed(0)
-    families = (_recurrences, _packed_recurrences, _steps, _attention, _packed_attention, _decode)
+    families = (_recurrences, _packed_recurrences, _split_recurrences, _steps, _attention, _packed_attention, _decode)
     for family, dtype, D in product(families, DTYPES, HEAD_DIMS):
         with contextlib.suppress(NotImplementedError):
             family(torch.device(device), dtype, D)
@@ -43,15 +45,20 @@ def _recurrent_inputs(device, dtype, D, tokens, V=None, H=1, HV=2):
     return [x.to(dtype) for x in (q, k, v)] + [g, beta]
 
 
-def _recurrences(device, dtype, D, V=None, cu_seqlens=None):
-    options = {"output_final_state": True, "cu_seqlens": cu_seqlens}
-    *inputs, beta = _recurrent_inputs(device, dtype, D, T, V)
+def _recurrences(device, dtype, D, V=None, tokens=T, **options):
+    options["output_final_state"] = True
+    *inputs, beta = _recurrent_inputs(device, dtype, D, tokens, V)
     _call(kernels.chunk_gated_delta_rule, [*inputs, beta], **options)
     _call(kernels.chunk_simple_gla, inputs, **options)
 
 
 def _packed_recurrences(device, dtype, D):
     _recurrences(device, dtype, D, V=128, cu_seqlens=torch.tensor([0, 1, T], device=device))
+
+
+def _split_recurrences(device, dtype, D):
+    with mock.patch.object(recurrence, "MIN_SEGMENT", 1):  # three segments
+        _recurrences(device, dtype, D, tokens=2 * T, split_sequence=True)
 
 
 def _steps(device, dtype, D):

@@ -291,7 +291,7 @@ class SequenceOp:
         for initial_state in (None, inputs.pop("initial_state")):
             tensors = [x.requires_grad_() for x in inputs.values()]
             for cu_seqlens in (None, bounds(TINY.T)):
-                args = (*tensors, initial_state, cu_seqlens, 0.5, True)
+                args = (*tensors, initial_state, cu_seqlens, 0.5, True, 0)
                 torch.library.opcheck(getattr(torch.ops.hypenet, self.name).default, args)
 
     @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

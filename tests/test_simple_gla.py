@@ -5,7 +5,6 @@ from recurrence_suite import ORDINARY, SequenceOp, assert_forward, assert_gradie
 
 import hypenet_kernels
 from hypenet_kernels import reference
-from hypenet_kernels.recurrence import nothing_saved
 
 
 class SimpleGLA(SequenceOp):
@@ -56,7 +55,7 @@ class TestChunk(SimpleGLA):
         inputs = self.inputs(ORDINARY)
         do, dfinal_state = cotangents(inputs)
         for last in (None, dfinal_state):
-            args = (do, last, *inputs.values(), None, *nothing_saved(do), 0.5)
+            args = (do, last, *inputs.values(), None, [], 0.5, 0)
             torch.library.opcheck(torch.ops.hypenet.chunk_simple_gla_bwd.default, args)
 
 

@@ -12,10 +12,10 @@
 // Shapes: as in GatedDeltaBwdParams (params.h). Reads q, k, do, G, beta, T0, dfinal_state; writes dS1 of
 // every chunk to dstates, dB to dv (which the second kernel turns into dv = beta dB), and dinitial_state.
 //
-// Mapping: a block owns kColumns columns of V of one (sequence, value head), blocks numbered along x with the
-// column tile fastest, so that neighbours share q, k and T0 in L2. Every formula above needs only its own
-// columns. dS stays in fp32 registers. Warp w of 4 owns rows 16 w of every [C, kColumns] product, and rows K
-// / 4 w of dS.
+// Mapping: a block owns kColumns columns of V of one (sequence or segment, value head), blocks numbered along
+// x with the column tile fastest, so that neighbours share q, k and T0 in L2. Every formula above needs only
+// its own columns. dS stays in fp32 registers. Warp w of 4 owns rows 16 w of every [C, kColumns] product, and
+// rows K / 4 w of dS.
 //
 // Shared memory (K = 128, bytes):      lifetime
 //   stage[2].k   [C, K]         16 K   copied while the chunk before is at work
@@ -37,6 +37,8 @@
 // Cost per token and value head: 2 (3 K V + C (K V / kColumns + 2 V)) FLOPs. Bytes from and to memory: 2 (2 K
 // + 2 V
 // + C) and 2 K V / C for dS1. The chain of chunks is serial: latency bounds it unless blocks fill the device.
+// Where sequences are split, a pass over segments alone comes first, of which gated_delta_segments.cu makes
+// the gradient after each.
 //
 // Limits: K 64 or 128, V a multiple of 64, bf16 or fp16, rows aligned to 16 bytes.
 #include "dtype.cuh"
@@ -81,8 +83,9 @@ using Product = float[1][kColumns / 8][4];
 
 // What a block works on.
 struct Place {
-  Sequence sequence;
-  int64_t n, column;
+  Segment segment;
+  Sequence span;  // the segment's tokens and chunks
+  int64_t number, column;
   int head, key_head;
 
   __device__ explicit Place(const GatedDeltaBwdParams& params) {
@@ -91,19 +94,22 @@ struct Place {
     column = block % num_tiles * kColumns;
     head = static_cast<int>(block / num_tiles % HV);
     key_head = head / static_cast<int>(HV / static_cast<unsigned>(params.H));
-    n = block / num_tiles / HV;
-    sequence = gated_delta::sequence(params, n);
+    number = block / num_tiles / HV;
+    segment = gated_delta::segment(params, number);
+    const Sequence& whole = segment.sequence;
+    span = {whole.batch, whole.start + segment.first, segment.length,
+            whole.first_chunk + segment.first / kChunk};
   }
-  __device__ int64_t chunk(int64_t i) const { return sequence.first_chunk + i; }
+  __device__ int64_t chunk(int64_t i) const { return span.first_chunk + i; }
 };
 
 template <class Smem>
 __device__ __forceinline__ void copy_q_async(Smem& sm, const GatedDeltaBwdParams& params, const Place& place,
                                              int64_t i) {
-  const int64_t token = place.sequence.start + i * kChunk;
-  copy_tile_async<kThreads>(
-      sm.q, row_of<typename Smem::Element>(params.q, place.sequence.batch, token, place.key_head),
-      params.q.token, tokens_from(place.sequence, i * kChunk), arch::thread_idx());
+  const int64_t token = place.span.start + i * kChunk;
+  copy_tile_async<kThreads>(sm.q,
+                            row_of<typename Smem::Element>(params.q, place.span.batch, token, place.key_head),
+                            params.q.token, tokens_from(place.span, i * kChunk), arch::thread_idx());
 }
 
 template <class Smem>
@@ -111,8 +117,8 @@ __device__ __forceinline__ void copy_stage_async(Smem& sm, const GatedDeltaBwdPa
                                                  const Place& place, int64_t i) {
   using Element = typename Smem::Element;
   auto& stage = sm.stages[i % 2];
-  const int thread = arch::thread_idx(), num_tokens = tokens_from(place.sequence, i * kChunk);
-  const int64_t batch = place.sequence.batch, token = place.sequence.start + i * kChunk;
+  const int thread = arch::thread_idx(), num_tokens = tokens_from(place.span, i * kChunk);
+  const int64_t batch = place.span.batch, token = place.span.start + i * kChunk;
   copy_tile_async<kThreads>(stage.k, row_of<Element>(params.k, batch, token, place.key_head), params.k.token,
                             num_tokens, thread);
   copy_tile_async<kThreads>(stage.dO, row_of<Element>(params.do_, batch, token, place.head) + place.column,
@@ -126,23 +132,35 @@ __device__ __forceinline__ void copy_stage_async(Smem& sm, const GatedDeltaBwdPa
                                  num_tokens);
 }
 
-// dfinal_state, or zeros -> registers
-template <class Smem>
+// The block's columns of state n of [n, HV, K, V].
+template <class Smem, class Float>
+__device__ __forceinline__ Float* columns_of(Float* states, int64_t n, const GatedDeltaBwdParams& params,
+                                             const Place& place) {
+  return states + (n * params.HV + place.head) * Smem::K * params.V + place.column;
+}
+
+// The gradient of the state after the segment; zeros where it is gone through alone, as is no last one.
+template <class Smem, bool kAlone>
 __device__ __forceinline__ void load_state(State<Smem>& rS, const GatedDeltaBwdParams& params,
                                            const Place& place) {
   set_zero(rS);
-  if (params.dfinal_state == nullptr) return;
-  const float* from = static_cast<const float*>(params.dfinal_state) +
-                      (place.n * params.HV + place.head) * Smem::K * params.V + place.column;
+  const bool last = place.segment.ends();
+  const auto* states = last     ? static_cast<const float*>(params.dfinal_state)
+                       : kAlone ? nullptr
+                                : params.segment_states;
+  if (states == nullptr) return;
+  const float* from = columns_of<Smem>(states, last ? place.segment.n : place.number, params, place);
   for_each_element(rS, Smem::kStateRows * warp_idx(), 0,
                    [&](float& x, int row, int col) { x = from[row * params.V + col]; });
 }
 
+// The gradient of the state before the segment: in the place of the one after the segment before.
 template <class Smem>
 __device__ __forceinline__ void store_state(State<Smem>& rS, const GatedDeltaBwdParams& params,
                                             const Place& place) {
-  float* to = static_cast<float*>(params.dinitial_state) +
-              (place.n * params.HV + place.head) * Smem::K * params.V + place.column;
+  const bool first = place.segment.starts();
+  auto* states = first ? static_cast<float*>(params.dinitial_state) : params.segment_states;
+  float* to = columns_of<Smem>(states, first ? place.segment.n : place.number - 1, params, place);
   for_each_element(rS, Smem::kStateRows * warp_idx(), 0,
                    [&](float& x, int row, int col) { to[row * params.V + col] = x; });
 }
@@ -211,16 +229,18 @@ __device__ __forceinline__ void update_state(State<Smem>& rS, const typename Sme
       [&](auto& b, int k, int n) { load_b(b, stage.dO, k, n); });
 }
 
-template <class Smem>
+// kAlone: segments of split sequences from a gradient of zero, for what that gives before them.
+template <class Smem, bool kAlone>
 __global__ void __launch_bounds__(kThreads, 2)
     scan_kernel(const __grid_constant__ GatedDeltaBwdParams params) {
   using Element = typename Smem::Element;
   Smem& sm = arch::shared_memory<Smem>();
   const Place place(params);
+  if (place.segment.n < 0 || (kAlone && place.segment.starts())) return;
   const int thread = arch::thread_idx();
-  const int64_t num_chunks = (place.sequence.length + kChunk - 1) / kChunk;
+  const int64_t num_chunks = (place.span.length + kChunk - 1) / kChunk;
   State<Smem> rS;
-  load_state<Smem>(rS, params, place);
+  load_state<Smem, kAlone>(rS, params, place);
   if (num_chunks > 0) {
     copy_q_async(sm, params, place, num_chunks - 1);
     copy_stage_async(sm, params, place, num_chunks - 1);
@@ -232,9 +252,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     arch::wait_copies<0>();
     arch::sync_block();
     if (i > 0) copy_stage_async(sm, params, place, i - 1);
-    store_tile<kThreads>(static_cast<Element*>(params.dstates) +
-                             (place.chunk(i) * params.HV + place.head) * Smem::K * params.V + place.column,
-                         params.V, Smem::K, sm.dS, thread);
+    if constexpr (!kAlone) {
+      store_tile<kThreads>(
+          columns_of<Smem>(static_cast<Element*>(params.dstates), place.chunk(i), params, place), params.V,
+          Smem::K, sm.dS, thread);
+    }
     apply_decays(sm, stage, static_cast<float>(params.scale));  // (1)
     arch::sync_block();
     output_to_pseudo_values(sm, stage, rS);  // (2)
@@ -246,31 +268,41 @@ __global__ void __launch_bounds__(kThreads, 2)
       arch::sync_block();
       update_state<Smem>(rS, stage);  // (4)
     }
-    const int64_t token = place.sequence.start + i * kChunk;
+    if constexpr (kAlone) continue;
+    const int64_t token = place.span.start + i * kChunk;
     store_tile<kThreads>(static_cast<Element*>(params.dv) +
-                             ((place.sequence.batch * params.T + token) * params.HV + place.head) * params.V +
+                             ((place.span.batch * params.T + token) * params.HV + place.head) * params.V +
                              place.column,
-                         params.HV * params.V, tokens_from(place.sequence, i * kChunk),
+                         params.HV * params.V, tokens_from(place.span, i * kChunk),
                          Smem::kDelta ? sm.scaled_dO : sm.dE, thread);
   }
+  if (!kAlone && !place.segment.starts()) return;  // found already
   store_state<Smem>(rS, params, place);
 }
 
-template <class Smem>
+template <bool kAlone>
 Status launch_scan(const GatedDeltaBwdParams& params, Stream stream) {
-  return launch("gated_delta_bwd_scan", scan_kernel<Smem>, params.N * params.HV * (params.V / kColumns),
-                kThreads, sizeof(Smem), stream, params);
+  const int64_t num_blocks = params.num_segments * params.HV * (params.V / kColumns);
+  return dispatch_half_dtype(params.dtype, [&]<class Element>() -> Status {
+    return dispatch_key_dim(params.K, [&]<int K>() -> Status {
+      const auto launch_one = [&]<class Smem>(std::type_identity<Smem>) {
+        return launch("gated_delta_bwd_scan", scan_kernel<Smem, kAlone>, num_blocks, kThreads, sizeof(Smem),
+                      stream, params);
+      };
+      return params.delta ? launch_one(std::type_identity<Smem<Element, K, true>>())
+                          : launch_one(std::type_identity<Smem<Element, K, false>>());
+    });
+  });
 }
 
 }  // namespace
 
 Status scan(const GatedDeltaBwdParams& params, Stream stream) {
-  return dispatch_half_dtype(params.dtype, [&]<class Element>() -> Status {
-    return dispatch_key_dim(params.K, [&]<int K>() -> Status {
-      return params.delta ? launch_scan<Smem<Element, K, true>>(params, stream)
-                          : launch_scan<Smem<Element, K, false>>(params, stream);
-    });
-  });
+  if (params.segment_chunks != 0) {
+    if (const Status status = launch_scan<true>(params, stream); status != nullptr) return status;
+    if (const Status status = chain_backward(params, stream); status != nullptr) return status;
+  }
+  return launch_scan<false>(params, stream);
 }
 
 }  // namespace gated_delta_bwd

@@ -9,7 +9,8 @@
 //   (4) T0 = (I + stril(diag(beta) KK))^-1                  not gated: no exponential inside the inverse
 //   (5) Tb = T0 . Gamma diag(beta)                          = (I + stril(diag(beta) KK . Gamma))^-1
 //   diag(beta)
-// Simple GLA needs (2) and (3) only. A second, small kernel writes the map of chunks for cu_seqlens.
+// Simple GLA needs (2) and (3) only. A second, small kernel writes the map of chunks (and of
+// segments) for cu_seqlens.
 //
 // Why P and Tb are made here and not in the scan: there every tile of value columns would make them again, on
 // the one path that is serial in T. Here they cost one write and one read of 10 KB per chunk and value head,
@@ -215,12 +216,6 @@ __device__ __forceinline__ void invert_diagonal_block(Smem& smem, int block) {
   }
 }
 
-// x = high + low, each of tf32's 11 bits.
-__device__ __forceinline__ void split_tf32(uint32_t& high, uint32_t& low, float x) {
-  high = arch::to_tf32(x);
-  low = arch::to_tf32(x - __builtin_bit_cast(float, high));
-}
-
 // d [16, 16] += diag(factor) A B of blocks at (a_row, a_col) and (b_row, b_col), to fp32's precision but
 // three bits.
 template <int kStrideA, int kStrideB>
@@ -368,18 +363,23 @@ struct MapSmem {
   int64_t sums[kMapThreads / arch::kWarpSize];
 };
 
-// chunk_offsets[n] = sum of ceil(length / 64) over the sequences before n: one block, kMapThreads sequences a
-// turn.
+// chunk_offsets[n] = chunks of the sequences before n, by block 0; segment_offsets likewise, by block 1 where
+// sequences are split. kMapThreads sequences a turn.
 __global__ void __launch_bounds__(kMapThreads, 1)
     gated_delta_map_kernel(const __grid_constant__ GatedDeltaFwdParams params) {
   auto& smem = arch::shared_memory<MapSmem>();
   const int thread = arch::thread_idx(), lane = lane_idx(), warp = warp_idx();
-  int64_t before = 0;  // chunks of the turns so far
+  const bool chunks = arch::block_idx() == 0;
+  int64_t* offsets = chunks ? params.chunk_offsets : params.segment_offsets;
+  int64_t before = 0;  // of the turns so far
   for (int64_t first = 0; first < params.N; first += kMapThreads) {
     const int64_t n = first + thread;
-    const int64_t length = n < params.N ? params.cu_seqlens[n + 1] - params.cu_seqlens[n] : 0;
-    const int64_t chunks = (length + kChunk - 1) / kChunk;
-    int64_t sum = chunks;
+    int64_t count = 0;
+    if (n < params.N) {
+      const int64_t length = params.cu_seqlens[n + 1] - params.cu_seqlens[n];
+      count = chunks ? (length + kChunk - 1) / kChunk : num_segments(length, params.segment_chunks * kChunk);
+    }
+    int64_t sum = count;
 #pragma unroll
     for (int delta = 1; delta < arch::kWarpSize; delta *= 2) {
       const int64_t below = arch::shuffle_up(sum, delta);
@@ -392,11 +392,11 @@ __global__ void __launch_bounds__(kMapThreads, 1)
       if (w == warp) sum += before + total;
       total += smem.sums[w];
     }
-    if (n < params.N) params.chunk_offsets[n] = sum - chunks;
+    if (n < params.N) offsets[n] = sum - count;
     before += total;
     arch::sync_block();
   }
-  if (thread == 0) params.chunk_offsets[params.N] = before;
+  if (thread == 0) offsets[params.N] = before;
 }
 
 template <class Element, int K, bool kDelta>
@@ -407,8 +407,11 @@ Status launch_prepare(const GatedDeltaFwdParams& params, Stream stream) {
 
 }  // namespace
 
-Status map_chunks(const GatedDeltaFwdParams& params, Stream stream) {
-  return launch("gated_delta_map", gated_delta_map_kernel, 1, kMapThreads, sizeof(MapSmem), stream, params);
+Status map_sequences(const GatedDeltaFwdParams& params, Stream stream) {
+  if (params.cu_seqlens == nullptr) return nullptr;
+  const int num_maps = params.segment_chunks == 0 ? 1 : 2;
+  return launch("gated_delta_map", gated_delta_map_kernel, num_maps, kMapThreads, sizeof(MapSmem), stream,
+                params);
 }
 
 Status prepare(const GatedDeltaFwdParams& params, Stream stream) {

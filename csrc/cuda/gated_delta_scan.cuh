@@ -1,0 +1,332 @@
+// How the state goes from chunk to chunk: what gated_delta_scan.cu, which says what is computed and how, and
+// gated_delta_segments.cu, which goes through segments alone and computes no output, share.
+#pragma once
+
+#include "arch/sm80.cuh"
+#include "gated_delta.cuh"
+#include "kernels.h"
+#include "tile.cuh"
+
+namespace hypenet::cuda::gated_delta {
+
+constexpr int kColumns = 16;             // of V, per warp
+constexpr int kSteps = kChunk / kBlock;  // fragments along the tokens of a chunk
+
+// kOutput: whether O is computed, for which a pass needs q and P.
+template <class Element_, int K_, bool Delta_, bool Output_, int Warps_>
+struct Config {
+  using Element = Element_;
+  static constexpr int kKeyDim = K_, kWarps = Warps_, kThreads = kWarps * arch::kWarpSize;
+  static constexpr bool kDelta = Delta_, kOutput = Output_;
+  static constexpr int kTbColumn = kOutput ? kChunk : 0;  // of Tb beside P
+  using Rows = Tile<Element, kChunk, kKeyDim>;
+  using Matrices = Tile<Element, kChunk, kChunk*(int{kDelta} + int{kOutput})>;
+  using Slab = Tile<Element, kChunk, kColumns>;
+};
+
+// What is not needed has no rows or columns, and takes no room.
+template <class C>
+struct Stage {
+  typename C::Rows k;
+  Tile<typename C::Element, C::kOutput ? kChunk : 0, C::kKeyDim> q;
+  typename C::Matrices matrices;  // P, and Tb on its right
+  typename C::Slab v[C::kWarps];
+  alignas(16) float gamma[kChunk], to_end[kChunk];
+};
+
+template <class C>
+struct ScanSmem {
+  Stage<C> stages[2];
+};
+
+// Results of mma along a row of a warp: [16, 8 n].
+template <int n>
+using Results = float[n][4];
+// The same, rounded, as operands A [16, 16].
+template <int n>
+using Operands = uint32_t[n][4];
+
+// A warp's place: 16 columns of a head of a sequence or segment, whose tokens an int can count.
+struct Place {
+  int64_t batch, token, chunk;  // token, chunk: the first
+  unsigned head, key_head, column;
+  int num_tokens;
+};
+
+__device__ __forceinline__ Place place_in(const GatedDeltaFwdParams& params, const Segment& segment,
+                                          unsigned head, unsigned column) {
+  return {.batch = segment.sequence.batch,
+          .token = segment.sequence.start + segment.first,
+          .chunk = segment.sequence.first_chunk + segment.first / kChunk,
+          .head = head,
+          .key_head = head / static_cast<unsigned>(params.HV / params.H),
+          .column = column,
+          .num_tokens = static_cast<int>(segment.length)};
+}
+
+// What a block's number says: its segment, and this warp's columns of a value head.
+template <class C>
+struct Slot {
+  int64_t segment;
+  unsigned head, column;
+
+  // num_tiles: in which a head's columns are cut.
+  __device__ Slot(const GatedDeltaFwdParams& params, unsigned num_tiles) {
+    const auto HV = static_cast<unsigned>(params.HV);
+    const unsigned block = arch::block_idx();
+    segment = block / num_tiles / HV;
+    head = block / num_tiles % HV;
+    column = (block % num_tiles * C::kWarps + warp_idx()) * kColumns;
+  }
+  // Where the warp's columns of the head's state n lie in [n, HV, K, V].
+  __device__ int64_t state(const GatedDeltaFwdParams& params, int64_t n) const {
+    return (n * params.HV + head) * C::kKeyDim * params.V + column;
+  }
+};
+
+// What a thread reads next: its rows of the coming chunk.
+template <class C>
+struct Cursor {
+  const typename C::Element *k, *q, *v;
+  int64_t matrix;  // (chunk, head) among all
+  int num_tokens;  // from the chunk on
+
+  __device__ Cursor(const GatedDeltaFwdParams& params, const Place& place) {
+    using Element = typename C::Element;
+    const unsigned thread = arch::thread_idx(), lane = lane_idx();
+    constexpr unsigned kRowPieces = C::Rows::kPieces, kSlabPieces = C::Slab::kPieces;
+    const int row = thread / kRowPieces, col = thread % kRowPieces * kPiece;
+    k = row_of<Element>(params.k, place.batch, place.token + row, place.key_head) + col;
+    q = row_of<Element>(params.q, place.batch, place.token + row, place.key_head) + col;
+    v = row_of<Element>(params.v, place.batch, place.token + lane / kSlabPieces, place.head) + place.column +
+        lane % kSlabPieces * kPiece;
+    matrix = place.chunk * params.HV + place.head;
+    num_tokens = place.num_tokens;
+  }
+
+  __device__ void advance(const GatedDeltaFwdParams& params) {
+    k += kChunk * params.k.token, q += kChunk * params.q.token, v += kChunk * params.v.token;
+    matrix += params.HV;
+    num_tokens -= kChunk;
+  }
+};
+
+template <int n>
+__device__ __forceinline__ void set_zero(Results<n>& x) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) x[i][0] = x[i][1] = x[i][2] = x[i][3] = 0.0f;
+}
+
+// d [16, 16] += a b for the fragment b whose row in shared memory is given.
+template <class Element, bool kTransposed = true>
+__device__ __forceinline__ void multiply(float (&left)[4], float (&right)[4], const uint32_t (&a)[4],
+                                         const void* row) {
+  uint32_t b[4];
+  if constexpr (kTransposed) {
+    arch::ldmatrix_x4(b, row);
+  } else {
+    arch::ldmatrix_x4_trans(b, row);
+  }
+  arch::mma_16x8x16<Element>(left, a, {b[0], b[1]});
+  arch::mma_16x8x16<Element>(right, a, {b[2], b[3]});
+}
+
+// Where a lane's rows of fragments lie, in bytes from the fragment's first row and column 0. A fragment's
+// column then flips bits of it: three registers stand for the addresses of all fragments.
+template <class C>
+struct Lanes {
+  int rows, rows_transposed;  // B of k [tokens, K], and of its and q's transpose
+  int matrices_transposed;    // B of the transposes of P and Tb
+
+  __device__ Lanes() {
+    const int lane = lane_idx(), row = lane % 8 + lane / 16 * 8, col = lane / 8 % 2 * kPiece;
+    rows = C::Rows::offset(lane % 16, lane / 16 * kPiece) * 2;
+    rows_transposed = C::Rows::offset(row, col) * 2;
+    matrices_transposed = C::Matrices::offset(row, col) * 2;
+  }
+};
+
+// This lane's row of the fragment at (row, col).
+template <class Tile>
+__device__ __forceinline__ const void* fragment_row(const Tile& tile, int lane_offset, int row, int col) {
+  constexpr int kRowBytes = Tile::kCols * 2;
+  constexpr int kSwizzled = 8 * kPiece * 2;  // bytes of a row within which a key moves its pieces
+  static_assert(kRowBytes % kSwizzled == 0);
+  const int flips = col * 2 % kSwizzled, ahead = col * 2 / kSwizzled * kSwizzled;
+  return reinterpret_cast<const char*>(tile.data) + (lane_offset ^ flips) + ahead + row * kRowBytes;
+}
+
+// run(address in columns of a matrix [K, V], element) for the elements of S^T that a lane holds. One address
+// is kept and moved on, here and below: registers are scarce.
+template <int n, class Float, class Run>
+__device__ __forceinline__ void for_each_of_state(Results<n>& S, Float* matrix, int64_t V, Run&& run) {
+  matrix += lane_idx() % 4 * 2 * V + lane_idx() / 4;
+#pragma unroll
+  for (int i = 0; i < n; ++i, matrix += 8 * V) {
+    run(matrix, S[i][0]);
+    run(matrix + V, S[i][1]);
+    run(matrix + 8, S[i][2]);
+    run(matrix + V + 8, S[i][3]);
+  }
+}
+
+// Starts the copy of rows [0, num_rows) of a tile; the other rows become zero. `global`: this thread's first
+// piece.
+template <int kThreads, class Tile>
+__device__ __forceinline__ void copy_rows_async(Tile& tile, const typename Tile::Element* global,
+                                                int64_t stride, int num_rows, unsigned thread) {
+  constexpr int kRowsAtOnce = kThreads / Tile::kPieces;
+  static_assert(kRowsAtOnce % 8 == 0 && Tile::kRows % kRowsAtOnce == 0);
+  const int first = thread / Tile::kPieces, col = thread % Tile::kPieces * kPiece;
+#pragma unroll
+  for (int i = 0; i < Tile::kRows; i += kRowsAtOnce, global += kRowsAtOnce * stride) {
+    arch::copy_16_async(tile.at(first + i, col), global, first + i < num_rows);
+  }
+}
+
+// Starts the copy of the blocks on and below the diagonal of a matrix [64, 64] to a tile's columns from `to`
+// on.
+template <int kThreads, class Tile>
+__device__ __forceinline__ void copy_triangle_async(Tile& tile, int to, const void* matrices, int64_t idx,
+                                                    unsigned thread) {
+  using Element = typename Tile::Element;
+  constexpr int kPieces = kChunk / kPiece, kRowsAtOnce = kThreads / kPieces;
+  const int first = thread / kPieces, col = thread % kPieces * kPiece;
+  const Element* global = static_cast<const Element*>(matrices) + idx * kChunk * kChunk + thread * kPiece;
+#pragma unroll
+  for (int i = 0; i < kChunk; i += kRowsAtOnce, global += kThreads * kPiece) {
+    const int row = first + i;
+    if (col < row / kBlock * kBlock + kBlock) arch::copy_16_async(tile.at(row, to + col), global, true);
+  }
+}
+
+// Starts the copies of the chunk at the cursor; of v, of num_values tokens.
+template <class C>
+__device__ __forceinline__ void copy_chunk_async(Stage<C>& stage, const GatedDeltaFwdParams& params,
+                                                 const Cursor<C>& at, int num_values) {
+  const unsigned thread = arch::thread_idx();
+  copy_rows_async<C::kThreads>(stage.k, at.k, params.k.token, at.num_tokens, thread);
+  copy_rows_async<arch::kWarpSize>(stage.v[warp_idx()], at.v, params.v.token, num_values, lane_idx());
+  if constexpr (C::kOutput) {
+    copy_rows_async<C::kThreads>(stage.q, at.q, params.q.token, at.num_tokens, thread);
+    copy_triangle_async<C::kThreads>(stage.matrices, 0, params.P, at.matrix, thread);
+  }
+  if constexpr (C::kDelta) {
+    copy_triangle_async<C::kThreads>(stage.matrices, C::kTbColumn, params.Tb, at.matrix, thread);
+  }
+  constexpr int kPieces = kChunk / 4;  // of a vector of 64 floats
+  if (thread < 2 * kPieces) {
+    float* to = thread < kPieces ? stage.gamma + 4 * thread : stage.to_end + 4 * (thread - kPieces);
+    arch::copy_16_async(to, params.decays + at.matrix * 2 * kChunk + 4 * thread, true);
+  }
+}
+
+// (1) Z^T = S^T K^T and O^T = S^T Q^T. Together, so that S is rounded once and its rounded form is not kept.
+template <class C>
+__device__ __forceinline__ void read_state(Results<kChunk / 8>& Z, Results<kChunk / 8>& O,
+                                           const Results<C::kKeyDim / 8>& S, const Stage<C>& stage,
+                                           const Lanes<C>& lanes) {
+  using Element = typename C::Element;
+  set_zero(Z);
+  set_zero(O);
+#pragma unroll
+  for (int k = 0; k < C::kKeyDim; k += 16) {
+    uint32_t s[4];
+    round_to_a<Element>(s, S[k / 8], S[k / 8 + 1]);
+#pragma unroll
+    for (int t = 0; t < kSteps; ++t) {
+      if constexpr (C::kDelta) {
+        multiply<Element>(Z[2 * t], Z[2 * t + 1], s, fragment_row(stage.k, lanes.rows_transposed, 16 * t, k));
+      }
+      if constexpr (C::kOutput) {
+        multiply<Element>(O[2 * t], O[2 * t + 1], s, fragment_row(stage.q, lanes.rows_transposed, 16 * t, k));
+      }
+    }
+  }
+}
+
+// D^T += A^T M^T for the lower triangular matrix M at column `col` of the stage's matrices.
+template <class C>
+__device__ __forceinline__ void multiply_by_triangle(Results<kChunk / 8>& D, const Operands<kSteps>& A,
+                                                     const Stage<C>& stage, const Lanes<C>& lanes, int col) {
+#pragma unroll
+  for (int t = 0; t < kSteps; ++t) {
+#pragma unroll
+    for (int i = t; i < kSteps; ++i) {
+      const void* row = fragment_row(stage.matrices, lanes.matrices_transposed, 16 * i, col + 16 * t);
+      multiply<typename C::Element>(D[2 * i], D[2 * i + 1], A[t], row);
+    }
+  }
+}
+
+// Of a vector over the chunk, what belongs to pair i of an operand A whose columns are the 16 tokens from 16
+// t on.
+__device__ __forceinline__ float2 load_pair(const float (&x)[kChunk], int t, int i) {
+  return *reinterpret_cast<const float2*>(&x[16 * t + i / 2 * 8 + lane_idx() % 4 * 2]);
+}
+
+// (2) R^T = V^T - gamma Z^T, rounded; V^T itself without delta.
+template <class C>
+__device__ __forceinline__ void form_residual(Operands<kSteps>& R, const Results<kChunk / 8>& Z,
+                                              const Stage<C>& stage) {
+  using Element = typename C::Element;
+#pragma unroll
+  for (int t = 0; t < kSteps; ++t) {
+    load_a_transposed(R[t], stage.v[warp_idx()], 0, 16 * t);
+    if constexpr (C::kDelta) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 gamma = load_pair(stage.gamma, t, i);
+        const float2 v = arch::unpack<Element>(R[t][i]);
+        const float* z = &Z[2 * t + i / 2][i % 2 * 2];
+        R[t][i] = arch::pack<Element>(v.x - gamma.x * z[0], v.y - gamma.y * z[1]);
+      }
+    }
+  }
+}
+
+// Rounds E [16, 16] at token 16 t to e, and times its decay to the chunk's end to e_end. Without delta e is
+// there: V.
+template <class C>
+__device__ __forceinline__ void round_values(uint32_t (&e)[4], uint32_t (&e_end)[4],
+                                             const Results<kChunk / 8>& E, const Stage<C>& stage, int t) {
+  using Element = typename C::Element;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    float2 x;
+    if constexpr (C::kDelta) {
+      const float* pair = &E[2 * t + i / 2][i % 2 * 2];
+      x = {pair[0], pair[1]};
+      e[i] = arch::pack<Element>(x.x, x.y);
+    } else {
+      x = arch::unpack<Element>(e[i]);
+    }
+    const float2 to_end = load_pair(stage.to_end, t, i);
+    e_end[i] = arch::pack<Element>(to_end.x * x.x, to_end.y * x.y);
+  }
+}
+
+// (5) S^T = gamma_last S^T + (gamma_last / gamma E)^T K; E, rounded, to `rounded`.
+template <class C>
+__device__ __forceinline__ void update_state(Results<C::kKeyDim / 8>& S, Operands<kSteps>& rounded,
+                                             const Results<kChunk / 8>& E, const Stage<C>& stage,
+                                             const Lanes<C>& lanes) {
+  const float whole = stage.gamma[kChunk - 1];
+#pragma unroll
+  for (int k = 0; k < C::kKeyDim / 8; ++k) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) S[k][i] *= whole;
+  }
+#pragma unroll
+  for (int t = 0; t < kSteps; ++t) {
+    uint32_t e_end[4];
+    round_values<C>(rounded[t], e_end, E, stage, t);
+#pragma unroll
+    for (int k = 0; k < C::kKeyDim; k += 16) {
+      const void* row = fragment_row(stage.k, lanes.rows, 16 * t, k);
+      multiply<typename C::Element, false>(S[k / 8], S[k / 8 + 1], e_end, row);
+    }
+  }
+}
+
+}  // namespace hypenet::cuda::gated_delta
