@@ -4,7 +4,7 @@ Everything here takes beta = None for simple GLA. Fakes check and allocate; the 
 call. g, beta and states arrive in the accumulation type.
 
 A forward op with save = True also returns a list of what its backward reads again, Saved; the list is empty where there
-is nothing to keep (save = False, and always on the CPU, which computes it anew). NT chunks of 64 tokens, K and V as padded:
+is nothing to keep (save = False, and always on the CPU, which computes it anew). NT chunks of 64 tokens, K, V padded:
     T0 [NT, HV, 64, 64] dtype, G [NT, HV, 64] float32, h [NT, HV, K, V] dtype, chunk_offsets [N + 1] int64,
 and where sequences are split, into NS segments:
     transfers [NS, HV, K, K] ([NS, HV] without delta) float32, segment_offsets [N + 1] int64
@@ -51,9 +51,9 @@ MODEL_ARGUMENTS = frozenset(
 CHUNK = 64  # tokens, on CUDA
 # Head dimensions that are built for CUDA; others are padded with zeros, which changes nothing, and narrowed back.
 KEY_DIMS, VALUE_DIM_MULTIPLE = (64, 128), 64
-# Splitting sequences takes 2.25 times the work. It pays where whole heads leave most of a device idle: with at most
-# SPLIT_HEADS of them, of 128 value columns each. Then each of DEVICE_HEADS, about what large devices run at once, gets one
-# segment, of at least MIN_SEGMENT chunks, since the states go from segment to segment one by one.
+# Splitting sequences takes 2.25 times the work, so it is for few heads: at most SPLIT_HEADS of 128 value columns, in all
+# sequences. They are cut into DEVICE_HEADS segments, about as many as a large device runs at once, of at least
+# MIN_SEGMENT chunks, since the states still go from segment to segment one by one.
 SPLIT_HEADS, DEVICE_HEADS, MIN_SEGMENT = 40, 128, 16
 STEP_TOKENS = 16  # up to which the recurrent form on CUDA goes token by token
 

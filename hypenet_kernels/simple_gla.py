@@ -184,7 +184,7 @@ def _backward(ctx, do, dfinal_state, *_):
 
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor g, Tensor? initial_state, Tensor? cu_seqlens"
-_OUTPUTS = f"Tensor o, Tensor final_state, Tensor[] saved"
+_OUTPUTS = "Tensor o, Tensor final_state, Tensor[] saved"
 _GRADIENTS = "Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dinitial_state"
 _STEP = (
     "Tensor q, Tensor k, Tensor v, Tensor g, Tensor(a!) state, Tensor? state_indices, Tensor? A_log, "
