@@ -64,6 +64,13 @@ def test_self_test_passes_at_every_level(capability):
     assert all(op in ran.stdout for op in OPS)
 
 
+def test_self_test_passes_on_cuda(device, capsys):
+    """Of every op, in every dtype that its CUDA kernels take."""
+    assert all(command.self_test(device.type)), capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert all(f" {op} " in printed for op in native.CUDA_OPS) and "float32" in printed
+
+
 def test_one_openmp_runtime():
     """torch's and ours are one, whichever is used first."""
     use = "import torch, hypenet_kernels as h; q = torch.randn(1, 4, 2, 8); h.hype_attention(q, q, q); (q @ q.mT).sum()"
