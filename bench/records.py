@@ -4,6 +4,7 @@ import csv
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import subprocess
@@ -26,7 +27,7 @@ def stamp(device):
         "threads": torch.get_num_threads() if torch.device(device).type == "cpu" else None,
         "level": report["level"],
         "versions": {"python": platform.python_version()} | _versions(),
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": os.environ.get("COMMIT") or _git("rev-parse", "HEAD"),
         "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
@@ -83,5 +84,9 @@ def _versions():
 
 
 def _git(*arguments):
-    result = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True)
+    """What git says; "" without git, or outside a repository (then the variable COMMIT can say which commit it is)."""
+    try:
+        result = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True)
+    except OSError:
+        return ""
     return result.stdout.strip() if result.returncode == 0 else ""

@@ -190,6 +190,13 @@ def test_fraction_is_of_the_binding_roof():
     assert roofs.seconds(1e10, 4e9, "float32") == 2.0 and roofs.bound(1e10, 4e9, "float32") == "memory"
 
 
+def test_stamp_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert records.stamp("cpu")["commit"] == ""
+    monkeypatch.setenv("COMMIT", "0123abc")
+    assert records.stamp("cpu")["commit"] == "0123abc"
+
+
 def test_ours_and_peers_take_turns():
     order = []
     functions = {name: lambda name=name: order.append(name) for name in ("ours", "theirs")}
