@@ -7,7 +7,8 @@
 #
 # OUT: folder of the results, by default bench/results/<device>: ops.json (a row is there as soon as it is measured),
 # gpu_check.md (what each stage came to) and logs/. --dry-run prints the commands only, and needs no GPU.
-# PYTHON names the interpreter (python3), GPU_CHECK_SECONDS the time for all stages (570).
+# PYTHON names the interpreter (python3), GPU_CHECK_SECONDS the time for all stages (570), COMMIT what is tested where
+# there is no git to ask.
 # Exit status: 0 where every stage passed, 1 where one did not, 2 where there is nothing to run on.
 set -uo pipefail
 
@@ -26,6 +27,9 @@ done
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 readonly dry_run python=${PYTHON:-python3} total=${GPU_CHECK_SECONDS:-570}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" # nvcc and compute-sanitizer, where they are not found otherwise
+COMMIT=${COMMIT:-$(git rev-parse HEAD 2>/dev/null)}
+export COMMIT
 
 # Compute capability and folder of the results, as two lines.
 facts=$("$python" - <<'EOF'
@@ -55,7 +59,7 @@ stage() {
     local name=$1 limit=$2 started=$SECONDS code=0 result
     shift 2
     if [[ -n $dry_run ]]; then
-        printf '%-10s at most %3d s: %s\n' "$name" "$limit" "$*"
+        printf '%-21s at most %3d s: %s\n' "$name" "$limit" "$*"
         return
     fi
     ((limit = total - SECONDS < limit ? total - SECONDS : limit))
@@ -78,18 +82,20 @@ stage() {
 
 write_summary() {
     {
-        printf '# GPU check\n\n%s, commit %s\n\n' "$(date -u +%FT%TZ)" "$(git rev-parse HEAD 2>/dev/null || echo unknown)"
+        printf '# GPU check\n\n%s, commit %s\n\n' "$(date -u +%FT%TZ)" "${COMMIT:-unknown}"
         sed 's/^/    /' "$out/logs/device.log" && echo
         printf '| stage | result | time | last line |\n|---|---|---:|---|\n'
         printf '%s\n' "${summary[@]}"
     } >"$out/gpu_check.md"
 }
 
-# Every access of torch's allocator is checked one by one only without its cache. Only this library's kernels are watched.
+# sanitize TOOL SECONDS OPTION...: every op under a tool. Memory is checked tensor by tensor only without torch's cache. Only
+# this library's kernels are watched, not what torch asks of the driver.
 sanitize() {
     local tool=$1 limit=$2
-    stage "$tool" "$limit" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --kernel-name kns=hypenet \
-        --error-exitcode 9 --print-limit 20 "$python" tests/every_op.py
+    shift 2
+    stage "$tool" "$limit" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" "$@" \
+        --kernel-name kns=hypenet --error-exitcode 9 --print-limit 20 "$python" tests/every_op.py
 }
 
 [[ -n $dry_run ]] || mkdir -p "$out/logs" || exit 2
@@ -97,9 +103,13 @@ stage device 20 sh -c 'nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,
     nvcc --version | tail -n 2'
 stage build 200 "$python" setup.py --quiet build_ext --inplace
 stage self-test 60 "$python" -m hypenet_kernels
-stage tests 150 "$python" -m pytest -m cuda --continue-on-collection-errors -rfE -p no:cacheprovider tests/test_cuda_*.py
+# A process for each file: after a kernel's illegal access nothing else runs in its process.
+for file in tests/test_cuda_{gated_delta,gated_delta_bwd,hype_attention,hype_attention_decode,step}.py; do
+    name=${file#tests/test_cuda_}
+    stage "${name%.py}" 60 "$python" -m pytest -m cuda --continue-on-collection-errors -rfE -p no:cacheprovider "$file"
+done
 stage timing 240 "$python" -m bench.ops cuda "$out/ops.json"
-sanitize memcheck 60
+sanitize memcheck 60 --padding 64 --report-api-errors no
 sanitize racecheck 60
 sanitize synccheck 45
 

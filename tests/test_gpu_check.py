@@ -8,12 +8,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "bench" / "gpu_check.sh"
-STAGES = ["device", "build", "self-test", "tests", "timing", "memcheck", "racecheck", "synccheck"]
+TESTS = sorted(path.stem.removeprefix("test_cuda_") for path in (ROOT / "tests").glob("test_cuda_*.py"))
+TESTS.remove("build")  # of it nothing needs a GPU
+STAGES = ["device", "build", "self-test", *TESTS, "timing", "memcheck", "racecheck", "synccheck"]
 PYTHON = """#!/bin/sh
 case "$*" in
     -) cat >/dev/null; printf '%s' "$FAKE_FACTS" ;;
     setup.py*) echo "built for $TORCH_CUDA_ARCH_LIST" ;;
-    "-m pytest"*) echo "1 failed, 3 passed"; exit 1 ;;
+    "-m pytest"*step.py) echo "1 failed, 3 passed"; exit 1 ;;
+    "-m pytest"*) echo "4 passed" ;;
     "-m bench.ops"*) echo '{"rows": [1]}' >"$4"; sleep "$FAKE_SECONDS"; echo timed ;;
     *) echo "ran $*" ;;
 esac
@@ -53,11 +56,17 @@ def test_failure_of_a_stage_stops_no_other(machine, tmp_path):
     assert ran.returncode == 1 and "1 stages did not pass" in ran.stdout, ran.stdout + ran.stderr
     found = rows(tmp_path / "results")
     assert list(found) == STAGES
-    assert found.pop("tests") == ("failed (1)", "1 failed, 3 passed")
+    assert found.pop("step") == ("failed (1)", "1 failed, 3 passed")
     assert {result for result, _ in found.values()} == {"passed"}
     assert found["build"][1] == "built for 9.0a" and found["racecheck"][1].startswith("checked by racecheck")
     assert "NVIDIA H200" in (tmp_path / "results" / "gpu_check.md").read_text()
     assert (tmp_path / "results" / "logs" / "timing.log").read_text() == "timed\n"
+
+
+def test_says_what_it_was_given_for_the_commit(machine, tmp_path):
+    """On a machine without git."""
+    run(machine | {"COMMIT": "0123abc"})
+    assert "commit 0123abc" in (tmp_path / "results" / "gpu_check.md").read_text()
 
 
 def test_what_was_measured_survives_the_end_of_the_time(machine, tmp_path):
