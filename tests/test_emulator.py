@@ -137,6 +137,18 @@ def test_tf32(seed):
     torch.testing.assert_close(c.double(), rounded[0] @ rounded[1], rtol=1e-5, atol=1e-6)
 
 
+def test_products_are_cut_off_and_their_sum_rounded_towards_zero():
+    """1 + 1.5 x 2^-24 is 1 there, where rounding to nearest gives 1 + 2^-23; NaN and infinity stay."""
+    a, b, c = torch.zeros(16, 8), torch.zeros(8, 8), torch.zeros(16, 8)
+    a[:, 0], a[:, 1], b[:2] = 1.0, 1.5 * 2.0**-12, torch.tensor([[1.0], [2.0**-12]])
+    a[8:] *= -1
+    a[3, 7], a[4, 7], b[7] = torch.nan, torch.inf, 1.0
+    run("tf32", a=a, b=b, c=c)
+    expected = torch.tensor([1.0] * 8 + [-1.0] * 8)
+    expected[3], expected[4] = torch.nan, torch.inf
+    torch.testing.assert_close(c, expected[:, None].expand(16, 8), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int32], ids=str)
 def test_shuffles(dtype, seed):
     x = torch.arange(100, 164).to(dtype)

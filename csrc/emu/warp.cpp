@@ -76,20 +76,70 @@ void widen_pair(uint32_t pair, float& low, float& high) {
   high = widen(Element{static_cast<uint16_t>(pair >> 16)});
 }
 
+// ---- mma as tensor cores take it, of sm_80, the coarsest: summands are cut off this far behind the last bit
+// of the largest, and the sum is rounded towards zero.
+constexpr int kGuardBits = 1;
+
+float towards_zero(double x) {
+  const auto nearest = static_cast<float>(x);
+  return std::isfinite(nearest) && std::abs(nearest) > std::abs(x) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
+// The bits of |x|, which rise with it: infinity and NaN are the largest.
+int32_t magnitude(float x) { return std::bit_cast<int32_t>(x) & 0x7fffffff; }
+
+// d += the sum of terms [kTerms][8], column by column. A term is a product of 16-bit or tf32 numbers: exact.
+template <int kTerms>
+void add_products(float (&d)[8], const float (&terms)[kTerms][8]) {
+  constexpr int32_t kSmall = std::bit_cast<int32_t>(0x1p-80f), kLarge = std::bit_cast<int32_t>(0x1p80f);
+  int32_t largest[8];
+  for (int n = 0; n < 8; ++n) largest[n] = magnitude(d[n]);
+  for (int i = 0; i < kTerms; ++i) {
+    for (int n = 0; n < 8; ++n) largest[n] = std::max(largest[n], magnitude(terms[i][n]));
+  }
+  if (*std::min_element(largest, largest + 8) > kSmall && *std::max_element(largest, largest + 8) < kLarge) {
+    float per_unit[8];  // units of a summand's last bit in one
+    int32_t sums[8];
+    for (int n = 0; n < 8; ++n) {
+      const int32_t inverse_power = (254 << 23) - (largest[n] & 0x7f800000);
+      per_unit[n] = std::bit_cast<float>(inverse_power) * (1 << (23 + kGuardBits));
+      sums[n] = static_cast<int32_t>(d[n] * per_unit[n]);
+    }
+    for (int i = 0; i < kTerms; ++i) {
+      for (int n = 0; n < 8; ++n) sums[n] += static_cast<int32_t>(terms[i][n] * per_unit[n]);
+    }
+    for (int n = 0; n < 8; ++n) d[n] = towards_zero(sums[n] / static_cast<double>(per_unit[n]));
+    return;
+  }
+  for (int n = 0; n < 8; ++n) {  // zeros, infinities, NaN
+    double sum = d[n];
+    for (int i = 0; i < kTerms; ++i) sum += terms[i][n];
+    d[n] = towards_zero(sum);
+  }
+}
+
 template <int kDepth>
 void multiply(const Warp& warp, const float (&a)[16][kDepth], const float (&b)[kDepth][8]) {
-  float d[16][8] = {};
+  constexpr int kTerms = kDepth / 2;  // added at once
+  float d[16][8];
+  const auto for_each_result = [&](auto&& run) {
+    for (int lane = 0; lane < kWarpSize; ++lane) {
+      float (&own)[4] = *operands<Fragments>(warp, lane).d;
+      const int row = lane / 4, col = lane % 4 * 2;
+      for (int i = 0; i < 4; ++i) run(own[i], d[row + i / 2 * 8][col + i % 2]);
+    }
+  };
+  for_each_result([](const float& own, float& x) { x = own; });
   for (int m = 0; m < 16; ++m) {
-    for (int k = 0; k < kDepth; ++k) {
-      for (int n = 0; n < 8; ++n) d[m][n] += a[m][k] * b[k][n];
+    for (int first = 0; first < kDepth; first += kTerms) {
+      float terms[kTerms][8];
+      for (int i = 0; i < kTerms; ++i) {
+        for (int n = 0; n < 8; ++n) terms[i][n] = a[m][first + i] * b[first + i][n];
+      }
+      add_products(d[m], terms);
     }
   }
-  for (int lane = 0; lane < kWarpSize; ++lane) {
-    float (&to)[4] = *operands<Fragments>(warp, lane).d;
-    const int row = lane / 4, col = lane % 4 * 2;
-    to[0] += d[row][col], to[1] += d[row][col + 1];
-    to[2] += d[row + 8][col], to[3] += d[row + 8][col + 1];
-  }
+  for_each_result([](float& own, const float& x) { own = x; });
 }
 
 template <class Element>
