@@ -38,6 +38,20 @@ inline Status max_shared_bytes(int& bytes) {
   return status_of(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
 }
 
+// Lets a block of a kernel ask for `bytes` of shared memory.
+inline Status allow_shared_bytes(const void* kernel, size_t bytes) {
+  if (bytes <= kSharedBytesWithoutAsking) return nullptr;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (error == cudaSuccess) return nullptr;
+  int most = 0;
+  if (const Status status = max_shared_bytes(most); status != nullptr) return status;
+  return bytes <= static_cast<size_t>(most)
+             ? status_of(error)
+             : "a block of this GPU has less shared memory than the kernel needs (compute capability 8.0 "
+               "and 9.0 have it)";
+}
+
 // Starts `num_blocks` blocks, all along x, so that the number of sequences is bounded by 2^31 - 1 blocks
 // alone. `name` is the kernel's in tables and reports.
 template <class Params>
@@ -46,11 +60,7 @@ Status launch([[maybe_unused]] const char* name, void (*kernel)(Params), int64_t
   if (num_blocks == 0) return nullptr;
   if (num_blocks > std::numeric_limits<int32_t>::max()) return "too many blocks for one launch";
   const void* entry = reinterpret_cast<const void*>(kernel);
-  if (shared_bytes > kSharedBytesWithoutAsking) {
-    const cudaError_t error = cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return status_of(error);
-  }
+  if (const Status status = allow_shared_bytes(entry, shared_bytes); status != nullptr) return status;
   void* arguments[] = {const_cast<Params*>(&params)};
   return status_of(cudaLaunchKernel(entry, dim3(static_cast<unsigned>(num_blocks)),
                                     dim3(static_cast<unsigned>(num_threads)), arguments, shared_bytes,
