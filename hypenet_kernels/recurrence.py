@@ -51,9 +51,9 @@ MODEL_ARGUMENTS = frozenset(
 CHUNK = 64  # tokens, on CUDA
 # Head dimensions that are built for CUDA; others are padded with zeros, which changes nothing, and narrowed back.
 KEY_DIMS, VALUE_DIM_MULTIPLE = (64, 128), 64
-# Splitting sequences takes 2.25 times the work, so it is for few heads: at most SPLIT_HEADS of 128 value columns, in all
-# sequences. They are cut into DEVICE_HEADS segments, about as many as a large device runs at once, of at least
-# MIN_SEGMENT chunks, since the states still go from segment to segment one by one.
+# Splitting sequences takes 2.25 times the work, so it is for few heads: at most SPLIT_HEADS of 128 value columns. They
+# are cut into DEVICE_HEADS segments, about as many as a large device runs at once, of at least MIN_SEGMENT chunks, since
+# the states still go from segment to segment one by one.
 SPLIT_HEADS, DEVICE_HEADS, MIN_SEGMENT = 40, 128, 16
 STEP_TOKENS = 16  # up to which the recurrent form on CUDA goes token by token
 
@@ -253,7 +253,8 @@ def forward_cpu(kernel_name, op, q, k, v, g, beta, initial_state, cu_seqlens, sc
 def forward_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, save, segment_chunks):
     o, final_state = outputs(op, q, k, v, g, beta, initial_state, cu_seqlens)
     if q.dtype not in native.HALF:
-        checks.fail(NotImplementedError, op, "q", "be bfloat16 or float16 on CUDA", q.dtype)
+        rule = "be bfloat16 or float16 on CUDA in chunks and for a gradient"
+        checks.fail(NotImplementedError, op, "q", rule, q.dtype)
     K, V = padded_dims(op, q, v)
     NT, HV = max_chunks(q, cu_seqlens), v.shape[2]
     q, k, v = (native.aligned_rows(_padded(x, n)) for x, n in ((q, K), (k, K), (v, V)))

@@ -33,9 +33,9 @@ __device__ __forceinline__ void copy_gates_async(float (&G)[kChunk], float (&bet
   }
 }
 
-// Gamma_ij = exp(G_i - G_j) for j <= i, else 0.
+// Gamma_ij = exp(G_i - G_j) for j <= i, else 0. The sums may rise by their rounding.
 __device__ __forceinline__ float decay_between(const float (&G)[kChunk], int i, int j) {
-  return j <= i ? arch::exp2(G[i] - G[j]) : 0.0f;
+  return j <= i ? arch::exp2(fminf(G[i] - G[j], 0.0f)) : 0.0f;
 }
 
 // T0 -> T = T0 . Gamma, in place.

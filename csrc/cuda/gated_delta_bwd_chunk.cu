@@ -485,7 +485,7 @@ __device__ __forceinline__ void add_tile(Smem& sm, typename Smem::Stage& stage, 
         rdK, stage.dB, stage.S0, sm.k, [&](int row) { return -arch::exp2(G[row]) * beta[row]; }, sm.dG);
   }
   through_state<true, Smem>(
-      rdK, stage.v, stage.dS1, sm.k, [&](int row) { return arch::exp2(G[kChunk - 1] - G[row]); }, sm.next);
+      rdK, stage.v, stage.dS1, sm.k, [&](int row) { return decay_between(G, kChunk - 1, row); }, sm.next);
   dot_states(sm, stage);
 }
 

@@ -193,7 +193,7 @@ __device__ __forceinline__ void output_to_pseudo_values(Smem& sm, typename Smem:
   multiply<Element, Smem::K>(
       rdE, [&](auto& a, int m, int k) { load_a(a, stage.k, row + m, k); },
       [&](auto& b, int k, int n) { load_b(b, sm.dS, k, n); });
-  for_each_element(rdE, row, 0, [&](float& x, int i, int) { x *= arch::exp2(last - stage.G[i]); });
+  for_each_element(rdE, row, 0, [&](float& x, int i, int) { x *= decay_between(stage.G, kChunk - 1, i); });
   multiply<Element, kChunk>(
       rdE, [&](auto& a, int m, int k) { load_a_transposed(a, sm.P, row + m, k); },
       [&](auto& b, int k, int n) { load_b(b, stage.dO, k, n); });
