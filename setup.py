@@ -16,8 +16,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-X86_LEVELS = {"baseline": [], "v3": ["-march=x86-64-v3"], "v4": ["-march=x86-64-v4"]}
-LEVELS = X86_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
+X86 = {"baseline": "", "v3": "-march=x86-64-v3", "v4": "-march=x86-64-v4", "v4_bf16": "-march=x86-64-v4 -mavx512bf16"}
+LEVELS = X86 if platform.machine() in ("x86_64", "AMD64") else {"baseline": ""}
 CXX_FLAGS = shlex.split("-std=c++20 -O3 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -Wall -Wextra")
 NVCC_FLAGS = shlex.split("-std=c++20 -O3 -Xcompiler=-fPIC -Xptxas=-v,--warn-on-spills,--warning-as-error")
 NVCC_LOG = ">$out.log 2>&1 || { cat $out.log; exit 1; }; grep -i warning $out.log; times >>$out.log"  # of ptxas -v
@@ -146,5 +146,5 @@ class NinjaBuild(build_ext):
 
 if __name__ == "__main__":
     cpu, cuda = (sorted(glob.glob(pattern, root_dir=ROOT)) for pattern in ("csrc/cpu/*.cpp", "csrc/cuda/*.cu"))
-    modules = [Extension(f"hypenet_kernels._cpu_{n}", cpu, extra_compile_args=f) for n, f in LEVELS.items()]
+    modules = [Extension(f"hypenet_kernels._cpu_{n}", cpu, extra_compile_args=f.split()) for n, f in LEVELS.items()]
     setup(ext_modules=[*modules, Extension("hypenet_kernels._cuda", cuda)], cmdclass={"build_ext": NinjaBuild})

@@ -115,4 +115,5 @@ PYBIND11_MODULE(_cuda, m) { hypenet::bind_all(m); }
 PYBIND11_MODULE(_cpu_baseline, m) { hypenet::bind_all(m); }
 PYBIND11_MODULE(_cpu_v3, m) { hypenet::bind_all(m); }
 PYBIND11_MODULE(_cpu_v4, m) { hypenet::bind_all(m); }
+PYBIND11_MODULE(_cpu_v4_bf16, m) { hypenet::bind_all(m); }
 #endif

@@ -4,6 +4,7 @@ import functools
 import importlib
 import json
 import logging
+import os
 from pathlib import Path
 
 import torch  # before any native module, so that both share torch's OpenMP runtime
@@ -27,8 +28,17 @@ logger = logging.getLogger("hypenet_kernels")
 
 
 def level():
-    """The instruction-set level whose module this processor runs: baseline, v3 or v4."""
-    return LEVELS.get(torch.backends.cpu.get_cpu_capability(), "baseline")
+    """The instruction-set level whose module this processor runs: baseline, v3, v4 or v4_bf16.
+
+    torch knows no level above AVX512, so that an ATEN_CPU_CAPABILITY that names this one means it without bfloat16.
+    """
+    name = LEVELS.get(torch.backends.cpu.get_cpu_capability(), "baseline")
+    return f"{name}_bf16" if name == "v4" and "ATEN_CPU_CAPABILITY" not in os.environ and _multiplies_bf16() else name
+
+
+def _multiplies_bf16():
+    """Whether the processor has AVX512-BF16; False where this torch cannot say."""
+    return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
 
 
 @functools.cache

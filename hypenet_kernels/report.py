@@ -37,7 +37,7 @@ def report():
         "threads": torch.get_num_threads(),
         "processor": _processor(),
         "level": native.level(),
-        "modules": {name: _is_built(name) for name in ("_cpu_baseline", "_cpu_v3", "_cpu_v4", "_cuda")},
+        "modules": {name: _is_built(name) for name in ("_cpu_baseline", "_cpu_v3", "_cpu_v4", "_cpu_v4_bf16", "_cuda")},
         "compiler": info["compiler"],
         "cuda_targets": info["cuda_targets"],
         "cuda": info["cuda"],

@@ -26,6 +26,7 @@ static PyObject* make() { return number() == 1 ? PyModule_Create(&module) : null
 PyMODINIT_FUNC PyInit__cpu_baseline() { return make(); }
 PyMODINIT_FUNC PyInit__cpu_v3() { return make(); }
 PyMODINIT_FUNC PyInit__cpu_v4() { return make(); }
+PyMODINIT_FUNC PyInit__cpu_v4_bf16() { return make(); }
 PyMODINIT_FUNC PyInit__cuda() { return make(); }
 """
 

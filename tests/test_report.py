@@ -15,7 +15,7 @@ from hypenet_kernels import native
 
 OPS = set(hypenet_kernels.__all__) - {"report"}
 CAPABILITIES = {"default": "baseline", "avx2": "v3", "avx512": "v4"}  # ATEN_CPU_CAPABILITY -> level
-AVAILABLE = list(CAPABILITIES)[: 1 + list(CAPABILITIES.values()).index(native.level())]
+AVAILABLE = list(CAPABILITIES)[: 1 + list(CAPABILITIES.values()).index(native.level().removesuffix("_bf16"))]
 
 
 def inputs(dtype=torch.float32, device="cpu"):
@@ -53,6 +53,22 @@ def test_wrong_kernel_fails_the_self_test(monkeypatch, capsys):
     printed = capsys.readouterr().out.splitlines()
     failed = [line.split()[1] for line in printed if line.startswith("  FAIL")]
     assert failed == ["hype_attention", "hype_attention"] and printed[-1] == "  2 failed"
+
+
+@pytest.mark.parametrize("bf16, best", [(True, "v4_bf16"), (False, "v4"), (None, "v4")])
+def test_level_is_the_best_of_the_processor_unless_the_environment_names_one(monkeypatch, bf16, best):
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    if bf16 is None:  # a torch that cannot say
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16}, raising=False)
+    assert native.level() == best
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert native.level() == "v3"
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx512")
+    assert native.level() == "v4"
 
 
 @pytest.mark.parametrize("capability", AVAILABLE)
