@@ -1,11 +1,13 @@
 // Small row-major matrix products: C[M, N] = A B, or A B on top of something. Every element of C is summed
 // over k in rising order in one register, so its value does not depend on how the rows or columns were tiled
-// or split. No allocation, no packing.
+// or split. No allocation, no packing. A and B are of one type, C's or pairs of bfloat16 (pairs.h); K counts
+// what is stored, pairs as one.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
+#include "pairs.h"
 #include "simd.h"
 
 namespace hypenet::cpu {
@@ -55,12 +57,12 @@ constexpr int rows_of_tile(int vecs, Op op) {
 constexpr int next_fewer_rows(int rows) { return rows == 6 ? 4 : rows / 2; }
 
 // kTail: the tile is one vector wide, of which `tail` columns exist.
-template <int kRows, int kVecs, Op op, bool kTail, class Start, class T>
-HYPENET_INLINE void tile(int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb, T* C, int64_t ldc,
-                         Start start, int tail) {
-  static_assert(!kTail || kVecs == 1);
+template <int kRows, int kVecs, Op op, bool kTail, class Start, class Factor, class T>
+HYPENET_INLINE void tile(int64_t K, const Factor* A, int64_t lda, const Factor* B, int64_t ldb, T* C,
+                         int64_t ldc, Start start, int tail) {
+  static_assert((!kTail || kVecs == 1) && sizeof(Factor) == sizeof(T));
   constexpr int L = kLanes<T>;
-  const auto read = [tail](const T* p) {
+  const auto read = [tail](const auto* p) {
     if constexpr (kTail) return load_partial(p, tail);
     return load(p);
   };
@@ -75,14 +77,14 @@ HYPENET_INLINE void tile(int64_t K, const T* A, int64_t lda, const T* B, int64_t
     }
   }
   for (int64_t k = 0; k < K; ++k) {
-    vec<T> b[kVecs];
+    vec<Factor> b[kVecs];
 #pragma GCC unroll 4
     for (int c = 0; c < kVecs; ++c) b[c] = read(B + k * ldb + c * L);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const vec<T> a = broadcast(op == Op::kTN ? A[k * lda + r] : A[r * lda + k]);
+      const vec<Factor> a = broadcast(op == Op::kTN ? A[k * lda + r] : A[r * lda + k]);
 #pragma GCC unroll 4
-      for (int c = 0; c < kVecs; ++c) acc[r][c] += a * b[c];
+      for (int c = 0; c < kVecs; ++c) acc[r][c] = multiply_add<Factor, T>(a, b[c], acc[r][c]);
     }
   }
 #pragma GCC unroll 8
@@ -100,9 +102,9 @@ HYPENET_INLINE void tile(int64_t K, const T* A, int64_t lda, const T* B, int64_t
 }
 
 // All rows of a panel of kVecs vectors of columns.
-template <int kRows, int kVecs, Op op, bool kTail, class Start, class T>
-void panel(int64_t M, int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb, T* C, int64_t ldc,
-           Start start, int tail) {
+template <int kRows, int kVecs, Op op, bool kTail, class Start, class Factor, class T>
+void panel(int64_t M, int64_t K, const Factor* A, int64_t lda, const Factor* B, int64_t ldb, T* C,
+           int64_t ldc, Start start, int tail) {
   const auto rows_from = [=](int64_t m) { return op == Op::kTN ? A + m : A + m * lda; };
   int64_t m = 0;
   for (; m + kRows <= M; m += kRows) {
@@ -117,9 +119,9 @@ void panel(int64_t M, int64_t K, const T* A, int64_t lda, const T* B, int64_t ld
 }
 
 // Panels of kVecs vectors, then of half as many, and so on.
-template <int kVecs, Op op, class Start, class T>
-void columns(int64_t M, int64_t N, int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb, T* C,
-             int64_t ldc, Start start) {
+template <int kVecs, Op op, class Start, class Factor, class T>
+void columns(int64_t M, int64_t N, int64_t K, const Factor* A, int64_t lda, const Factor* B, int64_t ldb,
+             T* C, int64_t ldc, Start start) {
   constexpr int kRows = rows_of_tile(kVecs, op), kWidth = kVecs * kLanes<T>;
   int64_t n = 0;
   for (; n + kWidth <= N; n += kWidth) {
@@ -136,16 +138,16 @@ void columns(int64_t M, int64_t N, int64_t K, const T* A, int64_t lda, const T* 
 }  // namespace gemm_detail
 
 // C[M, N] = start + A B. lda, ldb, ldc are the distances between stored rows. What it starts from may be C.
-template <Op op, class Start, class T>
-void gemm_from(Start start, int64_t M, int64_t N, int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb,
-               T* C, int64_t ldc) {
+template <Op op, class Start, class Factor, class T>
+void gemm_from(Start start, int64_t M, int64_t N, int64_t K, const Factor* A, int64_t lda, const Factor* B,
+               int64_t ldb, T* C, int64_t ldc) {
   gemm_detail::columns<gemm_detail::kMaxVecs, op>(M, N, K, A, lda, B, ldb, C, ldc, start);
 }
 
 // C[M, N] = A B; with kAccumulate: C = keep C + A B.
-template <Op op, bool kAccumulate = false, class T>
-void gemm(int64_t M, int64_t N, int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb, T* C,
-          int64_t ldc, T keep = T(1)) {
+template <Op op, bool kAccumulate = false, class Factor, class T>
+void gemm(int64_t M, int64_t N, int64_t K, const Factor* A, int64_t lda, const Factor* B, int64_t ldb, T* C,
+          int64_t ldc, std::type_identity_t<T> keep = 1) {
   if constexpr (kAccumulate) {
     gemm_from<op>(FromScaled<T>{C, ldc, keep}, M, N, K, A, lda, B, ldb, C, ldc);
   } else {

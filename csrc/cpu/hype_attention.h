@@ -10,6 +10,7 @@
 
 #include "../params.h"
 #include "dtype.h"
+#include "pairs.h"
 #include "simd.h"
 #include "workspace.h"
 
@@ -137,6 +138,21 @@ void store_row(const Acc* x, int64_t D, Element* y) {
 template <class Element, class Acc>
 void load_rows(Rows<Element> x, int64_t rows, int64_t D, Acc* y) {
   for (int64_t r = 0; r < rows; ++r) load_row(x[r], D, y + r * D);
+}
+
+// y [rows, packed(D)]: the rows as factors of a product that sums over D.
+template <class Element, class Factor>
+void pack_rows(Rows<Element> x, int64_t rows, int64_t D, Factor* y) {
+  for (int64_t r = 0; r < rows; ++r) pack_row(x[r], D, y + r * packed<Factor>(D));
+}
+
+// y [packed(rows), D]: the rows as factors of a product that sums over them.
+template <class Element, class Factor>
+void pack_across_rows(Rows<Element> x, int64_t rows, int64_t D, Factor* y) {
+  for (int64_t r = 0; r < rows; r += kPacked<Factor>) {
+    const Element* next = r + 1 < rows ? x[r + 1] : nullptr;
+    pack_columns(x[r], next, D, y + r / kPacked<Factor> * D);
+  }
 }
 
 // y = sigmoid(x); the exponent taken is never positive.

@@ -64,78 +64,91 @@ std::vector<Task> list_tasks(const HypeAttentionFwdParams& p, int64_t query_bloc
   return tasks;
 }
 
-// What a tile holds: the scaled queries, and the sums over keys so far with their maxima and weights.
-template <class Acc>
+// What a tile holds: the queries, what scales their logits, and the sums over keys so far with their maxima
+// and weights.
+template <class Factor, class Acc>
 struct TileBlocks {
-  Acc *q, *o, *max, *sum;  // [D, kTileLanes] twice, [kTileLanes] twice
+  Factor* q;                   // [packed(D), kTileLanes]
+  Acc *o, *scale, *max, *sum;  // [D, kTileLanes], [kTileLanes] three times
 
   TileBlocks(Arena<Acc>& arena, int64_t D)
-      : q(arena.take(D * kTileLanes)),
+      : q(arena.template take<Factor>(packed<Factor>(D) * kTileLanes)),
         o(arena.take(D * kTileLanes)),
+        scale(arena.take(kTileLanes)),
         max(arena.take(kTileLanes)),
         sum(arena.take(kTileLanes)) {}
 };
 
-// What the tiles of a thread share: a block of keys, one of values, the weights of a tile, and rows of a
-// tile.
-template <class Acc>
+// What the tiles of a thread share: a block of keys, one of values, the logits of a tile, and rows of a tile.
+template <class Factor, class Acc>
 struct Blocks {
-  Acc *k, *v, *weights, *rows;  // [kKeyBlock, D] twice, [kKeyBlock, kTileLanes], [kTileLanes, D]
+  Factor *k, *v, *q_rows;  // [kKeyBlock, packed(D)], [packed(kKeyBlock), D], [kTileLanes, packed(D)]
+  Acc *logits, *rows;      // [kKeyBlock, kTileLanes], [kTileLanes + 1, D]
 
   Blocks(Arena<Acc>& arena, int64_t D)
-      : k(arena.take(kKeyBlock * D)),
-        v(arena.take(kKeyBlock * D)),
-        weights(arena.take(kKeyBlock * kTileLanes)),
+      : k(arena.template take<Factor>(kKeyBlock * packed<Factor>(D))),
+        v(arena.template take<Factor>(packed<Factor>(kKeyBlock) * D)),
+        q_rows(arena.template take<Factor>(kTileLanes * packed<Factor>(D))),
+        logits(arena.take(kKeyBlock * kTileLanes)),
         rows(arena.take((kTileLanes + 1) * D)) {}
 };
 
-template <class Element, class Acc>
-void load_queries(const HypeAttentionFwdParams& p, const Sequence& s, const Tile& tile, Acc* rows,
-                  const TileBlocks<Acc>& out) {
-  const int64_t D = p.D, padded = tile.padded<Acc>();
-  for (int64_t t = 0; t < tile.num_tokens; ++t) {
-    const double position = position_scale(s.offset + tile.begin + t, p.logit_scale_base);
-    const Acc factor = static_cast<Acc>(p.scale * position);
-    for (int64_t h = 0; h < tile.num_heads; ++h) {
-      const Element* x = head_rows<Element>(p.q, s.batch, s.first + tile.begin + t, tile.head + h)[0];
-      Acc* row = rows + (h * tile.num_tokens + t) * D;
-      for (int64_t d = 0; d < D; ++d) row[d] = static_cast<Acc>(x[d]) * factor;
-    }
+template <class Element, class Factor, class Acc>
+void load_queries(const HypeAttentionFwdParams& p, const Sequence& s, const Tile& tile, Factor* rows,
+                  const TileBlocks<Factor, Acc>& out) {
+  const int64_t D = p.D, width = packed<Factor>(D), lanes = tile.lanes(), padded = tile.padded<Acc>();
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    const int64_t head = tile.head + lane / tile.num_tokens, t = tile.begin + lane % tile.num_tokens;
+    pack_row(head_rows<Element>(p.q, s.batch, s.first + t, head)[0], D, rows + lane * width);
+    out.scale[lane] = static_cast<Acc>(p.scale * position_scale(s.offset + t, p.logit_scale_base));
   }
-  std::fill(rows + tile.lanes() * D, rows + padded * D, Acc(0));
-  transpose(padded, D, rows, D, out.q, kTileLanes);
+  std::fill(rows + lanes * width, rows + padded * width, Factor{});
+  transpose(padded, width, rows, width, out.q, kTileLanes);
   std::fill_n(out.o, D * kTileLanes, Acc(0));
+  std::fill(out.scale + lanes, out.scale + padded, Acc(0));
   std::fill_n(out.max, padded, -std::numeric_limits<Acc>::infinity());
   std::fill_n(out.sum, padded, Acc(0));
 }
 
-// Turns the logits [keys, lanes] of kVecs vectors of lanes into weights exp(x - max), and carries max, sum
-// and o over from the key blocks before. A lane sees the first `visible` keys; all of them where !kMasked.
-template <int kVecs, bool kMasked, class Acc>
-void online_softmax(int64_t keys, int64_t D, const Acc* visible, Acc* weights, Acc* max, Acc* sum, Acc* o) {
+// Turns the logits [keys, lanes] of kVecs vectors of lanes, in place, into the weights exp(scale x - max) as
+// factors [packed(keys), lanes], and carries max, sum and o over from the key blocks before. A lane sees the
+// first `visible` keys; all of them where !kMasked.
+template <int kVecs, bool kMasked, class Factor, class Acc>
+void online_softmax(int64_t keys, int64_t D, const Acc* visible, const Acc* scale, Acc* logits, Acc* max,
+                    Acc* sum, Acc* o) {
   constexpr int L = kLanes<Acc>;
-  vec<Acc> most[kVecs], total[kVecs] = {}, seen[kVecs];
+  constexpr int64_t kStep = kPacked<Factor>;
+  vec<Acc> most[kVecs], total[kVecs] = {}, factor[kVecs], seen[kVecs];
 #pragma GCC unroll 4
   for (int c = 0; c < kVecs; ++c) {
     most[c] = load(max + c * L);
+    factor[c] = load(scale + c * L);
     if (kMasked) seen[c] = load(visible + c * L);
   }
   for (int64_t i = 0; i < keys; ++i) {
 #pragma GCC unroll 4
     for (int c = 0; c < kVecs; ++c) {
-      const vec<Acc> x = load(weights + i * kTileLanes + c * L);
+      const vec<Acc> x = load(logits + i * kTileLanes + c * L) * factor[c];
       const vec<Acc> larger = x > most[c] ? x : most[c];
       most[c] = kMasked ? (broadcast(Acc(i)) < seen[c] ? larger : most[c]) : larger;
     }
   }
-  for (int64_t i = 0; i < keys; ++i) {
+  const auto weigh = [&](int64_t i, int c) {
+    const vec<Acc> weight = exp<Acc>(load(logits + i * kTileLanes + c * L) * factor[c] - most[c]);
+    return kMasked ? (broadcast(Acc(i)) < seen[c] ? weight : vec<Acc>{}) : weight;
+  };
+  Factor* weights = reinterpret_cast<Factor*>(logits);
+  for (int64_t i = 0; i < keys; i += kStep) {
 #pragma GCC unroll 4
     for (int c = 0; c < kVecs; ++c) {
-      Acc* x = weights + i * kTileLanes + c * L;
-      vec<Acc> weight = exp<Acc>(load(x) - most[c]);
-      if (kMasked) weight = broadcast(Acc(i)) < seen[c] ? weight : vec<Acc>{};
-      store(x, weight);
-      total[c] += weight;
+      vec<Acc> weight[kStep] = {};
+#pragma GCC unroll 2
+      for (int j = 0; j < kStep; ++j) {
+        if (j > 0 && i + j == keys) break;
+        weight[j] = weigh(i + j, c);
+        total[c] += weight[j];
+      }
+      store(weights + i / kStep * kTileLanes + c * L, pack<Factor, Acc>(weight));
     }
   }
   for (int c = 0; c < kVecs; ++c) {
@@ -153,32 +166,37 @@ void online_softmax(int64_t keys, int64_t D, const Acc* visible, Acc* weights, A
 }
 
 // One block of keys and values for a tile, whose first token sees `first_visible` keys of it.
-template <class Acc>
-void add_keys(const Tile& tile, int64_t keys, int64_t first_visible, int64_t D, const Blocks<Acc>& b,
-              const TileBlocks<Acc>& t) {
+template <class Factor, class Acc>
+void add_keys(const Tile& tile, int64_t keys, int64_t first_visible, int64_t D, const Blocks<Factor, Acc>& b,
+              const TileBlocks<Factor, Acc>& t) {
   constexpr int64_t L = kLanes<Acc>, kWide = 4 * L;
-  const int64_t padded = tile.padded<Acc>();
-  gemm<Op::kNN, false>(keys, padded, D, b.k, D, t.q, kTileLanes, b.weights, kTileLanes);
+  const int64_t padded = tile.padded<Acc>(), width = packed<Factor>(D);
+  gemm<Op::kNN>(keys, padded, width, b.k, width, t.q, kTileLanes, b.logits, kTileLanes);
   Acc visible[kTileLanes];
   for (int64_t c = 0; c < padded; ++c) visible[c] = static_cast<Acc>(first_visible + c % tile.num_tokens);
   const auto softmax = [&]<int kVecs>(int64_t c, std::integral_constant<int, kVecs>) {
+    const auto run = [&]<bool kMasked>(std::bool_constant<kMasked>) {
+      online_softmax<kVecs, kMasked, Factor>(keys, D, visible + c, t.scale + c, b.logits + c, t.max + c,
+                                             t.sum + c, t.o + c);
+    };
     if (first_visible >= keys) {
-      online_softmax<kVecs, false>(keys, D, visible + c, b.weights + c, t.max + c, t.sum + c, t.o + c);
+      run(std::false_type());
     } else {
-      online_softmax<kVecs, true>(keys, D, visible + c, b.weights + c, t.max + c, t.sum + c, t.o + c);
+      run(std::true_type());
     }
   };
   int64_t c = 0;
   for (; c + kWide <= padded; c += kWide) softmax(c, std::integral_constant<int, 4>());
   for (; c < padded; c += L) softmax(c, std::integral_constant<int, 1>());
-  gemm<Op::kTN, true>(D, padded, keys, b.v, D, b.weights, kTileLanes, t.o, kTileLanes);
+  const Factor* weights = reinterpret_cast<const Factor*>(b.logits);
+  gemm<Op::kTN, true>(D, padded, packed<Factor>(keys), b.v, D, weights, kTileLanes, t.o, kTileLanes);
 }
 
 // Writes o, gated where there is a gate, the output before the gate for the backward, and the logarithm of
 // the sums.
-template <class Element, class Acc>
-void store_output(const HypeAttentionFwdParams& p, const Sequence& s, const Tile& tile, const Blocks<Acc>& b,
-                  const TileBlocks<Acc>& t) {
+template <class Element, class Factor, class Acc>
+void store_output(const HypeAttentionFwdParams& p, const Sequence& s, const Tile& tile,
+                  const Blocks<Factor, Acc>& b, const TileBlocks<Factor, Acc>& t) {
   const int64_t D = p.D, token = s.first + tile.begin;
   Acc* gate_row = b.rows + kTileLanes * D;
   transpose(D, tile.lanes(), t.o, kTileLanes, b.rows, D);
@@ -203,29 +221,33 @@ void store_output(const HypeAttentionFwdParams& p, const Sequence& s, const Tile
 template <class Element>
 void run_task(const HypeAttentionFwdParams& p, const Task& task, acc_t<Element>* memory) {
   using Acc = acc_t<Element>;
+  using Factor = factor_t<Element>;
   const Sequence s = sequence(p, task.n);
   const int64_t D = p.D, end = s.offset + task.end;
   Arena<Acc> arena(memory);
-  const Blocks<Acc> b(arena, D);
+  const Blocks<Factor, Acc> b(arena, D);
   const Arena<Acc> tiles = arena;
   const auto for_each = [&](auto&& body) {
     Arena<Acc> rest = tiles;
     for_each_tile(task.head, task.num_heads, task.begin, task.end,
-                  [&](const Tile& tile) { body(tile, TileBlocks<Acc>(rest, D)); });
+                  [&](const Tile& tile) { body(tile, TileBlocks<Factor, Acc>(rest, D)); });
   };
 
-  for_each([&](const Tile& tile, const TileBlocks<Acc>& t) { load_queries<Element>(p, s, tile, b.rows, t); });
+  for_each([&](const Tile& tile, const TileBlocks<Factor, Acc>& t) {
+    load_queries<Element>(p, s, tile, b.q_rows, t);
+  });
   for (int64_t start = 0; start < end; start += kKeyBlock) {
     const int64_t keys = std::min(kKeyBlock, end - start);
-    load_rows(head_rows<Element>(p.k, s.batch, s.first + start, task.key_head), keys, D, b.k);
-    load_rows(head_rows<Element>(p.v, s.batch, s.first + start, task.key_head), keys, D, b.v);
-    for_each([&](const Tile& tile, const TileBlocks<Acc>& t) {
+    pack_rows(head_rows<Element>(p.k, s.batch, s.first + start, task.key_head), keys, D, b.k);
+    pack_across_rows(head_rows<Element>(p.v, s.batch, s.first + start, task.key_head), keys, D, b.v);
+    for_each([&](const Tile& tile, const TileBlocks<Factor, Acc>& t) {
       const int64_t first_visible = s.offset + tile.begin - start + 1;
       const int64_t seen = std::min(keys, first_visible + tile.num_tokens - 1);
       if (seen > 0) add_keys(tile, seen, first_visible, D, b, t);
     });
   }
-  for_each([&](const Tile& tile, const TileBlocks<Acc>& t) { store_output<Element>(p, s, tile, b, t); });
+  for_each(
+      [&](const Tile& tile, const TileBlocks<Factor, Acc>& t) { store_output<Element>(p, s, tile, b, t); });
 }
 
 }  // namespace
@@ -233,15 +255,16 @@ void run_task(const HypeAttentionFwdParams& p, const Task& task, acc_t<Element>*
 Status hype_attention_fwd(const HypeAttentionFwdParams& params) {
   return dispatch_dtype(params.dtype, [&]<class Element>() -> Status {
     using Acc = acc_t<Element>;
+    using Factor = factor_t<Element>;
     std::vector<Task> tasks = list_tasks(params, kMaxQueryBlock);
     const int64_t enough = kTasksPerThread * params.num_threads;
     if (static_cast<int64_t>(tasks.size()) < enough) tasks = list_tasks(params, kMinQueryBlock);
     const int64_t num_tasks = static_cast<int64_t>(tasks.size());
     const int64_t threads = useful_threads(params.num_threads, num_tasks, multiply_adds(params));
     Arena<Acc> count;
-    Blocks<Acc>(count, params.D);
+    Blocks<Factor, Acc>(count, params.D);
     for (int64_t tile = 0; tile < kMaxQueryBlock * kTileHeads / kTileLanes; ++tile)
-      TileBlocks<Acc>(count, params.D);
+      TileBlocks<Factor, Acc>(count, params.D);
     ThreadBlocks<Acc> memory(threads, count.used());
     for_each_task(num_tasks, threads, [&](int64_t i, int64_t thread) {
       run_task<Element>(params, tasks[i], memory.thread(thread));

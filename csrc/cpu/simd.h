@@ -160,9 +160,10 @@ inline T exp_scalar(T x) {
   return exp<T>(broadcast(x))[0];
 }
 
-// The quads at p, p + step, p + 2 step, ... side by side in one vector.
-template <int kQuads>
-inline auto gather_quads(const float* p, int64_t step) {
+// The quads at p, p + step, p + 2 step, ... side by side in one vector, as floats whatever they are.
+template <int kQuads, class T>
+inline auto gather_quads(const T* p, int64_t step) {
+  static_assert(sizeof(T) == sizeof(float));
   typedef float Wide __attribute__((vector_size(16 * kQuads)));
   if constexpr (kQuads == 1) {
     Wide quad;
@@ -196,16 +197,17 @@ inline Wide join_quads(Wide a, Wide b) {
 }
 
 // Four columns of kLanes<float> rows become four vectors.
-inline void transpose_four_columns(const float* src, int64_t src_ld, float* dst, int64_t dst_ld) {
+template <class T>
+inline void transpose_four_columns(const T* src, int64_t src_ld, T* dst, int64_t dst_ld) {
   constexpr int kQuads = kLanes<float> / 4;
   vec<float> row[4];
   for (int r = 0; r < 4; ++r) row[r] = gather_quads<kQuads>(src + r * src_ld, 4 * src_ld);
   const vec<float> a = interleave_quads<0>(row[0], row[1]), b = interleave_quads<0>(row[2], row[3]);
   const vec<float> c = interleave_quads<2>(row[0], row[1]), d = interleave_quads<2>(row[2], row[3]);
-  store(dst, join_quads<0>(a, b));
-  store(dst + dst_ld, join_quads<2>(a, b));
-  store(dst + 2 * dst_ld, join_quads<0>(c, d));
-  store(dst + 3 * dst_ld, join_quads<2>(c, d));
+  store(dst, (vec<T>)join_quads<0>(a, b));
+  store(dst + dst_ld, (vec<T>)join_quads<2>(a, b));
+  store(dst + 2 * dst_ld, (vec<T>)join_quads<0>(c, d));
+  store(dst + 3 * dst_ld, (vec<T>)join_quads<2>(c, d));
 }
 
 // dst[j, i] = src[i, j] for i < rows, j < cols; row-major, leading dimensions in elements.

@@ -15,11 +15,13 @@ template <class T>
 class Arena {
  public:
   explicit Arena(T* block = nullptr) : block_(block) {}
-  T* take(int64_t count) {
+  template <class Piece = T>
+  Piece* take(int64_t count) {
+    static_assert(sizeof(Piece) == sizeof(T));
     constexpr int64_t kLine = 64 / sizeof(T);
     T* piece = block_ == nullptr ? nullptr : block_ + used_;
     used_ += (count + kLine - 1) / kLine * kLine;
-    return piece;
+    return reinterpret_cast<Piece*>(piece);
   }
   int64_t used() const { return used_; }
 

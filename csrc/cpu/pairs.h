@@ -1,0 +1,98 @@
+// What matrix products multiply: elements in the accumulation type or, where the instruction set has products
+// of bfloat16, pairs of them. A product takes two pairs and adds first * first + second * second to a float;
+// so a matrix of factors is half as long along the dimension that is summed over.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <type_traits>
+
+#include "dtype.h"
+#include "simd.h"
+
+namespace hypenet::cpu {
+
+#if defined(__AVX512BF16__)
+
+struct BFloat16Pair {
+  bfloat16 first, second;
+};
+template <>
+struct Vector<BFloat16Pair> {
+  typedef uint32_t type __attribute__((vector_size(kVectorBytes)));
+};
+inline vec<BFloat16Pair> broadcast(BFloat16Pair x) {
+  return std::bit_cast<uint32_t>(x) - vec<BFloat16Pair>{};
+}
+
+template <class Element>
+using factor_t = std::conditional_t<std::is_same_v<Element, bfloat16>, BFloat16Pair, acc_t<Element>>;
+template <class Factor>
+inline constexpr int64_t kPacked = std::is_same_v<Factor, BFloat16Pair> ? 2 : 1;
+
+#else
+
+template <class Element>
+using factor_t = acc_t<Element>;
+template <class Factor>
+inline constexpr int64_t kPacked = 1;
+
+#endif
+
+// Factors that hold n elements.
+template <class Factor>
+constexpr int64_t packed(int64_t n) {
+  return (n + kPacked<Factor> - 1) / kPacked<Factor>;
+}
+
+// sum + a b, lane by lane. Products of bfloat16 take subnormal numbers for zero.
+template <class Factor, class Acc>
+HYPENET_INLINE vec<Acc> multiply_add(vec<Factor> a, vec<Factor> b, vec<Acc> sum) {
+  if constexpr (kPacked<Factor> == 1) {
+    return sum + a * b;
+  } else {
+#if defined(__AVX512BF16__)
+    return (vec<Acc>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#endif
+  }
+}
+
+// The factors of kPacked vectors of sums, which lie one step apart along the dimension that is summed over.
+template <class Factor, class Acc>
+HYPENET_INLINE vec<Factor> pack(const vec<Acc> (&x)[kPacked<Factor>]) {
+  if constexpr (kPacked<Factor> == 1) {
+    return x[0];
+  } else {
+#if defined(__AVX512BF16__)
+    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
+                                                23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]);
+    return (vec<Factor>)_mm512_permutexvar_epi16(interleave, halves);
+#endif
+  }
+}
+
+// y [packed(n)]: the n elements of x, neighbours packed together; a last one alone is followed by zero.
+template <class Element, class Factor>
+void pack_row(const Element* x, int64_t n, Factor* y) {
+  if constexpr (kPacked<Factor> == 1) {
+    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<Factor>(x[i]);
+  } else {
+    std::memcpy(y, x, n / 2 * sizeof(Factor));
+    if (n % 2 != 0) y[n / 2] = {x[n - 1], bfloat16(0.0f)};
+  }
+}
+
+// y [n]: elements of kPacked rows, each column packed together; `next` is null where there is no second row.
+template <class Element, class Factor>
+void pack_columns(const Element* x, [[maybe_unused]] const Element* next, int64_t n, Factor* y) {
+  if constexpr (kPacked<Factor> == 1) {
+    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<Factor>(x[i]);
+  } else if (next == nullptr) {
+    for (int64_t i = 0; i < n; ++i) y[i] = {x[i], bfloat16(0.0f)};
+  } else {
+    for (int64_t i = 0; i < n; ++i) y[i] = {x[i], next[i]};
+  }
+}
+
+}  // namespace hypenet::cpu
