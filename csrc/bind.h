@@ -1,4 +1,4 @@
-// Binds a kernel as a Python function whose keyword arguments are exactly the fields of its params struct.
+// Binds a kernel as a Python function of a dict, whose keys are exactly the fields of its params struct.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -18,38 +18,37 @@ namespace py = pybind11;
 template <class Params>
 struct Field {
   PyObject* name;  // interned, lives as long as the interpreter
-  void (*set)(Params&, py::handle);
+  void (*set)(Params&, PyObject*);
   bool written;  // a pointer through which the kernel writes
 };
 
-inline void from_python(py::handle value, View& view) {
-  const auto t = py::cast<py::tuple>(value);
-  view = {reinterpret_cast<void*>(t[0].cast<uintptr_t>()), t[1].cast<int64_t>(), t[2].cast<int64_t>(),
-          t[3].cast<int64_t>()};
-}
-
-inline void from_python(py::handle value, Indices& indices) {
-  const auto t = py::cast<py::tuple>(value);
-  indices = {reinterpret_cast<const void*>(t[0].cast<uintptr_t>()), t[1].cast<bool>()};
-}
-
+// What is not of a field's type leaves a Python error set; a null value is an error that was set before.
 template <class T>
-void from_python(py::handle value, T& field) {
+void from_python(PyObject* value, T& field) {
+  if (value == nullptr) return;
   if constexpr (std::is_pointer_v<T>) {
-    field = reinterpret_cast<T>(value.cast<uintptr_t>());
+    field = reinterpret_cast<T>(static_cast<uintptr_t>(PyLong_AsUnsignedLongLong(value)));
   } else if constexpr (std::is_enum_v<T>) {
-    field = static_cast<T>(value.cast<int>());
+    field = static_cast<T>(PyLong_AsLong(value));
+  } else if constexpr (std::is_same_v<T, bool>) {
+    field = PyObject_IsTrue(value) == 1;
+  } else if constexpr (std::is_floating_point_v<T>) {
+    field = PyFloat_AsDouble(value);
   } else {
-    field = value.cast<T>();
+    field = PyLong_AsLongLong(value);
   }
 }
 
-inline py::handle keyword(const std::string& op, const py::kwargs& kwargs, PyObject* name) {
-  PyObject* value = PyDict_GetItemWithError(kwargs.ptr(), name);
-  if (value == nullptr) {
-    throw py::type_error(op + ": missing field " + py::str(py::handle(name)).cast<std::string>());
-  }
-  return value;
+inline void from_python(PyObject* tuple, View& view) {
+  from_python(PyTuple_GetItem(tuple, 0), view.data);
+  from_python(PyTuple_GetItem(tuple, 1), view.batch);
+  from_python(PyTuple_GetItem(tuple, 2), view.token);
+  from_python(PyTuple_GetItem(tuple, 3), view.head);
+}
+
+inline void from_python(PyObject* tuple, Indices& indices) {
+  from_python(PyTuple_GetItem(tuple, 0), indices.data);
+  from_python(PyTuple_GetItem(tuple, 1), indices.is_int32);
 }
 
 template <auto Member>
@@ -58,7 +57,7 @@ template <class Params, class T, T Params::* Member>
 struct FieldOf<Member> {
   static Field<Params> named(const char* name) {
     return {PyUnicode_InternFromString(name),
-            [](Params& params, py::handle value) { from_python(value, params.*Member); },
+            [](Params& params, PyObject* value) { from_python(value, params.*Member); },
             std::is_pointer_v<T> && !std::is_const_v<std::remove_pointer_t<T>>};
   }
 };
@@ -74,47 +73,44 @@ std::string doc_of(const std::vector<Field<Params>>& fields) {
   return doc + ".";
 }
 
-// `run` calls the kernel with the params struct and the value of the keyword argument `extra`, where it has a
-// name.
-template <class Params, class Run>
-void def_call(py::module_& module, const char* name, std::vector<Field<Params>> fields, PyObject* extra,
-              Run run) {
-  const std::string doc = doc_of(fields);
-  auto call = [fields = std::move(fields), extra, run, op = std::string(name)](const py::kwargs& kwargs) {
-    Params params{};
-    for (const auto& field : fields) field.set(params, keyword(op, kwargs, field.name));
-    const py::handle argument = extra == nullptr ? py::handle() : keyword(op, kwargs, extra);
-    if (kwargs.size() != fields.size() + (extra != nullptr)) {
-      throw py::type_error(op + ": unknown field among " + py::str(kwargs).cast<std::string>());
+// The struct with exactly these fields, each under its name.
+template <class Params>
+Params params_from(const py::dict& values, const std::vector<Field<Params>>& fields, const std::string& op) {
+  Params params{};
+  for (const auto& field : fields) {
+    PyObject* value = PyDict_GetItemWithError(values.ptr(), field.name);
+    if (value == nullptr) {
+      throw py::type_error(op + ": missing field " + py::str(py::handle(field.name)).cast<std::string>());
     }
-    const Status status = run(params, argument);
+    field.set(params, value);
+    if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+  }
+  if (values.size() != fields.size()) {
+    throw py::type_error(op + ": unknown field among " + py::str(values).cast<std::string>());
+  }
+  return params;
+}
+
+template <class>
+using Address = uintptr_t;
+
+// Stream: none for a CPU kernel; for a CUDA kernel one, and the function takes the cudaStream_t, as an
+// integer, after the dict.
+template <class Params, class... Stream>
+void def_kernel(py::module_& module, const char* name, Status (*kernel)(const Params&, Stream*...),
+                std::vector<Field<Params>> fields) {
+  const std::string doc = doc_of(fields);
+  auto call = [kernel, fields = std::move(fields), op = std::string(name)](const py::dict& values,
+                                                                           Address<Stream>... stream) {
+    const Params params = params_from(values, fields, op);
+    Status status;
+    {
+      py::gil_scoped_release release;
+      status = kernel(params, reinterpret_cast<Stream*>(stream)...);
+    }
     if (status != nullptr) throw std::runtime_error(op + ": " + status);
   };
   module.def(name, std::move(call), doc.c_str());
-}
-
-// A CPU kernel.
-template <class Params>
-void def_kernel(py::module_& module, const char* name, Status (*kernel)(const Params&),
-                std::vector<Field<Params>> fields) {
-  auto run = [kernel](const Params& params, py::handle) {
-    py::gil_scoped_release release;
-    return kernel(params);
-  };
-  def_call(module, name, std::move(fields), nullptr, run);
-}
-
-// A CUDA kernel: takes the keyword argument `stream` too, a cudaStream_t as an integer.
-template <class Params, class Stream>
-void def_kernel(py::module_& module, const char* name, Status (*kernel)(const Params&, Stream*),
-                std::vector<Field<Params>> fields) {
-  auto run = [kernel](const Params& params, py::handle argument) {
-    Stream* stream = nullptr;
-    from_python(argument, stream);
-    py::gil_scoped_release release;
-    return kernel(params, stream);
-  };
-  def_call(module, name, std::move(fields), PyUnicode_InternFromString("stream"), run);
 }
 
 // FIELD(GatedDeltaFwdParams, q) names a member once.

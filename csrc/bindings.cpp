@@ -1,5 +1,5 @@
-// Everything that the native code can run. A Python keyword argument per field of the params struct
-// (params.h); a CUDA kernel takes `stream` too. One file, two kinds of module: HYPENET_CUDA says which.
+// Everything that the native code can run. A function takes a dict of the fields of its params struct
+// (params.h), that of a CUDA kernel a stream too. One file, two kinds of module: HYPENET_CUDA says which.
 #include "bind.h"
 #include "cpu/kernels.h"
 #include "cuda/kernels.h"

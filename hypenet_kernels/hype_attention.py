@@ -134,17 +134,18 @@ def _forward_native(q, k, v, gate, cu_seqlens, logit_scale_base, scale, query_of
         return o[..., :D].contiguous(), o_ungated[..., :D].contiguous(), lse
     q, k, v, gate = (_readable(x) for x in (q, k, v, gate))
     bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
-    native.kernel("hype_attention", "hype_attention_fwd", q.device)(
+    fields = {
         **_sizes(q, k, logit_scale_base, scale),
         **_sequences(q, k, query_offset, bounds),
-        q=native.view(q),
-        k=native.view(k),
-        v=native.view(v),
-        gate=native.view(gate),
-        o=native.pointer(o),
-        o_ungated=native.pointer(o_ungated if o_ungated.numel() else None),
-        lse=native.pointer(lse),
-    )
+        "q": native.view(q),
+        "k": native.view(k),
+        "v": native.view(v),
+        "gate": native.view(gate),
+        "o": native.pointer(o),
+        "o_ungated": native.pointer(o_ungated if o_ungated.numel() else None),
+        "lse": native.pointer(lse),
+    }
+    native.kernel("hype_attention", "hype_attention_fwd", q.device)(fields)
     return outputs
 
 
@@ -182,23 +183,24 @@ def _run_backward(gradients, do, q, k, v, gate, cu_seqlens, o_ungated, lse, logi
     on_cuda = native.device_type(q) == "cuda"
     do_ungated = torch.empty_like(dgate) if on_cuda and gate is not None else None
     row_terms = lse.new_empty(3, *lse.shape) if on_cuda else None
-    native.kernel("hype_attention_bwd", "hype_attention_bwd", q.device)(
+    fields = {
         **_sizes(q, k, logit_scale_base, scale),
         **_sequences(q, k, query_offset, bounds),
-        gate=native.view(gate),
-        q=native.view(q),
-        k=native.view(k),
-        v=native.view(v),
-        o_ungated=native.pointer(o_ungated),
-        lse=native.pointer(lse),
-        do_=native.view(do),
-        dq=native.pointer(dq),
-        dk=native.pointer(dk),
-        dv=native.pointer(dv),
-        dgate=0 if gate is None else native.pointer(dgate),
-        do_ungated=native.pointer(do_ungated),
-        row_terms=native.pointer(row_terms),
-    )
+        "gate": native.view(gate),
+        "q": native.view(q),
+        "k": native.view(k),
+        "v": native.view(v),
+        "o_ungated": native.pointer(o_ungated),
+        "lse": native.pointer(lse),
+        "do_": native.view(do),
+        "dq": native.pointer(dq),
+        "dk": native.pointer(dk),
+        "dv": native.pointer(dv),
+        "dgate": 0 if gate is None else native.pointer(dgate),
+        "do_ungated": native.pointer(do_ungated),
+        "row_terms": native.pointer(row_terms),
+    }
+    native.kernel("hype_attention_bwd", "hype_attention_bwd", q.device)(fields)
 
 
 def _built_width(op, q):
@@ -259,21 +261,22 @@ def _run_decode(
         return
     q, k, v, gate = (native.dense_last(x) for x in (q, k, v, gate))
     lengths = lengths.contiguous()
-    native.kernel("hype_attention_decode", "hype_attention_decode", q.device)(
+    fields = {
         **_sizes(q, k_cache, logit_scale_base, scale),
-        capacity=k_cache.shape[1],
-        num_segments=0 if partial_o is None else partial_o.shape[1],
-        q=native.view(q),
-        k=native.view(k),
-        v=native.view(v),
-        gate=native.view(gate),
-        cache_seqlens=native.indices(lengths),
-        k_cache=native.view(k_cache),
-        v_cache=native.view(v_cache),
-        o=native.pointer(o),
-        partial_o=native.pointer(partial_o),
-        partial_softmax=native.pointer(partial_softmax),
-    )
+        "capacity": k_cache.shape[1],
+        "num_segments": 0 if partial_o is None else partial_o.shape[1],
+        "q": native.view(q),
+        "k": native.view(k),
+        "v": native.view(v),
+        "gate": native.view(gate),
+        "cache_seqlens": native.indices(lengths),
+        "k_cache": native.view(k_cache),
+        "v_cache": native.view(v_cache),
+        "o": native.pointer(o),
+        "partial_o": native.pointer(partial_o),
+        "partial_softmax": native.pointer(partial_softmax),
+    }
+    native.kernel("hype_attention_decode", "hype_attention_decode", q.device)(fields)
 
 
 def _sizes(q, k, logit_scale_base, scale):

@@ -77,7 +77,7 @@ def build_info():
 
 @functools.cache
 def kernel(op, name, device):
-    """The function that runs the kernel `name` on `device`, for `op`. Said once in the log."""
+    """What runs the kernel `name` on `device`, for `op`, given a dict of its params' fields. Said once in the log."""
     if device.type == "cpu":
         logger.info("%s: C++ (_cpu_%s)", op, level())
         return getattr(cpu(), name)
@@ -86,9 +86,9 @@ def kernel(op, name, device):
     return functools.partial(_on_current_stream, launch, device)
 
 
-def _on_current_stream(launch, device, **fields):
+def _on_current_stream(launch, device, fields):
     with torch.cuda.device(device):
-        launch(**fields, stream=torch.cuda.current_stream().cuda_stream)
+        launch(fields, torch.cuda.current_stream().cuda_stream)
 
 
 def accumulator(dtype):

@@ -239,14 +239,15 @@ def forward_cpu(kernel_name, op, q, k, v, g, beta, initial_state, cu_seqlens, sc
     o, final_state = outputs(op, q, k, v, g, beta, initial_state, cu_seqlens)
     q, k, v = (native.dense_last(x) for x in (q, k, v))
     initial_state, cu_seqlens = _contiguous(initial_state), _bounds(cu_seqlens)
-    native.kernel(op, kernel_name, q.device)(
+    fields = {
         **_operands(q, k, v, g, beta, scale),
-        N=final_state.shape[0],
-        cu_seqlens=native.pointer(cu_seqlens),
-        initial_state=native.pointer(initial_state),
-        o=native.pointer(o),
-        final_state=native.pointer(final_state),
-    )
+        "N": final_state.shape[0],
+        "cu_seqlens": native.pointer(cu_seqlens),
+        "initial_state": native.pointer(initial_state),
+        "o": native.pointer(o),
+        "final_state": native.pointer(final_state),
+    }
+    native.kernel(op, kernel_name, q.device)(fields)
     return o, final_state, []
 
 
@@ -276,27 +277,28 @@ def forward_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, save, s
     Tb = None if beta is None else q.new_empty(NT, HV, CHUNK, CHUNK)
     P = q.new_empty(NT, HV, CHUNK, CHUNK)
     wide_o, wide_state = _with_room(o, V), _with_room(final_state, K, V)
-    native.kernel(op, "gated_delta_chunk_fwd", q.device)(
+    fields = {
         **_operands(q, k, v, g, beta, scale),
-        N=final_state.shape[0],
-        cu_seqlens=native.pointer(cu_seqlens),
-        initial_state=native.pointer(initial_state),
-        o=native.pointer(wide_o),
-        final_state=native.pointer(wide_state),
-        num_chunks=NT,
-        T0=native.pointer(saved.T0),
-        G=native.pointer(saved.G),
-        h=native.pointer(saved.h),
-        chunk_offsets=native.pointer(saved.chunk_offsets),
-        segment_chunks=segment_chunks,
-        num_segments=num_segments,
-        segment_offsets=native.pointer(saved.segment_offsets),
-        transfers=native.pointer(saved.transfers),
-        segment_states=native.pointer(segment_states),
-        decays=native.pointer(decays),
-        Tb=native.pointer(Tb),
-        P=native.pointer(P),
-    )
+        "N": final_state.shape[0],
+        "cu_seqlens": native.pointer(cu_seqlens),
+        "initial_state": native.pointer(initial_state),
+        "o": native.pointer(wide_o),
+        "final_state": native.pointer(wide_state),
+        "num_chunks": NT,
+        "T0": native.pointer(saved.T0),
+        "G": native.pointer(saved.G),
+        "h": native.pointer(saved.h),
+        "chunk_offsets": native.pointer(saved.chunk_offsets),
+        "segment_chunks": segment_chunks,
+        "num_segments": num_segments,
+        "segment_offsets": native.pointer(saved.segment_offsets),
+        "transfers": native.pointer(saved.transfers),
+        "segment_states": native.pointer(segment_states),
+        "decays": native.pointer(decays),
+        "Tb": native.pointer(Tb),
+        "P": native.pointer(P),
+    }
+    native.kernel(op, "gated_delta_chunk_fwd", q.device)(fields)
     return _narrowed(wide_o, o), _narrowed(wide_state, final_state), list(saved) if save else []
 
 
@@ -325,20 +327,21 @@ def backward_cpu(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqle
     do, q, k, v = (native.dense_last(x) for x in (do, q, k, v))
     initial_state, dfinal_state = _contiguous(initial_state), _contiguous(dfinal_state)
     cu_seqlens = _bounds(cu_seqlens)
-    native.kernel(op, "gated_delta_chunk_bwd", q.device)(
+    fields = {
         **_operands(q, k, v, g, beta, scale),
-        N=dinitial_state.shape[0],
-        cu_seqlens=native.pointer(cu_seqlens),
-        initial_state=native.pointer(initial_state),
-        do_=native.view(do),
-        dfinal_state=native.pointer(dfinal_state),
-        dq=native.pointer(dq),
-        dk=native.pointer(dk),
-        dv=native.pointer(dv),
-        dg=native.pointer(dg),
-        dbeta=native.pointer(dbeta[0] if dbeta else None),
-        dinitial_state=native.pointer(dinitial_state),
-    )
+        "N": dinitial_state.shape[0],
+        "cu_seqlens": native.pointer(cu_seqlens),
+        "initial_state": native.pointer(initial_state),
+        "do_": native.view(do),
+        "dfinal_state": native.pointer(dfinal_state),
+        "dq": native.pointer(dq),
+        "dk": native.pointer(dk),
+        "dv": native.pointer(dv),
+        "dg": native.pointer(dg),
+        "dbeta": native.pointer(dbeta[0] if dbeta else None),
+        "dinitial_state": native.pointer(dinitial_state),
+    }
+    native.kernel(op, "gated_delta_chunk_bwd", q.device)(fields)
     return gradients
 
 
@@ -355,31 +358,32 @@ def backward_cuda(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seql
     dstates = torch.empty_like(h)
     num_segments = max_segments(q, cu_seqlens, segment_chunks)
     segment_states = q.new_empty(num_segments, *h.shape[1:], dtype=torch.float32) if segment_chunks else None
-    native.kernel(op, "gated_delta_chunk_bwd", q.device)(
+    fields = {
         **_operands(q, k, v, g, beta, scale),
-        N=dinitial_state.shape[0],
-        cu_seqlens=native.pointer(cu_seqlens),
-        initial_state=native.pointer(None),
-        do_=native.view(do),
-        dfinal_state=native.pointer(dfinal_state),
-        num_chunks=h.shape[0],
-        chunk_offsets=native.pointer(chunk_offsets),
-        T0=native.pointer(T0),
-        G=native.pointer(G),
-        h=native.pointer(h),
-        segment_chunks=segment_chunks,
-        num_segments=num_segments,
-        segment_offsets=native.pointer(segment_offsets),
-        transfers=native.pointer(transfers),
-        segment_states=native.pointer(segment_states),
-        dstates=native.pointer(dstates),
-        dq=native.pointer(wide[0]),
-        dk=native.pointer(wide[1]),
-        dv=native.pointer(wide[2]),
-        dg=native.pointer(dg),
-        dbeta=native.pointer(dbeta[0] if dbeta else None),
-        dinitial_state=native.pointer(wide[3]),
-    )
+        "N": dinitial_state.shape[0],
+        "cu_seqlens": native.pointer(cu_seqlens),
+        "initial_state": native.pointer(None),
+        "do_": native.view(do),
+        "dfinal_state": native.pointer(dfinal_state),
+        "num_chunks": h.shape[0],
+        "chunk_offsets": native.pointer(chunk_offsets),
+        "T0": native.pointer(T0),
+        "G": native.pointer(G),
+        "h": native.pointer(h),
+        "segment_chunks": segment_chunks,
+        "num_segments": num_segments,
+        "segment_offsets": native.pointer(segment_offsets),
+        "transfers": native.pointer(transfers),
+        "segment_states": native.pointer(segment_states),
+        "dstates": native.pointer(dstates),
+        "dq": native.pointer(wide[0]),
+        "dk": native.pointer(wide[1]),
+        "dv": native.pointer(wide[2]),
+        "dg": native.pointer(dg),
+        "dbeta": native.pointer(dbeta[0] if dbeta else None),
+        "dinitial_state": native.pointer(wide[3]),
+    }
+    native.kernel(op, "gated_delta_chunk_bwd", q.device)(fields)
     dq, dk, dv, dinitial_state = (_narrowed(x, like) for x, like in zip(wide, narrow, strict=True))
     return dq, dk, dv, dg, *dbeta, dinitial_state
 
@@ -446,18 +450,19 @@ def step(op, q, k, v, g, beta, state, state_indices, A_log, dt_bias, scale, use_
         _check_slots(op, state_indices.tolist(), state.shape[0])
     q, k, v = (native.dense_last(x) for x in (q, k, v))
     state_indices, A_log, dt_bias = (_contiguous(x) for x in (state_indices, A_log, dt_bias))
-    native.kernel(op, "gated_delta_step", q.device)(
+    fields = {
         **_operands(q, k, v, g, beta, scale),
-        use_qk_l2norm=use_qk_l2norm,
-        gates_in_dtype=g.dtype == q.dtype,
-        beta_limit=beta_limit,
-        A_log=native.pointer(A_log),
-        dt_bias=native.pointer(dt_bias),
-        num_slots=state.shape[0],
-        state_indices=native.indices(state_indices),
-        state=native.pointer(state),
-        o=native.pointer(o),
-    )
+        "use_qk_l2norm": use_qk_l2norm,
+        "gates_in_dtype": g.dtype == q.dtype,
+        "beta_limit": beta_limit,
+        "A_log": native.pointer(A_log),
+        "dt_bias": native.pointer(dt_bias),
+        "num_slots": state.shape[0],
+        "state_indices": native.indices(state_indices),
+        "state": native.pointer(state),
+        "o": native.pointer(o),
+    }
+    native.kernel(op, "gated_delta_step", q.device)(fields)
     return o
 
 

@@ -112,7 +112,7 @@ def launch(module, kernel, tensors, **fields):
         ]
     )
     try:
-        kernel(**fields, stream=0)
+        kernel(fields, 0)
     except RuntimeError as error:
         raise RuntimeError(f"{error}{''.join(f'{NEW_LINE}  at {place}' for place in _call_chain(module))}") from None
     finally:
@@ -158,7 +158,7 @@ class _Call:
     def kernel(self, op, name, device):
         return functools.partial(self.launch, getattr(module(), name))
 
-    def launch(self, kernel, **fields):
+    def launch(self, kernel, fields):
         tensors = {name: x for name, field in fields.items() if (x := self._find(field)) is not None}
         launch(module(), kernel, tensors, **fields)
 

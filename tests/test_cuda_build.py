@@ -121,11 +121,11 @@ def test_launch_without_a_gpu_is_an_error_with_the_ops_name():
     fields |= {"beta_limit": 0.0, "A_log": 0, "dt_bias": 0, "state_indices": (0, False), "state": 0, "o": 0}
     fields |= {name: native.ABSENT for name in ("q", "k", "v", "g", "beta")}
     with pytest.raises(RuntimeError, match=r"gated_delta_step: .*(CUDA|device)"):
-        native.cuda().gated_delta_step(**fields, stream=0)
-    assert native.cuda().gated_delta_step(**fields | {"B": 0}, stream=0) is None
-    with pytest.raises(TypeError, match="gated_delta_step: missing field stream"):
-        native.cuda().gated_delta_step(**fields)
+        native.cuda().gated_delta_step(fields, 0)
+    assert native.cuda().gated_delta_step(fields | {"B": 0}, 0) is None
+    with pytest.raises(TypeError, match=r"gated_delta_step\(\): incompatible function arguments"):
+        native.cuda().gated_delta_step(fields)
     with pytest.raises(RuntimeError, match="gated_delta_step: dtype is not built for CUDA"):
-        native.cuda().gated_delta_step(**fields | {"dtype": 0}, stream=0)
+        native.cuda().gated_delta_step(fields | {"dtype": 0}, 0)
     with pytest.raises(RuntimeError, match="gated_delta_step: K is larger"):
-        native.cuda().gated_delta_step(**fields | {"K": native.cuda().STEP_MAX_KEY_DIM + 1}, stream=0)
+        native.cuda().gated_delta_step(fields | {"K": native.cuda().STEP_MAX_KEY_DIM + 1}, 0)

@@ -237,7 +237,7 @@ class TestGatedDeltaStep(StepOp):
         options = {"dtype": 1, "delta": True, "use_qk_l2norm": False, "scale": 1.0}
         options |= {"gates_in_dtype": False, "beta_limit": 0.0}
         with pytest.raises(MemoryError):
-            native.cpu().gated_delta_step(**absent, **sizes, **options)
+            native.cpu().gated_delta_step(absent | sizes | options)
 
     def test_wrong_beta(self):
         self.bad(ValueError, "allow_neg_eigval must be False without use_beta_sigmoid_in_kernel", allow_neg_eigval=True)

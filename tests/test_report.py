@@ -98,6 +98,6 @@ def test_one_openmp_runtime():
 def test_params_are_complete_or_refused():
     kernel = native.cpu().gated_delta_step
     with pytest.raises(TypeError, match="gated_delta_step: missing field dtype"):
-        kernel(B=1)
+        kernel({"B": 1})
     with pytest.raises(TypeError):
         kernel(1)
