@@ -21,33 +21,31 @@ def tensor(op, name, x):
         fail(TypeError, op, name, "be a tensor", type(x).__name__)
 
 
-def tensors(op, q, **others):
-    """q and what else is given: tensors, all on one device for which there are kernels."""
+def tensors(op, required, optional):
+    """The tensor arguments by name, q first; of the optional ones None passes. All on q's device, and that is built."""
+    q = required["q"]
     tensor(op, "q", q)
-    for name, x in others.items():
-        if x is not None:
-            tensor(op, name, x)
-    same_device(op, q, **others)
-    devices = ("cpu", "meta", "cuda") if op in native.CUDA_OPS else ("cpu", "meta")
-    if q.device.type not in devices:
-        fail(NotImplementedError, op, "q", f"be on {' or '.join(devices)} (nothing else is built)", q.device)
-
-
-def require(op, **tensors):
-    """Arguments that may not be None."""
-    for name, x in tensors.items():
-        tensor(op, name, x)
+    device = q.device
+    for arguments in (required, optional):
+        for name, x in arguments.items():
+            if x is None and arguments is optional:
+                continue
+            if not isinstance(x, torch.Tensor):
+                tensor(op, name, x)
+            if x.device != device:
+                fail(ValueError, op, name, f"be on q's device {device}", x.device)
+    if not (q.is_cpu or q.is_meta or (q.is_cuda and op in native.CUDA_OPS)):
+        devices = ("cpu", "meta", "cuda") if op in native.CUDA_OPS else ("cpu", "meta")
+        fail(NotImplementedError, op, "q", f"be on {' or '.join(devices)} (nothing else is built)", device)
 
 
 def rank(op, name, x, dims):
     """dims: the letters of the dimensions, as in 'B T H K'."""
-    tensor(op, name, x)
     if x.dim() != dims.count(" ") + 1:
         fail(ValueError, op, name, f"have {len(dims.split())} dimensions [{', '.join(dims.split())}]", list(x.shape))
 
 
 def shape(op, name, x, expected):
-    tensor(op, name, x)
     if x.shape != tuple(expected):
         fail(ValueError, op, name, f"have shape {list(expected)}", list(x.shape))
 
@@ -60,10 +58,10 @@ def dtype(op, name, x, allowed):
 def element(op, name, x):
     """A float type that is built for the device."""
     dtype(op, name, x, FLOATS)
-    device = native.device_type(x)
-    built = {"cpu": CPU_FLOATS, "cuda": native.CUDA_OPS.get(op)}.get(device) or FLOATS
+    on_cuda = native.on_cuda(x)
+    built = native.CUDA_OPS.get(op, FLOATS) if on_cuda else FLOATS if x.is_meta else CPU_FLOATS
     if x.dtype not in built:
-        rule = f"be {' or '.join(_name(d) for d in built)} on {device.upper()}"
+        rule = f"be {' or '.join(_name(d) for d in built)} on {'CUDA' if on_cuda else 'CPU'}"
         fail(NotImplementedError, op, name, rule, _name(x.dtype))
 
 
@@ -78,18 +76,10 @@ def same_dtype(op, name, x, like):
 
 def like(op, name, x, like_name, other):
     """Shape and dtype of another argument."""
-    tensor(op, name, x)
     if x.shape != other.shape:
         fail(ValueError, op, name, f"have {like_name}'s shape {list(other.shape)}", list(x.shape))
     if x.dtype != other.dtype:
         fail(TypeError, op, name, f"have {like_name}'s dtype {other.dtype}", x.dtype)
-
-
-def same_device(op, like, **others):
-    device = like.device
-    for name, x in others.items():
-        if x is not None and x.device != device:
-            fail(ValueError, op, name, f"be on q's device {device}", x.device)
 
 
 def multiple(op, name, value, of_name, of):
@@ -111,9 +101,9 @@ def cu_seqlens(op, x, B, T):
             fail(ValueError, op, "cu_seqlens", f"rise from 0 to T = {T} without falling", bounds)
 
 
-def no_grad(op, **tensors):
+def no_grad(op, tensors):
     """Decode ops mutate their state and have no backward."""
     if torch.is_grad_enabled():
         for name, x in tensors.items():
-            if isinstance(x, torch.Tensor) and x.requires_grad:
+            if x is not None and x.requires_grad:
                 fail(ValueError, op, name, "not require grad (a decode op has no backward; use torch.no_grad())", True)

@@ -128,10 +128,10 @@ def gated_delta_step(
     Returns o: [B, T, HV, V]. No gradient; allocates nothing else.
     """
     op = "gated_delta_step"
-    gate = {"A_log": A_log, "dt_bias": dt_bias}
-    recurrence.check_tensors(op, q, k=k, v=v, g=g, beta=beta, state=state, state_indices=state_indices, **gate)
-    checks.require(op, k=k, v=v, g=g, beta=beta, state=state)
-    checks.no_grad(op, q=q, k=k, v=v, g=g, beta=beta, state=state, **gate)
+    required = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "state": state}
+    optional = {"state_indices": state_indices, "A_log": A_log, "dt_bias": dt_bias}
+    recurrence.check_tensors(op, required, optional)
+    checks.no_grad(op, required | optional)
     if allow_neg_eigval and not use_beta_sigmoid_in_kernel:
         checks.fail(ValueError, op, "allow_neg_eigval", "be False without use_beta_sigmoid_in_kernel", True)
     beta_limit = (2.0 if allow_neg_eigval else 1.0) if use_beta_sigmoid_in_kernel else 0.0

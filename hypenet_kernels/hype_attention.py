@@ -24,7 +24,7 @@ def hype_attention(q, k, v, *, logit_scale_base=None, gate=None, scale=None, que
     Source: HALO (arXiv 2601.22156), HyPE and the softmax layer of HypeNet; online softmax as in FlashAttention-2.
     """
     op = "hype_attention"
-    checks.tensors(op, q, k=k, v=v, gate=gate, cu_seqlens=cu_seqlens)
+    checks.tensors(op, {"q": q, "k": k, "v": v}, {"gate": gate, "cu_seqlens": cu_seqlens})
     inputs = (q, k, v, gate)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     return _forward(*inputs, cu_seqlens, logit_scale_base, scale, query_offset, save)[0]
@@ -45,8 +45,10 @@ def hype_attention_decode(
     Returns o: [B, T, H, D]. No gradient.
     """
     op = "hype_attention_decode"
-    checks.tensors(op, q, k_cache=k_cache, v_cache=v_cache, cache_seqlens=cache_seqlens, k=k, v=v, gate=gate)
-    checks.no_grad(op, q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, gate=gate)
+    required = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "cache_seqlens": cache_seqlens}
+    optional = {"k": k, "v": v, "gate": gate}
+    checks.tensors(op, required, optional)
+    checks.no_grad(op, required | optional)
     return _decode(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base, scale)
 
 
@@ -115,8 +117,8 @@ def _check_lengths(cache_seqlens, T, capacity, appends):
 
 def _forward_fake(q, k, v, gate, cu_seqlens, logit_scale_base, scale, query_offset, save):
     _check_forward(q, k, v, gate, cu_seqlens, logit_scale_base, query_offset)
-    B, T, H, D = q.shape
-    o = q.new_empty(B, T, H, D)
+    B, T, H, _ = q.shape
+    o = native.empty_like(q)
     o_ungated = torch.empty_like(o) if save and gate is not None else q.new_empty(0)
     return o, o_ungated, q.new_empty(B, H, T, dtype=native.accumulator(q.dtype))
 
@@ -156,8 +158,8 @@ def _backward_fake(do, q, k, v, gate, cu_seqlens, o_ungated, lse, logit_scale_ba
     checks.like(op, "o_ungated", o_ungated, "q", q)
     checks.shape(op, "lse", lse, [q.shape[0], q.shape[2], q.shape[1]])
     checks.dtype(op, "lse", lse, (native.accumulator(q.dtype),))
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    return dq, dk, dv, q.new_empty(0) if gate is None else q.new_empty(q.shape)
+    dq, dk, dv = (native.empty_like(x) for x in (q, k, v))
+    return dq, dk, dv, q.new_empty(0) if gate is None else native.empty_like(q)
 
 
 def _backward_native(do, q, k, v, gate, cu_seqlens, o_ungated, lse, logit_scale_base, scale, query_offset):
@@ -180,7 +182,7 @@ def _run_backward(gradients, do, q, k, v, gate, cu_seqlens, o_ungated, lse, logi
     do, q, k, v, gate = (_readable(x) for x in (do, q, k, v, gate))
     o_ungated, lse = o_ungated.contiguous(), lse.contiguous()
     bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
-    on_cuda = native.device_type(q) == "cuda"
+    on_cuda = native.on_cuda(q)
     do_ungated = torch.empty_like(dgate) if on_cuda and gate is not None else None
     row_terms = lse.new_empty(3, *lse.shape) if on_cuda else None
     fields = {
@@ -206,7 +208,7 @@ def _run_backward(gradients, do, q, k, v, gate, cu_seqlens, o_ungated, lse, logi
 def _built_width(op, q):
     """The head dimension with which the kernel runs: q's own on the CPU, on CUDA the next one that is built."""
     D = q.shape[3]
-    if native.device_type(q) != "cuda":
+    if not native.on_cuda(q):
         return D
     built = native.cuda().ATTENTION_HEAD_DIMS
     if built[-1] < D:
@@ -221,14 +223,14 @@ def _widen(x, width):
 
 def _readable(x):
     """x itself where the kernels can read it, else a copy."""
-    if x is None or native.device_type(x) != "cuda":
-        return native.dense_last(x)
-    return native.aligned_rows(x)
+    if x is None:
+        return None
+    return native.aligned_rows(x) if native.on_cuda(x) else native.dense_last(x)
 
 
 def _decode_fake(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base, scale):
     _check_decode(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base)
-    return q.new_empty(q.shape)
+    return native.empty_like(q)
 
 
 def _decode_cpu(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base, scale):

@@ -96,9 +96,14 @@ def accumulator(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def device_type(x):
-    """The kind of device whose kernels run on x."""
-    return x.device.type
+def on_cuda(x):
+    """Whether the CUDA kernels run on x."""
+    return x.is_cuda
+
+
+def empty_like(x):
+    """A new contiguous tensor of x's shape, dtype and device."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def view(x):

@@ -104,12 +104,14 @@ def run(
 
     defaults: the values of gates that may be None.
     """
-    check_tensors(op, q, k=k, v=v, initial_state=initial_state, cu_seqlens=cu_seqlens, **gates)
-    checks.require(op, k=k, v=v)
-    for name, value in (defaults or {}).items():
-        if gates[name] is None:
-            gates[name] = v.new_full((), value, dtype=native.accumulator(q.dtype)).expand(v.shape[:3])
-    checks.require(op, **gates)
+    required, optional = {"q": q, "k": k, "v": v}, {"initial_state": initial_state, "cu_seqlens": cu_seqlens}
+    if defaults is None:
+        check_tensors(op, required | gates, optional)
+    else:
+        check_tensors(op, required, optional | gates)
+        for name, value in defaults.items():
+            if gates[name] is None:
+                gates[name] = v.new_full((), value, dtype=native.accumulator(q.dtype)).expand(v.shape[:3])
     if use_qk_l2norm:
         q, k = l2norm(q), l2norm(k)
     gates = [accumulated(op, name, x, q) for name, x in gates.items()]
@@ -125,8 +127,9 @@ def needs_gradient(*tensors):
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def check_tensors(op, q, **others):
-    checks.tensors(op, q, **others)
+def check_tensors(op, required, optional):
+    checks.tensors(op, required, optional)
+    q = required["q"]
     checks.rank(op, "q", q, "B T H K")
     checks.element(op, "q", q)
 
@@ -151,14 +154,14 @@ def check_inputs(op, q, k, v, g, beta, gate_dtype=None):
     checks.element(op, "q", q)
     (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
     checks.like(op, "k", k, "q", q)
-    checks.shape(op, "v", v, [B, T, HV, V])
+    checks.shape(op, "v", v, (B, T, HV, V))
     checks.same_dtype(op, "v", v, q)
     if K == 0 or V == 0:
         checks.fail(ValueError, op, "head dimensions", "be at least 1", f"K = {K}, V = {V}")
     checks.multiple(op, "v's number of heads", HV, "q's number of heads", H)
     for name, x in (("g", g), ("beta", beta)):
         if x is not None:
-            checks.shape(op, name, x, [B, T, HV])
+            checks.shape(op, name, x, (B, T, HV))
             checks.dtype(op, name, x, (gate_dtype or native.accumulator(q.dtype),))
 
 
@@ -230,7 +233,7 @@ def to_save(op, q, v, beta, cu_seqlens, segment_chunks):
 
 
 def forward_fake(op, q, k, v, g, beta, initial_state, cu_seqlens, save, segment_chunks):
-    save = save and native.device_type(q) == "cuda"
+    save = save and native.on_cuda(q)
     saved = to_save(op, q, v, beta, cu_seqlens, segment_chunks) if save else ()
     return *outputs(op, q, k, v, g, beta, initial_state, cu_seqlens), list(saved)
 
@@ -317,8 +320,8 @@ def backward_fake(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seql
     o, state = outputs(op, q, k, v, g, beta, initial_state, cu_seqlens)
     checks.like(op, "do", do, "o", o)
     _check_state(op, "dfinal_state", dfinal_state, q, state.shape)
-    gate_gradients = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (g, beta) if x is not None)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *gate_gradients, state
+    gate_gradients = (native.empty_like(x) for x in (g, beta) if x is not None)
+    return *(native.empty_like(x) for x in (q, k, v)), *gate_gradients, state
 
 
 def backward_cpu(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens, scale):
@@ -413,7 +416,7 @@ def backward(ctx, backward_op, do, dfinal_state):
 def step_gates(op, q, g, beta, use_gate, A_log, dt_bias):
     """(g, beta, A_log, dt_bias) as the step takes them: g and beta in q's dtype, or all in the accumulation type."""
     if use_gate:
-        checks.require(op, A_log=A_log)
+        checks.tensor(op, "A_log", A_log)
     for name, x in (("A_log", A_log), ("dt_bias", dt_bias)):
         if x is not None and not use_gate:
             checks.fail(ValueError, op, name, "be left out without use_gate_in_kernel", list(x.shape))
@@ -429,7 +432,7 @@ def step_fake(op, q, k, v, g, beta, state, state_indices, A_log, dt_bias):
     (B, T, _, K), (HV, V) = q.shape, v.shape[2:]
     checks.rank(op, "state", state, "slots HV K V")
     slots = B if state_indices is None else state.shape[0]
-    _check_state(op, "state", state, q, [slots, HV, K, V])
+    _check_state(op, "state", state, q, (slots, HV, K, V))
     if not state.is_contiguous():
         checks.fail(ValueError, op, "state", "be contiguous", f"strides {list(state.stride())}")
     if state_indices is not None:
@@ -443,10 +446,11 @@ def step_fake(op, q, k, v, g, beta, state, state_indices, A_log, dt_bias):
 def step(op, q, k, v, g, beta, state, state_indices, A_log, dt_bias, scale, use_qk_l2norm=False, beta_limit=0.0):
     """CPU and CUDA alike. What the values of state_indices break raises on the CPU and gives o = NaN on CUDA."""
     o = step_fake(op, q, k, v, g, beta, state, state_indices, A_log, dt_bias)
-    if native.device_type(q) == "cuda" and q.shape[3] > native.cuda().STEP_MAX_KEY_DIM:
-        rule = f"have a head dimension of at most {native.cuda().STEP_MAX_KEY_DIM} on CUDA"
-        checks.fail(NotImplementedError, op, "q", rule, q.shape[3])
-    if native.device_type(q) == "cpu" and state_indices is not None:
+    if native.on_cuda(q):
+        if q.shape[3] > native.cuda().STEP_MAX_KEY_DIM:
+            rule = f"have a head dimension of at most {native.cuda().STEP_MAX_KEY_DIM} on CUDA"
+            checks.fail(NotImplementedError, op, "q", rule, q.shape[3])
+    elif state_indices is not None:
         _check_slots(op, state_indices.tolist(), state.shape[0])
     q, k, v = (native.dense_last(x) for x in (q, k, v))
     state_indices, A_log, dt_bias = (_contiguous(x) for x in (state_indices, A_log, dt_bias))

@@ -87,10 +87,10 @@ def simple_gla_step(
     Returns o: [B, T, HV, V]. No gradient; allocates nothing else.
     """
     op = "simple_gla_step"
-    gate = {"A_log": A_log, "dt_bias": dt_bias}
-    recurrence.check_tensors(op, q, k=k, v=v, g=g, state=state, state_indices=state_indices, **gate)
-    checks.require(op, k=k, v=v, g=g, state=state)
-    checks.no_grad(op, q=q, k=k, v=v, g=g, state=state, **gate)
+    required = {"q": q, "k": k, "v": v, "g": g, "state": state}
+    optional = {"state_indices": state_indices, "A_log": A_log, "dt_bias": dt_bias}
+    recurrence.check_tensors(op, required, optional)
+    checks.no_grad(op, required | optional)
     g, _, A_log, dt_bias = recurrence.step_gates(op, q, g, None, use_gate_in_kernel, A_log, dt_bias)
     return _step(q, k, v, g, state, state_indices, A_log, dt_bias, recurrence.default_scale(q, scale))
 
@@ -99,10 +99,9 @@ def _sequences(
     op, operator, q, k, v, g, g_gamma, scale, initial_state, output_final_state, cu_seqlens, split_sequence=False
 ):
     if g_gamma is not None:
-        recurrence.check_tensors(op, q, v=v, g_gamma=g_gamma)
+        recurrence.check_tensors(op, {"q": q, "v": v, "g_gamma": g_gamma}, {})
         if g is not None:
             checks.fail(ValueError, op, "g_gamma", "be left out where g is given", list(g_gamma.shape))
-        checks.require(op, v=v)
         checks.rank(op, "v", v, "B T HV V")
         checks.shape(op, "g_gamma", g_gamma, v.shape[2:3])
         g = recurrence.accumulated(op, "g_gamma", g_gamma, q).expand(v.shape[:3])

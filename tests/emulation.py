@@ -179,7 +179,7 @@ def emulated(seed=0):
     library = torch.library.Library("hypenet", "IMPL")
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="[^$]*other operators may also be overridden")
-        patch.setattr(native, "device_type", lambda x: "cuda" if x.device.type == "cpu" else x.device.type)
+        patch.setattr(native, "on_cuda", lambda x: x.is_cpu or x.is_cuda)
         for qualified in torch._C._dispatch_get_all_op_names():
             if qualified.startswith("hypenet::") and torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CUDA"):
                 name = qualified.removeprefix("hypenet::")
