@@ -45,7 +45,7 @@ def print_report(facts):
 
 def self_test(device):
     """Runs every op that `device` has, in every dtype it takes; yields whether each is right, after a line about it."""
-    on_cuda = native.device_type(torch.empty(0, device=device)) == "cuda"
+    on_cuda = native.on_cuda(torch.empty(0, device=device))
     for op, (run, expect, gradients) in CASES.items():
         for dtype, bound in BOUNDS.items():
             if on_cuda and dtype not in native.CUDA_OPS.get(op, ()):
