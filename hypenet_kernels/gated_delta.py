@@ -140,19 +140,19 @@ def gated_delta_step(
     return _step(q, k, v, g, beta, state, state_indices, A_log, dt_bias, scale, use_qk_l2norm_in_kernel, beta_limit)
 
 
-def _chunk_cpu(q, k, v, g, beta, initial_state, cu_seqlens, scale, save, segment_chunks):
+def _chunk_cpu(q, k, v, g, beta, initial_state, cu_seqlens, scale, segment_chunks, save):
     kernel, op = "gated_delta_chunk_fwd", "chunk_gated_delta_rule"
-    return recurrence.forward_cpu(kernel, op, q, k, v, g, beta, initial_state, cu_seqlens, scale)
+    return recurrence.forward_cpu(kernel, op, q, k, v, g, beta, initial_state, cu_seqlens, scale, save)
 
 
-def _chunk_cuda(q, k, v, g, beta, initial_state, cu_seqlens, scale, save, segment_chunks):
+def _chunk_cuda(q, k, v, g, beta, initial_state, cu_seqlens, scale, segment_chunks, save):
     op = "chunk_gated_delta_rule"
-    return recurrence.forward_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, save, segment_chunks)
+    return recurrence.forward_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, segment_chunks, save)
 
 
-def _chunk_fake(q, k, v, g, beta, initial_state, cu_seqlens, scale, save, segment_chunks):
+def _chunk_fake(q, k, v, g, beta, initial_state, cu_seqlens, scale, segment_chunks, save):
     return recurrence.forward_fake(
-        "chunk_gated_delta_rule", q, k, v, g, beta, initial_state, cu_seqlens, save, segment_chunks
+        "chunk_gated_delta_rule", q, k, v, g, beta, initial_state, cu_seqlens, segment_chunks, save
     )
 
 
@@ -173,19 +173,19 @@ def _chunk_bwd_fake(do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlen
     return recurrence.backward_fake(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens)
 
 
-def _recurrent_cpu(q, k, v, g, beta, initial_state, cu_seqlens, scale, save, segment_chunks):
+def _recurrent_cpu(q, k, v, g, beta, initial_state, cu_seqlens, scale, segment_chunks, save):
     kernel, op = "gated_delta_recurrent_fwd", "fused_recurrent_gated_delta_rule"
-    return recurrence.forward_cpu(kernel, op, q, k, v, g, beta, initial_state, cu_seqlens, scale)
+    return recurrence.forward_cpu(kernel, op, q, k, v, g, beta, initial_state, cu_seqlens, scale, save)
 
 
-def _recurrent_cuda(q, k, v, g, beta, initial_state, cu_seqlens, scale, save, segment_chunks):
+def _recurrent_cuda(q, k, v, g, beta, initial_state, cu_seqlens, scale, segment_chunks, save):
     op = "fused_recurrent_gated_delta_rule"
-    return recurrence.recurrent_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, save, segment_chunks)
+    return recurrence.recurrent_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, segment_chunks, save)
 
 
-def _recurrent_fake(q, k, v, g, beta, initial_state, cu_seqlens, scale, save, segment_chunks):
+def _recurrent_fake(q, k, v, g, beta, initial_state, cu_seqlens, scale, segment_chunks, save):
     op = "fused_recurrent_gated_delta_rule"
-    return recurrence.forward_fake(op, q, k, v, g, beta, initial_state, cu_seqlens, save, segment_chunks)
+    return recurrence.forward_fake(op, q, k, v, g, beta, initial_state, cu_seqlens, segment_chunks, save)
 
 
 def _step_run(*args):
@@ -201,7 +201,6 @@ def _backward(ctx, do, dfinal_state, *_):
 
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state, Tensor? cu_seqlens"
-_OUTPUTS = "Tensor o, Tensor final_state, Tensor[] saved"
 _GRADIENTS = "Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor dinitial_state"
 _STEP = (
     "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, Tensor? state_indices, Tensor? A_log, "
@@ -209,30 +208,20 @@ _STEP = (
 )
 _library = torch.library.Library("hypenet", "FRAGMENT")
 _BWD_INPUTS = f"Tensor do, Tensor? dfinal_state, {_INPUTS}, Tensor[] saved, float scale, int segment_chunks"
-for _schema, _fake, *_run in (
-    (
-        f"chunk_gated_delta_rule({_INPUTS}, float scale, bool save, int segment_chunks) -> ({_OUTPUTS})",
-        _chunk_fake,
-        _chunk_cpu,
-        _chunk_cuda,
-    ),
-    (f"chunk_gated_delta_rule_bwd({_BWD_INPUTS}) -> ({_GRADIENTS})", _chunk_bwd_fake, _chunk_bwd_cpu, _chunk_bwd_cuda),
-    (
-        f"fused_recurrent_gated_delta_rule({_INPUTS}, float scale, bool save, int segment_chunks) -> ({_OUTPUTS})",
-        _recurrent_fake,
-        _recurrent_cpu,
-        _recurrent_cuda,
-    ),
-    (f"gated_delta_step({_STEP}) -> Tensor", _step_fake, _step_run, _step_run),
-):
-    recurrence.register(_library, _schema, _fake, *_run)
-for _name in ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"):
-    torch.library.register_autograd(
-        f"hypenet::{_name}", _backward, setup_context=recurrence.setup_context, lib=_library
-    )
+_chunk = recurrence.register_forward(
+    _library, "chunk_gated_delta_rule", _INPUTS, _chunk_fake, _chunk_cpu, _chunk_cuda, _backward
+)
+_recurrent = recurrence.register_forward(
+    _library, "fused_recurrent_gated_delta_rule", _INPUTS, _recurrent_fake, _recurrent_cpu, _recurrent_cuda, _backward
+)
+recurrence.register(
+    _library,
+    f"chunk_gated_delta_rule_bwd({_BWD_INPUTS}) -> ({_GRADIENTS})",
+    _chunk_bwd_fake,
+    _chunk_bwd_cpu,
+    _chunk_bwd_cuda,
+)
 recurrence.refuse_second_derivative(_library, "chunk_gated_delta_rule_bwd")
-
-_chunk = torch.ops.hypenet.chunk_gated_delta_rule.default
+recurrence.register(_library, f"gated_delta_step({_STEP}) -> Tensor", _step_fake, _step_run, _step_run)
 _chunk_bwd = torch.ops.hypenet.chunk_gated_delta_rule_bwd.default
-_recurrent = torch.ops.hypenet.fused_recurrent_gated_delta_rule.default
 _step = torch.ops.hypenet.gated_delta_step.default

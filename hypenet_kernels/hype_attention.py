@@ -5,6 +5,8 @@ s_t  = ln(t + a) / ln(a)                   position scale, t counted from 0 at t
 o_t  = sum_i softmax_i(x_ti) v_i           times sigmoid(gate_t) where there is a gate
 """
 
+from functools import partial
+
 import torch
 
 from hypenet_kernels import checks, native
@@ -25,9 +27,10 @@ def hype_attention(q, k, v, *, logit_scale_base=None, gate=None, scale=None, que
     """
     op = "hype_attention"
     checks.tensors(op, {"q": q, "k": k, "v": v}, {"gate": gate, "cu_seqlens": cu_seqlens})
-    inputs = (q, k, v, gate)
-    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    return _forward(*inputs, cu_seqlens, logit_scale_base, scale, query_offset, save)[0]
+    arguments = (q, k, v, gate, cu_seqlens, logit_scale_base, scale, query_offset)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, gate)):
+        return _forward(*arguments)[0]
+    return _inference(*arguments)
 
 
 def hype_attention_decode(
@@ -116,23 +119,30 @@ def _check_lengths(cache_seqlens, T, capacity, appends):
 
 
 def _forward_fake(q, k, v, gate, cu_seqlens, logit_scale_base, scale, query_offset, save):
+    """save: whether the backward's o_ungated (empty without gate) and lse are wanted besides o."""
     _check_forward(q, k, v, gate, cu_seqlens, logit_scale_base, query_offset)
-    B, T, H, _ = q.shape
     o = native.empty_like(q)
-    o_ungated = torch.empty_like(o) if save and gate is not None else q.new_empty(0)
-    return o, o_ungated, q.new_empty(B, H, T, dtype=native.accumulator(q.dtype))
+    return (o, q.new_empty(0) if gate is None else torch.empty_like(o), _new_lse(q)) if save else o
+
+
+def _new_lse(q):
+    B, T, H, _ = q.shape
+    return q.new_empty(B, H, T, dtype=native.accumulator(q.dtype))
 
 
 def _forward_native(q, k, v, gate, cu_seqlens, logit_scale_base, scale, query_offset, save):
     outputs = _forward_fake(q, k, v, gate, cu_seqlens, logit_scale_base, scale, query_offset, save)
-    o, o_ungated, lse = outputs
+    o, o_ungated, lse = outputs if save else (outputs, None, _new_lse(q))
     D, width = q.shape[3], _built_width("hype_attention", q)
     if o.numel() == 0:
         return outputs
     if width != D:
         wide = (_widen(x, width) for x in (q, k, v, gate))
         scale = D**-0.5 if scale is None else scale
-        o, o_ungated, lse = _forward_native(*wide, cu_seqlens, logit_scale_base, scale, query_offset, save)
+        wide = _forward_native(*wide, cu_seqlens, logit_scale_base, scale, query_offset, save)
+        if not save:
+            return wide[..., :D].contiguous()
+        o, o_ungated, lse = wide
         return o[..., :D].contiguous(), o_ungated[..., :D].contiguous(), lse
     q, k, v, gate = (_readable(x) for x in (q, k, v, gate))
     bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
@@ -144,7 +154,7 @@ def _forward_native(q, k, v, gate, cu_seqlens, logit_scale_base, scale, query_of
         "v": native.view(v),
         "gate": native.view(gate),
         "o": native.pointer(o),
-        "o_ungated": native.pointer(o_ungated if o_ungated.numel() else None),
+        "o_ungated": native.pointer(None if gate is None else o_ungated),
         "lse": native.pointer(lse),
     }
     native.kernel("hype_attention", "hype_attention_fwd", q.device)(fields)
@@ -307,7 +317,7 @@ def _sequences(q, k, query_offset, bounds):
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, gate, cu_seqlens, *ctx.options, _ = inputs
+    q, k, v, gate, cu_seqlens, *ctx.options = inputs
     o, o_ungated, lse = output
     ctx.save_for_backward(q, k, v, gate, cu_seqlens, o if gate is None else o_ungated, lse)
     ctx.mark_non_differentiable(o_ungated, lse)
@@ -316,10 +326,10 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, do, *_):
     if do is None:
-        return (None,) * 9
+        return (None,) * 8
     q, k, v, gate, cu_seqlens, o_ungated, lse = ctx.saved_tensors
     dq, dk, dv, dgate = _backward_op(do, q, k, v, gate, cu_seqlens, o_ungated, lse, *ctx.options)
-    return dq, dk, dv, None if gate is None else dgate, None, None, None, None, None
+    return dq, dk, dv, None if gate is None else dgate, None, None, None, None
 
 
 def _no_second_derivative(ctx, *_):
@@ -330,10 +340,9 @@ def _no_second_derivative(ctx, *_):
 
 _library = torch.library.Library("hypenet", "FRAGMENT")
 _OPTIONS = "float? logit_scale_base, float? scale"
-_library.define(
-    "hype_attention(Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? cu_seqlens, "
-    f"{_OPTIONS}, SymInt query_offset, bool save) -> (Tensor o, Tensor o_ungated, Tensor lse)"
-)
+_INPUTS = f"Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? cu_seqlens, {_OPTIONS}, SymInt query_offset"
+_library.define(f"hype_attention_inference({_INPUTS}) -> Tensor")
+_library.define(f"hype_attention({_INPUTS}) -> (Tensor o, Tensor o_ungated, Tensor lse)")
 _library.define(
     "hype_attention_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? cu_seqlens, Tensor o_ungated, "
     f"Tensor lse, {_OPTIONS}, SymInt query_offset) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dgate)"
@@ -342,18 +351,20 @@ _library.define(
     "hype_attention_decode(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, Tensor? k, "
     f"Tensor? v, Tensor? gate, {_OPTIONS}) -> Tensor"
 )
-for _name, _cpu, _fake in (
-    ("hype_attention", _forward_native, _forward_fake),
-    ("hype_attention_bwd", _backward_native, _backward_fake),
-    ("hype_attention_decode", _decode_cpu, _decode_fake),
+_inference_runs = [partial(run, save=False) for run in (_forward_fake, _forward_native, _forward_native)]
+_forward_runs = [partial(run, save=True) for run in (_forward_fake, _forward_native, _forward_native)]
+for _name, _fake, _cpu, _cuda in (
+    ("hype_attention_inference", *_inference_runs),
+    ("hype_attention", *_forward_runs),
+    ("hype_attention_bwd", _backward_fake, _backward_native, _backward_native),
+    ("hype_attention_decode", _decode_fake, _decode_cpu, _decode_cuda),
 ):
     _library.impl(_name, _cpu, "CPU")
+    _library.impl(_name, _cuda, "CUDA")
     torch.library.register_fake(f"hypenet::{_name}", _fake, lib=_library)
-_library.impl("hype_attention", _forward_native, "CUDA")
-_library.impl("hype_attention_bwd", _backward_native, "CUDA")
-_library.impl("hype_attention_decode", _decode_cuda, "CUDA")
 torch.library.register_autograd("hypenet::hype_attention", _backward, setup_context=_setup_context, lib=_library)
 torch.library.register_autograd("hypenet::hype_attention_bwd", _no_second_derivative, lib=_library)
+_inference = torch.ops.hypenet.hype_attention_inference.default
 _forward = torch.ops.hypenet.hype_attention.default
 _backward_op = torch.ops.hypenet.hype_attention_bwd.default
 _decode = torch.ops.hypenet.hype_attention_decode.default

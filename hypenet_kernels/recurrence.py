@@ -3,13 +3,16 @@
 Everything here takes beta = None for simple GLA. Fakes check and allocate; the functions for a device add the native
 call. g, beta and states arrive in the accumulation type.
 
-A forward op with save = True also returns a list of what its backward reads again, Saved; the list is empty where there
-is nothing to keep (save = False, and always on the CPU, which computes it anew). NT chunks of 64 tokens, K, V padded:
+A forward op comes twice. <op> is differentiable, and returns besides o and final_state a list of what its backward
+reads again (Saved; empty on the CPU, which computes it anew). <op>_inference (save = False) returns these two alone:
+where no gradient is wanted, a call pays neither for more tensors nor for PyTorch's autograd layer. NT chunks of 64
+tokens, K and V padded:
     T0 [NT, HV, 64, 64] dtype, G [NT, HV, 64] float32, h [NT, HV, K, V] dtype, chunk_offsets [N + 1] int64,
 and where sequences are split, into NS segments:
     transfers [NS, HV, K, K] ([NS, HV] without delta) float32, segment_offsets [N + 1] int64
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -87,7 +90,7 @@ def l2norm(x, eps=1e-6):
 
 def run(
     op,
-    operator,
+    operators,
     q,
     k,
     v,
@@ -100,9 +103,9 @@ def run(
     split_sequence=False,
     defaults=None,
 ):
-    """A public function over whole sequences: `operator` on gates = {"g": ..., "beta": ...}, in that order.
+    """A public function over whole sequences: one of `operators` on gates = {"g": ..., "beta": ...}, in that order.
 
-    defaults: the values of gates that may be None.
+    operators: the op for inference and the differentiable one. defaults: the values of gates that may be None.
     """
     required, optional = {"q": q, "k": k, "v": v}, {"initial_state": initial_state, "cu_seqlens": cu_seqlens}
     if defaults is None:
@@ -116,10 +119,10 @@ def run(
         q, k = l2norm(q), l2norm(k)
     gates = [accumulated(op, name, x, q) for name, x in gates.items()]
     initial_state = accumulated(op, "initial_state", initial_state, q)
-    save = needs_gradient(q, k, v, *gates, initial_state)
+    operator = operators[needs_gradient(q, k, v, *gates, initial_state)]
     segment_chunks = chunks_of_segment(op, q, v, cu_seqlens) if split_sequence else 0
     scale = default_scale(q, scale)
-    o, final_state, _ = operator(q, k, v, *gates, initial_state, cu_seqlens, scale, save, segment_chunks)
+    o, final_state, *_ = operator(q, k, v, *gates, initial_state, cu_seqlens, scale, segment_chunks)
     return o, final_state if output_final_state else None
 
 
@@ -220,7 +223,7 @@ def padded_dims(op, q, v):
 
 
 def to_save(op, q, v, beta, cu_seqlens, segment_chunks):
-    """What the forward on CUDA keeps, not yet computed."""
+    """What the differentiable forward on CUDA keeps, not yet computed."""
     NT, HV, (K, V) = max_chunks(q, cu_seqlens), v.shape[2], padded_dims(op, q, v)
     return Saved(
         T0=q.new_empty(0) if beta is None else q.new_empty(NT, HV, CHUNK, CHUNK),
@@ -232,13 +235,14 @@ def to_save(op, q, v, beta, cu_seqlens, segment_chunks):
     )
 
 
-def forward_fake(op, q, k, v, g, beta, initial_state, cu_seqlens, save, segment_chunks):
-    save = save and native.on_cuda(q)
-    saved = to_save(op, q, v, beta, cu_seqlens, segment_chunks) if save else ()
-    return *outputs(op, q, k, v, g, beta, initial_state, cu_seqlens), list(saved)
+def forward_fake(op, q, k, v, g, beta, initial_state, cu_seqlens, segment_chunks, save):
+    results = outputs(op, q, k, v, g, beta, initial_state, cu_seqlens)
+    if not save:
+        return results
+    return *results, list(to_save(op, q, v, beta, cu_seqlens, segment_chunks) if native.on_cuda(q) else ())
 
 
-def forward_cpu(kernel_name, op, q, k, v, g, beta, initial_state, cu_seqlens, scale):
+def forward_cpu(kernel_name, op, q, k, v, g, beta, initial_state, cu_seqlens, scale, save):
     o, final_state = outputs(op, q, k, v, g, beta, initial_state, cu_seqlens)
     q, k, v = (native.dense_last(x) for x in (q, k, v))
     initial_state, cu_seqlens = _contiguous(initial_state), _bounds(cu_seqlens)
@@ -251,10 +255,10 @@ def forward_cpu(kernel_name, op, q, k, v, g, beta, initial_state, cu_seqlens, sc
         "final_state": native.pointer(final_state),
     }
     native.kernel(op, kernel_name, q.device)(fields)
-    return o, final_state, []
+    return (o, final_state, []) if save else (o, final_state)
 
 
-def forward_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, save, segment_chunks):
+def forward_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, segment_chunks, save):
     o, final_state = outputs(op, q, k, v, g, beta, initial_state, cu_seqlens)
     if q.dtype not in native.HALF:
         rule = "be bfloat16 or float16 on CUDA in chunks and for a gradient"
@@ -302,18 +306,18 @@ def forward_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, save, s
         "P": native.pointer(P),
     }
     native.kernel(op, "gated_delta_chunk_fwd", q.device)(fields)
-    return _narrowed(wide_o, o), _narrowed(wide_state, final_state), list(saved) if save else []
+    results = _narrowed(wide_o, o), _narrowed(wide_state, final_state)
+    return (*results, list(saved)) if save else results
 
 
-def recurrent_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, save, segment_chunks):
+def recurrent_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, segment_chunks, save):
     """Few tokens go one by one, and float32 always; else this is the chunk form."""
     few = q.shape[1] <= STEP_TOKENS or q.dtype == torch.float32
     if save or cu_seqlens is not None or not few:
-        return forward_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, save, segment_chunks)
+        return forward_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, segment_chunks, save)
     _, final_state = outputs(op, q, k, v, g, beta, initial_state, cu_seqlens)
     final_state.zero_() if initial_state is None else final_state.copy_(initial_state)
-    o = step(op, q, k, v, g, beta, final_state, None, None, None, scale)
-    return o, final_state, []
+    return step(op, q, k, v, g, beta, final_state, None, None, None, scale), final_state
 
 
 def backward_fake(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens):
@@ -392,7 +396,7 @@ def backward_cuda(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seql
 
 
 def setup_context(ctx, inputs, output):
-    *tensors, ctx.scale, _, ctx.segment_chunks = inputs
+    *tensors, ctx.scale, ctx.segment_chunks = inputs
     _, _, saved = output
     ctx.num_inputs = len(tensors)
     ctx.save_for_backward(*tensors, *saved)
@@ -406,11 +410,11 @@ def backward(ctx, backward_op, do, dfinal_state):
     q, _, v, *_ = inputs
     if do is None:
         if dfinal_state is None:
-            return (None,) * (len(inputs) + 5)
+            return (None,) * (len(inputs) + 4)
         do = q.new_zeros(v.shape)
     arguments = *inputs, initial_state, cu_seqlens, list(saved), ctx.scale, ctx.segment_chunks
     *gradients, dinitial_state = backward_op(do, dfinal_state, *arguments)
-    return *gradients, None if initial_state is None else dinitial_state, None, None, None, None
+    return *gradients, None if initial_state is None else dinitial_state, None, None, None
 
 
 def step_gates(op, q, g, beta, use_gate, A_log, dt_bias):
@@ -553,6 +557,15 @@ def register(library, schema, fake, cpu, cuda=None):
     if cuda is not None:
         library.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"hypenet::{name}", fake, lib=library)
+
+
+def register_forward(library, name, inputs, fake, cpu, cuda, backward):
+    """Registers <name>_inference and the differentiable <name>, and returns both. fake, cpu, cuda: take `save` last."""
+    for suffix, saved, save in (("_inference", "", False), ("", ", Tensor[] saved", True)):
+        schema = f"{name}{suffix}({inputs}, float scale, int segment_chunks) -> (Tensor o, Tensor final_state{saved})"
+        register(library, schema, *(functools.partial(run, save=save) for run in (fake, cpu, cuda)))
+    torch.library.register_autograd(f"hypenet::{name}", backward, setup_context=setup_context, lib=library)
+    return getattr(torch.ops.hypenet, f"{name}_inference").default, getattr(torch.ops.hypenet, name).default
 
 
 def refuse_second_derivative(library, backward_name):

@@ -122,19 +122,19 @@ def _sequences(
     )
 
 
-def _chunk_cpu(q, k, v, g, initial_state, cu_seqlens, scale, save, segment_chunks):
+def _chunk_cpu(q, k, v, g, initial_state, cu_seqlens, scale, segment_chunks, save):
     kernel, op = "gated_delta_chunk_fwd", "chunk_simple_gla"
-    return recurrence.forward_cpu(kernel, op, q, k, v, g, None, initial_state, cu_seqlens, scale)
+    return recurrence.forward_cpu(kernel, op, q, k, v, g, None, initial_state, cu_seqlens, scale, save)
 
 
-def _chunk_cuda(q, k, v, g, initial_state, cu_seqlens, scale, save, segment_chunks):
+def _chunk_cuda(q, k, v, g, initial_state, cu_seqlens, scale, segment_chunks, save):
     op = "chunk_simple_gla"
-    return recurrence.forward_cuda(op, q, k, v, g, None, initial_state, cu_seqlens, scale, save, segment_chunks)
+    return recurrence.forward_cuda(op, q, k, v, g, None, initial_state, cu_seqlens, scale, segment_chunks, save)
 
 
-def _chunk_fake(q, k, v, g, initial_state, cu_seqlens, scale, save, segment_chunks):
+def _chunk_fake(q, k, v, g, initial_state, cu_seqlens, scale, segment_chunks, save):
     return recurrence.forward_fake(
-        "chunk_simple_gla", q, k, v, g, None, initial_state, cu_seqlens, save, segment_chunks
+        "chunk_simple_gla", q, k, v, g, None, initial_state, cu_seqlens, segment_chunks, save
     )
 
 
@@ -155,19 +155,19 @@ def _chunk_bwd_fake(do, dfinal_state, q, k, v, g, initial_state, cu_seqlens, sav
     return recurrence.backward_fake(op, do, dfinal_state, q, k, v, g, None, initial_state, cu_seqlens)
 
 
-def _recurrent_cpu(q, k, v, g, initial_state, cu_seqlens, scale, save, segment_chunks):
+def _recurrent_cpu(q, k, v, g, initial_state, cu_seqlens, scale, segment_chunks, save):
     kernel, op = "gated_delta_recurrent_fwd", "fused_recurrent_simple_gla"
-    return recurrence.forward_cpu(kernel, op, q, k, v, g, None, initial_state, cu_seqlens, scale)
+    return recurrence.forward_cpu(kernel, op, q, k, v, g, None, initial_state, cu_seqlens, scale, save)
 
 
-def _recurrent_cuda(q, k, v, g, initial_state, cu_seqlens, scale, save, segment_chunks):
+def _recurrent_cuda(q, k, v, g, initial_state, cu_seqlens, scale, segment_chunks, save):
     op = "fused_recurrent_simple_gla"
-    return recurrence.recurrent_cuda(op, q, k, v, g, None, initial_state, cu_seqlens, scale, save, segment_chunks)
+    return recurrence.recurrent_cuda(op, q, k, v, g, None, initial_state, cu_seqlens, scale, segment_chunks, save)
 
 
-def _recurrent_fake(q, k, v, g, initial_state, cu_seqlens, scale, save, segment_chunks):
+def _recurrent_fake(q, k, v, g, initial_state, cu_seqlens, scale, segment_chunks, save):
     op = "fused_recurrent_simple_gla"
-    return recurrence.forward_fake(op, q, k, v, g, None, initial_state, cu_seqlens, save, segment_chunks)
+    return recurrence.forward_fake(op, q, k, v, g, None, initial_state, cu_seqlens, segment_chunks, save)
 
 
 def _step_run(q, k, v, g, *args):
@@ -183,7 +183,6 @@ def _backward(ctx, do, dfinal_state, *_):
 
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor g, Tensor? initial_state, Tensor? cu_seqlens"
-_OUTPUTS = "Tensor o, Tensor final_state, Tensor[] saved"
 _GRADIENTS = "Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dinitial_state"
 _STEP = (
     "Tensor q, Tensor k, Tensor v, Tensor g, Tensor(a!) state, Tensor? state_indices, Tensor? A_log, "
@@ -191,30 +190,20 @@ _STEP = (
 )
 _library = torch.library.Library("hypenet", "FRAGMENT")
 _BWD_INPUTS = f"Tensor do, Tensor? dfinal_state, {_INPUTS}, Tensor[] saved, float scale, int segment_chunks"
-for _schema, _fake, *_run in (
-    (
-        f"chunk_simple_gla({_INPUTS}, float scale, bool save, int segment_chunks) -> ({_OUTPUTS})",
-        _chunk_fake,
-        _chunk_cpu,
-        _chunk_cuda,
-    ),
-    (f"chunk_simple_gla_bwd({_BWD_INPUTS}) -> ({_GRADIENTS})", _chunk_bwd_fake, _chunk_bwd_cpu, _chunk_bwd_cuda),
-    (
-        f"fused_recurrent_simple_gla({_INPUTS}, float scale, bool save, int segment_chunks) -> ({_OUTPUTS})",
-        _recurrent_fake,
-        _recurrent_cpu,
-        _recurrent_cuda,
-    ),
-    (f"simple_gla_step({_STEP}) -> Tensor", _step_fake, _step_run, _step_run),
-):
-    recurrence.register(_library, _schema, _fake, *_run)
-for _name in ("chunk_simple_gla", "fused_recurrent_simple_gla"):
-    torch.library.register_autograd(
-        f"hypenet::{_name}", _backward, setup_context=recurrence.setup_context, lib=_library
-    )
+_chunk = recurrence.register_forward(
+    _library, "chunk_simple_gla", _INPUTS, _chunk_fake, _chunk_cpu, _chunk_cuda, _backward
+)
+_recurrent = recurrence.register_forward(
+    _library, "fused_recurrent_simple_gla", _INPUTS, _recurrent_fake, _recurrent_cpu, _recurrent_cuda, _backward
+)
+recurrence.register(
+    _library,
+    f"chunk_simple_gla_bwd({_BWD_INPUTS}) -> ({_GRADIENTS})",
+    _chunk_bwd_fake,
+    _chunk_bwd_cpu,
+    _chunk_bwd_cuda,
+)
 recurrence.refuse_second_derivative(_library, "chunk_simple_gla_bwd")
-
-_chunk = torch.ops.hypenet.chunk_simple_gla.default
+recurrence.register(_library, f"simple_gla_step({_STEP}) -> Tensor", _step_fake, _step_run, _step_run)
 _chunk_bwd = torch.ops.hypenet.chunk_simple_gla_bwd.default
-_recurrent = torch.ops.hypenet.fused_recurrent_simple_gla.default
 _step = torch.ops.hypenet.simple_gla_step.default

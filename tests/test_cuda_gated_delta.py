@@ -126,7 +126,7 @@ def test_large_predictable_values(device):
 
 
 def save(device, inputs, cu_seqlens=None):
-    args = [*to(device, inputs).values(), None if cu_seqlens is None else cu_seqlens.to(device), 0.25, True, 0]
+    args = [*to(device, inputs).values(), None if cu_seqlens is None else cu_seqlens.to(device), 0.25, 0]
     op = torch.ops.hypenet.chunk_gated_delta_rule if "beta" in inputs else torch.ops.hypenet.chunk_simple_gla
     return Saved(*(x.cpu() for x in op.default(*args)[2]))
 

@@ -13,8 +13,8 @@ from hypenet_kernels import recurrence, reference
 
 BF16, FP16 = torch.bfloat16, torch.float16
 OPS = {
-    True: (torch.ops.hypenet.chunk_gated_delta_rule.default, reference.chunk_gated_delta_rule),
-    False: (torch.ops.hypenet.chunk_simple_gla.default, reference.chunk_simple_gla),
+    True: (torch.ops.hypenet.chunk_gated_delta_rule, reference.chunk_gated_delta_rule),
+    False: (torch.ops.hypenet.chunk_simple_gla, reference.chunk_simple_gla),
 }
 SHAPES = {  # in segments of two chunks
     "one segment": (Shape(1, 128, 1, 1, 64, 64), BF16),
@@ -30,8 +30,7 @@ def forward(device, delta, inputs, segment_chunks, cu_seqlens=None):
     """(o, final_state) of the op itself, which takes any number of chunks."""
     tensors = [x if x is None else x.to(device) for x in inputs.values()]
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(device)
-    scale, save = inputs["q"].shape[-1] ** -0.5, any(x is not None and x.requires_grad for x in tensors)
-    return OPS[delta][0](*tensors, cu_seqlens, scale, save, segment_chunks)[:2]
+    return OPS[delta][0].default(*tensors, cu_seqlens, inputs["q"].shape[-1] ** -0.5, segment_chunks)[:2]
 
 
 def backward(device, delta, inputs, segment_chunks, do, dfinal_state, cu_seqlens=None):

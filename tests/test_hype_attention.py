@@ -326,7 +326,7 @@ def test_any_number_of_threads_gives_the_same_bits(shape, dtype, restore_threads
 def op_arguments(gate, packed):
     q, k, v, *gates = make_inputs(Shape(1, 20, 4, 2, 8), torch.float32, gate)
     bounds = torch.tensor([0, 7, 20]) if packed else None
-    return q, k, v, gates[0] if gates else None, bounds, 9.0, 0.4, 0, True
+    return q, k, v, gates[0] if gates else None, bounds, 9.0, 0.4, 0
 
 
 @pytest.mark.parametrize("gate", [False, True])
@@ -335,9 +335,11 @@ def test_opcheck(gate, packed):
     arguments = op_arguments(gate, packed)
     torch.library.opcheck(torch.ops.hypenet.hype_attention.default, arguments)
     with torch.no_grad():
-        q, k, v, gate, bounds, *options, _ = arguments
+        q, k, v, gate, bounds, *options = arguments
+        inputs = [None if x is None else x.detach() for x in (q, k, v, gate)]
+        torch.library.opcheck(torch.ops.hypenet.hype_attention_inference.default, (*inputs, bounds, *options))
         o, o_ungated, lse = torch.ops.hypenet.hype_attention.default(*arguments)
-        inputs = [None if x is None else x.detach() for x in (q, q, k, v, gate)]
+        inputs = [inputs[0], *inputs]
         saved = o if gate is None else o_ungated
         torch.library.opcheck(torch.ops.hypenet.hype_attention_bwd.default, (*inputs, bounds, saved, lse, *options))
 
