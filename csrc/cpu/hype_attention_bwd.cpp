@@ -2,8 +2,8 @@
 //
 // Math, with x_ti, lse and o_ungated as in hype_attention_fwd.cpp, z = sigmoid(gate), do the gradient of o:
 //   do'_t = do_t z_t,  dgate_t = do_t o_ungated_t z_t (1 - z_t),  delta_t = do'_t . o_ungated_t
-//   P_ti = exp(x_ti - lse_t),  dP_ti = do'_t . v_i,  dX_ti = P_ti (dP_ti - delta_t)
-//   dv_i = sum_t P_ti do'_t,  dk_i = sum_t dX_ti (s_t scale q_t),  dq_t = s_t scale sum_i dX_ti k_i
+//   P_ti = exp(x_ti - lse_t),  dP_ti = do'_t . v_i,  dX_ti = s_t scale P_ti (dP_ti - delta_t)
+//   dv_i = sum_t P_ti do'_t,  dk_i = sum_t dX_ti q_t,  dq_t = sum_i dX_ti k_i
 // dk and dv sum over the query heads of the group as well.
 //
 // Shapes: params.h, HypeAttentionBwdParams.
@@ -16,11 +16,12 @@
 // neither the choice nor the number of threads changes a bit.
 //
 // Products, for the lanes c of a tile and the keys i of a block:
-//   X^T[i, c] = K[i, :] Q^T[:, c]      dP^T[i, c] = V[i, :] dO^T[:, c]      dQ^T[:, c] += K^T[:, i] dX^T[i,
-//   c] dV[i, :] += P^T[i, c] dO[c, :]     dK[i, :] += dX^T[i, c] Q[c, :]
+//   X^T[i, c] = K[i, :] Q^T[:, c]         dP^T[i, c] = V[i, :] dO^T[:, c]
+//   dV[i, :] += P^T[i, c] dO[c, :]        dK[i, :] += dX^T[i, c] Q[c, :]
+//   dQ^T[:, c] += K^T[:, i] dX^T[i, c]
 //
 // Numerics: everything between the inputs and the outputs is in the accumulation type; x_ti - lse_t <= 0 but
-// for rounding.
+// for rounding. Where products are of pairs of bfloat16 (pairs.h), do', P and dX are rounded to it for them.
 //
 // Cost: 10 D FLOPs per visible (query, key) pair, 14 D in two passes; compute bound. Memory: a few blocks per
 // thread; in (1) and where the outputs are not of the accumulation type, dk and dv of a key head per thread.
@@ -43,68 +44,80 @@ constexpr int64_t kQueryBlock = 32;  // its tiles share a block of keys and what
 constexpr int64_t kKeysAlone = 128;  // keys of (3)
 constexpr int64_t kTilesPerBlock = ceil_div(kQueryBlock * kTileHeads, kTileLanes);
 
-// What a tile holds, scaled and gated: q and do as rows and transposed, dq transposed, and numbers per lane.
-template <class Acc>
+// What a tile holds: q and do' as factors of sums over lanes and of sums over D, dq, and numbers per lane.
+template <class Factor, class Acc>
 struct TileBlocks {
-  Acc *q, *do_;                            // [kTileLanes, D]
-  Acc *q_transposed, *do_transposed, *dq;  // [D, kTileLanes]
-  Acc *lse, *delta, *position;             // [kTileLanes]
+  Factor *q, *do_;                       // [packed(kTileLanes), D]
+  Factor *q_transposed, *do_transposed;  // [packed(D), kTileLanes]
+  Acc* dq;                               // [D, kTileLanes]
+  Acc *scale, *lse, *delta, *position;   // [kTileLanes]
 
   TileBlocks(Arena<Acc>& arena, int64_t D)
-      : q(arena.take(kTileLanes * D)),
-        do_(arena.take(kTileLanes * D)),
-        q_transposed(arena.take(kTileLanes * D)),
-        do_transposed(arena.take(kTileLanes * D)),
-        dq(arena.take(kTileLanes * D)),
+      : q(arena.template take<Factor>(packed<Factor>(kTileLanes) * D)),
+        do_(arena.template take<Factor>(packed<Factor>(kTileLanes) * D)),
+        q_transposed(arena.template take<Factor>(packed<Factor>(D) * kTileLanes)),
+        do_transposed(arena.template take<Factor>(packed<Factor>(D) * kTileLanes)),
+        dq(arena.take(D * kTileLanes)),
+        scale(arena.take(kTileLanes)),
         lse(arena.take(kTileLanes)),
         delta(arena.take(kTileLanes)),
         position(arena.take(kTileLanes)) {}
 };
 
-// What the tiles of a thread share: P and dX of a tile and a block of keys, and two rows.
-template <class Acc>
+// What the tiles of a thread share, of a tile and a block of keys: X and dP, which become P and dX in place,
+// as factors of sums over lanes; dX as factors of a sum over keys; rows.
+template <class Factor, class Acc>
 struct Blocks {
-  Acc *weights, *dlogits, *o_row, *gate_row;
+  Acc *weights, *dlogits;        // [kKeyBlock, kTileLanes]
+  Factor* dlogits_of_keys;       // [packed(kKeyBlock), kTileLanes]
+  Factor* packed_rows;           // [kTileLanes, packed(D)]
+  Acc *rows, *o_row, *gate_row;  // [kTileLanes, D], [D] twice
 
   Blocks(Arena<Acc>& arena, int64_t D)
       : weights(arena.take(kKeyBlock * kTileLanes)),
         dlogits(arena.take(kKeyBlock * kTileLanes)),
+        dlogits_of_keys(reinterpret_cast<Factor*>(dlogits)),
+        packed_rows(arena.template take<Factor>(kTileLanes * packed<Factor>(D))),
+        rows(arena.take(kTileLanes * D)),
         o_row(arena.take(D)),
-        gate_row(arena.take(D)) {}
+        gate_row(arena.take(D)) {
+    if (kPacked<Factor> > 1)
+      dlogits_of_keys = arena.template take<Factor>(packed<Factor>(kKeyBlock) * kTileLanes);
+  }
 };
 
 // Keys [start, start + keys) with their values, and where their gradients add up, or null.
-template <class Acc>
+template <class Factor, class Acc>
 struct KeyBlock {
-  Acc *k, *v;  // [kKeyBlock, D]
+  Factor *k, *v;         // [kKeyBlock, packed(D)]
+  Factor* k_transposed;  // [packed(kKeyBlock), D]: factors of a sum over keys
   Rows<Acc> dk{}, dv{};
   int64_t start = 0, keys = 0;
 
-  KeyBlock(Arena<Acc>& arena, int64_t D) : k(arena.take(kKeyBlock * D)), v(arena.take(kKeyBlock * D)) {}
+  KeyBlock(Arena<Acc>& arena, int64_t D)
+      : k(arena.template take<Factor>(kKeyBlock * packed<Factor>(D))),
+        v(arena.template take<Factor>(kKeyBlock * packed<Factor>(D))),
+        k_transposed(k) {
+    if (kPacked<Factor> > 1) k_transposed = arena.template take<Factor>(packed<Factor>(kKeyBlock) * D);
+  }
 
   template <class Element>
   void load(const HypeAttentionBwdParams& p, const Sequence& s, int64_t key_head, int64_t begin,
             int64_t end) {
     start = begin;
     keys = std::min(kKeyBlock, end - begin);
-    load_rows(head_rows<Element>(p.k, s.batch, s.first + start, key_head), keys, p.D, k);
-    load_rows(head_rows<Element>(p.v, s.batch, s.first + start, key_head), keys, p.D, v);
+    const auto k_rows = head_rows<Element>(p.k, s.batch, s.first + start, key_head);
+    pack_rows(k_rows, keys, p.D, k);
+    if (kPacked<Factor> > 1) pack_across_rows(k_rows, keys, p.D, k_transposed);
+    pack_rows(head_rows<Element>(p.v, s.batch, s.first + start, key_head), keys, p.D, v);
   }
 };
 
-inline double query_scale(const HypeAttentionBwdParams& p, const Sequence& s, int64_t token) {
-  return p.scale * position_scale(s.offset + token, p.logit_scale_base);
-}
-
-// One (head, token) of a tile: q_row = s_t scale q_t, do_row = do'_t; returns delta_t. Writes dgate where
-// asked.
-template <class Element, class Acc>
-Acc load_lane(const HypeAttentionBwdParams& p, const Sequence& s, int64_t head, int64_t token,
-              bool with_dgate, const Blocks<Acc>& b, Acc* q_row, Acc* do_row) {
+// One (head, token) of a tile: do_row = do'_t as products take it; returns delta_t. Writes dgate where asked.
+template <class Element, class Factor, class Acc>
+Acc load_output_gradient(const HypeAttentionBwdParams& p, const Sequence& s, int64_t head, int64_t token,
+                         bool with_dgate, const Blocks<Factor, Acc>& b, Acc* do_row) {
   const int64_t D = p.D, row = s.first + token;
-  const Acc factor = static_cast<Acc>(query_scale(p, s, token));
-  const Element* q = head_rows<Element>(p.q, s.batch, row, head)[0];
-  for (int64_t d = 0; d < D; ++d) q_row[d] = static_cast<Acc>(q[d]) * factor;
   load_row(head_rows<Element>(p.do_, s.batch, row, head)[0], D, do_row);
   load_row(head_rows<const Element>(p.o_ungated, p.T, p.H, D, s.batch, row, head)[0], D, b.o_row);
   if (p.gate.data != nullptr) {
@@ -114,7 +127,7 @@ Acc load_lane(const HypeAttentionBwdParams& p, const Sequence& s, int64_t head, 
     for (int64_t d = 0; d < D; ++d) {
       const Acc gated = do_row[d] * b.gate_row[d];
       if (with_dgate) dgate[d] = static_cast<Element>(gated * b.o_row[d] * (1 - b.gate_row[d]));
-      do_row[d] = gated;
+      do_row[d] = static_cast<Acc>(static_cast<packed_t<Factor>>(gated));
     }
   }
   Acc delta = 0;
@@ -123,76 +136,102 @@ Acc load_lane(const HypeAttentionBwdParams& p, const Sequence& s, int64_t head, 
   return delta;
 }
 
-template <class Element, class Acc>
+// The rows [lanes, packed(D)] of a tile in both forms that products take; lanes up to `padded` become zero.
+template <class Factor>
+void form_factors(int64_t lanes, int64_t padded, int64_t D, Factor* rows, Factor* x, Factor* x_transposed) {
+  const int64_t width = packed<Factor>(D);
+  std::fill(rows + lanes * width, rows + padded * width, Factor{});
+  transpose(padded, width, rows, width, x_transposed, kTileLanes);
+  pack_across_rows(Rows<packed_t<Factor>>{reinterpret_cast<packed_t<Factor>*>(rows), width * kPacked<Factor>},
+                   padded, D, x);
+}
+
+template <class Element, class Factor, class Acc>
 void load_tile(const HypeAttentionBwdParams& p, const Sequence& s, const Tile& tile, bool with_dgate,
-               const Blocks<Acc>& b, const TileBlocks<Acc>& t) {
-  const int64_t D = p.D, lanes = tile.lanes(), padded = tile.padded<Acc>();
-  for (int64_t lane = 0; lane < lanes; ++lane) {
-    const int64_t head = tile.head + lane / tile.num_tokens, token = tile.begin + lane % tile.num_tokens;
-    t.delta[lane] = load_lane<Element>(p, s, head, token, with_dgate, b, t.q + lane * D, t.do_ + lane * D);
+               const Blocks<Factor, Acc>& b, const TileBlocks<Factor, Acc>& t) {
+  const int64_t D = p.D, width = packed<Factor>(D), lanes = tile.lanes(), padded = tile.padded<Acc>();
+  const auto for_each_lane = [&](auto&& body) {
+    for (int64_t lane = 0; lane < lanes; ++lane)
+      body(lane, tile.head + lane / tile.num_tokens, tile.begin + lane % tile.num_tokens);
+  };
+  for_each_lane([&](int64_t lane, int64_t head, int64_t token) {
+    pack_row(head_rows<Element>(p.q, s.batch, s.first + token, head)[0], D, b.packed_rows + lane * width);
+    t.scale[lane] = static_cast<Acc>(p.scale * position_scale(s.offset + token, p.logit_scale_base));
     t.lse[lane] = static_cast<const Acc*>(p.lse)[(s.batch * p.H + head) * p.T + s.first + token];
     t.position[lane] = static_cast<Acc>(s.offset + token);
-  }
-  for (Acc* x : {t.q, t.do_}) std::fill(x + lanes * D, x + padded * D, Acc(0));
-  for (Acc* x : {t.delta, t.lse, t.position}) std::fill(x + lanes, x + padded, Acc(0));
-  transpose(padded, D, t.q, D, t.q_transposed, kTileLanes);
-  transpose(padded, D, t.do_, D, t.do_transposed, kTileLanes);
+  });
+  form_factors(lanes, padded, D, b.packed_rows, t.q, t.q_transposed);
+  for_each_lane([&](int64_t lane, int64_t head, int64_t token) {
+    t.delta[lane] = load_output_gradient<Element>(p, s, head, token, with_dgate, b, b.rows);
+    auto* row = reinterpret_cast<packed_t<Factor>*>(b.packed_rows + lane * width);
+    for (int64_t d = 0; d < D; ++d) row[d] = static_cast<packed_t<Factor>>(b.rows[d]);
+    if (D % kPacked<Factor> != 0) row[D] = packed_t<Factor>(0);
+  });
+  form_factors(lanes, padded, D, b.packed_rows, t.do_, t.do_transposed);
+  for (Acc* x : {t.scale, t.delta, t.lse, t.position}) std::fill(x + lanes, x + padded, Acc(0));
   std::fill_n(t.dq, D * kTileLanes, Acc(0));
 }
 
 // P and dX of a tile and the first `keys` of a block.
-template <class Acc>
-void differentiate(const Tile& tile, const KeyBlock<Acc>& block, int64_t keys, bool masked, int64_t D,
-                   const Blocks<Acc>& b, const TileBlocks<Acc>& t) {
-  constexpr int64_t L = kLanes<Acc>;
-  const int64_t padded = tile.padded<Acc>();
-  gemm<Op::kNN, false>(keys, padded, D, block.k, D, t.q_transposed, kTileLanes, b.weights, kTileLanes);
-  gemm<Op::kNN, false>(keys, padded, D, block.v, D, t.do_transposed, kTileLanes, b.dlogits, kTileLanes);
-  for (int64_t i = 0; i < keys; ++i) {
-    const vec<Acc> key = broadcast(static_cast<Acc>(block.start + i));
+template <class Factor, class Acc>
+void differentiate(const Tile& tile, const KeyBlock<Factor, Acc>& block, int64_t keys, bool masked, int64_t D,
+                   const Blocks<Factor, Acc>& b, const TileBlocks<Factor, Acc>& t) {
+  constexpr int64_t L = kLanes<Acc>, kStep = kPacked<Factor>;
+  const int64_t padded = tile.padded<Acc>(), width = packed<Factor>(D);
+  gemm<Op::kNN>(keys, padded, width, block.k, width, t.q_transposed, kTileLanes, b.weights, kTileLanes);
+  gemm<Op::kNN>(keys, padded, width, block.v, width, t.do_transposed, kTileLanes, b.dlogits, kTileLanes);
+  for (int64_t i = 0; i < keys; i += kStep) {
     for (int64_t c = 0; c < padded; c += L) {
-      Acc *P = b.weights + i * kTileLanes + c, *dX = b.dlogits + i * kTileLanes + c;
-      vec<Acc> weight = exp<Acc>(load(P) - load(t.lse + c));
-      vec<Acc> gradient = weight * (load(dX) - load(t.delta + c));
-      if (masked) {
-        const auto hidden = key > load(t.position + c);
-        weight = hidden ? vec<Acc>{} : weight;
-        gradient = hidden ? vec<Acc>{} : gradient;
+      vec<Acc> gradients[kStep] = {};
+#pragma GCC unroll 2
+      for (int j = 0; j < kStep; ++j) {
+        if (j > 0 && i + j == keys) break;
+        Acc *P = b.weights + (i + j) * kTileLanes, *dX = b.dlogits + (i + j) * kTileLanes;
+        const vec<Acc> scale = load(t.scale + c);
+        vec<Acc> weight = exp<Acc>(load(P + c) * scale - load(t.lse + c));
+        vec<Acc> gradient = weight * (load(dX + c) - load(t.delta + c)) * scale;
+        if (masked) {
+          const auto hidden = broadcast(static_cast<Acc>(block.start + i + j)) > load(t.position + c);
+          weight = hidden ? vec<Acc>{} : weight;
+          gradient = hidden ? vec<Acc>{} : gradient;
+        }
+        store_packed<Factor, Acc>(reinterpret_cast<Factor*>(P) + c / kStep, weight);
+        store_packed<Factor, Acc>(reinterpret_cast<Factor*>(dX) + c / kStep, gradient);
+        gradients[j] = gradient;
       }
-      store(P, weight);
-      store(dX, gradient);
+      if (kStep > 1) store(b.dlogits_of_keys + i / kStep * kTileLanes + c, pack<Factor, Acc>(gradients));
     }
   }
 }
 
 // The share of a tile and a block of keys in dq, and in dk and dv where the block collects them.
-template <class Acc>
-void add_gradients(const Sequence& s, const Tile& tile, const KeyBlock<Acc>& block, int64_t D,
-                   const Blocks<Acc>& b, const TileBlocks<Acc>& t, bool with_dq) {
-  const int64_t lanes = tile.lanes(), first_visible = s.offset + tile.begin - block.start + 1;
+template <class Factor, class Acc>
+void add_gradients(const Sequence& s, const Tile& tile, const KeyBlock<Factor, Acc>& block, int64_t D,
+                   const Blocks<Factor, Acc>& b, const TileBlocks<Factor, Acc>& t, bool with_dq) {
+  const int64_t lanes = packed<Factor>(tile.lanes()), first_visible = s.offset + tile.begin - block.start + 1;
   const int64_t seen = std::min(block.keys, first_visible + tile.num_tokens - 1);
   if (seen <= 0) return;
   differentiate(tile, block, seen, first_visible < seen, D, b, t);
   if (with_dq) {
-    gemm<Op::kTN, true>(D, tile.padded<Acc>(), seen, block.k, D, b.dlogits, kTileLanes, t.dq, kTileLanes);
+    gemm<Op::kTN, true>(D, tile.padded<Acc>(), packed<Factor>(seen), block.k_transposed, D, b.dlogits_of_keys,
+                        kTileLanes, t.dq, kTileLanes);
   }
   if (block.dk.data != nullptr) {
-    gemm<Op::kNN, true>(seen, D, lanes, b.dlogits, kTileLanes, t.q, D, block.dk.data, block.dk.stride);
-    gemm<Op::kNN, true>(seen, D, lanes, b.weights, kTileLanes, t.do_, D, block.dv.data, block.dv.stride);
+    const auto *P = reinterpret_cast<const Factor*>(b.weights),
+               *dX = reinterpret_cast<const Factor*>(b.dlogits);
+    gemm<Op::kNN, true>(seen, D, lanes, dX, kTileLanes, t.q, D, block.dk.data, block.dk.stride);
+    gemm<Op::kNN, true>(seen, D, lanes, P, kTileLanes, t.do_, D, block.dv.data, block.dv.stride);
   }
 }
 
-// dq of a tile; its rows are put where those of q were.
-template <class Element, class Acc>
+template <class Element, class Factor, class Acc>
 void store_dq(const HypeAttentionBwdParams& p, const Sequence& s, const Tile& tile,
-              const TileBlocks<Acc>& t) {
+              const Blocks<Factor, Acc>& b, const TileBlocks<Factor, Acc>& t) {
   const int64_t D = p.D;
-  transpose(D, tile.lanes(), t.dq, kTileLanes, t.q, D);
+  transpose(D, tile.lanes(), t.dq, kTileLanes, b.rows, D);
   for (int64_t lane = 0; lane < tile.lanes(); ++lane) {
     const int64_t head = tile.head + lane / tile.num_tokens, token = tile.begin + lane % tile.num_tokens;
-    Element* out = head_rows<Element>(p.dq, p.T, p.H, D, s.batch, s.first + token, head)[0];
-    const Acc factor = static_cast<Acc>(query_scale(p, s, token));
-    for (int64_t d = 0; d < D; ++d) out[d] = static_cast<Element>(t.q[lane * D + d] * factor);
+    store_row(b.rows + lane * D, D, head_rows<Element>(p.dq, p.T, p.H, D, s.batch, s.first + token, head)[0]);
   }
 }
 
@@ -221,26 +260,26 @@ void for_each_query_block(const HypeAttentionBwdParams& p, const Sequence& s, in
 template <class Element, class Acc>
 void run_queries(const HypeAttentionBwdParams& p, const Sequence& s, int64_t head, int64_t num_heads,
                  int64_t begin, int64_t end, Rows<Acc> dk, Rows<Acc> dv, Acc* memory) {
+  using Factor = factor_t<Element>;
+  using InTile = TileBlocks<Factor, Acc>;
   const int64_t key_head = head / (p.H / p.HK);
   Arena<Acc> arena(memory);
-  const Blocks<Acc> b(arena, p.D);
-  KeyBlock<Acc> block(arena, p.D);
+  const Blocks<Factor, Acc> b(arena, p.D);
+  KeyBlock<Factor, Acc> block(arena, p.D);
   const auto for_each = [&](auto&& body) {
     Arena<Acc> rest = arena;
-    for_each_tile(head, num_heads, begin, end,
-                  [&](const Tile& tile) { body(tile, TileBlocks<Acc>(rest, p.D)); });
+    for_each_tile(head, num_heads, begin, end, [&](const Tile& tile) { body(tile, InTile(rest, p.D)); });
   };
-  for_each([&](const Tile& tile, const TileBlocks<Acc>& t) { load_tile<Element>(p, s, tile, true, b, t); });
+  for_each([&](const Tile& tile, const InTile& t) { load_tile<Element>(p, s, tile, true, b, t); });
   for (int64_t start = 0; start < s.offset + end; start += kKeyBlock) {
     block.template load<Element>(p, s, key_head, start, s.offset + end);
     if (dk.data != nullptr) {
       block.dk = {dk[start], dk.stride};
       block.dv = {dv[start], dv.stride};
     }
-    for_each(
-        [&](const Tile& tile, const TileBlocks<Acc>& t) { add_gradients(s, tile, block, p.D, b, t, true); });
+    for_each([&](const Tile& tile, const InTile& t) { add_gradients(s, tile, block, p.D, b, t, true); });
   }
-  for_each([&](const Tile& tile, const TileBlocks<Acc>& t) { store_dq<Element>(p, s, tile, t); });
+  for_each([&](const Tile& tile, const InTile& t) { store_dq<Element>(p, s, tile, b, t); });
 }
 
 // (1) all gradients of one key head's group. Outputs of the accumulation type collect dk and dv themselves.
@@ -270,14 +309,15 @@ void run_group(const HypeAttentionBwdParams& p, const Sequence& s, int64_t key_h
 template <class Element, class Acc>
 void run_keys(const HypeAttentionBwdParams& p, const Sequence& s, int64_t key_head, int64_t begin,
               Acc* memory) {
+  using Factor = factor_t<Element>;
   const int64_t D = p.D, end = std::min(begin + kKeysAlone, s.S);
   Arena<Acc> arena(memory);
-  const Blocks<Acc> b(arena, D);
-  const TileBlocks<Acc> t(arena, D);
+  const Blocks<Factor, Acc> b(arena, D);
+  const TileBlocks<Factor, Acc> t(arena, D);
   const Rows<Acc> dk{arena.take(kKeysAlone * D), D}, dv{arena.take(kKeysAlone * D), D};
   std::fill_n(dk.data, (end - begin) * D, Acc(0));
   std::fill_n(dv.data, (end - begin) * D, Acc(0));
-  std::vector<KeyBlock<Acc>> blocks;
+  std::vector<KeyBlock<Factor, Acc>> blocks;
   for (int64_t start = begin; start < end; start += kKeyBlock) {
     blocks.emplace_back(arena, D).template load<Element>(p, s, key_head, start, end);
     blocks.back().dk = {dk[start - begin], D};
@@ -288,8 +328,7 @@ void run_keys(const HypeAttentionBwdParams& p, const Sequence& s, int64_t key_he
                        [&](int64_t head, int64_t num_heads, int64_t from, int64_t to) {
                          for_each_tile(head, num_heads, from, to, [&](const Tile& tile) {
                            load_tile<Element>(p, s, tile, false, b, t);
-                           for (const KeyBlock<Acc>& block : blocks)
-                             add_gradients(s, tile, block, D, b, t, false);
+                           for (const auto& block : blocks) add_gradients(s, tile, block, D, b, t, false);
                          });
                        });
   store_keys<Element>(p.dk, p, s, key_head, begin, end - begin, dk);
@@ -323,15 +362,16 @@ bool one_pass(const HypeAttentionBwdParams& p, int64_t threads) {
 template <class Element>
 void backward(const HypeAttentionBwdParams& p) {
   using Acc = acc_t<Element>;
+  using Factor = factor_t<Element>;
   const int64_t D = p.D, group = p.H / p.HK;
   const std::vector<Task> queries = list_blocks(p, p.HK, kQueryBlock, [](const Sequence& s) { return s.T; });
   const int64_t threads = useful_threads(p.num_threads, queries.size(), 3 * multiply_adds(p));
   const bool single = one_pass(p, threads);
 
   Arena<Acc> count;
-  Blocks<Acc>(count, D);
-  for (int64_t i = 0; i < kKeysAlone / kKeyBlock; ++i) KeyBlock<Acc>(count, D);
-  for (int64_t i = 0; i < kTilesPerBlock; ++i) TileBlocks<Acc>(count, D);
+  Blocks<Factor, Acc>(count, D);
+  for (int64_t i = 0; i < kKeysAlone / kKeyBlock; ++i) KeyBlock<Factor, Acc>(count, D);
+  for (int64_t i = 0; i < kTilesPerBlock; ++i) TileBlocks<Factor, Acc>(count, D);
   count.take(2 * kKeysAlone * D);
   const int64_t block_size = count.used();
   if (single && !std::is_same_v<Element, Acc>) count.take(2 * p.S * D);

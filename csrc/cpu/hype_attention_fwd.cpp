@@ -12,12 +12,14 @@
 // Tasks share nothing, so that any number of threads gives the same bits.
 //
 // Products, for the lanes c of a tile and the keys i of a block: X^T[i, c] = K[i, :] Q^T[:, c], then
-// O^T[:, c] += V^T[:, i] P^T[i, c]. Keys and values are read as they are; queries and outputs are transposed
-// once per task.
+// O^T[:, c] += V^T[:, i] P^T[i, c]. Keys and values are read as they are, or, as pairs of keys, packed once
+// per block; queries and outputs are transposed once per task.
 //
-// Numerics: q is scaled in the accumulation type, where also logits, maxima, sums and outputs live. Every
-// exponent taken is <= 0: every query sees the first key of the first block, so its maximum is finite from
-// there on. Keys after a query's position enter neither maximum nor sum and weigh zero.
+// Numerics: logits, maxima, sums and outputs are in the accumulation type, and q . k is scaled there. Where
+// products are of pairs of bfloat16 (pairs.h), weights are rounded to it for the product with V, not in their
+// sum. Every exponent taken is <= 0 but for rounding: every query sees the first key of the first block, so
+// its maximum is finite from there on. Keys after a query's position enter neither maximum nor sum and weigh
+// zero.
 //
 // Cost: 4 D FLOPs per visible (query, key) pair; compute bound. Memory: a few blocks per thread.
 //

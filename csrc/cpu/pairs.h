@@ -29,6 +29,8 @@ template <class Element>
 using factor_t = std::conditional_t<std::is_same_v<Element, bfloat16>, BFloat16Pair, acc_t<Element>>;
 template <class Factor>
 inline constexpr int64_t kPacked = std::is_same_v<Factor, BFloat16Pair> ? 2 : 1;
+template <class Factor>
+using packed_t = std::conditional_t<kPacked<Factor> == 2, bfloat16, Factor>;  // what a factor is made of
 
 #else
 
@@ -36,6 +38,8 @@ template <class Element>
 using factor_t = acc_t<Element>;
 template <class Factor>
 inline constexpr int64_t kPacked = 1;
+template <class Factor>
+using packed_t = Factor;
 
 #endif
 
@@ -68,6 +72,19 @@ HYPENET_INLINE vec<Factor> pack(const vec<Acc> (&x)[kPacked<Factor>]) {
                                                 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]);
     return (vec<Factor>)_mm512_permutexvar_epi16(interleave, halves);
+#endif
+  }
+}
+
+// A vector of sums as factors, neighbours packed together.
+template <class Factor, class Acc>
+HYPENET_INLINE void store_packed(Factor* y, vec<Acc> x) {
+  if constexpr (kPacked<Factor> == 1) {
+    store(y, x);
+  } else {
+#if defined(__AVX512BF16__)
+    const __m256bh halves = _mm512_cvtneps_pbh((__m512)x);
+    std::memcpy(y, &halves, sizeof(halves));
 #endif
   }
 }
