@@ -318,14 +318,28 @@ class GatedDeltaNet(Mixer):
     def forward(self, x_BTC: torch.Tensor, context: MixerContext) -> torch.Tensor:
         q, k, v = self.qkv(x_BTC, context)
         k, v = self.unshare(k, v)
-        beta = 2 * self.b_proj(x_BTC).sigmoid()
-        dt = F.softplus(self.a_proj(x_BTC).to(torch.promote_types(torch.float32, x_BTC.dtype)) + self.dt_bias)
-        g = -self.A_log.exp() * dt
+        a, b = self.a_proj(x_BTC), self.b_proj(x_BTC)
         if context.step:
-            g, beta = self.new_tokens_only(g, context), self.new_tokens_only(beta, context)
-            state = context.state(self.layer_idx)
-            o = gated_delta_step(q, k, v, g, beta, state, use_qk_l2norm_in_kernel=True)
+            if context.keep is not None:  # padding neither decays a state nor writes to it: softplus and sigmoid are 0
+                a, b = (x.masked_fill(~context.keep[..., None], -math.inf) for x in (a, b))
+            o = gated_delta_step(
+                q,
+                k,
+                v,
+                a,
+                b,
+                context.state(self.layer_idx),
+                use_qk_l2norm_in_kernel=True,
+                use_gate_in_kernel=True,
+                A_log=self.A_log,
+                dt_bias=self.dt_bias,
+                use_beta_sigmoid_in_kernel=True,
+                allow_neg_eigval=True,
+            )
         else:
+            beta = 2 * b.sigmoid()
+            dt = F.softplus(a.to(torch.promote_types(torch.float32, x_BTC.dtype)) + self.dt_bias)
+            g = -self.A_log.exp() * dt
             o, state = chunk_gated_delta_rule(
                 q,
                 k,
