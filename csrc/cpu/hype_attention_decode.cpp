@@ -45,10 +45,9 @@ constexpr int kTileSums = 16, kTileVecs = 4;
 constexpr int kTileSums = 8, kTileVecs = 2;
 #endif
 
-// Keys between those read and those fetched, and keys of one head before the next head: the longer the rows
-// of a cache, the fewer of them the first cache holds, as they lie a power of two apart.
-template <class Element>
-constexpr int64_t kPrefetch = 32 / sizeof(Element);
+// Bytes between what is read and what is fetched: with the queries, they fill the first cache.
+constexpr int64_t kPrefetch = 16384;
+// Keys of one head whose values are read before the next head's.
 template <class Element>
 constexpr int64_t kValueKeys = sizeof(Element) == 2 ? 16 : 4;
 
@@ -95,9 +94,9 @@ vec<T> sum_each(const vec<T> (&x)[n]) {
 }
 
 // out[j, r] = q[r] . k[j] for kRows rows and `keys` keys, at most kTileSums / kRows. Rows of q are padded.
-// Fetches the keys `ahead` elements further on: between the others, since a burst of prefetches stalls.
+// Fetches as many lines as it reads, from `ahead` on and one after the other, whatever the order it reads in.
 template <int kRows, class Element, class Acc>
-void logits_tile(int64_t keys, int64_t D, const Acc* q, Rows<const Element> k, int64_t ahead, Acc* out,
+void logits_tile(int64_t keys, int64_t D, const Acc* q, Rows<const Element> k, const Element* ahead, Acc* out,
                  int64_t out_stride) {
   constexpr int L = kLanes<Acc>, kLine = 64 / sizeof(Element), kKeys = kTileSums / kRows;
   static_assert(kTileSums % kRows == 0 && kTileSums % L == 0);
@@ -112,7 +111,7 @@ void logits_tile(int64_t keys, int64_t D, const Acc* q, Rows<const Element> k, i
 #pragma GCC unroll 16
     for (int j = 0; j < kKeys; ++j) {
       const vec<Acc> y = read(rows[j] + d);
-      if (d % kLine == 0) __builtin_prefetch(rows[j] + d + ahead);
+      if (d % kLine == 0) __builtin_prefetch(ahead + d * kKeys + j * kLine);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) acc[j * kRows + r] += x[r] * y;
     }
@@ -133,10 +132,11 @@ void logits_tile(int64_t keys, int64_t D, const Acc* q, Rows<const Element> k, i
   }
 }
 
-// o[r, c] += sum over keys j of weights[j, r] v[j, c], for kRows rows and kVecs vectors of columns.
+// o[r, c] += sum over keys j of weights[j, r] v[j, c], for kRows rows and kVecs vectors of columns. Fetches
+// as above.
 template <int kRows, int kVecs, class Element, class Acc, class Read>
 void values_tile(int64_t keys, const Acc* weights, int64_t num_rows, const Rows<const Element>& v,
-                 int64_t ahead, Acc* o, int64_t o_stride, const Read& read) {
+                 const Element* ahead, Acc* o, int64_t o_stride, const Read& read) {
   constexpr int L = kLanes<Acc>, kLine = 64 / sizeof(Element);
   vec<Acc> acc[kRows][kVecs];
 #pragma GCC unroll 4
@@ -149,7 +149,7 @@ void values_tile(int64_t keys, const Acc* weights, int64_t num_rows, const Rows<
 #pragma GCC unroll 4
     for (int c = 0; c < kVecs; ++c) {
       y[c] = read(v[j] + c * L);
-      if (c * L % kLine == 0) __builtin_prefetch(v[j] + c * L + ahead);
+      if (c * L % kLine == 0) __builtin_prefetch(ahead + (j * kVecs + c) * L);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
@@ -168,20 +168,20 @@ void values_tile(int64_t keys, const Acc* weights, int64_t num_rows, const Rows<
 // The same for all columns; rows of o are padded.
 template <int kRows, class Element, class Acc>
 void add_values(int64_t keys, int64_t D, const Acc* weights, int64_t num_rows, Rows<const Element> v,
-                int64_t ahead, Acc* o) {
+                const Element* ahead, Acc* o) {
   constexpr int L = kLanes<Acc>;
   const int64_t o_stride = padded<Acc>(D);
   const auto whole = [](const Element* x) { return load_as<Acc>(x); };
   const auto at = [&](int64_t d) { return Rows<const Element>{v.data + d, v.stride}; };
   int64_t d = 0;
   for (; d + kTileVecs * L <= D; d += kTileVecs * L) {
-    values_tile<kRows, kTileVecs>(keys, weights, num_rows, at(d), ahead, o + d, o_stride, whole);
+    values_tile<kRows, kTileVecs>(keys, weights, num_rows, at(d), ahead + d * keys, o + d, o_stride, whole);
   }
   for (; d + L <= D; d += L)
-    values_tile<kRows, 1>(keys, weights, num_rows, at(d), ahead, o + d, o_stride, whole);
+    values_tile<kRows, 1>(keys, weights, num_rows, at(d), ahead + d * keys, o + d, o_stride, whole);
   if (d < D) {
     const auto part = [&](const Element* x) { return load_partial_as<Acc>(x, static_cast<int>(D - d)); };
-    values_tile<kRows, 1>(keys, weights, num_rows, at(d), ahead, o + d, o_stride, part);
+    values_tile<kRows, 1>(keys, weights, num_rows, at(d), ahead + d * keys, o + d, o_stride, part);
   }
 }
 
@@ -197,20 +197,37 @@ void for_each_row_tile(int64_t rows, Body&& body) {
   if (r < rows) body.template operator()<1>(r);
 }
 
-// body(key head, first key, keys) over blocks of `size` of the keys: in the order in which they lie in
-// memory.
-template <class Body>
-void for_each_block(const View& cache, int64_t heads, int64_t keys, int64_t size, Body&& body) {
-  const bool heads_inside = cache.head <= cache.token;
-  const int64_t blocks = ceil_div(keys, size), outer = heads_inside ? blocks : heads,
-                inner = heads_inside ? heads : blocks;
-  for (int64_t i = 0; i < outer; ++i) {
-    for (int64_t j = 0; j < inner; ++j) {
-      const int64_t begin = (heads_inside ? i : j) * size;
-      body(heads_inside ? j : i, begin, std::min(size, keys - begin));
+// Of a cache, the rows that a task reads, in the order in which they lie in memory.
+template <class Element>
+struct CacheRows {
+  const View& cache;
+  const Task& task;
+  int64_t heads;
+
+  bool heads_inside() const { return cache.head <= cache.token; }
+  int64_t count() const { return heads * task.keys; }
+  Rows<const Element> of_head(int64_t head) const {
+    return head_rows<const Element>(cache, task.b, task.start, head);
+  }
+  const Element* operator[](int64_t i) const {
+    return heads_inside() ? of_head(i % heads)[i / heads] : of_head(i / task.keys)[i % task.keys];
+  }
+
+  // body(key head, first key, keys, rows before) over blocks of at most `size` keys of one head.
+  template <class Body>
+  void for_each_block(int64_t size, Body&& body) const {
+    const int64_t blocks = ceil_div(task.keys, size), outer = heads_inside() ? blocks : heads,
+                  inner = heads_inside() ? heads : blocks;
+    int64_t before = 0;
+    for (int64_t i = 0; i < outer; ++i) {
+      for (int64_t j = 0; j < inner; ++j) {
+        const int64_t begin = (heads_inside() ? i : j) * size, keys = std::min(size, task.keys - begin);
+        body(heads_inside() ? j : i, begin, keys, before);
+        before += keys;
+      }
     }
   }
-}
+};
 
 template <class Element>
 void append(const HypeAttentionDecodeParams& p, int64_t b, int64_t t) {
@@ -264,30 +281,53 @@ void load_queries(const HypeAttentionDecodeParams& p, int64_t b, const Round& ro
   }
 }
 
-// Turns the logits [keys, rows] into weights exp(x - max), with the maxima and sums of the rows. Row r sees
-// the first `visible(r)` keys.
+// Turns the logits [keys, rows] into weights exp(x - max), with the maxima and sums of the rows, of which
+// kLanes<Acc> or `count` are worked on. Row r sees the first seen[r] keys; with kAll, every row sees all.
+template <bool kAll, class Acc>
+void softmax_of_lanes(int64_t keys, int64_t stride, vec<Acc> seen, int count, Acc* x, Acc* max, Acc* sum) {
+  constexpr int kChains = 4;
+  const Lanes<Acc> lanes(count);
+  vec<Acc> most[kChains], total[kChains] = {};
+  for (vec<Acc>& m : most) m = broadcast(-std::numeric_limits<Acc>::infinity());
+  const auto by_key = [&](auto&& body) {
+    int64_t j = 0;
+    for (; j + kChains <= keys; j += kChains) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kChains; ++i) body(j + i, i);
+    }
+    for (; j < keys; ++j) body(j, 0);
+  };
+  by_key([&](int64_t j, int i) {
+    const vec<Acc> logit = lanes.read(x + j * stride);
+    if constexpr (kAll) {
+      most[i] = logit > most[i] ? logit : most[i];
+    } else {
+      most[i] = (broadcast(Acc(j)) < seen && logit > most[i]) ? logit : most[i];
+    }
+  });
+  for (int i = 1; i < kChains; ++i) most[0] = most[i] > most[0] ? most[i] : most[0];
+  by_key([&](int64_t j, int i) {
+    vec<Acc> weight = exp<Acc>(lanes.read(x + j * stride) - most[0]);
+    if constexpr (!kAll) weight = broadcast(Acc(j)) < seen ? weight : vec<Acc>{};
+    total[i] += weight;
+    lanes.write(x + j * stride, weight);
+  });
+  lanes.write(max, most[0]);
+  lanes.write(sum, (total[0] + total[1]) + (total[2] + total[3]));
+}
+
 template <class Acc, class Visible>
 void softmax_over_keys(int64_t keys, int64_t rows, Acc* x, Acc* max, Acc* sum, Visible&& visible) {
-  constexpr int64_t L = kLanes<Acc>;
-  const auto read = [](const Acc* p, int64_t n) { return n < L ? load_partial(p, int(n)) : load(p); };
-  const auto write = [](Acc* p, vec<Acc> y, int64_t n) { n < L ? store_partial(p, y, int(n)) : store(p, y); };
-  const vec<Acc> lowest = broadcast(-std::numeric_limits<Acc>::infinity());
-  for (int64_t r = 0; r < rows; r += L) {
-    const int64_t count = std::min(L, rows - r);
-    vec<Acc> seen{}, most = lowest, total{};
-    for (int64_t i = 0; i < count; ++i) seen[i] = static_cast<Acc>(visible(r + i));
-    for (int64_t j = 0; j < keys; ++j) {
-      const vec<Acc> logit = read(x + j * rows + r, count);
-      most = (broadcast(Acc(j)) < seen && logit > most) ? logit : most;
+  for (int64_t r = 0; r < rows; r += kLanes<Acc>) {
+    const int count = static_cast<int>(std::min<int64_t>(kLanes<Acc>, rows - r));
+    vec<Acc> seen{};
+    bool all = true;
+    for (int i = 0; i < count; ++i) {
+      seen[i] = static_cast<Acc>(visible(r + i));
+      all = all && visible(r + i) == keys;
     }
-    for (int64_t j = 0; j < keys; ++j) {
-      const vec<Acc> logit = read(x + j * rows + r, count) - most;
-      const vec<Acc> weight = broadcast(Acc(j)) < seen ? exp<Acc>(logit) : vec<Acc>{};
-      total += weight;
-      write(x + j * rows + r, weight, count);
-    }
-    write(max + r, most, count);
-    write(sum + r, total, count);
+    const auto run = all ? softmax_of_lanes<true, Acc> : softmax_of_lanes<false, Acc>;
+    run(keys, rows, seen, count, x + r, max + r, sum + r);
   }
 }
 
@@ -297,11 +337,15 @@ void run_split(const HypeAttentionDecodeParams& p, const Task& task, const Round
                Partial<Acc> out) {
   const int64_t D = p.D, D_padded = padded<Acc>(D), group = p.H / p.HK, rows = round.num_tokens * group;
   const int64_t num_rows = p.HK * rows, position = length(p, task.b) - p.T + round.begin;
+  const CacheRows<Element> k_rows{p.k_cache, task, p.HK}, v_rows{p.v_cache, task, p.HK};
+  const int64_t rows_ahead = ceil_div(kPrefetch, D * int64_t(sizeof(Element)));
   load_queries<Element>(p, task.b, round, b.q);
   const int64_t tile_keys = kTileSums / (rows >= kTileRows ? kTileRows : rows >= 2 ? 2 : 1);
-  for_each_block(p.k_cache, p.HK, task.keys, tile_keys, [&](int64_t head, int64_t begin, int64_t keys) {
-    const auto k = head_rows<const Element>(p.k_cache, task.b, task.start, head);
-    const int64_t ahead = std::min(kPrefetch<Element>, task.keys - begin - keys) * k.stride;
+  k_rows.for_each_block(tile_keys, [&](int64_t head, int64_t begin, int64_t keys, int64_t before) {
+    const auto k = k_rows.of_head(head);
+    const int64_t next = before + rows_ahead;
+    const Element* ahead =
+        next < k_rows.count() ? k_rows[next] : v_rows[(next - k_rows.count()) % v_rows.count()];
     for_each_row_tile(rows, [&]<int kRows>(int64_t r) {
       constexpr int64_t kKeys = kTileSums / kRows;
       for (int64_t j = begin; j < begin + keys; j += kKeys) {
@@ -315,15 +359,14 @@ void run_split(const HypeAttentionDecodeParams& p, const Task& task, const Round
     return std::clamp<int64_t>(position + row % rows / group + 1 - task.start, 0, task.keys);
   });
   std::fill_n(out.o, num_rows * D_padded, Acc(0));
-  for_each_block(
-      p.v_cache, p.HK, task.keys, kValueKeys<Element>, [&](int64_t head, int64_t begin, int64_t keys) {
-        const auto v = head_rows<const Element>(p.v_cache, task.b, task.start, head);
-        const int64_t ahead = std::min(kPrefetch<Element>, task.keys - begin - keys) * v.stride;
-        for_each_row_tile(rows, [&]<int kRows>(int64_t r) {
-          add_values<kRows, Element>(keys, D, b.weights + begin * num_rows + head * rows + r, num_rows,
-                                     {v[begin], v.stride}, ahead, out.o + (head * rows + r) * D_padded);
-        });
-      });
+  v_rows.for_each_block(kValueKeys<Element>, [&](int64_t head, int64_t begin, int64_t keys, int64_t before) {
+    const auto v = v_rows.of_head(head);
+    const Element* ahead = v_rows[std::min(before + rows_ahead, v_rows.count() - keys)];
+    for_each_row_tile(rows, [&]<int kRows>(int64_t r) {
+      add_values<kRows, Element>(keys, D, b.weights + begin * num_rows + head * rows + r, num_rows,
+                                 {v[begin], v.stride}, ahead, out.o + (head * rows + r) * D_padded);
+    });
+  });
 }
 
 // (3) for one row of a sequence, whose partial results are those of tasks [first, last).
