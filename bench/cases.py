@@ -16,7 +16,9 @@ import hypenet_kernels as kernels
 
 CHUNK = {"cpu": 32, "cuda": 64}  # tokens; csrc/cpu/gated_delta_chunk.h and csrc/cuda
 LOGIT_SCALE_BASE = 500.0
-ROTATED_BYTES = 256 * 2**20  # copies of what a decode step reads, together larger than any processor's cache
+# Copies of what a decode step reads, together larger than any processor's cache, unless a case says `cached`: the same
+# state again.
+ROTATED_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -113,11 +115,10 @@ def _chunk_bytes(case, delta):
 
 def _chunk(case, device, delta):
     x = _recurrence_tensors(case, device, case.sizes["T"])
-    if delta:
-        forward = lambda t: kernels.chunk_gated_delta_rule(t["q"], t["k"], t["v"], t["g"], t["beta"])  # noqa: E731
-    else:
-        forward = lambda t: kernels.chunk_simple_gla(t["q"], t["k"], t["v"], t["g"])  # noqa: E731
     names = ("q", "k", "v", "g", "beta") if delta else ("q", "k", "v", "g")
+    op = kernels.chunk_gated_delta_rule if delta else kernels.chunk_simple_gla
+    split = bool(case.sizes.get("split", 0))
+    forward = lambda t: op(*(t[name] for name in names), split_sequence=split)  # noqa: E731
     flops = chunk_flops(case.sizes, CHUNK[device.type], delta, case.backward)
     return Workload(x, runner(case, forward, x, names), flops, _chunk_bytes(case, delta), names)
 
@@ -127,7 +128,8 @@ def _step(case, device, delta):
     B, HV, K, V = s["B"], s.get("HV", s["H"]), s["K"], s["V"]
     x = _recurrence_tensors(case, device, 1)
     state_bytes = 4 * B * HV * K * V
-    states = [torch.randn(B, HV, K, V, device=device) for _ in range(max(1, ROTATED_BYTES // state_bytes))]
+    num_states = 1 if s.get("cached", 0) else max(1, ROTATED_BYTES // state_bytes)
+    states = [torch.randn(B, HV, K, V, device=device) for _ in range(num_states)]
     x["states"] = states
     turns = cycle(states)
 
@@ -204,6 +206,7 @@ def _cpu_cases():
                 cases.append(Case(op, small, backward=backward, quick=T == 128))
     for op in ("gated_delta_step", "simple_gla_step"):
         cases += [Case(op, {"B": B, **heads}, quick=B == 16) for B in (1, 16)]
+        cases.append(Case(op, {"B": 1, **heads, "cached": 1}))
     for T in (1024, 4096):
         cases += [Case("hype_attention", {"B": 1, "T": T, **attention}, backward=b, quick=T == 1024) for b in (0, 1)]
     for b in (False, True):
@@ -226,6 +229,9 @@ def _cuda_cases():
         for B, T in ((1, 8192), (4, 8192), (1, 32768)):
             for backward in (False, True):
                 cases.append(Case(op, {"B": B, "T": T, **gla}, "bfloat16", backward, quick=(B, T) == (1, 8192)))
+        few = {"B": 1, "T": 32768, "H": 8, "K": 128, "V": 128}
+        for sizes in (few, few | {"split": 1}):
+            cases += [Case(op, sizes, "bfloat16", backward) for backward in (False, True)]
     for op in ("gated_delta_step", "simple_gla_step"):
         for B in (1, 8, 32, 64, 128, 256):
             cases.append(Case(op, {"B": B, **heads}, "bfloat16", quick=B in (1, 64)))
