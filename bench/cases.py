@@ -117,8 +117,8 @@ def _chunk(case, device, delta):
     x = _recurrence_tensors(case, device, case.sizes["T"])
     names = ("q", "k", "v", "g", "beta") if delta else ("q", "k", "v", "g")
     op = kernels.chunk_gated_delta_rule if delta else kernels.chunk_simple_gla
-    split = bool(case.sizes.get("split", 0))
-    forward = lambda t: op(*(t[name] for name in names), split_sequence=split)  # noqa: E731
+    options = {"split_sequence": True} if case.sizes.get("split", 0) else {}
+    forward = lambda t: op(*(t[name] for name in names), **options)  # noqa: E731
     flops = chunk_flops(case.sizes, CHUNK[device.type], delta, case.backward)
     return Workload(x, runner(case, forward, x, names), flops, _chunk_bytes(case, delta), names)
 

@@ -18,6 +18,7 @@ TINY = [
     cases.Case("chunk_gated_delta_rule", {"T": 40, **HEADS}, quick=True),
     cases.Case("chunk_gated_delta_rule", {"T": 40, **HEADS}, backward=True),
     cases.Case("chunk_simple_gla", {"T": 40, **HEADS}, "bfloat16", backward=True),
+    cases.Case("chunk_simple_gla", {"T": 40, **HEADS, "split": 1}),
     cases.Case("gated_delta_step", HEADS),
     cases.Case("simple_gla_step", HEADS),
     cases.Case("hype_attention", {"T": 40, **ATTENTION, "gated": 1}, backward=True),
@@ -171,6 +172,8 @@ def test_decode_rotates_through_more_than_a_cache():
     sizes = [k.nbytes + v.nbytes for k, v in workload.tensors["caches"]]
     assert 0.5 * cases.ROTATED_BYTES <= sum(sizes) <= cases.ROTATED_BYTES
     step = cases.build(cases.Case("gated_delta_step", HEADS), "cpu")
+    assert len(step.tensors["states"]) > 1
+    assert len(cases.build(cases.Case("gated_delta_step", {**HEADS, "cached": 1}), "cpu").tensors["states"]) == 1
     before = [state.clone() for state in step.tensors["states"]]
     for _ in before:
         step.run()
