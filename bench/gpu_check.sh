@@ -104,9 +104,9 @@ stage device 20 sh -c 'nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,
 stage build 200 "$python" setup.py --quiet build_ext --inplace
 stage self-test 60 "$python" -m hypenet_kernels
 # A process for each file: after a kernel's illegal access nothing else runs in its process.
-for file in tests/test_cuda_{gated_delta,gated_delta_bwd,hype_attention,hype_attention_decode,step}.py; do
+for file in tests/test_cuda_{gated_delta,gated_delta_bwd,hype_attention,hype_attention_decode,sequence_split,step}.py; do
     name=${file#tests/test_cuda_}
-    stage "${name%.py}" 60 "$python" -m pytest -m cuda --continue-on-collection-errors -rfE -p no:cacheprovider "$file"
+    stage "${name%.py}" 50 "$python" -m pytest -m cuda --continue-on-collection-errors -rfE -p no:cacheprovider "$file"
 done
 stage timing 240 "$python" -m bench.ops cuda "$out/ops.json"
 sanitize memcheck 60 --padding 64 --report-api-errors no
