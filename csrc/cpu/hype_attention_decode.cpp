@@ -16,6 +16,10 @@
 // Registers: a tile of logits is some query rows by some keys, and loads each key once; logits lie as
 // [key, row], so that the softmax over keys has a row in each lane. A tile of sums is rows by vectors of D.
 //
+// Fetching: a core waits for memory unless many lines are under way, and has most of them where they are
+// asked for one after the other, whatever the order of the products. So a tile asks for as many lines as it
+// reads, in the order of memory, a fixed distance ahead; the last keys of a split ask for its first values.
+//
 // Numerics: as in the forward. A cache is read once per round, only up to its length, and converted in
 // registers.
 //
@@ -45,7 +49,7 @@ constexpr int kTileSums = 16, kTileVecs = 4;
 constexpr int kTileSums = 8, kTileVecs = 2;
 #endif
 
-// Bytes between what is read and what is fetched: with the queries, they fill the first cache.
+// What is read and what is fetched lie this many bytes apart, or a block of all heads if that is more.
 constexpr int64_t kPrefetch = 16384;
 // Keys of one head whose values are read before the next head's.
 template <class Element>
@@ -281,8 +285,8 @@ void load_queries(const HypeAttentionDecodeParams& p, int64_t b, const Round& ro
   }
 }
 
-// Turns the logits [keys, rows] into weights exp(x - max), with the maxima and sums of the rows, of which
-// kLanes<Acc> or `count` are worked on. Row r sees the first seen[r] keys; with kAll, every row sees all.
+// Turns the logits of `count` rows, at most a vector, into weights exp(x - max), with their maxima and sums.
+// Row r sees the first seen[r] keys; with kAll, every row sees all.
 template <bool kAll, class Acc>
 void softmax_of_lanes(int64_t keys, int64_t stride, vec<Acc> seen, int count, Acc* x, Acc* max, Acc* sum) {
   constexpr int kChains = 4;
@@ -316,6 +320,7 @@ void softmax_of_lanes(int64_t keys, int64_t stride, vec<Acc> seen, int count, Ac
   lanes.write(sum, (total[0] + total[1]) + (total[2] + total[3]));
 }
 
+// The same for all rows of [keys, rows]; row r sees the first `visible(r)` keys.
 template <class Acc, class Visible>
 void softmax_over_keys(int64_t keys, int64_t rows, Acc* x, Acc* max, Acc* sum, Visible&& visible) {
   for (int64_t r = 0; r < rows; r += kLanes<Acc>) {
@@ -338,7 +343,8 @@ void run_split(const HypeAttentionDecodeParams& p, const Task& task, const Round
   const int64_t D = p.D, D_padded = padded<Acc>(D), group = p.H / p.HK, rows = round.num_tokens * group;
   const int64_t num_rows = p.HK * rows, position = length(p, task.b) - p.T + round.begin;
   const CacheRows<Element> k_rows{p.k_cache, task, p.HK}, v_rows{p.v_cache, task, p.HK};
-  const int64_t rows_ahead = ceil_div(kPrefetch, D * int64_t(sizeof(Element)));
+  const int64_t rows_ahead =
+      std::max(ceil_div(kPrefetch, D * int64_t(sizeof(Element))), kValueKeys<Element> * p.HK);
   load_queries<Element>(p, task.b, round, b.q);
   const int64_t tile_keys = kTileSums / (rows >= kTileRows ? kTileRows : rows >= 2 ? 2 : 1);
   k_rows.for_each_block(tile_keys, [&](int64_t head, int64_t begin, int64_t keys, int64_t before) {
