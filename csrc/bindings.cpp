@@ -66,9 +66,8 @@ void bind_all(py::module_& m) {
       FIELD(HypeBwd, do_ungated),   FIELD(HypeBwd, row_terms)};
 
 #if HYPENET_CUDA
-  fwd.insert(fwd.end(),
-             {FIELD(Fwd, num_chunks), FIELD(Fwd, T0), FIELD(Fwd, G), FIELD(Fwd, h), FIELD(Fwd, chunk_offsets),
-              SEGMENT_FIELDS(Fwd), FIELD(Fwd, decays), FIELD(Fwd, Tb), FIELD(Fwd, P)});
+  fwd.insert(fwd.end(), {FIELD(Fwd, num_chunks), FIELD(Fwd, G), FIELD(Fwd, L), FIELD(Fwd, h),
+                         FIELD(Fwd, chunk_offsets), SEGMENT_FIELDS(Fwd), FIELD(Fwd, P)});
   def_kernel<Fwd>(m, "gated_delta_chunk_fwd", cuda::gated_delta_chunk_fwd, fwd);
   py::list head_dims;
   for (const int64_t D : cuda::kAttentionHeadDims) head_dims.append(D);
@@ -82,8 +81,9 @@ void bind_all(py::module_& m) {
   m.attr("DECODE_SEGMENT") = cuda::kDecodeSegment;
   m.attr("DECODE_MAX_SEGMENTS") = cuda::kDecodeMaxSegments;
   def_kernel<Decode>(m, "hype_attention_decode", cuda::hype_attention_decode, decode);
-  bwd.insert(bwd.end(), {FIELD(Bwd, num_chunks), FIELD(Bwd, T0), FIELD(Bwd, G), FIELD(Bwd, h),
-                         FIELD(Bwd, chunk_offsets), SEGMENT_FIELDS(Bwd), FIELD(Bwd, dstates)});
+  bwd.insert(bwd.end(),
+             {FIELD(Bwd, num_chunks), FIELD(Bwd, G), FIELD(Bwd, L), FIELD(Bwd, h), FIELD(Bwd, chunk_offsets),
+              SEGMENT_FIELDS(Bwd), FIELD(Bwd, dstates), FIELD(Bwd, dB_low)});
   def_kernel<Bwd>(m, "gated_delta_chunk_bwd", cuda::gated_delta_chunk_bwd, bwd);
 #else
   def_kernel<Step>(m, "gated_delta_step", cpu::gated_delta_step, step);

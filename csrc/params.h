@@ -48,10 +48,10 @@ struct GatedDeltaFwdParams {
   // outputs
   void* o;            // [B, T, HV, V] dtype
   void* final_state;  // [N, HV, K, V] acc
-  // kept for the backward on CUDA, all null where it is not wanted, and on the CPU: NT chunks of 64 tokens
+  // of NT chunks of 64 tokens on CUDA: what the backward reads too (h alone is null where none is wanted)
   int64_t num_chunks;  // NT, with cu_seqlens the most that there may be
-  void* T0;            // [NT, HV, 64, 64] dtype, (I + stril(diag(beta) K K^T))^-1; null without delta
   float* G;            // [NT, HV, 64] running sum of max(g, -50) log2(e) inside the chunk
+  void* L;             // [NT, HV, 64, 64] dtype, a pair (gated_delta.cuh); null without delta
   void* h;             // [NT, HV, K, V] dtype, the state before the chunk
   // sequence split on CUDA: NS segments, each of segment_chunks chunks but a sequence's last; all else as
   // without it
@@ -62,8 +62,6 @@ struct GatedDeltaFwdParams {
   // workspace on CUDA
   int64_t* chunk_offsets;    // [N + 1] chunks before each sequence, null without cu_seqlens
   int64_t* segment_offsets;  // [N + 1] segments before each sequence, null without cu_seqlens or split
-  float* decays;             // [NT, HV, 2, 64] decay from the chunk's start, and to its end
-  void* Tb;                  // [NT, HV, 64, 64] dtype, T0 . Gamma diag(beta); null without delta
   void* P;                   // [NT, HV, 64, 64] dtype, scale (Q K^T) . Gamma
 };
 
@@ -81,9 +79,9 @@ struct GatedDeltaBwdParams {
   // saved by the forward on CUDA, null on the CPU: NT chunks of 64 tokens
   int64_t num_chunks;            // NT, with cu_seqlens the most that there may be
   const int64_t* chunk_offsets;  // [N + 1] chunks before each sequence, or null without cu_seqlens
-  const void* T0;  // [NT, HV, 64, 64] dtype, (I + stril(diag(beta) K K^T))^-1; null without delta
-  const float* G;  // [NT, HV, 64] running sum of max(g, -50) log2(e) inside the chunk
-  const void* h;   // [NT, HV, K, V] dtype, the state before the chunk
+  const float* G;                // [NT, HV, 64]
+  const void* L;                 // [NT, HV, 64, 64] dtype, null without delta
+  const void* h;                 // [NT, HV, K, V] dtype, the state before the chunk
   // sequence split on CUDA, as in the forward
   int64_t segment_chunks, num_segments;
   const int64_t* segment_offsets;
@@ -91,6 +89,7 @@ struct GatedDeltaBwdParams {
   float* segment_states;  // [NS, HV, K, V] workspace: the gradient of the state after the segment
   // workspace on CUDA
   void* dstates;  // [NT, HV, K, V] dtype, the gradient of the state after the chunk
+  void* dB_low;   // [B, T, HV, V] dtype, low part of dv / beta where some beta of a chunk exceeds 1; or null
   // outputs
   void *dq, *dk;         // [B, T, H, K] dtype
   void* dv;              // [B, T, HV, V] dtype

@@ -7,7 +7,7 @@ A forward op comes twice. <op> is differentiable, and returns besides o and fina
 reads again (Saved; empty on the CPU, which computes it anew). <op>_inference (save = False) returns these two alone:
 where no gradient is wanted, a call pays neither for more tensors nor for PyTorch's autograd layer. NT chunks of 64
 tokens, K and V padded:
-    T0 [NT, HV, 64, 64] dtype, G [NT, HV, 64] float32, h [NT, HV, K, V] dtype, chunk_offsets [N + 1] int64,
+    G [NT, HV, 64] float32, L [NT, HV, 64, 64] dtype, h [NT, HV, K, V] dtype, chunk_offsets [N + 1] int64,
 and where sequences are split, into NS segments:
     transfers [NS, HV, K, K] ([NS, HV] without delta) float32, segment_offsets [N + 1] int64
 """
@@ -64,8 +64,8 @@ STEP_TOKENS = 16  # up to which the recurrent form on CUDA goes token by token
 class Saved(NamedTuple):
     """What the forward keeps for the backward on CUDA."""
 
-    T0: torch.Tensor  # (I + stril(diag(beta) K K^T))^-1 of every chunk; empty without delta
     G: torch.Tensor  # sum of max(g, -50) log2(e) from the chunk's start to each token
+    L: torch.Tensor  # stril((I + stril(diag(beta) K K^T . Gamma))^-1) of every chunk, in two parts (gated_delta.cuh)
     h: torch.Tensor  # the state before every chunk, rounded
     chunk_offsets: torch.Tensor  # chunks before every sequence; empty without cu_seqlens
     transfers: torch.Tensor  # by what every segment of a split sequence multiplies a state; empty without split
@@ -222,13 +222,13 @@ def padded_dims(op, q, v):
     return built[0], (V + VALUE_DIM_MULTIPLE - 1) // VALUE_DIM_MULTIPLE * VALUE_DIM_MULTIPLE
 
 
-def to_save(op, q, v, beta, cu_seqlens, segment_chunks):
-    """What the differentiable forward on CUDA keeps, not yet computed."""
+def to_save(op, q, v, beta, cu_seqlens, segment_chunks, save=True):
+    """What the differentiable forward on CUDA keeps, not yet computed; without `save` what any forward needs of it."""
     NT, HV, (K, V) = max_chunks(q, cu_seqlens), v.shape[2], padded_dims(op, q, v)
     return Saved(
-        T0=q.new_empty(0) if beta is None else q.new_empty(NT, HV, CHUNK, CHUNK),
         G=q.new_empty(NT, HV, CHUNK, dtype=torch.float32),
-        h=q.new_empty(NT, HV, K, V),
+        L=q.new_empty(0) if beta is None else q.new_empty(NT, HV, CHUNK, CHUNK),
+        h=q.new_empty(NT, HV, K, V) if save else None,
         chunk_offsets=_offsets(q, cu_seqlens),
         transfers=_transfers(q, v, beta, cu_seqlens, segment_chunks, K),
         segment_offsets=_offsets(q, cu_seqlens if segment_chunks else None),
@@ -267,21 +267,9 @@ def forward_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, segment
     NT, HV = max_chunks(q, cu_seqlens), v.shape[2]
     q, k, v = (native.aligned_rows(_padded(x, n)) for x, n in ((q, K), (k, K), (v, V)))
     initial_state, cu_seqlens = _contiguous(_padded(initial_state, K, V)), _bounds(cu_seqlens)
-    if save:
-        saved = to_save(op, q, v, beta, cu_seqlens, segment_chunks)
-    else:
-        saved = Saved(
-            T0=None,
-            G=None,
-            h=None,
-            chunk_offsets=_offsets(q, cu_seqlens),
-            transfers=_transfers(q, v, beta, cu_seqlens, segment_chunks, K),
-            segment_offsets=_offsets(q, cu_seqlens if segment_chunks else None),
-        )
+    saved = to_save(op, q, v, beta, cu_seqlens, segment_chunks, save)
     num_segments = max_segments(q, cu_seqlens, segment_chunks)
     segment_states = q.new_empty(num_segments, HV, K, V, dtype=torch.float32) if segment_chunks else None
-    decays = q.new_empty(NT, HV, 2, CHUNK, dtype=torch.float32)
-    Tb = None if beta is None else q.new_empty(NT, HV, CHUNK, CHUNK)
     P = q.new_empty(NT, HV, CHUNK, CHUNK)
     wide_o, wide_state = _with_room(o, V), _with_room(final_state, K, V)
     fields = {
@@ -292,8 +280,8 @@ def forward_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, segment
         "o": native.pointer(wide_o),
         "final_state": native.pointer(wide_state),
         "num_chunks": NT,
-        "T0": native.pointer(saved.T0),
         "G": native.pointer(saved.G),
+        "L": native.pointer(saved.L),
         "h": native.pointer(saved.h),
         "chunk_offsets": native.pointer(saved.chunk_offsets),
         "segment_chunks": segment_chunks,
@@ -301,8 +289,6 @@ def forward_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, segment
         "segment_offsets": native.pointer(saved.segment_offsets),
         "transfers": native.pointer(saved.transfers),
         "segment_states": native.pointer(segment_states),
-        "decays": native.pointer(decays),
-        "Tb": native.pointer(Tb),
         "P": native.pointer(P),
     }
     native.kernel(op, "gated_delta_chunk_fwd", q.device)(fields)
@@ -356,13 +342,14 @@ def backward_cuda(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seql
     gradients = backward_fake(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens)
     dq, dk, dv, dg, *dbeta, dinitial_state = gradients
     K, V = padded_dims(op, q, v)
-    T0, G, h, chunk_offsets, transfers, segment_offsets = saved
+    G, L, h, chunk_offsets, transfers, segment_offsets = saved
     checks.shape(op, "h", h, [max_chunks(q, cu_seqlens), v.shape[2], K, V])
     do, q, k, v = (native.aligned_rows(_padded(x, n)) for x, n in ((do, V), (q, K), (k, K), (v, V)))
     dfinal_state, cu_seqlens = _contiguous(_padded(dfinal_state, K, V)), _bounds(cu_seqlens)
     narrow = dq, dk, dv, dinitial_state
     wide = [_with_room(x, *size) for x, size in zip(narrow, ((K,), (K,), (V,), (K, V)), strict=True)]
     dstates = torch.empty_like(h)
+    dB_low = None if beta is None else torch.empty_like(wide[2])
     num_segments = max_segments(q, cu_seqlens, segment_chunks)
     segment_states = q.new_empty(num_segments, *h.shape[1:], dtype=torch.float32) if segment_chunks else None
     fields = {
@@ -374,8 +361,8 @@ def backward_cuda(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seql
         "dfinal_state": native.pointer(dfinal_state),
         "num_chunks": h.shape[0],
         "chunk_offsets": native.pointer(chunk_offsets),
-        "T0": native.pointer(T0),
         "G": native.pointer(G),
+        "L": native.pointer(L),
         "h": native.pointer(h),
         "segment_chunks": segment_chunks,
         "num_segments": num_segments,
@@ -383,6 +370,7 @@ def backward_cuda(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seql
         "transfers": native.pointer(transfers),
         "segment_states": native.pointer(segment_states),
         "dstates": native.pointer(dstates),
+        "dB_low": native.pointer(dB_low),
         "dq": native.pointer(wide[0]),
         "dk": native.pointer(wide[1]),
         "dv": native.pointer(wide[2]),

@@ -1,8 +1,9 @@
-// What the kernels of the gated delta rule share: chunks, and where sequences and their segments lie.
+// What the kernels of the gated delta rule share: chunks, where sequences and their segments lie, and pairs.
 #pragma once
 
 #include "arch/sm80.cuh"
 #include "kernels.h"
+#include "tile.cuh"
 
 namespace hypenet::cuda::gated_delta {
 
@@ -105,6 +106,67 @@ Status dispatch_key_dim(int64_t K, Run&& run) {
       return run.template operator()<128>();
     default:
       return "K must be 64 or 128";
+  }
+}
+
+// 2^(G_i - G_j), for i >= j. The sums G may rise by their rounding.
+__device__ __forceinline__ float decay_between(float G_i, float G_j) {
+  return arch::exp2(fminf(G_i - G_j, 0.0f));
+}
+
+// ---- pairs: numbers as the sum of two of the operands' type, for products whose errors would add up. Of a
+// product of pairs that of the two low parts is left out.
+//
+// L = stril((I + stril(diag(beta) K K^T . Gamma))^-1) is kept as a pair in one [64, 64]: the high part below
+// the diagonal, the low part, transposed, above it. What lies on the diagonal means nothing.
+
+// x, y = high + low
+template <class Element>
+__device__ __forceinline__ void pack_pair(uint32_t& high, uint32_t& low, float x, float y) {
+  high = arch::pack<Element>(x, y);
+  const float2 rounded = arch::unpack<Element>(high);
+  low = arch::pack<Element>(x - rounded.x, y - rounded.y);
+}
+
+// Two results [16, 8] as a pair of operands A [16, 16].
+template <class Element>
+__device__ __forceinline__ void round_to_pair(uint32_t (&high)[4], uint32_t (&low)[4], const float (&left)[4],
+                                              const float (&right)[4]) {
+  pack_pair<Element>(high[0], low[0], left[0], left[1]);
+  pack_pair<Element>(high[1], low[1], left[2], left[3]);
+  pack_pair<Element>(high[2], low[2], right[0], right[1]);
+  pack_pair<Element>(high[3], low[3], right[2], right[3]);
+}
+
+// What lies strictly below, or above, the diagonal of a matrix [8, 8] of which this lane has two elements of
+// a row.
+__device__ __forceinline__ uint32_t keep_below_diagonal(uint32_t pair) {
+  const int row = lane_idx() / 4, col = lane_idx() % 4 * 2;
+  return pair & ((col < row ? 0xffffu : 0u) | (col + 1 < row ? 0xffff0000u : 0u));
+}
+__device__ __forceinline__ uint32_t keep_above_diagonal(uint32_t pair) {
+  const int row = lane_idx() / 4, col = lane_idx() % 4 * 2;
+  return pair & ((col > row ? 0xffffu : 0u) | (col + 1 > row ? 0xffff0000u : 0u));
+}
+
+// Whether some beta of the chunk exceeds 1, by a warp. Then I - beta k k^T may reflect, errors last instead
+// of fading from token to token, and what crosses from chunk to chunk is taken in pairs as well.
+__device__ __forceinline__ bool reflects(const float (&beta)[kChunk]) {
+  static_assert(kChunk == 2 * arch::kWarpSize);
+  return arch::any(beta[lane_idx()] > 1.0f || beta[arch::kWarpSize + lane_idx()] > 1.0f);
+}
+
+// Starts the copies of G and beta of a chunk, beta past the end zero; both by threads 0 to kChunk - 1.
+template <bool kDelta, class Params>
+__device__ __forceinline__ void copy_gates_async(float (&G)[kChunk], float (&beta)[kChunk],
+                                                 const Params& params, int64_t chunk, int head, int64_t batch,
+                                                 int64_t token, int num_tokens) {
+  const int i = arch::opaque(arch::thread_idx());
+  if (i >= kChunk) return;
+  arch::copy_4_async(&G[i], params.G + (chunk * params.HV + head) * kChunk + i, true);
+  if constexpr (kDelta) {
+    const bool valid = i < num_tokens;
+    arch::copy_4_async(&beta[i], row_of<float>(params.beta, batch, token + (valid ? i : 0), head), valid);
   }
 }
 

@@ -19,40 +19,9 @@ Status finish(const GatedDeltaBwdParams& params, Stream stream);
 // registers than there are.
 __device__ __forceinline__ int fresh_thread() { return arch::opaque(arch::thread_idx()); }
 
-// Starts the copies of G and beta of a chunk, beta past the end zero; both by threads 0 to kChunk - 1.
-template <bool kDelta>
-__device__ __forceinline__ void copy_gates_async(float (&G)[kChunk], float (&beta)[kChunk],
-                                                 const GatedDeltaBwdParams& params, int64_t chunk, int head,
-                                                 int64_t batch, int64_t token, int num_tokens) {
-  const int i = fresh_thread();
-  if (i >= kChunk) return;
-  arch::copy_4_async(&G[i], params.G + (chunk * params.HV + head) * kChunk + i, true);
-  if constexpr (kDelta) {
-    const bool valid = i < num_tokens;
-    arch::copy_4_async(&beta[i], row_of<float>(params.beta, batch, token + (valid ? i : 0), head), valid);
-  }
-}
-
-// Gamma_ij = exp(G_i - G_j) for j <= i, else 0. The sums may rise by their rounding.
+// Gamma_ij = 2^(G_i - G_j) for j <= i, else 0.
 __device__ __forceinline__ float decay_between(const float (&G)[kChunk], int i, int j) {
-  return j <= i ? arch::exp2(fminf(G[i] - G[j], 0.0f)) : 0.0f;
-}
-
-// T0 -> T = T0 . Gamma, in place.
-template <int kThreads, class Tile>
-__device__ __forceinline__ void apply_decay(Tile& T, const float (&G)[kChunk]) {
-  using Element = typename Tile::Element;
-  for_each_piece<kThreads, Tile>(fresh_thread(), [&](int, int row, int col) {
-    uint4 piece = arch::load_16_bytes(T.at(row, col));
-    uint32_t* pairs = &piece.x;
-#pragma unroll
-    for (int i = 0; i < kPiece / 2; ++i) {
-      const float2 x = arch::unpack<Element>(pairs[i]);
-      const int j = col + 2 * i;
-      pairs[i] = arch::pack<Element>(x.x * decay_between(G, row, j), x.y * decay_between(G, row, j + 1));
-    }
-    arch::store_16_bytes(T.at(row, col), piece);
-  });
+  return j <= i ? gated_delta::decay_between(G[i], G[j]) : 0.0f;
 }
 
 // Rows of a tile times a factor each, rounded, into another tile or the same one.

@@ -4,43 +4,42 @@
 // Math, per chunk and value head; G_i = sum of max(g, -50) log2(e) up to token i of the chunk, gamma = 2^G,
 // Gamma_ij = 2^(G_i - G_j) for i >= j and 0 above, s the scale:
 //   (1) KK = K K^T, QK = Q K^T                              once for all value heads of a key head
-//   (2) decays: gamma_i, and 2^(G_last - G_i) to the chunk's end
+//   (2) G
 //   (3) P  = s QK . Gamma
 //   (4) T0 = (I + stril(diag(beta) KK))^-1                  not gated: no exponential inside the inverse
-//   (5) Tb = T0 . Gamma diag(beta)                          = (I + stril(diag(beta) KK . Gamma))^-1
-//   diag(beta)
+//   (5) L  = stril(T0 . Gamma)                              I + L = (I + stril(diag(beta) KK . Gamma))^-1
 // Simple GLA needs (2) and (3) only. A second, small kernel writes the map of chunks (and of
 // segments) for cu_seqlens.
 //
-// Why P and Tb are made here and not in the scan: there every tile of value columns would make them again, on
-// the one path that is serial in T. Here they cost one write and one read of 10 KB per chunk and value head,
-// and the scan is left without an exponential and without a product of C x C x K.
+// Why P and L are made here and not in the scan: there every tile of value columns would make them again, on
+// the one path that is serial in T. Here they cost one write and one read of 13 KB per chunk and value head,
+// and the scan is left without a product of C x C x K. L is what the backward needs too.
 //
-// Shapes: GatedDeltaFwdParams (params.h). Of P and Tb only the ten blocks [16, 16] on and below the diagonal
-// exist; T0 is written whole. Tokens past a sequence's end act as k = q = v = beta = g = 0: rows and columns
-// of the identity in T0, G goes on with its last value.
+// Shapes: GatedDeltaFwdParams (params.h). Of P only the ten blocks [16, 16] on and below the diagonal exist;
+// L is a pair (gated_delta.cuh). Tokens past a sequence's end act as k = q = v = beta = g = 0: rows and
+// columns of zeros in L, G goes on with its last value.
 //
 // Mapping: a block owns a (chunk, key head), blocks numbered along x, the key head fastest; it finds its
 // sequence by binary search in the map. Four warps; warp w computes block row w of KK and block row 3 - w of
-// QK, which is the same work for each. Per value head, block barriers between: warp 0 the decays; warp w the
-// inverse of diagonal block w by forward substitution (a lane per column), and its row of P; warp w block
-// column w of T0, by forward substitution over blocks; all warps the stores.
+// QK, which is the same work for each. Per value head, block barriers between: warp 0 G; warp w the inverse
+// of diagonal block w by forward substitution (a lane per column), and its row of P; warp w block column w of
+// T0, by forward substitution over blocks; all warps L, then the stores.
 //
 // Shared memory, for K = 128 (the largest): 49.5 KB, 4 blocks per processor of 228 KB, 3 of 164 KB
 //   q, k      [64, K]  Element        32 KB    until (1)
-//   T         [64, 72] fp32           18 KB    in their place; rows 8 banks apart: fragments B do not collide
+//   T         [64, 72] fp32           18 KB    in their place, T0, then the two parts of L; rows 8 banks
+//                                              apart: fragments B do not collide
 //   P         [64, 64] Element         8 KB    in their place
 //   products  [64, 68] fp32           17 KB    KK below the diagonal; QK, transposed, on and above it
 //   G, beta   [64]     fp32          0.5 KB
 //
 // Numerics: KK and QK accumulate exact products in fp32. T0 is fp32 throughout: its block products are taken
 // of factors split into two tf32 each, three products for one (an error of 2^-21 instead of 2^-11), so that
-// beta up to 2 with equal keys keeps its digits; no series anywhere. Tb, T0 and P are each rounded once.
-// Every exponent is a difference of G, held <= 0.
+// beta up to 2 with equal keys keeps its digits; no series anywhere. P is rounded once, L to twice the
+// digits. Every exponent is a difference of G, held <= 0.
 //
 // Cost per chunk: 5/8 4 C^2 K FLOPs per key head, about 0.1 MFLOP x 3 of tf32 per value head; reads 4 C K
-// bytes per key head, writes 10.5 KB per value head (5.5 KB without delta; 8.25 KB more where T0 and G are
-// kept): bound by memory.
+// bytes per key head, writes 13.25 KB per value head (5.25 KB without delta): bound by memory.
 //
 // Limits: bf16, fp16; K = 64, 128; 2^31 - 1 blocks.
 #include "arch/sm80.cuh"
@@ -131,15 +130,10 @@ __device__ __forceinline__ void store_fp32(float (&to)[kChunk][kStride], int row
   *reinterpret_cast<float2*>(&to[r + 8][c]) = float2{sign * d[2], sign * d[3]};
 }
 
-// 2^(G_i - G_j), for i >= j.
-__device__ __forceinline__ float decay_between(float G_i, float G_j) {
-  return arch::exp2(fminf(G_i - G_j, 0.0f));
-}
-
-// (2) One warp: G by a scan over the lanes, two tokens each; the decays; beta, zero past the end.
+// (2) One warp: G by a scan over the lanes, two tokens each; beta, zero past the end.
 template <bool kDelta, class Smem>
-__device__ __forceinline__ void compute_decays(const GatedDeltaFwdParams& params, const Place& place,
-                                               int head, Smem& smem) {
+__device__ __forceinline__ void sum_decays(const GatedDeltaFwdParams& params, const Place& place, int head,
+                                           Smem& smem) {
   const int lane = lane_idx();
   float g[2], beta[2] = {};
 #pragma unroll
@@ -158,19 +152,11 @@ __device__ __forceinline__ void compute_decays(const GatedDeltaFwdParams& params
   }
   float before = arch::shuffle_up(sum, 1);
   if (lane == 0) before = 0.0f;
-  const float G[2] = {before + g[0], before + (g[0] + g[1])};
-  const float last = arch::shuffle(G[1], arch::kWarpSize - 1);
-  const int64_t offset = place.chunk * params.HV + head;
-  float* decays = params.decays + offset * 2 * kChunk;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int t = 2 * lane + i;
-    smem.G[t] = G[i];
-    smem.beta[t] = beta[i];
-    decays[t] = arch::exp2(G[i]);
-    decays[kChunk + t] = decay_between(last, G[i]);
-    if (params.G != nullptr) params.G[offset * kChunk + t] = G[i];
-  }
+  const float2 G = {before + g[0], before + (g[0] + g[1])};
+  *reinterpret_cast<float2*>(&smem.G[2 * lane]) = G;
+  *reinterpret_cast<float2*>(&smem.beta[2 * lane]) = float2{beta[0], beta[1]};
+  float* to = params.G + (place.chunk * params.HV + head) * kChunk;
+  *reinterpret_cast<float2*>(&to[2 * lane]) = G;
 }
 
 // (3) Block row `row` of P, by one warp.
@@ -275,29 +261,43 @@ __device__ __forceinline__ uint4 pack_piece(const float (&x)[kPiece]) {
           arch::pack<Element>(x[6], x[7])};
 }
 
-// (5) and the stores: T0, rounded, where it is kept, Tb and P.
+// (5) The two parts of L in place of T0: rounded, and transposed what the rounding left off. A warp takes
+// patches of four rows and eight columns, which keeps the banks of the transposed elements two at a time.
+template <class Element, class Smem>
+__device__ __forceinline__ void split_gated_inverse(Smem& smem) {
+  constexpr int kRows = 4, kCols = arch::kWarpSize / kRows;
+  const int lane = lane_idx();
+#pragma unroll 1
+  for (int row = kRows * warp_idx(); row < kChunk; row += kRows * kBlocks) {
+#pragma unroll 1
+    for (int col = 0; col < row + kRows - 1; col += kCols) {
+      const int i = row + lane / kCols, j = col + lane % kCols;
+      if (j >= i) continue;
+      const float x = smem.out.T[i][j] * decay_between(smem.G[i], smem.G[j]);
+      Element rounded;
+      arch::from_float(rounded, x);
+      smem.out.T[i][j] = arch::to_float(rounded);
+      smem.out.T[j][i] = x - arch::to_float(rounded);
+    }
+  }
+}
+
+// P and L to memory.
 template <class Element, bool kDelta, class Smem>
 __device__ __forceinline__ void store_matrices(const GatedDeltaFwdParams& params, const Smem& smem,
                                                int64_t offset) {
-  auto* gT0 = params.T0 == nullptr ? nullptr : static_cast<Element*>(params.T0) + offset;
-  auto *gTb = static_cast<Element*>(params.Tb) + offset, *gP = static_cast<Element*>(params.P) + offset;
+  auto *L = static_cast<Element*>(params.L) + offset, *P = static_cast<Element*>(params.P) + offset;
   for_each_piece<kThreads, Tile<Element, kChunk, kChunk>>(arch::thread_idx(), [&](int, int row, int col) {
-    const bool exists = col / kBlock <= row / kBlock;
     const int64_t at = row * kChunk + col;
-    if (exists) arch::store_16_bytes(gP + at, arch::load_16_bytes(smem.out.P.at(row, col)));
+    if (col / kBlock <= row / kBlock)
+      arch::store_16_bytes(P + at, arch::load_16_bytes(smem.out.P.at(row, col)));
     if constexpr (kDelta) {
-      float x[kPiece] = {};
+      float x[kPiece];
 #pragma unroll
       for (int i = 0; i < kPiece; i += 4) {
-        if (exists)
-          *reinterpret_cast<float4*>(&x[i]) = *reinterpret_cast<const float4*>(&smem.out.T[row][col + i]);
+        *reinterpret_cast<float4*>(&x[i]) = *reinterpret_cast<const float4*>(&smem.out.T[row][col + i]);
       }
-      if (gT0 != nullptr) arch::store_16_bytes(gT0 + at, pack_piece<Element>(x));
-      if (!exists) return;
-      const float G = smem.G[row];
-#pragma unroll
-      for (int i = 0; i < kPiece; ++i) x[i] *= decay_between(G, smem.G[col + i]) * smem.beta[col + i];
-      arch::store_16_bytes(gTb + at, pack_piece<Element>(x));
+      arch::store_16_bytes(L + at, pack_piece<Element>(x));
     }
   });
 }
@@ -340,7 +340,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   for (int i = 0; i < group; ++i) {
     const int head = static_cast<int>(key_head) * group + i;
     // (2)
-    if (warp == 0) compute_decays<kDelta>(params, place, head, smem);
+    if (warp == 0) sum_decays<kDelta>(params, place, head, smem);
     arch::sync_block();
     // (3)
     scale_and_decay(smem, row, static_cast<float>(params.scale));
@@ -349,9 +349,11 @@ __global__ void __launch_bounds__(kThreads, 4)
       invert_diagonal_block(smem, warp);
       arch::sync_block();
       solve_block_column(smem, warp);
+      arch::sync_block();
+      // (5)
+      split_gated_inverse<Element>(smem);
     }
     arch::sync_block();
-    // (5)
     store_matrices<Element, kDelta>(params, smem, (chunk * params.HV + head) * kChunk * kChunk);
     arch::sync_block();
   }

@@ -53,6 +53,12 @@ T shuffle_up(T value, int delta) {
   return value;
 }
 
+inline bool any(bool value) {
+  int found = value;
+  for (int mask = 1; mask < kWarpSize; mask *= 2) found |= shuffle_xor(found, mask);
+  return found;
+}
+
 // ---- 16-byte accesses
 
 inline float4 load_16_bytes_once(const float* address) {

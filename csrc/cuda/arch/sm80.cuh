@@ -66,6 +66,9 @@ __device__ __forceinline__ T shuffle_up(T value, int delta) {
   return __shfl_up_sync(0xffffffffu, value, delta);
 }
 
+// Whether it is true for a lane of the warp.
+__device__ __forceinline__ bool any(bool value) { return __any_sync(0xffffffffu, value); }
+
 // ---- 16-byte accesses: `address` is a multiple of 16
 
 // Data that nobody else on this processor will ask for: past L1.
