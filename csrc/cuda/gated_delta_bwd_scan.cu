@@ -2,43 +2,44 @@
 // the state, chunk after chunk from the last to the first. gated_delta_bwd_chunk.cu does the rest.
 //
 // Math, per value head and chunk of C tokens; s the scale, G the running sum of g, gamma = e^G, Gamma_ij =
-// e^(G_i - G_j) for j <= i else 0, T0 = (I + stril(diag(beta) K K^T))^-1 from the forward, dS1 the gradient
-// of the state after the chunk, dS0 of the one before it:
-//   P   = s Q K^T . Gamma          T = T0 . Gamma                                                  (1)
+// e^(G_i - G_j) for j <= i else 0, L = stril((I + stril(diag(beta) K K^T . Gamma))^-1) from the forward, dS1
+// the gradient of the state after the chunk, dS0 of the one before it:
+//   P   = s Q K^T . Gamma                                                                          (1)
 //   dE  = P^T dO + gamma_C / gamma (K dS1)                                                         (2)
-//   dB  = T^T dE                   (dE itself without delta)                                       (3)
+//   dB  = dE + L^T dE              (dE itself without delta)                                       (3)
 //   dS0 = gamma_C dS1 + Q^T (s gamma dO) + K^T dZ      with dZ = -gamma beta dB, 0 without delta  (2, 4)
 //
-// Shapes: as in GatedDeltaBwdParams (params.h). Reads q, k, do, G, beta, T0, dfinal_state; writes dS1 of
-// every chunk to dstates, dB to dv (which the second kernel turns into dv = beta dB), and dinitial_state.
+// Shapes: as in GatedDeltaBwdParams (params.h). Reads q, k, do, G, beta, L, dfinal_state; writes dS1 of
+// every chunk to dstates, dB to dv (which the second kernel turns into dv = beta dB), its low part to dB_low
+// where some beta of the chunk exceeds 1, and dinitial_state.
 //
 // Mapping: a block owns kColumns columns of V of one (sequence or segment, value head), blocks numbered along
-// x with the column tile fastest, so that neighbours share q, k and T0 in L2. Every formula above needs only
+// x with the column tile fastest, so that neighbours share q, k and L in L2. Every formula above needs only
 // its own columns. dS stays in fp32 registers. Warp w of 4 owns rows 16 w of every [C, kColumns] product, and
 // rows K / 4 w of dS.
 //
 // Shared memory (K = 128, bytes):      lifetime
 //   stage[2].k   [C, K]         16 K   copied while the chunk before is at work
-//   stage[2].T   [C, C]          8 K   likewise; T0, after (1) T
+//   stage[2].L   [C, C]          8 K   likewise
 //   stage[2].dO  [C, columns]    4 K   likewise; after (3) dZ
 //   q            [C, K]         16 K   copied during (3) and (4) of the chunk before
-//   P            [C, C]          8 K   (1) to (2)
+//   P            [C, C]          8 K   (1) to (2); after (3) the low parts of dB and dZ
 //   dS           [K, columns]    8 K   dS1 rounded, (0) to (2)
 //   scaled_dO    [C, columns]    4 K   s gamma dO, (1) to (2); after (3) dB
-//   dE           [C, columns]    4 K   (2) to (3)
+//   dE, low part [C, columns]  2 x 4 K   (2) to (3)
 // Two blocks fit a processor of Hopper, one of Ampere.
 //
 // Pipeline: four barriers a chunk, one at the end of each of (0) to (3).
 //
-// Numerics: fp32 accumulation; rounded to dtype are dS1, P, T, s gamma dO, dE, dZ and dB, each once. Every
-// exponent taken is <= 0. Sums run in a fixed order, which depends on nothing but the shapes of one sequence.
+// Numerics: fp32 accumulation; rounded to dtype are dS1, P, s gamma dO, dZ and dB, each once. In L^T dE both
+// factors are pairs; where some beta of the chunk exceeds 1, dZ and dB are pairs too. Every exponent taken is
+// <= 0. Sums run in a fixed order, which depends on nothing but the shapes of one sequence.
 // Tokens past the end are zero in k, q, dO and beta, and contribute nothing; their memory is not read.
 //
-// Cost per token and value head: 2 (3 K V + C (K V / kColumns + 2 V)) FLOPs. Bytes from and to memory: 2 (2 K
-// + 2 V
-// + C) and 2 K V / C for dS1. The chain of chunks is serial: latency bounds it unless blocks fill the device.
-// Where sequences are split, a pass over segments alone comes first, of which gated_delta_segments.cu makes
-// the gradient after each.
+// Cost per token and value head: 2 (3 K V + C (K V / kColumns + 23 / 8 V)) FLOPs, 2 K V more with some beta >
+// 1. Bytes from and to memory: 2 (2 K + 2 V + C) and 2 K V / C for dS1. The chain of chunks is serial:
+// latency bounds it unless blocks fill the device. Where sequences are split, a pass over segments alone
+// comes first, of which gated_delta_segments.cu makes the gradient after each.
 //
 // Limits: K 64 or 128, V a multiple of 64, bf16 or fp16, rows aligned to 16 bytes.
 #include "dtype.cuh"
@@ -64,15 +65,20 @@ struct Smem {
 
   struct Stage {
     Tile<Element, kChunk, K> k;
-    Tile<Element, kChunk, kChunk> T;
+    Tile<Element, kChunk, kChunk> L;
     Tile<Element, kChunk, kColumns> dO;
     float G[kChunk], beta[kChunk];
   };
   Stage stages[2];
   Tile<Element, kChunk, K> q;
-  Tile<Element, kChunk, kChunk> P;
+  union {
+    Tile<Element, kChunk, kChunk> P;
+    struct {
+      Tile<Element, kChunk, kColumns> dB, dZ;
+    } low;
+  };
   Tile<Element, K, kColumns> dS;
-  Tile<Element, kChunk, kColumns> scaled_dO, dE;
+  Tile<Element, kChunk, kColumns> scaled_dO, dE, dE_low;
 };
 constexpr size_t kSharedOfHopper = 228 * 1024, kReserved = 1024;  // of a processor, and of it per block
 static_assert(2 * (sizeof(Smem<arch::bf16, 128, true>) + kReserved) <= kSharedOfHopper);
@@ -125,7 +131,7 @@ __device__ __forceinline__ void copy_stage_async(Smem& sm, const GatedDeltaBwdPa
                             params.do_.token, num_tokens, thread);
   if constexpr (Smem::kDelta) {
     const int64_t offset = (place.chunk(i) * params.HV + place.head) * kChunk * kChunk;
-    copy_tile_async<kThreads>(stage.T, static_cast<const Element*>(params.T0) + offset, kChunk, kChunk,
+    copy_tile_async<kThreads>(stage.L, static_cast<const Element*>(params.L) + offset, kChunk, kChunk,
                               thread);
   }
   copy_gates_async<Smem::kDelta>(stage.G, stage.beta, params, place.chunk(i), place.head, batch, token,
@@ -165,7 +171,7 @@ __device__ __forceinline__ void store_state(State<Smem>& rS, const GatedDeltaBwd
                    [&](float& x, int row, int col) { to[row * params.V + col] = x; });
 }
 
-// (1) P, T in place of T0, s gamma dO
+// (1) P, s gamma dO
 template <class Smem>
 __device__ __forceinline__ void apply_decays(Smem& sm, typename Smem::Stage& stage, float scale) {
   using Element = typename Smem::Element;
@@ -177,18 +183,32 @@ __device__ __forceinline__ void apply_decays(Smem& sm, typename Smem::Stage& sta
       [&](auto& b, int k, int n) { load_b_transposed(b, stage.k, k, n); });
   for_each_element(rP, row, 0, [&](float& x, int i, int j) { x *= scale * decay_between(stage.G, i, j); });
   store_product(sm.P, row, 0, rP);
-  if constexpr (Smem::kDelta) apply_decay<kThreads>(stage.T, stage.G);
   scale_rows<kThreads>(sm.scaled_dO, stage.dO, [&](int i) { return scale * arch::exp2(stage.G[i]); });
+}
+
+// A product as a pair, a tile for each part.
+template <class Tile>
+__device__ __forceinline__ void store_pair(Tile& high, Tile& low, int row, const Product& d) {
+#pragma unroll
+  for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      const int to_row = row + lane_idx() / 4 + 4 * i, to_col = 8 * n + lane_idx() % 4 * 2;
+      uint32_t parts[2];
+      pack_pair<typename Tile::Element>(parts[0], parts[1], d[0][n][i], d[0][n][i + 1]);
+      *reinterpret_cast<uint32_t*>(high.at(to_row, to_col)) = parts[0];
+      *reinterpret_cast<uint32_t*>(low.at(to_row, to_col)) = parts[1];
+    }
+  }
 }
 
 // (2) dE; and of dS0 what does not need it
 template <class Smem>
-__device__ __forceinline__ void output_to_pseudo_values(Smem& sm, typename Smem::Stage& stage,
+__device__ __forceinline__ void output_to_pseudo_values(Product& rdE, Smem& sm, typename Smem::Stage& stage,
                                                         State<Smem>& rS) {
   using Element = typename Smem::Element;
   const int row = kRows * warp_idx(), state_row = Smem::kStateRows * warp_idx();
   const float last = stage.G[kChunk - 1];
-  Product rdE;
   set_zero(rdE);
   multiply<Element, Smem::K>(
       rdE, [&](auto& a, int m, int k) { load_a(a, stage.k, row + m, k); },
@@ -197,7 +217,11 @@ __device__ __forceinline__ void output_to_pseudo_values(Smem& sm, typename Smem:
   multiply<Element, kChunk>(
       rdE, [&](auto& a, int m, int k) { load_a_transposed(a, sm.P, row + m, k); },
       [&](auto& b, int k, int n) { load_b(b, stage.dO, k, n); });
-  store_product(sm.dE, row, 0, rdE);
+  if constexpr (Smem::kDelta) {
+    store_pair(sm.dE, sm.dE_low, row, rdE);
+  } else {
+    store_product(sm.dE, row, 0, rdE);
+  }
 
   const float whole = arch::exp2(last);
   for_each_element(rS, 0, 0, [&](float& x, int, int) { x *= whole; });
@@ -206,27 +230,62 @@ __device__ __forceinline__ void output_to_pseudo_values(Smem& sm, typename Smem:
       [&](auto& b, int k, int n) { load_b(b, sm.scaled_dO, k, n); });
 }
 
-// (3) dB in place of s gamma dO, dZ in place of dO
+// Block (k, m) of L, k >= m, as operand A of its transpose.
+template <class Tile>
+__device__ __forceinline__ void load_inverse(uint32_t (&high)[4], uint32_t (&low)[4], const Tile& L, int m,
+                                             int k) {
+  load_a_transposed(high, L, m, k);
+  load_a(low, L, m, k);
+  if (k != m) return;
+  high[0] = keep_above_diagonal(high[0]), high[1] = 0, high[3] = keep_above_diagonal(high[3]);
+  low[0] = keep_above_diagonal(low[0]), low[1] = 0, low[3] = keep_above_diagonal(low[3]);
+}
+
+// (3) dB, at first dE, in place of s gamma dO, dZ in place of dO
 template <class Smem>
-__device__ __forceinline__ void solve(Smem& sm, typename Smem::Stage& stage) {
+__device__ __forceinline__ void solve(Product& rdB, Smem& sm, typename Smem::Stage& stage) {
+  using Element = typename Smem::Element;
   const int row = kRows * warp_idx();
-  Product rdB;
-  set_zero(rdB);
-  multiply<typename Smem::Element, kChunk>(
-      rdB, [&](auto& a, int m, int k) { load_a_transposed(a, stage.T, row + m, k); },
-      [&](auto& b, int k, int n) { load_b(b, sm.dE, k, n); });
-  store_product(sm.scaled_dO, row, 0, rdB);
-  for_each_element(rdB, row, 0, [&](float& x, int i, int) { x *= -arch::exp2(stage.G[i]) * stage.beta[i]; });
-  store_product(stage.dO, row, 0, rdB);
+  for (int k = row; k < kChunk; k += 16) {
+    uint32_t high[4], low[4];
+    load_inverse(high, low, stage.L, row, k);
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; n += 2) {
+      uint32_t b[2][2], b_low[2][2];
+      load_b(b, sm.dE, k, 8 * n);
+      load_b(b_low, sm.dE_low, k, 8 * n);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        arch::mma_16x8x16<Element>(rdB[0][n + i], low, b[i]);
+        arch::mma_16x8x16<Element>(rdB[0][n + i], high, b_low[i]);
+        arch::mma_16x8x16<Element>(rdB[0][n + i], high, b[i]);
+      }
+    }
+  }
+  const auto scale = [&](float& x, int i, int) { x *= -arch::exp2(stage.G[i]) * stage.beta[i]; };
+  if (reflects(stage.beta)) {
+    store_pair(sm.scaled_dO, sm.low.dB, row, rdB);
+    for_each_element(rdB, row, 0, scale);
+    store_pair(stage.dO, sm.low.dZ, row, rdB);
+  } else {
+    store_product(sm.scaled_dO, row, 0, rdB);
+    for_each_element(rdB, row, 0, scale);
+    store_product(stage.dO, row, 0, rdB);
+  }
 }
 
 // (4) dS0 += K^T dZ
 template <class Smem>
-__device__ __forceinline__ void update_state(State<Smem>& rS, const typename Smem::Stage& stage) {
+__device__ __forceinline__ void update_state(State<Smem>& rS, const Smem& sm,
+                                             const typename Smem::Stage& stage) {
   const int row = Smem::kStateRows * warp_idx();
-  multiply<typename Smem::Element, kChunk>(
-      rS, [&](auto& a, int m, int k) { load_a_transposed(a, stage.k, row + m, k); },
-      [&](auto& b, int k, int n) { load_b(b, stage.dO, k, n); });
+  const auto add = [&](const auto& dZ) {
+    multiply<typename Smem::Element, kChunk>(
+        rS, [&](auto& a, int m, int k) { load_a_transposed(a, stage.k, row + m, k); },
+        [&](auto& b, int k, int n) { load_b(b, dZ, k, n); });
+  };
+  add(stage.dO);
+  if (reflects(stage.beta)) add(sm.low.dZ);
 }
 
 // kAlone: segments of split sequences from a gradient of zero, for what that gives before them.
@@ -259,22 +318,28 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     apply_decays(sm, stage, static_cast<float>(params.scale));  // (1)
     arch::sync_block();
-    output_to_pseudo_values(sm, stage, rS);  // (2)
+    Product product;
+    output_to_pseudo_values(product, sm, stage, rS);  // (2)
     arch::sync_block();
     if (i > 0) copy_q_async(sm, params, place, i - 1);
     arch::commit_copies();
     if constexpr (Smem::kDelta) {
-      solve(sm, stage);  // (3)
+      solve(product, sm, stage);  // (3)
       arch::sync_block();
-      update_state<Smem>(rS, stage);  // (4)
+      update_state(rS, sm, stage);  // (4)
     }
     if constexpr (kAlone) continue;
-    const int64_t token = place.span.start + i * kChunk;
-    store_tile<kThreads>(static_cast<Element*>(params.dv) +
-                             ((place.span.batch * params.T + token) * params.HV + place.head) * params.V +
-                             place.column,
-                         params.HV * params.V, tokens_from(place.span, i * kChunk),
+    const int64_t token = place.span.start + i * kChunk, stride = params.HV * params.V;
+    const int64_t to = (place.span.batch * params.T + token) * stride + place.head * params.V + place.column;
+    const int num_tokens = tokens_from(place.span, i * kChunk);
+    store_tile<kThreads>(static_cast<Element*>(params.dv) + to, stride, num_tokens,
                          Smem::kDelta ? sm.scaled_dO : sm.dE, thread);
+    if constexpr (Smem::kDelta) {
+      if (reflects(stage.beta)) {
+        store_tile<kThreads>(static_cast<Element*>(params.dB_low) + to, stride, num_tokens, sm.low.dB,
+                             thread);
+      }
+    }
   }
   if (!kAlone && !place.segment.starts()) return;  // found already
   store_state<Smem>(rS, params, place);

@@ -1,10 +1,10 @@
 // The part of the chunk forward of the gated delta rule and simple GLA that is serial in T: the state goes
 // from chunk to chunk. What does not need the state is in workspace already (gated_delta_prepare.cu).
 //
-// Math, per chunk of 64 tokens, S the state before it; gamma, Tb and P from workspace, s the scale:
+// Math, per chunk of 64 tokens, S the state before it; G, L and P from workspace, gamma = 2^G, s the scale:
 //   (1) Z = K S                      O = Q S
-//   (2) R = V - gamma Z
-//   (3) E = Tb R                     simple GLA: E = V, and neither (2) nor Z
+//   (2) B = beta (V - gamma Z)
+//   (3) E = B + L B                  simple GLA: E = V, and neither (2) nor Z
 //   (4) O = s gamma O + P E
 //   (5) S := gamma_last S + K^T (gamma_last / gamma E)
 //
@@ -16,28 +16,30 @@
 // along x, the column tile fastest. Every warp owns 16 columns from the first chunk to the last and shares
 // nothing with the others but the tiles that they read, so that a chunk costs one block barrier. A warp holds
 // S^T [16, K] as results of mma. Everything is computed transposed, so that results, rounded where they lie,
-// are the next product's operand A: S^T of Z^T = S^T K^T and of O^T = S^T Q^T, R^T, made from Z^T in place,
-// of E^T = R^T Tb^T, and E^T of S^T += E^T K and of O^T += E^T P^T. Between the tiles' arrival and the store
-// of O nothing passes through shared memory. Four warps or eight is a question of how many blocks there are;
-// the results are the same bits.
+// are the next product's operand A: S^T of Z^T = S^T K^T and of O^T = S^T Q^T, B^T, made from Z^T in place,
+// of E^T = B^T + B^T L^T, again in place, and E^T of S^T += E^T K and of O^T += E^T P^T. Between the tiles'
+// arrival and the store of O nothing passes through shared memory. Four warps or eight is a question of how
+// many blocks there are; the results are the same bits.
 //
 // Shared memory, two stages of (K = 128, eight warps; for four, v is half as large):
 //   k, q           [64, K]      Element   32 KB
-//   P | Tb         [64, 128]    Element   16 KB    the blocks above the diagonals are never touched
+//   P | L          [64, 128]    Element   16 KB    P's blocks above the diagonal are never touched
 //   v              [8][64, 16]  Element   16 KB    a tile per warp; (4) leaves O there
-//   gamma, to_end  [64]         fp32     0.5 KB
+//   G, beta        [64]         fp32     0.5 KB
 // 129 KB: 1 block of 8 warps per processor; 113 KB: 2 blocks of 4 warps where there are 228 KB, else 1.
 //
 // Pipeline: while a chunk is computed, the copies of the next one run. Top of a chunk: wait for own copies,
 // barrier (the chunk is here, and all warps have left the other stage), start the copies of the next.
 //
-// Numerics: S, Z, R before its rounding, E before its rounding and O accumulate in fp32. Rounded to Element:
-// S and R as operands, E, E to the chunk's end, O. There is no exponential here.
+// Numerics: S, Z, B, E and O are fp32. Rounded to Element are S as an operand, P, E to the chunk's end, and
+// O. Keys that repeat make E a small difference of large B, so that B, L, and E in (4) are pairs: twice the
+// digits for three products of (3) instead of one, and two of (4). Where some beta of the chunk exceeds 1, E
+// to the chunk's end is a pair too.
 //
-// Cost per chunk and 16 columns, K = 128: 232 mma (148 without delta) behind 120 ldmatrix (74), each for two
-// mma: tensor cores and shared memory are equally busy. Per chunk and block 42 KB of tiles besides v (37 KB
-// without delta), which the blocks of one head share in L2. Bound by the latency of a chunk where there are
-// few heads, else by mma.
+// Cost per chunk and 16 columns, K = 128: 292 mma (356 with some beta > 1, 148 without delta) behind 130
+// ldmatrix (162, 74), and 48 exponentials a lane (24 without delta). Per chunk and block 45 KB of tiles
+// besides v (37 KB without delta), which the blocks of one head share in L2. Bound by the latency of a chunk
+// where there are few heads, else by mma.
 //
 // Limits: bf16, fp16; fewer than 2^31 tokens in a sequence; 2^31 - 1 blocks.
 #include "arch/sm80.cuh"
@@ -67,17 +69,25 @@ __device__ __forceinline__ void store_state(Element* to, unsigned V, unsigned co
 
 // (4) O^T = s gamma O^T + E^T P^T; rounded and transposed to the warp's tile of v.
 template <class C>
-__device__ __forceinline__ void compute_output(Stage<C>& stage, Results<kChunk / 8>& O,
-                                               const Operands<kSteps>& E, float scale,
-                                               const Lanes<C>& lanes) {
+__device__ __forceinline__ void compute_output(Stage<C>& stage, Results<kChunk / 8>& O, const Values& E,
+                                               float scale, const Lanes<C>& lanes) {
   using Element = typename C::Element;
 #pragma unroll
   for (int t = 0; t < kChunk / 8; ++t) {
-    const float2 gamma = load_pair(stage.gamma, t / 2, t % 2 * 2);
+    const float2 gamma = decay_from_start(stage.G, t / 2, t % 2 * 2);
     O[t][0] *= scale * gamma.x, O[t][1] *= scale * gamma.y;
     O[t][2] *= scale * gamma.x, O[t][3] *= scale * gamma.y;
   }
-  multiply_by_triangle(O, E, stage, lanes, 0);
+#pragma unroll
+  for (int t = 0; t < kSteps; ++t) {
+#pragma unroll
+    for (int i = t; i < kSteps; ++i) {
+      uint32_t p[4];
+      arch::ldmatrix_x4(p, fragment_row(stage.matrices, lanes.matrices_transposed, 16 * i, 16 * t));
+      if constexpr (C::kDelta) multiply<Element>(O[2 * i], O[2 * i + 1], E.low[t], p);
+      multiply<Element>(O[2 * i], O[2 * i + 1], E.high[t], p);
+    }
+  }
   typename C::Slab& slab = stage.v[warp_idx()];
   arch::sync_warp();
 #pragma unroll
@@ -149,15 +159,15 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 
     Results<kChunk / 8> Z, O;
     read_state<C>(Z, O, S, stage, lanes);  // (1)
-    Operands<kSteps> R;
-    form_residual<C>(R, Z, stage);  // (2)
-    Results<kChunk / 8> E;
+    Values E;
     if constexpr (C::kDelta) {
-      set_zero(E);
-      multiply_by_triangle(E, R, stage, lanes, C::kTbColumn);  // (3)
+      form_residual<C>(Z, stage);    // (2)
+      solve<C>(E, Z, stage, lanes);  // (3)
+    } else {
+      load_values<C>(E, stage);
     }
-    update_state<C>(S, R, E, stage, lanes);                                   // (5), leaves E, rounded, in R
-    compute_output<C>(stage, O, R, static_cast<float>(params.scale), lanes);  // (4)
+    compute_output<C>(stage, O, E, static_cast<float>(params.scale), lanes);  // (4)
+    update_state<C>(S, E, stage, lanes);                                      // (5)
     store_output<C>(o, o_stride, num_tokens, stage.v[warp_idx()]);
   }
 

@@ -18,7 +18,7 @@ struct Config {
   using Element = Element_;
   static constexpr int kKeyDim = K_, kWarps = Warps_, kThreads = kWarps * arch::kWarpSize;
   static constexpr bool kDelta = Delta_, kOutput = Output_;
-  static constexpr int kTbColumn = kOutput ? kChunk : 0;  // of Tb beside P
+  static constexpr int kLColumn = kOutput ? kChunk : 0;  // of L beside P
   using Rows = Tile<Element, kChunk, kKeyDim>;
   using Matrices = Tile<Element, kChunk, kChunk*(int{kDelta} + int{kOutput})>;
   using Slab = Tile<Element, kChunk, kColumns>;
@@ -29,9 +29,9 @@ template <class C>
 struct Stage {
   typename C::Rows k;
   Tile<typename C::Element, C::kOutput ? kChunk : 0, C::kKeyDim> q;
-  typename C::Matrices matrices;  // P, and Tb on its right
+  typename C::Matrices matrices;  // P, and L on its right
   typename C::Slab v[C::kWarps];
-  alignas(16) float gamma[kChunk], to_end[kChunk];
+  float G[kChunk], beta[kChunk];
 };
 
 template <class C>
@@ -88,6 +88,7 @@ struct Slot {
 template <class C>
 struct Cursor {
   const typename C::Element *k, *q, *v;
+  const float* beta;
   int64_t matrix;  // (chunk, head) among all
   int num_tokens;  // from the chunk on
 
@@ -100,12 +101,16 @@ struct Cursor {
     q = row_of<Element>(params.q, place.batch, place.token + row, place.key_head) + col;
     v = row_of<Element>(params.v, place.batch, place.token + lane / kSlabPieces, place.head) + place.column +
         lane % kSlabPieces * kPiece;
+    if constexpr (C::kDelta) {
+      beta = row_of<float>(params.beta, place.batch, place.token + thread, place.head);
+    }
     matrix = place.chunk * params.HV + place.head;
     num_tokens = place.num_tokens;
   }
 
   __device__ void advance(const GatedDeltaFwdParams& params) {
     k += kChunk * params.k.token, q += kChunk * params.q.token, v += kChunk * params.v.token;
+    if constexpr (C::kDelta) beta += kChunk * params.beta.token;
     matrix += params.HV;
     num_tokens -= kChunk;
   }
@@ -117,16 +122,10 @@ __device__ __forceinline__ void set_zero(Results<n>& x) {
   for (int i = 0; i < n; ++i) x[i][0] = x[i][1] = x[i][2] = x[i][3] = 0.0f;
 }
 
-// d [16, 16] += a b for the fragment b whose row in shared memory is given.
-template <class Element, bool kTransposed = true>
+// d [16, 16] += a b
+template <class Element>
 __device__ __forceinline__ void multiply(float (&left)[4], float (&right)[4], const uint32_t (&a)[4],
-                                         const void* row) {
-  uint32_t b[4];
-  if constexpr (kTransposed) {
-    arch::ldmatrix_x4(b, row);
-  } else {
-    arch::ldmatrix_x4_trans(b, row);
-  }
+                                         const uint32_t (&b)[4]) {
   arch::mma_16x8x16<Element>(left, a, {b[0], b[1]});
   arch::mma_16x8x16<Element>(right, a, {b[2], b[3]});
 }
@@ -136,13 +135,15 @@ __device__ __forceinline__ void multiply(float (&left)[4], float (&right)[4], co
 template <class C>
 struct Lanes {
   int rows, rows_transposed;  // B of k [tokens, K], and of its and q's transpose
-  int matrices_transposed;    // B of the transposes of P and Tb
+  int matrices_transposed;    // B of the transposes of P and of L's high part
+  int matrices;               // B of the transpose of L's low part, as that is how it lies
 
   __device__ Lanes() {
     const int lane = lane_idx(), row = lane % 8 + lane / 16 * 8, col = lane / 8 % 2 * kPiece;
     rows = C::Rows::offset(lane % 16, lane / 16 * kPiece) * 2;
     rows_transposed = C::Rows::offset(row, col) * 2;
     matrices_transposed = C::Matrices::offset(row, col) * 2;
+    matrices = C::Matrices::offset(lane % 16, lane / 16 * kPiece) * 2;
   }
 };
 
@@ -184,11 +185,11 @@ __device__ __forceinline__ void copy_rows_async(Tile& tile, const typename Tile:
   }
 }
 
-// Starts the copy of the blocks on and below the diagonal of a matrix [64, 64] to a tile's columns from `to`
-// on.
-template <int kThreads, class Tile>
-__device__ __forceinline__ void copy_triangle_async(Tile& tile, int to, const void* matrices, int64_t idx,
-                                                    unsigned thread) {
+// Starts the copy of a matrix [64, 64] to a tile's columns from `to` on; if kTriangle, of its blocks on and
+// below the diagonal.
+template <int kThreads, bool kTriangle, class Tile>
+__device__ __forceinline__ void copy_matrix_async(Tile& tile, int to, const void* matrices, int64_t idx,
+                                                  unsigned thread) {
   using Element = typename Tile::Element;
   constexpr int kPieces = kChunk / kPiece, kRowsAtOnce = kThreads / kPieces;
   const int first = thread / kPieces, col = thread % kPieces * kPiece;
@@ -196,7 +197,9 @@ __device__ __forceinline__ void copy_triangle_async(Tile& tile, int to, const vo
 #pragma unroll
   for (int i = 0; i < kChunk; i += kRowsAtOnce, global += kThreads * kPiece) {
     const int row = first + i;
-    if (col < row / kBlock * kBlock + kBlock) arch::copy_16_async(tile.at(row, to + col), global, true);
+    if (!kTriangle || col < row / kBlock * kBlock + kBlock) {
+      arch::copy_16_async(tile.at(row, to + col), global, true);
+    }
   }
 }
 
@@ -209,15 +212,15 @@ __device__ __forceinline__ void copy_chunk_async(Stage<C>& stage, const GatedDel
   copy_rows_async<arch::kWarpSize>(stage.v[warp_idx()], at.v, params.v.token, num_values, lane_idx());
   if constexpr (C::kOutput) {
     copy_rows_async<C::kThreads>(stage.q, at.q, params.q.token, at.num_tokens, thread);
-    copy_triangle_async<C::kThreads>(stage.matrices, 0, params.P, at.matrix, thread);
+    copy_matrix_async<C::kThreads, true>(stage.matrices, 0, params.P, at.matrix, thread);
   }
   if constexpr (C::kDelta) {
-    copy_triangle_async<C::kThreads>(stage.matrices, C::kTbColumn, params.Tb, at.matrix, thread);
+    copy_matrix_async<C::kThreads, false>(stage.matrices, C::kLColumn, params.L, at.matrix, thread);
   }
-  constexpr int kPieces = kChunk / 4;  // of a vector of 64 floats
-  if (thread < 2 * kPieces) {
-    float* to = thread < kPieces ? stage.gamma + 4 * thread : stage.to_end + 4 * (thread - kPieces);
-    arch::copy_16_async(to, params.decays + at.matrix * 2 * kChunk + 4 * thread, true);
+  if (thread >= kChunk) return;
+  arch::copy_4_async(&stage.G[thread], params.G + at.matrix * kChunk + thread, true);
+  if constexpr (C::kDelta) {
+    arch::copy_4_async(&stage.beta[thread], at.beta, static_cast<int>(thread) < at.num_tokens);
   }
 }
 
@@ -236,25 +239,15 @@ __device__ __forceinline__ void read_state(Results<kChunk / 8>& Z, Results<kChun
 #pragma unroll
     for (int t = 0; t < kSteps; ++t) {
       if constexpr (C::kDelta) {
-        multiply<Element>(Z[2 * t], Z[2 * t + 1], s, fragment_row(stage.k, lanes.rows_transposed, 16 * t, k));
+        uint32_t b[4];
+        arch::ldmatrix_x4(b, fragment_row(stage.k, lanes.rows_transposed, 16 * t, k));
+        multiply<Element>(Z[2 * t], Z[2 * t + 1], s, b);
       }
       if constexpr (C::kOutput) {
-        multiply<Element>(O[2 * t], O[2 * t + 1], s, fragment_row(stage.q, lanes.rows_transposed, 16 * t, k));
+        uint32_t b[4];
+        arch::ldmatrix_x4(b, fragment_row(stage.q, lanes.rows_transposed, 16 * t, k));
+        multiply<Element>(O[2 * t], O[2 * t + 1], s, b);
       }
-    }
-  }
-}
-
-// D^T += A^T M^T for the lower triangular matrix M at column `col` of the stage's matrices.
-template <class C>
-__device__ __forceinline__ void multiply_by_triangle(Results<kChunk / 8>& D, const Operands<kSteps>& A,
-                                                     const Stage<C>& stage, const Lanes<C>& lanes, int col) {
-#pragma unroll
-  for (int t = 0; t < kSteps; ++t) {
-#pragma unroll
-    for (int i = t; i < kSteps; ++i) {
-      const void* row = fragment_row(stage.matrices, lanes.matrices_transposed, 16 * i, col + 16 * t);
-      multiply<typename C::Element>(D[2 * i], D[2 * i + 1], A[t], row);
     }
   }
 }
@@ -265,66 +258,125 @@ __device__ __forceinline__ float2 load_pair(const float (&x)[kChunk], int t, int
   return *reinterpret_cast<const float2*>(&x[16 * t + i / 2 * 8 + lane_idx() % 4 * 2]);
 }
 
-// (2) R^T = V^T - gamma Z^T, rounded; V^T itself without delta.
+// The decay from the chunk's start to such a pair of tokens, and from it to the chunk's end.
+__device__ __forceinline__ float2 decay_from_start(const float (&G)[kChunk], int t, int i) {
+  const float2 x = load_pair(G, t, i);
+  return {arch::exp2(x.x), arch::exp2(x.y)};
+}
+__device__ __forceinline__ float2 decay_to_end(const float (&G)[kChunk], int t, int i) {
+  const float2 x = load_pair(G, t, i);
+  return {decay_between(G[kChunk - 1], x.x), decay_between(G[kChunk - 1], x.y)};
+}
+
+// (2) B^T = beta (V^T - gamma Z^T), in the place of Z^T.
 template <class C>
-__device__ __forceinline__ void form_residual(Operands<kSteps>& R, const Results<kChunk / 8>& Z,
-                                              const Stage<C>& stage) {
-  using Element = typename C::Element;
+__device__ __forceinline__ void form_residual(Results<kChunk / 8>& Z, const Stage<C>& stage) {
 #pragma unroll
   for (int t = 0; t < kSteps; ++t) {
-    load_a_transposed(R[t], stage.v[warp_idx()], 0, 16 * t);
-    if constexpr (C::kDelta) {
+    uint32_t values[4];
+    load_a_transposed(values, stage.v[warp_idx()], 0, 16 * t);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 gamma = load_pair(stage.gamma, t, i);
-        const float2 v = arch::unpack<Element>(R[t][i]);
-        const float* z = &Z[2 * t + i / 2][i % 2 * 2];
-        R[t][i] = arch::pack<Element>(v.x - gamma.x * z[0], v.y - gamma.y * z[1]);
-      }
+    for (int i = 0; i < 4; ++i) {
+      const float2 gamma = decay_from_start(stage.G, t, i), beta = load_pair(stage.beta, t, i);
+      const float2 v = arch::unpack<typename C::Element>(values[i]);
+      float* z = &Z[2 * t + i / 2][i % 2 * 2];
+      z[0] = beta.x * (v.x - gamma.x * z[0]);
+      z[1] = beta.y * (v.y - gamma.y * z[1]);
     }
   }
 }
 
-// Rounds E [16, 16] at token 16 t to e, and times its decay to the chunk's end to e_end. Without delta e is
-// there: V.
+// Block (i, t) of L, i >= t, as operand B of its transpose.
 template <class C>
-__device__ __forceinline__ void round_values(uint32_t (&e)[4], uint32_t (&e_end)[4],
-                                             const Results<kChunk / 8>& E, const Stage<C>& stage, int t) {
+__device__ __forceinline__ void load_inverse(uint32_t (&high)[4], uint32_t (&low)[4], const Stage<C>& stage,
+                                             const Lanes<C>& lanes, int i, int t) {
+  constexpr int kColumn = C::kLColumn;
+  arch::ldmatrix_x4(high, fragment_row(stage.matrices, lanes.matrices_transposed, 16 * i, kColumn + 16 * t));
+  arch::ldmatrix_x4_trans(low, fragment_row(stage.matrices, lanes.matrices, 16 * t, kColumn + 16 * i));
+  if (i != t) return;
+  high[0] = keep_below_diagonal(high[0]), high[1] = 0, high[3] = keep_below_diagonal(high[3]);
+  low[0] = keep_below_diagonal(low[0]), low[1] = 0, low[3] = keep_below_diagonal(low[3]);
+}
+
+// What the output and the state take of E^T: a pair. Without delta there is no low part.
+struct Values {
+  Operands<kSteps> high, low;
+};
+
+template <class Element>
+__device__ __forceinline__ void round_to_pairs(Values& to, const Results<kChunk / 8>& from) {
+#pragma unroll
+  for (int t = 0; t < kSteps; ++t) {
+    round_to_pair<Element>(to.high[t], to.low[t], from[2 * t], from[2 * t + 1]);
+  }
+}
+
+// (3) E^T = B^T + B^T L^T; B^T is overwritten.
+template <class C>
+__device__ __forceinline__ void solve(Values& E, Results<kChunk / 8>& B, const Stage<C>& stage,
+                                      const Lanes<C>& lanes) {
   using Element = typename C::Element;
+  Values rounded;
+  round_to_pairs<Element>(rounded, B);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    float2 x;
-    if constexpr (C::kDelta) {
-      const float* pair = &E[2 * t + i / 2][i % 2 * 2];
-      x = {pair[0], pair[1]};
-      e[i] = arch::pack<Element>(x.x, x.y);
-    } else {
-      x = arch::unpack<Element>(e[i]);
+  for (int t = 0; t < kSteps; ++t) {
+#pragma unroll
+    for (int i = t; i < kSteps; ++i) {
+      uint32_t high[4], low[4];
+      load_inverse<C>(high, low, stage, lanes, i, t);
+      multiply<Element>(B[2 * i], B[2 * i + 1], rounded.low[t], high);
+      multiply<Element>(B[2 * i], B[2 * i + 1], rounded.high[t], low);
+      multiply<Element>(B[2 * i], B[2 * i + 1], rounded.high[t], high);
     }
-    const float2 to_end = load_pair(stage.to_end, t, i);
-    e_end[i] = arch::pack<Element>(to_end.x * x.x, to_end.y * x.y);
   }
+  round_to_pairs<Element>(E, B);
 }
 
-// (5) S^T = gamma_last S^T + (gamma_last / gamma E)^T K; E, rounded, to `rounded`.
+// Without delta E is V.
 template <class C>
-__device__ __forceinline__ void update_state(Results<C::kKeyDim / 8>& S, Operands<kSteps>& rounded,
-                                             const Results<kChunk / 8>& E, const Stage<C>& stage,
-                                             const Lanes<C>& lanes) {
-  const float whole = stage.gamma[kChunk - 1];
+__device__ __forceinline__ void load_values(Values& E, const Stage<C>& stage) {
+#pragma unroll
+  for (int t = 0; t < kSteps; ++t) load_a_transposed(E.high[t], stage.v[warp_idx()], 0, 16 * t);
+}
+
+// (5) S^T = gamma_last S^T + (gamma_last / gamma E)^T K
+template <class C>
+__device__ __forceinline__ void update_state(Results<C::kKeyDim / 8>& S, const Values& E,
+                                             const Stage<C>& stage, const Lanes<C>& lanes) {
+  using Element = typename C::Element;
+  const float whole = arch::exp2(stage.G[kChunk - 1]);
 #pragma unroll
   for (int k = 0; k < C::kKeyDim / 8; ++k) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) S[k][i] *= whole;
   }
+  bool in_pairs = false;
+  if constexpr (C::kDelta) in_pairs = reflects(stage.beta);
 #pragma unroll
   for (int t = 0; t < kSteps; ++t) {
-    uint32_t e_end[4];
-    round_values<C>(rounded[t], e_end, E, stage, t);
+    uint32_t high[4], low[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float2 x = arch::unpack<Element>(E.high[t][i]);
+      if constexpr (C::kDelta) {
+        const float2 rest = arch::unpack<Element>(E.low[t][i]);
+        x.x += rest.x, x.y += rest.y;
+      }
+      const float2 decay = decay_to_end(stage.G, t, i);
+      pack_pair<Element>(high[i], low[i], decay.x * x.x, decay.y * x.y);
+    }
 #pragma unroll
     for (int k = 0; k < C::kKeyDim; k += 16) {
-      const void* row = fragment_row(stage.k, lanes.rows, 16 * t, k);
-      multiply<typename C::Element, false>(S[k / 8], S[k / 8 + 1], e_end, row);
+      uint32_t b[4];
+      arch::ldmatrix_x4_trans(b, fragment_row(stage.k, lanes.rows, 16 * t, k));
+      multiply<Element>(S[k / 8], S[k / 8 + 1], high, b);
+    }
+    if (!in_pairs) continue;
+#pragma unroll
+    for (int k = 0; k < C::kKeyDim; k += 16) {
+      uint32_t b[4];
+      arch::ldmatrix_x4_trans(b, fragment_row(stage.k, lanes.rows, 16 * t, k));
+      multiply<Element>(S[k / 8], S[k / 8 + 1], low, b);
     }
   }
 }

@@ -20,8 +20,8 @@
 // 16 columns of one (sequence, value head), warp w of four the rows K / 4 w of the new state: each reads the
 // state whole, from where all have just written it.
 //
-// Shared memory: (1) for K = 128 two stages of k [64, K] 16 KB, Tb [64, 64] 8 KB, v [4][64, 16] 8 KB and
-// decays: 65 KB; Ampere has room for 2 blocks, Hopper for 3. (2) none.
+// Shared memory: (1) for K = 128 two stages of k [64, K] 16 KB, L [64, 64] 8 KB, v [4][64, 16] 8 KB, G and
+// beta: 65 KB; Ampere has room for 2 blocks, Hopper for 3. (2) none.
 //
 // Numerics: (1) as gated_delta_scan.cu. (2) fp32 factors split into two tf32 each, three products for one, so
 // that it adds no error of its own (2^-21 a step).
@@ -90,16 +90,17 @@ __global__ void __launch_bounds__(C::kThreads, 2)
     }
     arch::commit_copies();
 
-    Results<kChunk / 8> Z, E;
-    Operands<kSteps> R;
-    if constexpr (C::kDelta) read_state<C>(Z, Z, S, stage, lanes);
-    form_residual<C>(R, Z, stage);
+    Results<kChunk / 8> Z;
+    Values E;
     if constexpr (C::kDelta) {
-      set_zero(E);
-      multiply_by_triangle(E, R, stage, lanes, C::kTbColumn);
+      read_state<C>(Z, Z, S, stage, lanes);
+      form_residual<C>(Z, stage);
+      solve<C>(E, Z, stage, lanes);
+    } else {
+      load_values<C>(E, stage);
     }
-    update_state<C>(S, R, E, stage, lanes);
-    whole *= stage.gamma[kChunk - 1];
+    update_state<C>(S, E, stage, lanes);
+    whole *= arch::exp2(stage.G[kChunk - 1]);
   }
 
   const int64_t head = slot.segment * params.HV + slot.head;
