@@ -99,6 +99,25 @@ __device__ __forceinline__ void store_product(Tile& tile, int row, int col, cons
   }
 }
 
+// What store_product's rounding leaves off.
+template <class Tile, int kM, int kN>
+__device__ __forceinline__ void store_low(Tile& tile, int row, int col, const float (&d)[kM][kN][4]) {
+  using Element = typename Tile::Element;
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        uint32_t high, low;
+        pack_pair<Element>(high, low, d[m][n][i], d[m][n][i + 1]);
+        const int to_row = row + 16 * m + lane_idx() / 4 + 4 * i, to_col = col + 8 * n + lane_idx() % 4 * 2;
+        *reinterpret_cast<uint32_t*>(tile.at(to_row, to_col)) = low;
+      }
+    }
+  }
+}
+
 // `multiply` with two of its steps in line, so that nothing spills.
 template <class Element, int kDepth, int kN, class LoadA, class LoadB>
 __device__ __forceinline__ void multiply_in_pairs(float (&d)[1][kN][4], LoadA&& load_a, LoadB&& load_b) {

@@ -25,6 +25,7 @@
 //   q            [C, K]         16 K   copied during (3) and (4) of the chunk before
 //   P            [C, C]          8 K   (1) to (2); after (3) the low parts of dB and dZ
 //   dS           [K, columns]    8 K   dS1 rounded, (0) to (2)
+//   dS_low       [K, columns]    8 K   its low part, (1) to (2)
 //   scaled_dO    [C, columns]    4 K   s gamma dO, (1) to (2); after (3) dB
 //   dE, low part [C, columns]  2 x 4 K   (2) to (3)
 // Two blocks fit a processor of Hopper, one of Ampere.
@@ -32,12 +33,13 @@
 // Pipeline: four barriers a chunk, one at the end of each of (0) to (3).
 //
 // Numerics: fp32 accumulation; rounded to dtype are dS1, P, s gamma dO, dZ and dB, each once. In L^T dE both
-// factors are pairs; where some beta of the chunk exceeds 1, dZ and dB are pairs too. Every exponent taken is
+// factors are pairs; where some beta of the chunk exceeds 1, dZ, dB, and dS1 in K dS1 are pairs too. Every
+// exponent taken is
 // <= 0. Sums run in a fixed order, which depends on nothing but the shapes of one sequence.
 // Tokens past the end are zero in k, q, dO and beta, and contribute nothing; their memory is not read.
 //
-// Cost per token and value head: 2 (3 K V + C (K V / kColumns + 23 / 8 V)) FLOPs, 2 K V more with some beta >
-// 1. Bytes from and to memory: 2 (2 K + 2 V + C) and 2 K V / C for dS1. The chain of chunks is serial:
+// Cost per token and value head: 2 (3 K V + C (K V / kColumns + 23 / 8 V)) FLOPs, 4 K V more with some beta
+// > 1. Bytes from and to memory: 2 (2 K + 2 V + C) and 2 K V / C for dS1. The chain of chunks is serial:
 // latency bounds it unless blocks fill the device. Where sequences are split, a pass over segments alone
 // comes first, of which gated_delta_segments.cu makes the gradient after each.
 //
@@ -77,7 +79,7 @@ struct Smem {
       Tile<Element, kChunk, kColumns> dB, dZ;
     } low;
   };
-  Tile<Element, K, kColumns> dS;
+  Tile<Element, K, kColumns> dS, dS_low;
   Tile<Element, kChunk, kColumns> scaled_dO, dE, dE_low;
 };
 constexpr size_t kSharedOfHopper = 228 * 1024, kReserved = 1024;  // of a processor, and of it per block
@@ -171,9 +173,10 @@ __device__ __forceinline__ void store_state(State<Smem>& rS, const GatedDeltaBwd
                    [&](float& x, int row, int col) { to[row * params.V + col] = x; });
 }
 
-// (1) P, s gamma dO
+// (1) P, s gamma dO; dS_low
 template <class Smem>
-__device__ __forceinline__ void apply_decays(Smem& sm, typename Smem::Stage& stage, float scale) {
+__device__ __forceinline__ void apply_decays(Smem& sm, typename Smem::Stage& stage, const State<Smem>& rS,
+                                             float scale, bool in_pairs) {
   using Element = typename Smem::Element;
   const int row = kRows * warp_idx();
   float rP[1][kChunk / 8][4];
@@ -183,45 +186,31 @@ __device__ __forceinline__ void apply_decays(Smem& sm, typename Smem::Stage& sta
       [&](auto& b, int k, int n) { load_b_transposed(b, stage.k, k, n); });
   for_each_element(rP, row, 0, [&](float& x, int i, int j) { x *= scale * decay_between(stage.G, i, j); });
   store_product(sm.P, row, 0, rP);
+  if (in_pairs) store_low(sm.dS_low, Smem::kStateRows * warp_idx(), 0, rS);
   scale_rows<kThreads>(sm.scaled_dO, stage.dO, [&](int i) { return scale * arch::exp2(stage.G[i]); });
-}
-
-// A product as a pair, a tile for each part.
-template <class Tile>
-__device__ __forceinline__ void store_pair(Tile& high, Tile& low, int row, const Product& d) {
-#pragma unroll
-  for (int n = 0; n < kColumns / 8; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-      const int to_row = row + lane_idx() / 4 + 4 * i, to_col = 8 * n + lane_idx() % 4 * 2;
-      uint32_t parts[2];
-      pack_pair<typename Tile::Element>(parts[0], parts[1], d[0][n][i], d[0][n][i + 1]);
-      *reinterpret_cast<uint32_t*>(high.at(to_row, to_col)) = parts[0];
-      *reinterpret_cast<uint32_t*>(low.at(to_row, to_col)) = parts[1];
-    }
-  }
 }
 
 // (2) dE; and of dS0 what does not need it
 template <class Smem>
 __device__ __forceinline__ void output_to_pseudo_values(Product& rdE, Smem& sm, typename Smem::Stage& stage,
-                                                        State<Smem>& rS) {
+                                                        State<Smem>& rS, bool in_pairs) {
   using Element = typename Smem::Element;
   const int row = kRows * warp_idx(), state_row = Smem::kStateRows * warp_idx();
   const float last = stage.G[kChunk - 1];
   set_zero(rdE);
-  multiply<Element, Smem::K>(
-      rdE, [&](auto& a, int m, int k) { load_a(a, stage.k, row + m, k); },
-      [&](auto& b, int k, int n) { load_b(b, sm.dS, k, n); });
+  const auto add = [&](const auto& dS) {
+    multiply<Element, Smem::K>(
+        rdE, [&](auto& a, int m, int k) { load_a(a, stage.k, row + m, k); },
+        [&](auto& b, int k, int n) { load_b(b, dS, k, n); });
+  };
+  if (in_pairs) add(sm.dS_low);
+  add(sm.dS);
   for_each_element(rdE, row, 0, [&](float& x, int i, int) { x *= decay_between(stage.G, kChunk - 1, i); });
   multiply<Element, kChunk>(
       rdE, [&](auto& a, int m, int k) { load_a_transposed(a, sm.P, row + m, k); },
       [&](auto& b, int k, int n) { load_b(b, stage.dO, k, n); });
-  if constexpr (Smem::kDelta) {
-    store_pair(sm.dE, sm.dE_low, row, rdE);
-  } else {
-    store_product(sm.dE, row, 0, rdE);
-  }
+  store_product(sm.dE, row, 0, rdE);
+  if constexpr (Smem::kDelta) store_low(sm.dE_low, row, 0, rdE);
 
   const float whole = arch::exp2(last);
   for_each_element(rS, 0, 0, [&](float& x, int, int) { x *= whole; });
@@ -243,7 +232,7 @@ __device__ __forceinline__ void load_inverse(uint32_t (&high)[4], uint32_t (&low
 
 // (3) dB, at first dE, in place of s gamma dO, dZ in place of dO
 template <class Smem>
-__device__ __forceinline__ void solve(Product& rdB, Smem& sm, typename Smem::Stage& stage) {
+__device__ __forceinline__ void solve(Product& rdB, Smem& sm, typename Smem::Stage& stage, bool in_pairs) {
   using Element = typename Smem::Element;
   const int row = kRows * warp_idx();
   for (int k = row; k < kChunk; k += 16) {
@@ -262,30 +251,25 @@ __device__ __forceinline__ void solve(Product& rdB, Smem& sm, typename Smem::Sta
       }
     }
   }
-  const auto scale = [&](float& x, int i, int) { x *= -arch::exp2(stage.G[i]) * stage.beta[i]; };
-  if (reflects(stage.beta)) {
-    store_pair(sm.scaled_dO, sm.low.dB, row, rdB);
-    for_each_element(rdB, row, 0, scale);
-    store_pair(stage.dO, sm.low.dZ, row, rdB);
-  } else {
-    store_product(sm.scaled_dO, row, 0, rdB);
-    for_each_element(rdB, row, 0, scale);
-    store_product(stage.dO, row, 0, rdB);
-  }
+  store_product(sm.scaled_dO, row, 0, rdB);
+  if (in_pairs) store_low(sm.low.dB, row, 0, rdB);
+  for_each_element(rdB, row, 0, [&](float& x, int i, int) { x *= -arch::exp2(stage.G[i]) * stage.beta[i]; });
+  store_product(stage.dO, row, 0, rdB);
+  if (in_pairs) store_low(sm.low.dZ, row, 0, rdB);
 }
 
 // (4) dS0 += K^T dZ
 template <class Smem>
 __device__ __forceinline__ void update_state(State<Smem>& rS, const Smem& sm,
-                                             const typename Smem::Stage& stage) {
+                                             const typename Smem::Stage& stage, bool in_pairs) {
   const int row = Smem::kStateRows * warp_idx();
   const auto add = [&](const auto& dZ) {
     multiply<typename Smem::Element, kChunk>(
         rS, [&](auto& a, int m, int k) { load_a_transposed(a, stage.k, row + m, k); },
         [&](auto& b, int k, int n) { load_b(b, dZ, k, n); });
   };
+  if (in_pairs) add(sm.low.dZ);
   add(stage.dO);
-  if (reflects(stage.beta)) add(sm.low.dZ);
 }
 
 // kAlone: segments of split sequences from a gradient of zero, for what that gives before them.
@@ -316,17 +300,18 @@ __global__ void __launch_bounds__(kThreads, 2)
           columns_of<Smem>(static_cast<Element*>(params.dstates), place.chunk(i), params, place), params.V,
           Smem::K, sm.dS, thread);
     }
-    apply_decays(sm, stage, static_cast<float>(params.scale));  // (1)
+    const bool in_pairs = Smem::kDelta && reflects(stage.beta);
+    apply_decays(sm, stage, rS, static_cast<float>(params.scale), in_pairs);  // (1)
     arch::sync_block();
     Product product;
-    output_to_pseudo_values(product, sm, stage, rS);  // (2)
+    output_to_pseudo_values(product, sm, stage, rS, in_pairs);  // (2)
     arch::sync_block();
     if (i > 0) copy_q_async(sm, params, place, i - 1);
     arch::commit_copies();
     if constexpr (Smem::kDelta) {
-      solve(product, sm, stage);  // (3)
+      solve(product, sm, stage, in_pairs);  // (3)
       arch::sync_block();
-      update_state(rS, sm, stage);  // (4)
+      update_state(rS, sm, stage, in_pairs);  // (4)
     }
     if constexpr (kAlone) continue;
     const int64_t token = place.span.start + i * kChunk, stride = params.HV * params.V;
@@ -334,11 +319,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int num_tokens = tokens_from(place.span, i * kChunk);
     store_tile<kThreads>(static_cast<Element*>(params.dv) + to, stride, num_tokens,
                          Smem::kDelta ? sm.scaled_dO : sm.dE, thread);
-    if constexpr (Smem::kDelta) {
-      if (reflects(stage.beta)) {
-        store_tile<kThreads>(static_cast<Element*>(params.dB_low) + to, stride, num_tokens, sm.low.dB,
-                             thread);
-      }
+    if (in_pairs) {
+      store_tile<kThreads>(static_cast<Element*>(params.dB_low) + to, stride, num_tokens, sm.low.dB, thread);
     }
   }
   if (!kAlone && !place.segment.starts()) return;  // found already

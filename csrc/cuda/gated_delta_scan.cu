@@ -33,11 +33,11 @@
 //
 // Numerics: S, Z, B, E and O are fp32. Rounded to Element are S as an operand, P, E to the chunk's end, and
 // O. Keys that repeat make E a small difference of large B, so that B, L, and E in (4) are pairs: twice the
-// digits for three products of (3) instead of one, and two of (4). Where some beta of the chunk exceeds 1, E
-// to the chunk's end is a pair too.
+// digits for three products of (3) instead of one, and two of (4). Where some beta of the chunk exceeds 1, S
+// in K S and E to the chunk's end are pairs too.
 //
-// Cost per chunk and 16 columns, K = 128: 292 mma (356 with some beta > 1, 148 without delta) behind 130
-// ldmatrix (162, 74), and 48 exponentials a lane (24 without delta). Per chunk and block 45 KB of tiles
+// Cost per chunk and 16 columns, K = 128: 292 mma (420 with some beta > 1, 148 without delta) behind 130
+// ldmatrix (194, 74), and 48 exponentials a lane (24 without delta). Per chunk and block 45 KB of tiles
 // besides v (37 KB without delta), which the blocks of one head share in L2. Bound by the latency of a chunk
 // where there are few heads, else by mma.
 //
@@ -158,7 +158,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     arch::commit_copies();
 
     Results<kChunk / 8> Z, O;
-    read_state<C>(Z, O, S, stage, lanes);  // (1)
+    const bool in_pairs = C::kDelta && reflects(stage.beta);
+    read_state<C>(Z, O, S, stage, lanes, in_pairs);  // (1)
     Values E;
     if constexpr (C::kDelta) {
       form_residual<C>(Z, stage);    // (2)
@@ -167,7 +168,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       load_values<C>(E, stage);
     }
     compute_output<C>(stage, O, E, static_cast<float>(params.scale), lanes);  // (4)
-    update_state<C>(S, E, stage, lanes);                                      // (5)
+    update_state<C>(S, E, stage, lanes, in_pairs);                            // (5)
     store_output<C>(o, o_stride, num_tokens, stage.v[warp_idx()]);
   }
 

@@ -225,17 +225,18 @@ __device__ __forceinline__ void copy_chunk_async(Stage<C>& stage, const GatedDel
 }
 
 // (1) Z^T = S^T K^T and O^T = S^T Q^T. Together, so that S is rounded once and its rounded form is not kept.
+// in_pairs: S of the first is a pair.
 template <class C>
 __device__ __forceinline__ void read_state(Results<kChunk / 8>& Z, Results<kChunk / 8>& O,
                                            const Results<C::kKeyDim / 8>& S, const Stage<C>& stage,
-                                           const Lanes<C>& lanes) {
+                                           const Lanes<C>& lanes, bool in_pairs) {
   using Element = typename C::Element;
   set_zero(Z);
   set_zero(O);
 #pragma unroll
   for (int k = 0; k < C::kKeyDim; k += 16) {
-    uint32_t s[4];
-    round_to_a<Element>(s, S[k / 8], S[k / 8 + 1]);
+    uint32_t s[4], low[4];
+    round_to_pair<Element>(s, low, S[k / 8], S[k / 8 + 1]);
 #pragma unroll
     for (int t = 0; t < kSteps; ++t) {
       if constexpr (C::kDelta) {
@@ -247,6 +248,15 @@ __device__ __forceinline__ void read_state(Results<kChunk / 8>& Z, Results<kChun
         uint32_t b[4];
         arch::ldmatrix_x4(b, fragment_row(stage.q, lanes.rows_transposed, 16 * t, k));
         multiply<Element>(O[2 * t], O[2 * t + 1], s, b);
+      }
+    }
+    if constexpr (C::kDelta) {
+      if (!in_pairs) continue;
+#pragma unroll
+      for (int t = 0; t < kSteps; ++t) {
+        uint32_t b[4];
+        arch::ldmatrix_x4(b, fragment_row(stage.k, lanes.rows_transposed, 16 * t, k));
+        multiply<Element>(Z[2 * t], Z[2 * t + 1], low, b);
       }
     }
   }
@@ -339,10 +349,10 @@ __device__ __forceinline__ void load_values(Values& E, const Stage<C>& stage) {
   for (int t = 0; t < kSteps; ++t) load_a_transposed(E.high[t], stage.v[warp_idx()], 0, 16 * t);
 }
 
-// (5) S^T = gamma_last S^T + (gamma_last / gamma E)^T K
+// (5) S^T = gamma_last S^T + (gamma_last / gamma E)^T K. in_pairs: E is a pair here too.
 template <class C>
 __device__ __forceinline__ void update_state(Results<C::kKeyDim / 8>& S, const Values& E,
-                                             const Stage<C>& stage, const Lanes<C>& lanes) {
+                                             const Stage<C>& stage, const Lanes<C>& lanes, bool in_pairs) {
   using Element = typename C::Element;
   const float whole = arch::exp2(stage.G[kChunk - 1]);
 #pragma unroll
@@ -350,8 +360,6 @@ __device__ __forceinline__ void update_state(Results<C::kKeyDim / 8>& S, const V
 #pragma unroll
     for (int i = 0; i < 4; ++i) S[k][i] *= whole;
   }
-  bool in_pairs = false;
-  if constexpr (C::kDelta) in_pairs = reflects(stage.beta);
 #pragma unroll
   for (int t = 0; t < kSteps; ++t) {
     uint32_t high[4], low[4];
@@ -371,12 +379,14 @@ __device__ __forceinline__ void update_state(Results<C::kKeyDim / 8>& S, const V
       arch::ldmatrix_x4_trans(b, fragment_row(stage.k, lanes.rows, 16 * t, k));
       multiply<Element>(S[k / 8], S[k / 8 + 1], high, b);
     }
-    if (!in_pairs) continue;
+    if constexpr (C::kDelta) {
+      if (!in_pairs) continue;
 #pragma unroll
-    for (int k = 0; k < C::kKeyDim; k += 16) {
-      uint32_t b[4];
-      arch::ldmatrix_x4_trans(b, fragment_row(stage.k, lanes.rows, 16 * t, k));
-      multiply<Element>(S[k / 8], S[k / 8 + 1], low, b);
+      for (int k = 0; k < C::kKeyDim; k += 16) {
+        uint32_t b[4];
+        arch::ldmatrix_x4_trans(b, fragment_row(stage.k, lanes.rows, 16 * t, k));
+        multiply<Element>(S[k / 8], S[k / 8 + 1], low, b);
+      }
     }
   }
 }

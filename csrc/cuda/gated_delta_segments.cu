@@ -90,16 +90,17 @@ __global__ void __launch_bounds__(C::kThreads, 2)
     }
     arch::commit_copies();
 
+    const bool in_pairs = C::kDelta && reflects(stage.beta);
     Results<kChunk / 8> Z;
     Values E;
     if constexpr (C::kDelta) {
-      read_state<C>(Z, Z, S, stage, lanes);
+      read_state<C>(Z, Z, S, stage, lanes, in_pairs);
       form_residual<C>(Z, stage);
       solve<C>(E, Z, stage, lanes);
     } else {
       load_values<C>(E, stage);
     }
-    update_state<C>(S, E, stage, lanes);
+    update_state<C>(S, E, stage, lanes, in_pairs);
     whole *= arch::exp2(stage.G[kChunk - 1]);
   }
 
