@@ -104,8 +104,10 @@ Status dispatch_key_dim(int64_t K, Run&& run) {
       return run.template operator()<64>();
     case 128:
       return run.template operator()<128>();
+    case 256:
+      return run.template operator()<256>();
     default:
-      return "K must be 64 or 128";
+      return "K must be 64, 128 or 256";
   }
 }
 

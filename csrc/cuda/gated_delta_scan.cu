@@ -54,6 +54,11 @@ namespace {
 static_assert(sizeof(ScanSmem<Config<arch::bf16, 128, true, true, 8>>) == 129 * 1024);
 static_assert(2 * (sizeof(ScanSmem<Config<arch::bf16, 128, true, true, 4>>) + 1024) <= 228 * 1024);
 
+// Whether (1) reads S once for Z and O, which rounds it once; else O comes after E, when Z's registers are
+// free.
+template <class C>
+constexpr bool kTogether = C::kKeyDim <= 128;
+
 // S, rounded, to columns of a matrix [K, V].
 template <class Element, int n>
 __device__ __forceinline__ void store_state(Element* to, unsigned V, unsigned column, const Results<n>& S) {
@@ -67,38 +72,59 @@ __device__ __forceinline__ void store_state(Element* to, unsigned V, unsigned co
   }
 }
 
-// (4) O^T = s gamma O^T + E^T P^T; rounded and transposed to the warp's tile of v.
-template <class C>
-__device__ __forceinline__ void compute_output(Stage<C>& stage, Results<kChunk / 8>& O, const Values& E,
-                                               float scale, const Lanes<C>& lanes) {
+// (1) O^T = (s S)^T Q^T for 2 n tokens from step `first` of four on.
+template <class C, int n>
+__device__ __forceinline__ void read_output(Results<n>& O, const Results<C::kKeyDim / 8>& S, float scale,
+                                            const Stage<C>& stage, const Lanes<C>& lanes, int first) {
+  using Element = typename C::Element;
+  set_zero(O);
+#pragma unroll
+  for (int k = 0; k < C::kKeyDim; k += 16) {
+    Results<2> scaled;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) scaled[i / 4][i % 4] = scale * S[k / 8 + i / 4][i % 4];
+    uint32_t s[4];
+    round_to_a<Element>(s, scaled[0], scaled[1]);
+#pragma unroll
+    for (int t = 0; t < n / 2; ++t) {
+      uint32_t b[4];
+      arch::ldmatrix_x4(b, fragment_row(stage.q, lanes.rows_transposed, 16 * (first + t), k));
+      multiply<Element>(O[2 * t], O[2 * t + 1], s, b);
+    }
+  }
+}
+
+// (4) O^T = s gamma O^T + E^T P^T of these tokens; rounded and transposed to the warp's tile of v.
+template <class C, int n>
+__device__ __forceinline__ void compute_output(Stage<C>& stage, Results<n>& O, const Values& E, float scale,
+                                               const Lanes<C>& lanes, int first) {
   using Element = typename C::Element;
 #pragma unroll
-  for (int t = 0; t < kChunk / 8; ++t) {
-    const float2 gamma = decay_from_start(stage.G, t / 2, t % 2 * 2);
+  for (int t = 0; t < n; ++t) {
+    const float2 gamma = decay_from_start(stage.G, first + t / 2, t % 2 * 2);
     O[t][0] *= scale * gamma.x, O[t][1] *= scale * gamma.y;
     O[t][2] *= scale * gamma.x, O[t][3] *= scale * gamma.y;
   }
 #pragma unroll
   for (int t = 0; t < kSteps; ++t) {
 #pragma unroll
-    for (int i = t; i < kSteps; ++i) {
+    for (int i = 0; i < n / 2; ++i) {
+      if (first + i < t) continue;
       uint32_t p[4];
-      arch::ldmatrix_x4(p, fragment_row(stage.matrices, lanes.matrices_transposed, 16 * i, 16 * t));
+      arch::ldmatrix_x4(p, fragment_row(stage.matrices, lanes.matrices_transposed, 16 * (first + i), 16 * t));
       if constexpr (C::kDelta) multiply<Element>(O[2 * i], O[2 * i + 1], E.low[t], p);
       multiply<Element>(O[2 * i], O[2 * i + 1], E.high[t], p);
     }
   }
   typename C::Slab& slab = stage.v[warp_idx()];
-  arch::sync_warp();
 #pragma unroll
-  for (int t = 0; t < kChunk / 8; ++t) {
-    const int row = 8 * t + lane_idx() / 4, col = lane_idx() % 4 * 2;
+  for (int t = 0; t < n; ++t) {
+    const int row = 16 * first + 8 * t + lane_idx() / 4, col = lane_idx() % 4 * 2;
     const uint32_t left = arch::pack<Element>(O[t][0], O[t][1]),
                    right = arch::pack<Element>(O[t][2], O[t][3]);
     *reinterpret_cast<uint32_t*>(slab.at(row, col)) = arch::transpose_8x8(left);
     *reinterpret_cast<uint32_t*>(slab.at(row, col + 8)) = arch::transpose_8x8(right);
   }
-  arch::sync_warp();
 }
 
 // Stores rows [0, num_tokens) of the warp's tile of O; `o`: this lane's first piece, moved on to the next
@@ -157,18 +183,30 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     if (next.num_tokens > 0) copy_chunk_async(smem.stages[(c + 1) % 2], params, next, next.num_tokens);
     arch::commit_copies();
 
-    Results<kChunk / 8> Z, O;
+    const auto scale = static_cast<float>(params.scale);
     const bool in_pairs = C::kDelta && reflects(stage.beta);
-    read_state<C>(Z, O, S, stage, lanes, in_pairs);  // (1)
+    Results<kChunk / 8> Z, O;
     Values E;
+    read_state<C, C::kDelta, kTogether<C>>(Z, O, S, stage, lanes, in_pairs);  // (1)
     if constexpr (C::kDelta) {
       form_residual<C>(Z, stage);    // (2)
       solve<C>(E, Z, stage, lanes);  // (3)
     } else {
       load_values<C>(E, stage);
     }
-    compute_output<C>(stage, O, E, static_cast<float>(params.scale), lanes);  // (4)
-    update_state<C>(S, E, stage, lanes, in_pairs);                            // (5)
+    arch::sync_warp();  // v is read
+    if constexpr (kTogether<C>) {
+      compute_output(stage, O, E, scale, lanes, 0);  // (4)
+    } else {
+#pragma unroll
+      for (int first = 0; first < kSteps; first += kSteps / 2) {
+        Results<kChunk / 16> half;
+        read_output<C>(half, S, scale, stage, lanes, first);
+        compute_output(stage, half, E, 1.0f, lanes, first);
+      }
+    }
+    arch::sync_warp();                              // o is whole
+    update_state<C>(S, E, stage, lanes, in_pairs);  // (5)
     store_output<C>(o, o_stride, num_tokens, stage.v[warp_idx()]);
   }
 

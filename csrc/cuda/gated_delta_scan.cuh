@@ -177,7 +177,7 @@ template <int kThreads, class Tile>
 __device__ __forceinline__ void copy_rows_async(Tile& tile, const typename Tile::Element* global,
                                                 int64_t stride, int num_rows, unsigned thread) {
   constexpr int kRowsAtOnce = kThreads / Tile::kPieces;
-  static_assert(kRowsAtOnce % 8 == 0 && Tile::kRows % kRowsAtOnce == 0);
+  static_assert(kThreads % Tile::kPieces == 0 && Tile::kRows % kRowsAtOnce == 0);
   const int first = thread / Tile::kPieces, col = thread % Tile::kPieces * kPiece;
 #pragma unroll
   for (int i = 0; i < Tile::kRows; i += kRowsAtOnce, global += kRowsAtOnce * stride) {
@@ -224,33 +224,32 @@ __device__ __forceinline__ void copy_chunk_async(Stage<C>& stage, const GatedDel
   }
 }
 
-// (1) Z^T = S^T K^T and O^T = S^T Q^T. Together, so that S is rounded once and its rounded form is not kept.
-// in_pairs: S of the first is a pair.
-template <class C>
+// (1) Z^T = S^T K^T if kZ, O^T = S^T Q^T if kO. in_pairs: S of the first is a pair.
+template <class C, bool kZ, bool kO>
 __device__ __forceinline__ void read_state(Results<kChunk / 8>& Z, Results<kChunk / 8>& O,
                                            const Results<C::kKeyDim / 8>& S, const Stage<C>& stage,
                                            const Lanes<C>& lanes, bool in_pairs) {
   using Element = typename C::Element;
-  set_zero(Z);
-  set_zero(O);
+  if constexpr (kZ) set_zero(Z);
+  if constexpr (kO) set_zero(O);
 #pragma unroll
   for (int k = 0; k < C::kKeyDim; k += 16) {
     uint32_t s[4], low[4];
     round_to_pair<Element>(s, low, S[k / 8], S[k / 8 + 1]);
 #pragma unroll
     for (int t = 0; t < kSteps; ++t) {
-      if constexpr (C::kDelta) {
+      if constexpr (kZ) {
         uint32_t b[4];
         arch::ldmatrix_x4(b, fragment_row(stage.k, lanes.rows_transposed, 16 * t, k));
         multiply<Element>(Z[2 * t], Z[2 * t + 1], s, b);
       }
-      if constexpr (C::kOutput) {
+      if constexpr (kO) {
         uint32_t b[4];
         arch::ldmatrix_x4(b, fragment_row(stage.q, lanes.rows_transposed, 16 * t, k));
         multiply<Element>(O[2 * t], O[2 * t + 1], s, b);
       }
     }
-    if constexpr (C::kDelta) {
+    if constexpr (kZ) {
       if (!in_pairs) continue;
 #pragma unroll
       for (int t = 0; t < kSteps; ++t) {
@@ -313,33 +312,28 @@ struct Values {
   Operands<kSteps> high, low;
 };
 
-template <class Element>
-__device__ __forceinline__ void round_to_pairs(Values& to, const Results<kChunk / 8>& from) {
-#pragma unroll
-  for (int t = 0; t < kSteps; ++t) {
-    round_to_pair<Element>(to.high[t], to.low[t], from[2 * t], from[2 * t + 1]);
-  }
-}
-
 // (3) E^T = B^T + B^T L^T; B^T is overwritten.
 template <class C>
 __device__ __forceinline__ void solve(Values& E, Results<kChunk / 8>& B, const Stage<C>& stage,
                                       const Lanes<C>& lanes) {
   using Element = typename C::Element;
-  Values rounded;
-  round_to_pairs<Element>(rounded, B);
 #pragma unroll
-  for (int t = 0; t < kSteps; ++t) {
+  for (int t = kSteps - 1; t >= 0; --t) {  // from the last: what goes into B_i is from B_t, t <= i
+    uint32_t b_high[4], b_low[4];
+    round_to_pair<Element>(b_high, b_low, B[2 * t], B[2 * t + 1]);
 #pragma unroll
     for (int i = t; i < kSteps; ++i) {
       uint32_t high[4], low[4];
       load_inverse<C>(high, low, stage, lanes, i, t);
-      multiply<Element>(B[2 * i], B[2 * i + 1], rounded.low[t], high);
-      multiply<Element>(B[2 * i], B[2 * i + 1], rounded.high[t], low);
-      multiply<Element>(B[2 * i], B[2 * i + 1], rounded.high[t], high);
+      multiply<Element>(B[2 * i], B[2 * i + 1], b_low, high);
+      multiply<Element>(B[2 * i], B[2 * i + 1], b_high, low);
+      multiply<Element>(B[2 * i], B[2 * i + 1], b_high, high);
     }
   }
-  round_to_pairs<Element>(E, B);
+#pragma unroll
+  for (int t = 0; t < kSteps; ++t) {
+    round_to_pair<Element>(E.high[t], E.low[t], B[2 * t], B[2 * t + 1]);
+  }
 }
 
 // Without delta E is V.

@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(C::kThreads, 2)
     Results<kChunk / 8> Z;
     Values E;
     if constexpr (C::kDelta) {
-      read_state<C>(Z, Z, S, stage, lanes, in_pairs);
+      read_state<C, true, false>(Z, Z, S, stage, lanes, in_pairs);
       form_residual<C>(Z, stage);
       solve<C>(E, Z, stage, lanes);
     } else {
