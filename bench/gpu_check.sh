@@ -7,7 +7,8 @@
 #   bench/gpu_check.sh [--dry-run] [OUT]
 #
 # OUT: folder of the results, by default bench/results/<device>: ops.json (a number is there as soon as it is measured),
-# gpu_check.md (what each stage came to, and the times) and gpu_check.log (what the stages said). --dry-run prints the commands only, and needs no GPU.
+# gpu_check.md (what each stage came to, and the times) and gpu_check.log (what the stages said). --dry-run prints the commands
+# only, and needs no GPU.
 # PYTHON names the interpreter (python3), GPU_CHECK_SECONDS the time for all stages (570), COMMIT what is tested where
 # there is no git to ask.
 # Exit status: 0 where every stage passed, 1 where one did not, 2 where there is nothing to run on.
@@ -113,9 +114,9 @@ stage build 150 "$python" setup.py --quiet build_ext --inplace
 stage self-test 45 "$python" -m hypenet_kernels
 stage timing-first 100 "$python" -m bench.ops cuda "$out/ops.json" --quick
 # A process for each file: after a kernel's illegal access nothing else runs in its process.
-for file in tests/test_cuda_{gated_delta,gated_delta_bwd,hype_attention,hype_attention_decode,step,sequence_split}.py; do
+for file in tests/test_cuda_{gated_delta,gated_delta_bwd,accuracy,hype_attention,hype_attention_decode,step,sequence_split}.py; do
     name=${file#tests/test_cuda_}
-    stage "${name%.py}" 40 "$python" -m pytest -m cuda -vv -rfE -o faulthandler_timeout=20 -p no:cacheprovider "$file"
+    stage "${name%.py}" 35 "$python" -m pytest -m cuda -vv -rfE -o faulthandler_timeout=20 -p no:cacheprovider "$file"
 done
 stage timing 180 "$python" -m bench.ops cuda "$out/ops.json"
 sanitize memcheck 60 --padding 64 --report-api-errors no

@@ -313,33 +313,28 @@ struct Values {
   Operands<kSteps> high, low;
 };
 
-template <class Element>
-__device__ __forceinline__ void round_to_pairs(Values& to, const Results<kChunk / 8>& from) {
-#pragma unroll
-  for (int t = 0; t < kSteps; ++t) {
-    round_to_pair<Element>(to.high[t], to.low[t], from[2 * t], from[2 * t + 1]);
-  }
-}
-
 // (3) E^T = B^T + B^T L^T; B^T is overwritten.
 template <class C>
 __device__ __forceinline__ void solve(Values& E, Results<kChunk / 8>& B, const Stage<C>& stage,
                                       const Lanes<C>& lanes) {
   using Element = typename C::Element;
-  Values rounded;
-  round_to_pairs<Element>(rounded, B);
 #pragma unroll
-  for (int t = 0; t < kSteps; ++t) {
+  for (int t = kSteps - 1; t >= 0; --t) {  // from the last: what goes into B_i is from B_t, t <= i
+    uint32_t b_high[4], b_low[4];
+    round_to_pair<Element>(b_high, b_low, B[2 * t], B[2 * t + 1]);
 #pragma unroll
     for (int i = t; i < kSteps; ++i) {
       uint32_t high[4], low[4];
       load_inverse<C>(high, low, stage, lanes, i, t);
-      multiply<Element>(B[2 * i], B[2 * i + 1], rounded.low[t], high);
-      multiply<Element>(B[2 * i], B[2 * i + 1], rounded.high[t], low);
-      multiply<Element>(B[2 * i], B[2 * i + 1], rounded.high[t], high);
+      multiply<Element>(B[2 * i], B[2 * i + 1], b_low, high);
+      multiply<Element>(B[2 * i], B[2 * i + 1], b_high, low);
+      multiply<Element>(B[2 * i], B[2 * i + 1], b_high, high);
     }
   }
-  round_to_pairs<Element>(E, B);
+#pragma unroll
+  for (int t = 0; t < kSteps; ++t) {
+    round_to_pair<Element>(E.high[t], E.low[t], B[2 * t], B[2 * t + 1]);
+  }
 }
 
 // Without delta E is V.
