@@ -50,11 +50,13 @@ def ops(
             progress.update(task, total=count, completed=index, description=name)
 
         try:
-            # Saved after every row, so that a run that is stopped leaves what it measured.
-            save = partial(records.save, path)
-            record = runner.run(names or [], device, quick, dtype, on_case, save)
+            # Saved with every change, so that a run that is stopped leaves what it measured.
+            save, seconds = partial(records.save, path), runner.QUICK_SECONDS if quick else runner.SECONDS
+            record = runner.run(names or [], device, quick, dtype, seconds, on_case, save)
         except ValueError as error:
             raise SystemExit(str(error)) from None
+        except runner.DeviceLost as error:
+            raise SystemExit(f"bench: {error}\nfor the rest: python -m bench.ops {device} {path}") from None
     console.print(tables.terminal(record))
     console.print(f"written to {path}")
     if csv is not None:

@@ -5,7 +5,7 @@ written once. What an implementation does beyond them lowers its fraction of the
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import cycle
 
@@ -14,11 +14,12 @@ import torch.nn.functional as F
 
 import hypenet_kernels as kernels
 
-CHUNK = {"cpu": 32, "cuda": 64}  # tokens; csrc/cpu/gated_delta_chunk.h and csrc/cuda
 LOGIT_SCALE_BASE = 500.0
 # Copies of what a decode step reads, together larger than any processor's cache, unless a case says `cached`: the same
-# state again.
+# again.
 ROTATED_BYTES = 256 * 2**20
+# Of the case on which an op is held to its reference: past a chunk, past the split of a sequence, past one of the keys.
+GATE_TOKENS, GATE_SPLIT_TOKENS, GATE_KEYS = 70, 2100, 1000
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,22 @@ def build(case, device):
     return BUILDERS[case.op](case, torch.device(device))
 
 
+def gate(case):
+    """The case in small, for the float64 reference: its head dimensions, groups of heads and options."""
+    s = case.sizes
+    split, group = s.get("split", 0), s["H"] // s["HK"] if "HK" in s else s.get("HV", s["H"]) // s["H"]
+    small = {
+        "B": 1 if split else 2,
+        "T": GATE_SPLIT_TOKENS if split else GATE_TOKENS,
+        "S": GATE_KEYS,
+        "H": 2 * group if "HK" in s else 2,
+        "HK": 2,
+        "HV": 2 * group,
+    }
+    sizes = {name: small.get(name, size) for name, size in s.items()}
+    return replace(case, sizes=sizes if "T" in s else sizes | {"cached": 1}, quick=False)
+
+
 def runner(case, forward, tensors, names):
     """What a case times of `forward`, which takes the dict of tensors and returns o first.
 
@@ -96,17 +113,23 @@ def _recurrence_tensors(case, device, T):
 
 
 def chunk_flops(sizes, chunk, delta, backward):
-    """Of the chunk form: products with the state, and within a chunk the lower triangles."""
+    """Of the chunk form: products with the state, and within a chunk the lower triangles. In the backward of the delta
+    rule one of these products, of the symmetric gradient of K K^T, is a whole square."""
     B, T, HV, K, V = sizes["B"], sizes["T"], sizes.get("HV", sizes["H"]), sizes["K"], sizes["V"]
     state, triangle = K * V, chunk / 2
     forward = (3 if delta else 2) * state + triangle * ((2 if delta else 1) * (K + V))
-    reverse = (7 if delta else 4) * state + triangle * ((5 if delta else 3) * K + (5 if delta else 2) * V)
+    reverse = (7 if delta else 4) * state + triangle * ((6 if delta else 3) * K + (5 if delta else 2) * V)
     return 2.0 * B * T * HV * (forward + (reverse if backward else 0))
 
 
-def _chunk_bytes(case, delta):
+def _chunk_length(device, sizes):
+    """Tokens of a chunk: csrc/cpu/gated_delta_chunk.h, and 64 on CUDA."""
+    return 64 if device.type == "cuda" else 32 if sizes["K"] + sizes["V"] >= 128 else 16
+
+
+def _recurrence_bytes(case, T, delta):
     s = case.sizes
-    B, T, H, HV, K, V = s["B"], s["T"], s["H"], s.get("HV", s["H"]), s["K"], s["V"]
+    B, H, HV, K, V = s["B"], s["H"], s.get("HV", s["H"]), s["K"], s["V"]
     inputs = case.itemsize * B * T * (2 * H * K + HV * V) + 4 * B * T * HV * (2 if delta else 1)
     outputs = case.itemsize * B * T * HV * V
     # The backward reads the inputs and do, and writes a gradient for every input.
@@ -119,8 +142,9 @@ def _chunk(case, device, delta):
     op = kernels.chunk_gated_delta_rule if delta else kernels.chunk_simple_gla
     options = {"split_sequence": True} if case.sizes.get("split", 0) else {}
     forward = lambda t: op(*(t[name] for name in names), **options)  # noqa: E731
-    flops = chunk_flops(case.sizes, CHUNK[device.type], delta, case.backward)
-    return Workload(x, runner(case, forward, x, names), flops, _chunk_bytes(case, delta), names)
+    flops = chunk_flops(case.sizes, _chunk_length(device, case.sizes), delta, case.backward)
+    size = _recurrence_bytes(case, case.sizes["T"], delta)
+    return Workload(x, runner(case, forward, x, names), flops, size, names)
 
 
 def _step(case, device, delta):
@@ -128,8 +152,7 @@ def _step(case, device, delta):
     B, HV, K, V = s["B"], s.get("HV", s["H"]), s["K"], s["V"]
     x = _recurrence_tensors(case, device, 1)
     state_bytes = 4 * B * HV * K * V
-    num_states = 1 if s.get("cached", 0) else max(1, ROTATED_BYTES // state_bytes)
-    states = [torch.randn(B, HV, K, V, device=device) for _ in range(num_states)]
+    states = [torch.randn(B, HV, K, V, device=device) for _ in range(_num_copies(s, state_bytes))]
     x["states"] = states
     turns = cycle(states)
 
@@ -139,7 +162,13 @@ def _step(case, device, delta):
             return (kernels.gated_delta_step(x["q"], x["k"], x["v"], x["g"], x["beta"], state),)
         return (kernels.simple_gla_step(x["q"], x["k"], x["v"], x["g"], state),)
 
-    return Workload(x, run, (8.0 if delta else 6.0) * B * HV * K * V, 2.0 * state_bytes)
+    # Decay, S^T k for the delta rule, the update, S^T q.
+    flops = (7.0 if delta else 5.0) * B * HV * K * V
+    return Workload(x, run, flops, 2.0 * state_bytes + _recurrence_bytes(case, 1, delta))
+
+
+def _num_copies(sizes, num_bytes):
+    return 1 if sizes.get("cached", 0) else max(1, ROTATED_BYTES // num_bytes)
 
 
 # ---- HyPE attention
@@ -171,14 +200,14 @@ def _attention_decode(case, device):
     x |= {name: torch.randn(B, S, HK, D, device=device).to(dtype) for name in ("k_cache", "v_cache")}
     x["cache_seqlens"] = torch.full((B,), S, device=device)
     cache_bytes = 2 * B * S * HK * D * case.itemsize
-    copies = range(max(1, ROTATED_BYTES // cache_bytes) - 1)
+    copies = range(_num_copies(s, cache_bytes) - 1)
     x["caches"] = [(x["k_cache"], x["v_cache"]), *((x["k_cache"].clone(), x["v_cache"].clone()) for _ in copies)]
     turns = cycle(x["caches"])
 
     def run():
         return (kernels.hype_attention_decode(x["q"], *next(turns), x["cache_seqlens"]),)
 
-    return Workload(x, run, 4.0 * B * H * S * D, cache_bytes)
+    return Workload(x, run, 4.0 * B * H * S * D, cache_bytes + 2 * x["q"].nbytes)
 
 
 BUILDERS = {

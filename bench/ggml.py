@@ -35,10 +35,12 @@ class _Plan(Structure):
 
 @cache
 def libraries():
-    """(base, cpu), or ImportError saying how to get them."""
+    """(base, cpu), or ModuleNotFoundError saying how to get them."""
     names = ("libggml-base.so", "libggml-cpu.so")
     if not all((FOLDER / name).is_file() for name in names):
-        raise ImportError(f"ggml: {' and '.join(names)} are not in {FOLDER}; build them with bench/build_ggml.sh")
+        raise ModuleNotFoundError(
+            f"ggml: {' and '.join(names)} are not in {FOLDER}; build them with bench/build_ggml.sh"
+        )
     base, cpu = (ctypes.CDLL(str(FOLDER / name), mode=ctypes.RTLD_GLOBAL) for name in names)
     tensor = c_void_p
     signatures = {

@@ -1,9 +1,16 @@
 """Runs cases: first right, then fast, beside every peer that imports and agrees.
 
-python -m bench.ops DEVICE OUT.json        # all cases, without what only the command line needs
+python -m bench.ops DEVICE OUT.json [--quick]    # all cases, without what only the command line needs
+
+goes on with the record in OUT.json where there is one. It outlives what ends a process, such as a kernel's illegal
+access, after which a GPU takes nothing more from it, or a hang: the record says where, and a new process does the rest.
 """
 
+import contextlib
+import faulthandler
 import gc
+import signal
+import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -12,44 +19,66 @@ import torch
 
 from bench import cases, records, roofline, tables, timing
 from bench.peers import PEERS
+from bench.timing import one_line
 from hypenet_kernels import reference
 
-SECONDS = 4.0  # for a case and its peers
+SECONDS = 4.0  # for a case and its peers; on CUDA a quarter of it for each
 QUICK_SECONDS = 0.8
+STEP_SECONDS = 45  # after which a check, ours or a peer hangs, or compiles for too long
 # Relative RMS difference up to which a peer computes the same thing; and ours against the float64 reference.
 AGREEMENT = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}
-GATE_SIZES = {"B": 2, "T": 70, "S": 70, "H": 2, "HV": 2, "HK": 1, "K": 64, "V": 64, "D": 64, "gated": 1}
+ENDED = "the process ended here"  # stands in the record while something runs, so that it is there if it comes true
 
 
-def run(names, device, quick=False, dtype=None, on_case=lambda *_: None, on_row=lambda record: None):
+class DeviceLost(RuntimeError):
+    """The GPU takes nothing more from this process."""
+
+
+def _nothing(*_):
+    pass
+
+
+def run(names, device, quick=False, dtype=None, seconds=None, on_case=_nothing, save=_nothing, record=None):
     """Measures the cases of `names` and `dtype` (all where not given); returns the record.
 
-    on_case(index, count, name) before each case; on_row(record so far) after it.
+    on_case(index, count, name) before each case; save(record so far) whenever it changes. `record`: one to go on with.
+    Raises DeviceLost, with everything saved, where the rest needs another process.
     """
-    seconds = QUICK_SECONDS if quick else SECONDS
+    seconds = seconds or SECONDS
     chosen = select(names, device, quick, dtype)
-    kinds = {(case.op, case.dtype, case.backward) for case in chosen}
-    failures = {kind: check(*kind, device) for kind in sorted(kinds)}
-    roofs = roofline.measure(device, seconds)
-    record = {"kind": "ops", "stamp": records.stamp(device), "roofs": roofs.asdict(), "rows": []}
+    stamp = records.stamp(device)
+    if record is None:
+        roofs = roofline.measure(device, seconds).asdict()
+        record = {"kind": "ops", "stamp": stamp, "roofs": roofs, "checks": {}, "rows": []}
+    if any(record["stamp"][name] != stamp[name] for name in ("device", "commit")):
+        raise ValueError(f"bench: a record to go on with must be of {stamp['device']} and commit {stamp['commit']}")
+    order = {case.name: index for index, case in enumerate(cases.CASES[torch.device(device).type])}
+    rows = {row["name"]: row for row in record["rows"]}
     for index, case in enumerate(chosen):
-        on_case(index, len(chosen), case.name)
-        failure = failures[case.op, case.dtype, case.backward]
-        record["rows"].append(measure(case, device, roofs, failure, seconds))
-        on_row(record)
-        _free(device)
+        fresh = {"name": case.name, **asdict(case), "ours": None, "peers": {}, "failure": None, "unfinished": True}
+        row = rows.setdefault(case.name, fresh)
+        if "unfinished" in row:
+            on_case(index, len(chosen), case.name)
+            record["rows"] = sorted(rows.values(), key=lambda row: order[row["name"]])
+            try:
+                measure(row, case, device, seconds, record, lambda: save(record))
+                del row["unfinished"]
+            finally:
+                save(record)
+            _free(device)
     return record
 
 
 def select(names, device, quick=False, dtype=None):
+    """The cases of these names and this type, `quick` ones first."""
     known = cases.CASES[torch.device(device).type]
     unknown = set(names) - {case.op for case in known}
     if unknown:
         raise ValueError(f"bench: NAME must be one of {', '.join(sorted(cases.BUILDERS))}, got {', '.join(unknown)}")
     if dtype is not None and dtype not in {case.dtype for case in known}:
         raise ValueError(f"bench: --dtype must be one of {', '.join(sorted({c.dtype for c in known}))}, got {dtype}")
-    chosen = (case for case in known if (not names or case.op in names) and (case.quick or not quick))
-    return [case for case in chosen if dtype in (None, case.dtype)]
+    chosen = [case for case in known if (not names or case.op in names) and dtype in (None, case.dtype)]
+    return [case for case in chosen if case.quick] + [case for case in chosen if not (case.quick or quick)]
 
 
 def relative_error(result, expected):
@@ -57,16 +86,28 @@ def relative_error(result, expected):
     return ((result.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
 
 
-def check(op, dtype, backward, device):
-    """None where the op, or its gradients, agree with the float64 reference on a small case; else what is wrong."""
+def check(case, device):
+    """None where the op, or its gradients, agree with the float64 reference on the case in small; or what is wrong."""
     try:
-        case = cases.Case(op, GATE_SIZES, dtype, backward)
-        workload = cases.build(case, device)
+        small = cases.gate(case)
+        workload = cases.build(small, device)
         exact = {name: _double(value) for name, value in workload.tensors.items()}
-        expected = cases.runner(case, _reference(op, workload.options), exact, workload.names)()
-        return _difference(workload.run(), expected, dtype)
+        with _one_thread():
+            expected = cases.runner(small, _reference(small.op, workload.options), exact, workload.names)()
+        return _difference(workload.run(), expected, small.dtype)
     except Exception as error:  # an op that raises is wrong too, and the others are still to be measured
-        return _line(error)
+        return one_line(error)
+
+
+@contextlib.contextmanager
+def _one_thread():
+    """For the reference's many small products: on a busy machine threads mostly wait for each other there."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _double(x):
@@ -97,79 +138,162 @@ def _difference(results, expected, dtype):
     return None if worst <= AGREEMENT[dtype] else f"relative difference {worst:.1e}, at most {AGREEMENT[dtype]:.0e}"
 
 
-def _line(error):
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-
-
-def measure(case, device, roofs, failure, seconds):
-    """One row of the record: ours, the fraction of the roof, and every peer or why it was not timed."""
-    row = {"name": case.name, **asdict(case), "ours": None, "peers": {}, "failure": failure}
-    if failure is not None:
-        return row
+def measure(row, case, device, seconds, record, save):
+    """Completes the row of a case: ours, its fraction of the roof, and every peer or why it was not timed."""
+    kind = cases.gate(case).name
+    if kind not in record["checks"]:
+        with _standing(record["checks"], kind, ENDED, save):
+            record["checks"][kind] = check(case, device)
+        _require(device, case.name)
+    row["failure"] = row["failure"] or record["checks"][kind]
+    if row["failure"] is not None:
+        return
     try:
-        return row | _timed(case, device, roofs, seconds)
+        _time(row, case, device, seconds, record, save)
+    except DeviceLost:
+        raise
     except Exception as error:
-        return row | {"failure": _line(error)}
+        row |= {"ours": None, "failure": one_line(error)}
+        _require(device, case.name)
 
 
-def _timed(case, device, roofs, seconds):
+def _time(row, case, device, seconds, record, save):
+    """On the CPU all in turns. On CUDA one by one and ours first: what a peer breaks is then the peer's alone."""
+    on_cuda = _is_cuda(device)
+    lost = {name for r in record["rows"] if r["op"] == case.op for name, peer in r["peers"].items() if "lost" in peer}
     workload = cases.build(case, device)
-    expected = workload.run()
-    functions, untimed = {"ours": workload.run}, {}
+
+    def take(functions):
+        times = timing.measure(functions, device, seconds / 4 if on_cuda else seconds)
+        if "ours" in times:
+            row.update(_ours(times.pop("ours"), workload, roofline.Roofs(**record["roofs"]), case.dtype))
+        for name, timed in times.items():
+            row["peers"][name] = asdict(timed) | {"ratio": timed.median / row["ours"]["median"]}
+
+    with _standing(row, "failure", ENDED, save):
+        expected = workload.run()
+        if not all(x.isfinite().all() for x in expected):
+            raise ArithmeticError("the result must be finite")
+        if on_cuda and row["ours"] is None:
+            take({"ours": workload.run})
+        row["failure"] = None
+    agreed = {}
     for name, peer in PEERS.items():
-        function, reason = _prepare(peer, case, workload, expected, device)
-        if function is not None:
-            functions[name] = function
-        elif reason is not None:
-            untimed[name] = {"error": reason}
-    del expected
-    times = timing.measure(functions, device, seconds)
-    ours = times.pop("ours")
+        if name in row["peers"]:
+            continue
+        with _standing(row["peers"], name, {"error": ENDED, "lost": True}, save):
+            try:
+                if name in lost:
+                    raise RuntimeError("not tried, since it ended a process before")
+                function = _prepare(peer, case, workload, expected, device)
+                if function is not None and on_cuda:
+                    take({name: function})
+                else:
+                    del row["peers"][name]
+                    agreed |= {name: function} if function is not None else {}
+            except (Exception, SystemExit) as error:  # whatever a peer does wrong is a line of the report
+                row["peers"][name]["error"] = one_line(error)
+                _require(device, f"{name}, {case.name}")
+                del row["peers"][name]["lost"]
+    if not on_cuda:
+        with _standing(row, "failure", ENDED, save):
+            take({"ours": workload.run} | agreed)
+            row["failure"] = None
+
+
+@contextlib.contextmanager
+def _standing(entries, name, value, save):
+    """entries[name] is `value`, on disk too, while something runs, which replaces it. An interrupt leaves no trace."""
+    before = dict(entries)
+    entries[name] = value
+    save()
+    try:
+        yield
+    except KeyboardInterrupt:
+        entries.clear()
+        entries.update(before)
+        raise
+
+
+def _ours(timed, workload, roofs, dtype):
     return {
-        "ours": asdict(ours),
+        "ours": asdict(timed),
         "flops": workload.flops,
         "bytes": workload.bytes,
-        "bound": roofs.bound(workload.flops, workload.bytes, case.dtype),
-        "fraction": 1e3 * roofs.seconds(workload.flops, workload.bytes, case.dtype) / ours.median,
-        "peers": untimed
-        | {name: asdict(taken) | {"ratio": taken.median / ours.median} for name, taken in times.items()},
+        "bound": roofs.bound(workload.flops, workload.bytes, dtype),
+        "fraction": 1e3 * roofs.seconds(workload.flops, workload.bytes, dtype) / timed.median,
     }
 
 
 def _prepare(peer, case, workload, expected, device):
-    """(callable, None), (None, why not) or, for a peer that is not there or has no such form, (None, None)."""
+    """What to time of a peer; None where it is not there or has no such form. Raises where its answer is another."""
     # A step changes its states, so that a peer must be compared from states of its own.
     changes = case.op.endswith("_step")
     try:
         function = peer(case, cases.build(case, device).tensors if changes else workload.tensors)
         if function is None:
-            return None, None
-        if difference := _difference(function(), expected, case.dtype):
-            return None, f"another answer: {difference}"
-        return (peer(case, workload.tensors) if changes else function), None
-    except ImportError:
-        return None, None
-    except Exception as error:  # whatever a peer does wrong is a line of the report
-        return None, _line(error)
+            return None
+        difference = _difference(function(), expected, case.dtype)
+    except ModuleNotFoundError:
+        return None
+    if difference:
+        raise ArithmeticError(f"another answer: {difference}")
+    return peer(case, workload.tensors) if changes else function
+
+
+def _is_cuda(device):
+    return torch.device(device).type == "cuda"
+
+
+def _require(device, name):
+    """Raises where the GPU takes nothing more: a kernel's fault comes back from every call of the process."""
+    if _is_cuda(device):
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            raise DeviceLost(f"{name}: {one_line(error)}") from None
 
 
 def _free(device):
     gc.collect()
-    if torch.device(device).type == "cuda":
+    if _is_cuda(device):
         torch.cuda.empty_cache()
 
 
-def main(device, out):
-    """Every case of the device, saved as it comes; returns what went wrong."""
+def work(device, out, *flags):
+    """Measures what the record in `out` lacks, as far as one process comes."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the end of the time leaves no trace either
 
     def on_case(index, count, name):
         print(f"{index + 1}/{count} {name}", flush=True)
 
-    record = run([], device, on_case=on_case, on_row=lambda record: records.save(out, record))
+    def save(record):
+        records.save(out, record)
+        faulthandler.dump_traceback_later(STEP_SECONDS, exit=True)
+
+    record = records.load(out) if out.is_file() else None
+    run([], device, quick="--quick" in flags, on_case=on_case, save=save, record=record)
+    faulthandler.cancel_dump_traceback_later()
+
+
+def main(device, out, *flags, command=(sys.executable, "-m", "bench.ops")):
+    """Works in one process after the other, as long as each adds to the record; returns what is wrong with it."""
+    stopped, before = [], None
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
+    while (ended := subprocess.run([*command, device, out, *flags, "--work"]).returncode) and not stopped:
+        now = out.read_bytes() if out.is_file() else None
+        if now == before:
+            break
+        before = now
+    if not out.is_file():
+        return f"{out} was not written"
+    record = records.load(out)
     print(tables.markdown(tables.HEADER, [tables.cells(row) for row in record["rows"]]))
-    return [row["name"] for row in record["rows"] if row["failure"]]
+    print(f"{sum(row['ours'] is not None for row in record['rows'])} of {len(record['rows'])} cases timed", flush=True)
+    wrong = [row["name"] for row in record["rows"] if row["failure"] or "unfinished" in row]
+    return f"not timed: {', '.join(wrong) or 'the rest'}" if wrong or ended else 0
 
 
 if __name__ == "__main__":
-    wrong = main(sys.argv[1], Path(sys.argv[2]))
-    sys.exit(f"not timed: {', '.join(wrong)}" if wrong else 0)
+    device, out, *flags = sys.argv[1:]
+    sys.exit((work if "--work" in flags else main)(device, Path(out), *flags))

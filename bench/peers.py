@@ -1,7 +1,7 @@
 """Other implementations of the ops, each an optional import. None is a dependency.
 
 A peer is a function of a case and its tensors that returns a callable with ours' results, or None where it has no such
-form. It raises ImportError where the package is missing.
+form. It raises ModuleNotFoundError where the package is missing.
 """
 
 import contextlib

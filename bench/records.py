@@ -48,8 +48,11 @@ def folder(device):
 
 
 def save(path, record):
+    """In one piece: what ends the process while it writes leaves the record before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    written = path.with_name(path.name + ".new")
+    written.write_text(json.dumps(record, indent=1) + "\n")
+    written.replace(path)
 
 
 def save_csv(path, rows):

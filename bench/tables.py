@@ -1,4 +1,11 @@
-"""The records as tables, for the terminal (rich) and for RESULTS.md."""
+"""The records as tables, for the terminal (rich) and for RESULTS.md.
+
+python -m bench.tables OPS.json    # as Markdown
+"""
+
+import json
+import sys
+from pathlib import Path
 
 
 def time_of(timing):
@@ -23,18 +30,22 @@ def rates(row):
 
 
 def peer_text(name, peer):
-    return f"{name}: {peer['error']}" if "error" in peer else f"{peer['ratio']:.2f} x {name}"
+    return f"{name}: {peer['error']}" if "error" in peer else f"{peer['ratio']:.2f} x {name}{_note(peer)}"
+
+
+def _note(timing):
+    return f" ({timing['note']})" if timing.get("note") else ""
 
 
 def cells(row):
     """case, time, spread, rate, share of the roof, ratios to the peers."""
     if row["ours"] is None:
-        return [row["name"], "not timed", "", "", "", row["failure"]]
+        return [row["name"], "not timed", "", "", "", row["failure"] or "unfinished"]
     compute, memory = rates(row)
     rate = compute if row["bound"] == "compute" else memory
     peers = ", ".join(peer_text(name, peer) for name, peer in row["peers"].items())
     roof = f"{100 * row['fraction']:.0f} % of {'the product' if row['bound'] == 'compute' else 'memory'}"
-    return [row["name"], time_of(row["ours"]), spread_of(row["ours"]), rate, roof, peers]
+    return [row["name"], time_of(row["ours"]) + _note(row["ours"]), spread_of(row["ours"]), rate, roof, peers]
 
 
 HEADER = ["case", "time", "spread", "rate", "roof", "ours is faster by"]
@@ -54,3 +65,7 @@ def terminal(record):
 def markdown(header, rows):
     lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
     return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
+
+
+if __name__ == "__main__":
+    print(markdown(HEADER, [cells(row) for row in json.loads(Path(sys.argv[1]).read_text())["rows"]]))

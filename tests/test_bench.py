@@ -1,7 +1,10 @@
 """bench: what it measures, what it refuses to time, what it makes of its records. At these sizes times mean nothing."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -29,17 +32,21 @@ TINY = [
 REAL_CASES = dict(cases.CASES)
 
 
+def shrink(patch):
+    patch.setitem(cases.CASES, "cpu", TINY)
+    patch.setattr(cases, "ROTATED_BYTES", 2**14)
+    patch.setitem(roofline.BUFFER_BYTES, "cpu", 2**20)
+    patch.setitem(roofline.MATRIX, "cpu", 64)
+    for name in ("SECONDS", "QUICK_SECONDS"):
+        patch.setattr(ops, name, 0.01)
+    for name in PEERS.keys() - {"transformers", "torch SDPA"}:
+        patch.delitem(PEERS, name)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def tiny():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(cases.CASES, "cpu", TINY)
-        patch.setattr(cases, "ROTATED_BYTES", 2**14)
-        patch.setitem(roofline.BUFFER_BYTES, "cpu", 2**20)
-        patch.setitem(roofline.MATRIX, "cpu", 64)
-        for name in ("SECONDS", "QUICK_SECONDS"):
-            patch.setattr(ops, name, 0.01)
-        for name in PEERS.keys() - {"transformers", "torch SDPA"}:
-            patch.delitem(PEERS, name)
+        shrink(patch)
         yield
 
 
@@ -98,8 +105,8 @@ def test_wrong_gradient_is_not_timed(monkeypatch):
         return right(q, k, v.detach() + 1.1 * (v - v.detach()), g, beta)
 
     monkeypatch.setattr(kernels, "chunk_gated_delta_rule", wrong)
-    assert ops.check("chunk_gated_delta_rule", "float32", False, "cpu") is None
-    assert "relative difference" in ops.check("chunk_gated_delta_rule", "float32", True, "cpu")
+    assert ops.check(TINY[0], "cpu") is None
+    assert "relative difference" in ops.check(TINY[1], "cpu")
 
 
 def test_op_that_raises_leaves_the_others(monkeypatch):
@@ -120,7 +127,7 @@ def test_peer_is_timed_only_if_it_agrees(monkeypatch):
         raise RuntimeError("no such kernel\nand a long story")
 
     def missing(case, x):
-        raise ImportError
+        raise ModuleNotFoundError
 
     def without_form(case, x):
         return None
@@ -140,16 +147,226 @@ def test_stopped_run_leaves_what_it_measured(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ops.run([], "cpu", on_row=stop)
-    assert len(records.load(tmp_path / "ops.json")["rows"]) == 2
+        ops.run([], "cpu", save=stop)
+    rows = records.load(tmp_path / "ops.json")["rows"]
+    assert rows[0]["ours"] is not None and [row["name"] for row in rows if "unfinished" in row] == [TINY[1].name]
+
+
+DISASTERS = """
+import os, pathlib, sys, time
+import pytest
+import test_bench
+from bench import cases, ops
+import hypenet_kernels
+
+patch = pytest.MonkeyPatch()
+test_bench.shrink(patch)
+chosen = [case for case in test_bench.TINY if case.quick or case.op.endswith("_step")]
+patch.setitem(cases.CASES, "cpu", chosen)
+patch.delattr(hypenet_kernels, "simple_gla_step")
+
+
+def crashes(case, x):
+    if case.op == "chunk_gated_delta_rule":
+        os.abort()
+    ops.STEP_SECONDS = 1  # of what comes next
+
+
+def hangs(case, x):
+    if case.op == "gated_delta_step":
+        time.sleep(600)
+
+
+def refuses(case, x):
+    ops.STEP_SECONDS = 60
+    sys.exit("no such GPU")
+
+
+for peer in (crashes, hangs, refuses):
+    patch.setitem(ops.PEERS, peer.__name__, peer)
+device, out, *flags = sys.argv[1:]
+start = ops.work if "--work" in flags else lambda *given: ops.main(*given, command=[sys.executable, __file__])
+sys.exit(start(device, pathlib.Path(out), *flags))
+"""
+
+
+def test_what_ends_a_process_costs_its_own_number(tmp_path):
+    """One peer crashes, one hangs, one of our ops is not there: each is named, and all others are measured."""
+    (tmp_path / "disasters.py").write_text(DISASTERS)
+    command = [sys.executable, tmp_path / "disasters.py", "cpu", tmp_path / "ops.json"]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (records.ROOT, records.ROOT / "tests")))}
+    ran = subprocess.run(command, env=env, capture_output=True, text=True)
+    record = records.load(tmp_path / "ops.json")
+    chunk, step, wrong = record["rows"]
+    assert chunk["ours"]["median"] > 0 and step["ours"]["median"] > 0 and not chunk["failure"] and not step["failure"]
+    assert chunk["peers"].pop("crashes")["error"] == step["peers"].pop("hangs")["error"] == ops.ENDED
+    assert chunk["peers"].pop("refuses") == step["peers"].pop("refuses") == {"error": "SystemExit: no such GPU"}
+    assert set(chunk["peers"]) == set(step["peers"]) == {"transformers"} and chunk["peers"]["transformers"]["ratio"] > 0
+    assert wrong["op"] == "simple_gla_step" and wrong["ours"] is None and wrong["failure"].startswith("AttributeError")
+    assert not any("unfinished" in row for row in record["rows"])
+    assert ran.returncode == 1 and ran.stderr.splitlines()[-1] == f"not timed: {wrong['name']}", ran.stderr
+
+
+class Gpu:
+    """Stands for one: takes work until `broken`."""
+
+    broken = False
+
+    def synchronize(self):
+        if self.broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nand advice")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    gpu = Gpu()
+    monkeypatch.setattr(ops, "_is_cuda", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", gpu.synchronize)
+    return gpu
+
+
+def test_peer_that_faults_leaves_ours_and_ends_the_process(gpu, monkeypatch):
+    def faults(case, x):
+        gpu.broken = True
+        gpu.synchronize()
+
+    monkeypatch.setitem(PEERS, "faults", faults)
+    saved = []
+    save = lambda record: saved.append(json.loads(json.dumps(record)))  # noqa: E731
+    with pytest.raises(ops.DeviceLost, match=r"faults, chunk_gated_delta_rule fwd.*illegal memory access"):
+        ops.run(["chunk_gated_delta_rule"], "cpu", save=save)
+    (row,) = saved[-1]["rows"]
+    assert row["ours"]["median"] > 0 and row["failure"] is None and row["unfinished"]
+    assert row["peers"]["faults"]["error"].endswith("an illegal memory access was encountered")
+    gpu.broken = False  # a new process
+    rows = ops.run(["chunk_gated_delta_rule"], "cpu", record=saved[-1])["rows"]
+    assert rows[0]["ours"] == row["ours"] and "median" in rows[0]["peers"]["transformers"]
+    assert "unfinished" not in rows[0] and "not tried" in rows[1]["peers"]["faults"]["error"]
+
+
+def test_op_that_faults_is_not_tried_again(gpu, monkeypatch):
+    def faults(*inputs):
+        gpu.broken = True
+        gpu.synchronize()
+
+    monkeypatch.setattr(kernels, "simple_gla_step", faults)
+    saved = []
+    with pytest.raises(ops.DeviceLost):
+        ops.run(["simple_gla_step"], "cpu", save=saved.append)
+    gpu.broken = False
+    (row,) = ops.run(["simple_gla_step"], "cpu", record=saved[-1])["rows"]
+    assert row["ours"] is None and "illegal memory access" in row["failure"]
+
+
+def test_interrupt_leaves_no_trace_of_what_it_stopped(monkeypatch):
+    def stopped(case, x):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(PEERS, "stopped", stopped)
+    saved = []
+    with pytest.raises(KeyboardInterrupt):
+        ops.run(["simple_gla_step"], "cpu", save=saved.append)
+    (row,) = saved[-1]["rows"]
+    assert row["failure"] is None and "stopped" not in row["peers"] and row["unfinished"]
+
+
+def test_record_of_another_commit_is_not_gone_on_with(ops_json):
+    record = records.load(ops_json)
+    assert ops.run([], "cpu", record=record)["rows"] == record["rows"]
+    record["stamp"]["commit"] = "0123abc"
+    with pytest.raises(ValueError, match="must be of"):
+        ops.run([], "cpu", record=record)
+
+
+def test_result_that_is_not_finite_is_not_timed(monkeypatch):
+    right = kernels.chunk_gated_delta_rule
+    long = lambda q, *inputs: right(q if q.shape[1] == cases.GATE_TOKENS else q * float("nan"), *inputs)  # noqa: E731
+    monkeypatch.setattr(kernels, "chunk_gated_delta_rule", long)
+    (row,) = ops.run(["chunk_gated_delta_rule"], "cpu", quick=True)["rows"]
+    assert row["ours"] is None and "must be finite" in row["failure"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_ops_are_checked_at_the_head_dimensions_that_are_timed(device):
+    for case in REAL_CASES[device]:
+        small = cases.gate(case)
+        same = ("K", "V", "D", "gated", "split")
+        assert [small.sizes.get(name) for name in same] == [case.sizes.get(name) for name in same]
+        for heads, kv_heads in (("HV", "H"), ("H", "HK")):
+            if heads in case.sizes and kv_heads in case.sizes:
+                ratios = [x.sizes[heads] / x.sizes[kv_heads] for x in (case, small)]
+                assert ratios[0] == ratios[1]
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """torch.cuda's graphs and events as lists of what was asked of them; a stream is a name."""
+    asked = ["default"]
+
+    class Graph:
+        def replay(self):
+            asked.append("replay")
+
+    class Capture:
+        def __init__(self, graph):
+            pass
+
+        def __enter__(self):
+            asked[0] = "capturing"
+
+        def __exit__(self, kind, *_):
+            if kind is not None:  # as torch does, before it gives the stream back
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+            asked[0] = "default"
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            asked.append("event")
+
+        def elapsed_time(self, end):
+            return 1.0
+
+    class Buffer:
+        def sum(self):
+            asked.append("read")
+
+    puppets = {"CUDAGraph": Graph, "graph": Capture, "Event": Event, "synchronize": lambda: None}
+    puppets |= {"current_stream": lambda: asked[0], "set_stream": lambda stream: asked.__setitem__(0, stream)}
+    for name, puppet in puppets.items():
+        monkeypatch.setattr(torch.cuda, name, puppet)
+    monkeypatch.setattr(timing.torch, "ones", lambda *size, device: Buffer())
+    return asked
+
+
+def test_short_calls_are_replayed_after_the_cache_was_read_empty(graphs):
+    calls = []
+    taken = timing._replayed(lambda: calls.append(1), timing.Timing(0.01, 0.01, 0.01, 7, latency=0.02))
+    assert len(calls) == 100 and taken.rounds == timing.GRAPH_ROUNDS
+    assert taken.median == 0.01 and taken.latency == 0.02 and taken.note is None
+    assert graphs == ["default"] + timing.GRAPH_ROUNDS * ["read", "event", "replay", "event"]
+
+
+def test_failed_capture_is_said_and_leaves_the_stream(graphs):
+    def synchronizes():
+        if graphs[0] == "capturing":
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    eager = timing.Timing(0.01, 0.01, 0.01, 7, latency=0.02)
+    taken = timing._replayed(synchronizes, eager)
+    assert graphs == ["default"] and taken.median == eager.median
+    note = "failed in capture: RuntimeError: CUDA error: operation not permitted when stream is capturing"
+    assert taken.note == note and note in tables.peer_text("peer", vars(taken) | {"ratio": 2.0})
 
 
 @pytest.mark.parametrize(
     ("chunk", "delta", "backward", "thousands"),
-    [(16, True, 0, 106), (32, True, 0, 115), (64, True, 0, 131), (64, False, 0, 82), (64, True, 1, 131 + 311)],
+    [(16, True, 0, 106), (32, True, 0, 115), (64, True, 0, 131), (64, False, 0, 82), (64, True, 1, 131 + 320)],
 )
 def test_flops_per_token_and_head(chunk, delta, backward, thousands):
-    """K = V = 128; triangles as triangles."""
+    """K = V = 128; triangles as triangles, and one whole square of C x C x K in the backward of the delta rule."""
     flops = cases.chunk_flops({"B": 1, "T": 1, "H": 1, "K": 128, "V": 128}, chunk, delta, backward)
     assert round(flops / 1000) == thousands
 
@@ -164,6 +381,12 @@ def test_bytes_are_each_input_and_output_once():
     case = cases.Case("hype_attention", {"T": 40, **ATTENTION, "gated": 1}, "bfloat16")
     workload = cases.build(case, "cpu")
     assert workload.bytes == moved(workload, workload.run()[0].nbytes)
+    workload = cases.build(cases.Case("gated_delta_step", HEADS, "bfloat16"), "cpu")
+    state = workload.tensors["states"][0].nbytes
+    assert workload.bytes == moved(workload, workload.run()[0].nbytes) + 2 * state
+    workload = cases.build(cases.Case("hype_attention_decode", {"S": 40, **ATTENTION}, "bfloat16"), "cpu")
+    lengths = workload.tensors["cache_seqlens"].nbytes
+    assert workload.bytes == moved(workload, workload.run()[0].nbytes) - lengths
 
 
 def test_decode_rotates_through_more_than_a_cache():

@@ -1,6 +1,7 @@
 """bench/gpu_check.sh without a GPU: the order of its stages, what survives a failure, what it says at the end."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -10,14 +11,18 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "bench" / "gpu_check.sh"
 TESTS = sorted(path.stem.removeprefix("test_cuda_") for path in (ROOT / "tests").glob("test_cuda_*.py"))
 TESTS.remove("build")  # of it nothing needs a GPU
-STAGES = ["device", "build", "self-test", *TESTS, "timing", "memcheck", "racecheck", "synccheck"]
+FIRST = ["device", "build", "self-test", "timing-first"]
+LAST = ["timing", "memcheck", "synccheck", "racecheck"]
+TOTAL = 570  # seconds
 PYTHON = """#!/bin/sh
 case "$*" in
     -) cat >/dev/null; printf '%s' "$FAKE_FACTS" ;;
     setup.py*) echo "built for $TORCH_CUDA_ARCH_LIST" ;;
     "-m pytest"*step.py) echo "1 failed, 3 passed"; exit 1 ;;
     "-m pytest"*) echo "4 passed" ;;
-    "-m bench.ops"*) echo '{"rows": [1]}' >"$4"; sleep "$FAKE_SECONDS"; echo timed ;;
+    "-m bench.ops"*--quick) echo first >"$4"; echo timed ;;
+    "-m bench.ops"*) echo '{"rows": []}' >"$4"; sleep "$FAKE_SECONDS"; echo timed ;;
+    "-m bench.tables"*) echo "table of $(cat "$3")" ;;
     *) echo "ran $*" ;;
 esac
 """
@@ -55,12 +60,15 @@ def test_failure_of_a_stage_stops_no_other(machine, tmp_path):
     ran = run(machine)
     assert ran.returncode == 1 and "1 stages did not pass" in ran.stdout, ran.stdout + ran.stderr
     found = rows(tmp_path / "results")
-    assert list(found) == STAGES
+    assert list(found)[: len(FIRST)] == FIRST and list(found)[-len(LAST) :] == LAST
+    assert sorted(found.keys() - {*FIRST, *LAST}) == TESTS
     assert found.pop("step") == ("failed (1)", "1 failed, 3 passed")
     assert {result for result, _ in found.values()} == {"passed"}
     assert found["build"][1] == "built for 9.0a" and found["racecheck"][1].startswith("checked by racecheck")
-    assert "NVIDIA H200" in (tmp_path / "results" / "gpu_check.md").read_text()
-    assert (tmp_path / "results" / "logs" / "timing.log").read_text() == "timed\n"
+    summary = (tmp_path / "results" / "gpu_check.md").read_text()
+    assert "NVIDIA H200" in summary and 'table of {"rows": []}' in summary
+    log = (tmp_path / "results" / "gpu_check.log").read_text()
+    assert re.search(r"\n== timing: .*\ntimed\n", log) and log.count("\n== ") == len([*FIRST, *TESTS, *LAST])
 
 
 def test_says_what_it_was_given_for_the_commit(machine, tmp_path):
@@ -75,7 +83,15 @@ def test_what_was_measured_survives_the_end_of_the_time(machine, tmp_path):
     assert ran.returncode == 1, ran.stdout + ran.stderr
     found = rows(tmp_path / "out")
     assert found["timing"][0].startswith("did not end in") and found["memcheck"][0] == "not run: no time left"
-    assert (tmp_path / "out" / "ops.json").read_text() == '{"rows": [1]}\n'
+    assert (tmp_path / "out" / "ops.json").read_text() == '{"rows": []}\n'
+
+
+def test_record_of_an_earlier_run_is_not_gone_on_with(machine, tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "ops.json").write_text("earlier")
+    run(machine | {"GPU_CHECK_SECONDS": "0"})
+    assert not (tmp_path / "results" / "ops.json").exists()
+    assert {result for result, _ in rows(tmp_path / "results").values()} == {"not run: no time left"}
 
 
 def test_no_gpu_is_said(machine, tmp_path):
@@ -86,9 +102,10 @@ def test_no_gpu_is_said(machine, tmp_path):
 def test_dry_run_prints_every_stage_and_runs_none(machine, tmp_path):
     ran = run(machine | {"FAKE_FACTS": ""}, "--dry-run", tmp_path / "out")
     assert ran.returncode == 0 and not (tmp_path / "out").exists()
-    assert [line.split()[0] for line in ran.stdout.splitlines() if " at most " in line] == STAGES
-    limits = [int(line.split(" at most ")[1].split()[0]) for line in ran.stdout.splitlines() if " at most " in line]
-    assert sum(limits) < 1000 and all(f"--tool {tool}" in ran.stdout for tool in STAGES[-3:])
+    limits = {name: int(seconds) for name, seconds in re.findall(r"^(\S+) +at most +(\d+) s", ran.stdout, re.MULTILINE)}
+    assert limits.keys() == {*FIRST, *TESTS, *LAST}
+    assert sum(limits[name] for name in (*FIRST, *TESTS)) < TOTAL and sum(limits.values()) < 1.6 * TOTAL
+    assert all(f"--tool {tool}" in ran.stdout for tool in LAST[1:])
 
 
 def test_help_is_the_head_of_the_script():
