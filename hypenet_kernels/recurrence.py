@@ -53,7 +53,7 @@ MODEL_ARGUMENTS = frozenset(
 )
 CHUNK = 64  # tokens, on CUDA
 # Head dimensions that are built for CUDA; others are padded with zeros, which changes nothing, and narrowed back.
-KEY_DIMS, VALUE_DIM_MULTIPLE = (64, 128), 64
+KEY_DIMS, VALUE_DIM_MULTIPLE = (64, 128, 256), 64
 # Splitting sequences takes 2.25 times the work, so it is for few heads: at most SPLIT_HEADS of 128 value columns. They
 # are cut into DEVICE_HEADS segments, about what a large device runs at once, of at least MIN_SEGMENT chunks, since
 # the states still go from segment to segment one by one.

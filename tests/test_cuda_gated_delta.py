@@ -26,6 +26,8 @@ SHAPES = (
     (Shape(1, 135, 1, 2, 128, 128), BF16),  # two chunks and 7
     (Shape(1, 200, 1, 1, 100, 33), BF16),  # K and V are padded
     (Shape(1, 70, 1, 1, 64, 192), FP16),  # V in three tiles
+    (Shape(1, 135, 1, 2, 256, 64), BF16),  # the widest K
+    (Shape(2, 65, 1, 1, 160, 128), FP16),  # and padded to it
 )
 ORDINARY = Shape(1, 135, 1, 2, 64, 64)
 
@@ -272,8 +274,8 @@ def test_not_built(device):
     op = hypenet_kernels.chunk_gated_delta_rule
     with pytest.raises(NotImplementedError, match="chunk_gated_delta_rule: q must be bfloat16 or float16 on CUDA"):
         op(**to(device, make_inputs(ORDINARY, True)))
-    wide = make_inputs(Shape(1, 5, 1, 1, 192, 64), True, BF16)
-    with pytest.raises(NotImplementedError, match="q must have a head dimension of at most 128 on CUDA, got 192"):
+    wide = make_inputs(Shape(1, 5, 1, 1, 320, 64), True, BF16)
+    with pytest.raises(NotImplementedError, match="q must have a head dimension of at most 256 on CUDA, got 320"):
         op(**to(device, wide))
 
 

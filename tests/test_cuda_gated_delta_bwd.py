@@ -20,6 +20,8 @@ SHAPES = {
     "two chunks and 7, value heads in groups": (Shape(1, 135, 1, 3, 128, 64), BF16),
     "several batch rows, heads and tiles of V": (Shape(2, 71, 2, 4, 64, 128), BF16),
     "head dimensions that are padded": (Shape(1, 70, 1, 1, 40, 100), FP16),
+    "the widest K, in two parts": (Shape(1, 135, 1, 2, 256, 64), BF16),
+    "padded to it": (Shape(2, 65, 1, 1, 160, 128), FP16),
 }
 ORDINARY = Shape(1, 135, 1, 2, 64, 64)
 both = pytest.mark.parametrize("delta", [True, False], ids=["delta", "gla"])

@@ -22,6 +22,7 @@ SHAPES = {  # in segments of two chunks
     "three segments, the last whole": (Shape(2, 384, 1, 1, 64, 64), BF16),
     "four, value heads in groups, V in two tiles": (Shape(1, 400, 1, 2, 64, 128), BF16),
     "K of 128, padded V": (Shape(1, 390, 1, 1, 128, 40), FP16),
+    "K padded to 256": (Shape(1, 390, 1, 1, 192, 64), BF16),
 }
 both = pytest.mark.parametrize("delta", [True, False], ids=["delta", "gla"])
 

@@ -26,7 +26,9 @@
 // tile, (6) to (8) a value head. dQ and dK stay in fp32 registers all the time, X and dA over the tiles of a
 // head. Blocks past the last chunk leave at once. Warp w owns the (w / 4)-th of four equal parts of the
 // columns of every product, and 16 rows, chosen so that warps of the same w % 4 have different ones: of L, X
-// and dA only the blocks [16, 16] on and below the diagonal are gone through.
+// and dA only the blocks [16, 16] on and below the diagonal are gone through. Of K = 256 a launch makes half
+// of the columns of dq and dk, for which registers and shared memory suffice, and computes what leads there
+// anew; dg is the sum of both (Smem::kPart).
 //
 // Shared memory (K = 128, bytes):      lifetime
 //   q, k          [C, K]     2 x 16 K   the block; at the end dq, dk
@@ -39,7 +41,8 @@
 //                                       low part of its dB, then copied; at the end low part of dN
 //   sums                          4 K   of rows and columns of one value head: a warp's part each
 //   gates, place                  1 K
-// One block of 16 warps fits a processor of Ampere and of Hopper: registers allow no second one.
+// One block of 16 warps fits a processor of Ampere and of Hopper: registers allow no second one. K = 256
+// takes 221 KB.
 //
 // Pipeline: copies run one tile ahead, those of a stage's v (and dB) only once the low parts there are done
 // with. Barriers: five a tile (before (1), after (1), around the store of E, after the last use of the low
@@ -127,12 +130,16 @@ __device__ __forceinline__ void form_residual(Square& rB, Smem& sm, typename Sme
       }
       const float z[2] = {gamma * rZ[0][n][2 * half], gamma * rZ[0][n][2 * half + 1]};
       const float r[2] = {v.x - z[0], v.y - z[1]};
-      dbeta += r[0] * dB.x + r[1] * dB.y;
-      dG -= factor * (z[0] * dB.x + z[1] * dB.y);
+      if constexpr (Smem::kFirstPart) {
+        dbeta += r[0] * dB.x + r[1] * dB.y;
+        dG -= factor * (z[0] * dB.x + z[1] * dB.y);
+      }
       rB[0][n][2 * half] = factor * r[0], rB[0][n][2 * half + 1] = factor * r[1];
     }
-    add_to_row(sm.dbeta, part, half, dbeta);
-    add_to_row(sm.dG, part, half, dG);
+    if constexpr (Smem::kFirstPart) {
+      add_to_row(sm.dbeta, part, half, dbeta);
+      add_to_row(sm.dG, part, half, dG);
+    }
   }
   store_product(stage.v, part.row, col, rB);
   store_low(B_low, part.row, col, rB);
@@ -221,18 +228,19 @@ __device__ __forceinline__ void multiply_by_pseudo_values(Square& rX, Square& rd
   }
 }
 
-// (4) total += factor . (from state^T); dots += rs(x . that), of this lane's part. low: of `from`, or null.
+// (4) total += factor . (from state^T) for the rows of the state from first_row on; dots += rs(x . that), of
+// this lane's part. low: of `from`, or null.
 template <bool kDots, class Smem, class From, class State, class X, class Factor>
-__device__ __forceinline__ void through_state(Wide<Smem::K>& total, const From& from, const From* low,
-                                              const State& state, const X& x, Factor&& factor,
+__device__ __forceinline__ void through_state(Wide<Smem>& total, const From& from, const From* low,
+                                              const State& state, int first_row, const X& x, Factor&& factor,
                                               float (&dots)[kColWarps][kChunk]) {
   using Element = typename Smem::Element;
   arch::sync_warp();
   const Part part;
-  const int col = part.template wide_column<Smem::K>();
-  Wide<Smem::K> product;
+  const int col = part.template wide_column<Smem>();
+  Wide<Smem> product;
   set_zero(product);
-  const auto load_state = [&](auto& b, int k, int n) { load_b_transposed(b, state, k, col + n); };
+  const auto load_state = [&](auto& b, int k, int n) { load_b_transposed(b, state, k, first_row + col + n); };
   multiply_in_pairs<Element, kColumns>(
       product, [&](auto& a, int m, int k) { load_a(a, from, part.row + m, k); }, load_state);
   if (low != nullptr) {
@@ -246,11 +254,11 @@ __device__ __forceinline__ void through_state(Wide<Smem::K>& total, const From& 
     const float by = factor(row);
     float dot = 0;
 #pragma unroll
-    for (int n = 0; n < Smem::K / kColWarps / 8; ++n) {
+    for (int n = 0; n < Smem::kOut / kColWarps / 8; ++n) {
       const float y[2] = {by * product[0][n][2 * half], by * product[0][n][2 * half + 1]};
       total[0][n][2 * half] += y[0], total[0][n][2 * half + 1] += y[1];
       if constexpr (kDots) {
-        const float2 other = load_two(x, row, col + 8 * n + lane_idx() % 4 * 2);
+        const float2 other = load_two(x, row, Smem::kFirst + col + 8 * n + lane_idx() % 4 * 2);
         dot += y[0] * other.x + y[1] * other.y;
       }
     }
@@ -264,8 +272,8 @@ __device__ __forceinline__ void dot_states(Smem& sm, const typename Smem::Stage&
   using Element = typename Smem::Element;
   arch::sync_warp();
   float sum = 0;
-  for_each_piece<kThreads, Tile<Element, Smem::K, kColumns>>(fresh_thread(), [&](int, int row, int col) {
-    const uint4 x = arch::load_16_bytes(stage.S0.at(row, col)),
+  for_each_piece<kThreads, Tile<Element, Smem::kOut, kColumns>>(fresh_thread(), [&](int, int row, int col) {
+    const uint4 x = arch::load_16_bytes(stage.S0.at(Smem::kFirst + row, col)),
                 y = arch::load_16_bytes(stage.dS1.at(row, col));
 #pragma unroll
     for (int i = 0; i < kPiece / 2; ++i) {
@@ -296,7 +304,8 @@ __device__ __forceinline__ void store_dv(const typename Smem::Stage& stage, cons
 }
 
 // (6) gradient -> factor of the row . gradient . Gamma, below the diagonal (or on it too). Of that times x
-// K^T below the diagonal, columns += cs, and row_sum(half, rs without the factor), of this lane's part.
+// K^T below the diagonal, columns += cs, and row_sum(half, rs without the factor), of this lane's part; in
+// the first part.
 template <bool kDiagonal, class Smem, class X, class Factor, class RowSum>
 __device__ __forceinline__ void through_product(Square& gradient, const X& x, Smem& sm,
                                                 const float (&G)[kChunk], Factor&& factor, RowSum&& row_sum,
@@ -306,9 +315,11 @@ __device__ __forceinline__ void through_product(Square& gradient, const X& x, Sm
   Square product;
   set_zero(product);
   if (part.above_diagonal()) return;
-  multiply_in_pairs<typename Smem::Element, Smem::K>(
-      product, [&](auto& a, int m, int k) { load_a(a, x, part.row + m, k); },
-      [&](auto& b, int k, int n) { load_b_transposed(b, sm.k, k, col + n); });
+  if constexpr (Smem::kFirstPart) {
+    multiply_in_pairs<typename Smem::Element, Smem::K>(
+        product, [&](auto& a, int m, int k) { load_a(a, x, part.row + m, k); },
+        [&](auto& b, int k, int n) { load_b_transposed(b, sm.k, k, col + n); });
+  }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = part.lane_row + 8 * half;
@@ -327,7 +338,7 @@ __device__ __forceinline__ void through_product(Square& gradient, const X& x, Sm
         columns[n][i] += by * weight;
       }
     }
-    row_sum(part, half, by, sum);
+    if constexpr (Smem::kFirstPart) row_sum(part, half, by, sum);
   }
 }
 
@@ -370,8 +381,9 @@ __device__ __forceinline__ void store_gate_gradients(Smem& sm, const GatedDeltaB
     const int row = early + i;
     if (row >= place.num_tokens) continue;
     const float g = *row_of<float>(params.g, place.sequence.batch, place.token + row, head);
-    static_cast<float*>(params.dg)[to + row * params.HV] = g < kLowestDecay ? 0.0f : dg[i];
-    if constexpr (Smem::kDelta) {
+    float& sum = static_cast<float*>(params.dg)[to + row * params.HV];
+    sum = g < kLowestDecay ? 0.0f : dg[i] + (Smem::kFirstPart ? 0.0f : sum);
+    if constexpr (Smem::kDelta && Smem::kFirstPart) {
       static_cast<float*>(params.dbeta)[to + row * params.HV] = sum_parts(sm.dbeta, row);
     }
   }
@@ -393,10 +405,10 @@ __device__ __forceinline__ void store_symmetric(Tile& tile, Square& rdM) {
 // (8) dQ += dN K, dK += dN^T Q + (dM + dM^T) K. dN_low: for dQ, or null.
 template <class Smem, class Tile>
 __device__ __forceinline__ void through_key_head(Smem& sm, const Tile& dN, const Tile* dN_low, const Tile& dM,
-                                                 Wide<Smem::K>& rdQ, Wide<Smem::K>& rdK) {
+                                                 Wide<Smem>& rdQ, Wide<Smem>& rdK) {
   using Element = typename Smem::Element;
   const Part part;
-  const int col = part.template wide_column<Smem::K>();
+  const int col = Smem::kFirst + part.template wide_column<Smem>();
   const auto load_k = [&](auto& b, int k, int n) { load_b(b, sm.k, k, col + n); };
   multiply_in_pairs<Element, kChunk>(
       rdQ, [&](auto& a, int m, int k) { load_a(a, dN, part.row + m, k); }, load_k);
@@ -418,7 +430,7 @@ __device__ __forceinline__ void through_key_head(Smem& sm, const Tile& dN, const
 template <class Smem, class ReleaseL, class ReleaseNext>
 __device__ __forceinline__ void add_tile(Smem& sm, typename Smem::Stage& stage, typename Smem::Stage& next,
                                          bool reflects, const float (&G)[kChunk], const float (&beta)[kChunk],
-                                         Square& rX, Square& rdA, Wide<Smem::K>& rdQ, Wide<Smem::K>& rdK,
+                                         Square& rX, Square& rdA, Wide<Smem>& rdQ, Wide<Smem>& rdK,
                                          ReleaseL&& release_L, ReleaseNext&& release_next) {
   const auto *E_low = reflects ? &next.v : nullptr, *dB_low = reflects ? &next.dB : nullptr;
   const decltype(E_low) none = nullptr;
@@ -435,17 +447,17 @@ __device__ __forceinline__ void add_tile(Smem& sm, typename Smem::Stage& stage, 
     release_next();
   }
   through_state<true, Smem>(
-      rdK, stage.v, E_low, stage.dS1, sm.k, [&](int row) { return decay_between(G, kChunk - 1, row); },
+      rdK, stage.v, E_low, stage.dS1, 0, sm.k, [&](int row) { return decay_between(G, kChunk - 1, row); },
       sm.next);  // (4)
   if constexpr (Smem::kDelta) {
     through_state<false, Smem>(
-        rdK, stage.dB, dB_low, stage.S0, sm.k, [&](int row) { return -arch::exp2(G[row]) * beta[row]; },
-        sm.dG);
+        rdK, stage.dB, dB_low, stage.S0, Smem::kFirst, sm.k,
+        [&](int row) { return -arch::exp2(G[row]) * beta[row]; }, sm.dG);
     if (reflects) release_next();
   }
   through_state<true, Smem>(
-      rdQ, stage.dO, none, stage.S0, sm.q, [&](int row) { return sm.place.scale * arch::exp2(G[row]); },
-      sm.dG);
+      rdQ, stage.dO, none, stage.S0, Smem::kFirst, sm.q,
+      [&](int row) { return sm.place.scale * arch::exp2(G[row]); }, sm.dG);
   dot_states(sm, stage);
 }
 
@@ -454,7 +466,7 @@ template <class Smem>
 __device__ __forceinline__ void finish_head(Smem& sm, typename Smem::Stage& stage, bool reflects,
                                             const GatedDeltaBwdParams& params, const Place& place, int head,
                                             const float (&G)[kChunk], const float (&beta)[kChunk], Square& rX,
-                                            Square& rdA, Wide<Smem::K>& rdQ, Wide<Smem::K>& rdK) {
+                                            Square& rdA, Wide<Smem>& rdQ, Wide<Smem>& rdK) {
   auto &dN = stage.v, &dM = stage.dO;
   auto* dN_low = reflects ? &stage.dB : nullptr;
   float columns[kChunkPart / 8][2] = {};
@@ -482,18 +494,23 @@ __device__ __forceinline__ void finish_head(Smem& sm, typename Smem::Stage& stag
 
 template <class Smem>
 __device__ __forceinline__ void store_key_head(Smem& sm, const GatedDeltaBwdParams& params,
-                                               const Place& place, const Wide<Smem::K>& rdQ,
-                                               const Wide<Smem::K>& rdK) {
+                                               const Place& place, const Wide<Smem>& rdQ,
+                                               const Wide<Smem>& rdK) {
   using Element = typename Smem::Element;
   const Part part;
-  const int col = part.template wide_column<Smem::K>(), thread = fresh_thread();
+  const int col = Smem::kFirst + part.template wide_column<Smem>();
   arch::sync_block();
   store_product(sm.q, part.row, col, rdQ);
   store_product(sm.k, part.row, col, rdK);
   arch::sync_block();
-  const int64_t to = (place.row * params.H + place.key_head) * Smem::K, stride = params.H * Smem::K;
-  store_tile<kThreads>(static_cast<Element*>(params.dq) + to, stride, place.num_tokens, sm.q, thread);
-  store_tile<kThreads>(static_cast<Element*>(params.dk) + to, stride, place.num_tokens, sm.k, thread);
+  const int64_t to = (place.row * params.H + place.key_head) * Smem::K + Smem::kFirst,
+                stride = params.H * Smem::K;
+  auto *dq = static_cast<Element*>(params.dq) + to, *dk = static_cast<Element*>(params.dk) + to;
+  for_each_piece<kThreads, Tile<Element, kChunk, Smem::kOut>>(fresh_thread(), [&](int, int row, int col) {
+    if (row >= place.num_tokens) return;
+    arch::store_16_bytes(dq + row * stride + col, arch::load_16_bytes(sm.q.at(row, Smem::kFirst + col)));
+    arch::store_16_bytes(dk + row * stride + col, arch::load_16_bytes(sm.k.at(row, Smem::kFirst + col)));
+  });
 }
 
 template <class Smem>
@@ -510,7 +527,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   copy_v_async(sm, params, place, Item{});
   if constexpr (Smem::kDelta) copy_dB_async(sm.stages[0].dB, params.dv, params, place, Item{});
   arch::commit_copies();
-  Wide<Smem::K> rdQ, rdK;
+  Wide<Smem> rdQ, rdK;
   Square rX, rdA;
   set_zero(rdQ), set_zero(rdK);
   for (Item item; item.member < place.group; item = item.next(place)) {
@@ -548,7 +565,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       arch::commit_copies();
     };
     add_tile(sm, stage, next_stage, reflects, G, beta, rX, rdA, rdQ, rdK, copy_next_head, copy_rest_of_next);
-    if constexpr (Smem::kDelta) store_dv<Smem>(stage, params, place, item, beta);  // (5)
+    if constexpr (Smem::kDelta && Smem::kLastPart) store_dv<Smem>(stage, params, place, item, beta);  // (5)
     if (item.ends_head(place)) {
       arch::sync_block();
       finish_head(sm, stage, reflects, params, place, item.head(place), G, beta, rX, rdA, rdQ, rdK);
@@ -557,10 +574,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   store_key_head(sm, params, place, rdQ, rdK);
 }
 
-template <class Smem>
+template <class Element, int K, bool kDelta, int kPart = 0>
 Status launch_chunks(const GatedDeltaBwdParams& params, Stream stream) {
-  return launch("gated_delta_bwd_chunk", chunk_kernel<Smem>, params.num_chunks * params.H, kThreads,
-                sizeof(Smem), stream, params);
+  using Smem = Smem<Element, K, kDelta, kPart>;
+  const Status status = launch("gated_delta_bwd_chunk", chunk_kernel<Smem>, params.num_chunks * params.H,
+                               kThreads, sizeof(Smem), stream, params);
+  if constexpr (!Smem::kLastPart) {
+    if (status == nullptr) return launch_chunks<Element, K, kDelta, kPart + 1>(params, stream);
+  }
+  return status;
 }
 
 }  // namespace
@@ -568,8 +590,8 @@ Status launch_chunks(const GatedDeltaBwdParams& params, Stream stream) {
 Status finish(const GatedDeltaBwdParams& params, Stream stream) {
   return dispatch_half_dtype(params.dtype, [&]<class Element>() -> Status {
     return dispatch_key_dim(params.K, [&]<int K>() -> Status {
-      return params.delta ? launch_chunks<Smem<Element, K, true>>(params, stream)
-                          : launch_chunks<Smem<Element, K, false>>(params, stream);
+      return params.delta ? launch_chunks<Element, K, true>(params, stream)
+                          : launch_chunks<Element, K, false>(params, stream);
     });
   });
 }

@@ -13,8 +13,8 @@ constexpr int kChunkPart = kChunk / kColWarps;
 static_assert(kRowWarps * 16 == kChunk && kColumns == kChunk);
 
 using Square = float[1][kChunkPart / 8][4];  // a warp's part of a product [C, C] or [C, columns]
-template <int K>
-using Wide = float[1][K / kColWarps / 8][4];  // of a product [C, K]
+template <class Smem>
+using Wide = float[1][Smem::kOut / kColWarps / 8][4];  // of a product [C, kOut]
 
 // What a block works on.
 struct Place {
@@ -57,14 +57,21 @@ struct Item {
   }
 };
 
-template <class Element_, int K_, bool kDelta_>
+constexpr int kMostOut = 128;
+
+// kPart: which columns of dq and dk are made, of K > kMostOut half of them, and with them what else is a sum
+// over these columns. Part 0 makes dbeta and the rest of dg, the last part dv.
+template <class Element_, int K_, bool kDelta_, int kPart_ = 0>
 struct Smem {
   using Element = Element_;
-  static constexpr int K = K_;
+  static constexpr int K = K_, kPart = kPart_;
   static constexpr bool kDelta = kDelta_;
+  static constexpr int kOut = K < kMostOut ? K : kMostOut, kFirst = kPart * kOut;
+  static constexpr bool kFirstPart = kFirst == 0, kLastPart = kFirst + kOut == K;
 
   struct Stage {
-    Tile<Element, K, kColumns> S0, dS1;
+    Tile<Element, K, kColumns> S0;
+    Tile<Element, kOut, kColumns> dS1;
     Tile<Element, kChunk, kColumns> v, dO, dB;
   };
   Tile<Element, kChunk, K> q, k;
@@ -77,6 +84,7 @@ struct Smem {
   Place place;  // kept here rather than in everybody's registers
 };
 static_assert(sizeof(Smem<arch::bf16, 128, true>) <= 163 * 1024, "Ampere's shared memory of a block");
+static_assert(sizeof(Smem<arch::bf16, 256, true>) <= 227 * 1024, "Hopper's");
 
 // Block row of every warp, two bits each: that of warp w is 3 (w % 4) + 2 (w / 4) in the field of four
 // elements. Warps w, w + 4, w + 8, w + 12 share a quarter of the processor, and columns go by w / 4: of a
@@ -113,10 +121,10 @@ struct Part {
   }
   __device__ int column() const { return kChunkPart * col_warp; }    // of a product [C, C]
   __device__ bool above_diagonal() const { return column() > row; }  // all of the part
-  template <int K>
+  template <class Smem>
   __device__ int wide_column() const {
-    return K / kColWarps * col_warp;
-  }  // of a product [C, K]
+    return Smem::kOut / kColWarps * col_warp;
+  }  // of a product [C, kOut]
 };
 
 // Of the item's first token and column in dv and dB_low.
@@ -171,8 +179,8 @@ __device__ __forceinline__ void copy_stage_async(Smem& sm, const GatedDeltaBwdPa
   copy_tile_async<kThreads>(stage.S0, static_cast<const Element*>(params.h) + state, V, Smem::K, thread);
   copy_tile_async<kThreads>(stage.dO, row_of<Element>(params.do_, batch, place.token, head) + column,
                             params.do_.token, place.num_tokens, thread);
-  copy_tile_async<kThreads>(stage.dS1, static_cast<const Element*>(params.dstates) + state, V, Smem::K,
-                            thread);
+  copy_tile_async<kThreads>(stage.dS1, static_cast<const Element*>(params.dstates) + state + Smem::kFirst * V,
+                            V, Smem::kOut, thread);
 }
 
 template <class Smem>

@@ -28,7 +28,7 @@
 //   dS_low       [K, columns]    8 K   its low part, (1) to (2)
 //   scaled_dO    [C, columns]    4 K   s gamma dO, (1) to (2); after (3) dB
 //   dE, low part [C, columns]  2 x 4 K   (2) to (3)
-// Two blocks fit a processor of Hopper, one of Ampere.
+// Two blocks fit a processor of Hopper, one of Ampere; of K = 256 (173 KB) one of Hopper.
 //
 // Pipeline: four barriers a chunk, one at the end of each of (0) to (3).
 //
@@ -43,7 +43,7 @@
 // latency bounds it unless blocks fill the device. Where sequences are split, a pass over segments alone
 // comes first, of which gated_delta_segments.cu makes the gradient after each.
 //
-// Limits: K 64 or 128, V a multiple of 64, bf16 or fp16, rows aligned to 16 bytes.
+// Limits: K 64, 128 or 256, V a multiple of 64, bf16 or fp16, rows aligned to 16 bytes.
 #include "dtype.cuh"
 #include "gated_delta_bwd.cuh"
 #include "launch.cuh"

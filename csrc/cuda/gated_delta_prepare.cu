@@ -25,7 +25,7 @@
 // of diagonal block w by forward substitution (a lane per column), and its row of P; warp w block column w of
 // T0, by forward substitution over blocks; all warps L, then the stores.
 //
-// Shared memory, for K = 128 (the largest): 49.5 KB, 4 blocks per processor of 228 KB, 3 of 164 KB
+// Shared memory, for K = 128: 49.5 KB, 4 blocks per processor of 228 KB, 3 of 164 KB; for K = 256 81.5 KB
 //   q, k      [64, K]  Element        32 KB    until (1)
 //   T         [64, 72] fp32           18 KB    in their place, T0, then the two parts of L; rows 8 banks
 //                                              apart: fragments B do not collide
@@ -41,7 +41,7 @@
 // Cost per chunk: 5/8 4 C^2 K FLOPs per key head, about 0.1 MFLOP x 3 of tf32 per value head; reads 4 C K
 // bytes per key head, writes 13.25 KB per value head (5.25 KB without delta): bound by memory.
 //
-// Limits: bf16, fp16; K = 64, 128; 2^31 - 1 blocks.
+// Limits: bf16, fp16; K = 64, 128, 256; 2^31 - 1 blocks.
 #include "arch/sm80.cuh"
 #include "dtype.cuh"
 #include "gated_delta.cuh"

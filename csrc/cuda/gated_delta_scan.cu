@@ -8,9 +8,9 @@
 //   (4) O = s gamma O + P E
 //   (5) S := gamma_last S + K^T (gamma_last / gamma E)
 //
-// Shapes: GatedDeltaFwdParams (params.h); K = 64 or 128, V a multiple of 64. Where the forward keeps h, S is
-// written there, rounded, before each chunk. Where sequences are split, a segment of one is gone through like
-// a sequence, from the state that gated_delta_segments.cu found.
+// Shapes: GatedDeltaFwdParams (params.h); K = 64, 128 or 256, V a multiple of 64. Where the forward keeps h,
+// S is written there, rounded, before each chunk. Where sequences are split, a segment of one is gone through
+// like a sequence, from the state that gated_delta_segments.cu found.
 //
 // Mapping: a block owns 16 kWarps columns of V of one (sequence or segment, value head); blocks are numbered
 // along x, the column tile fastest. Every warp owns 16 columns from the first chunk to the last and shares
@@ -26,7 +26,9 @@
 //   P | L          [64, 128]    Element   16 KB    P's blocks above the diagonal are never touched
 //   v              [8][64, 16]  Element   16 KB    a tile per warp; (4) leaves O there
 //   G, beta        [64]         fp32     0.5 KB
-// 129 KB: 1 block of 8 warps per processor; 113 KB: 2 blocks of 4 warps where there are 228 KB, else 1.
+// 129 KB: 1 block of 8 warps per processor; 113 KB: 2 blocks of 4 warps where there are 228 KB, else 1. For K
+// = 256, where S^T takes half of a warp's registers, E^T waits in 4 KB of shared memory a warp, and (1) makes
+// O when Z has gone: 225 KB, or 193 KB for four warps, which Hopper has.
 //
 // Pipeline: while a chunk is computed, the copies of the next one run. Top of a chunk: wait for own copies,
 // barrier (the chunk is here, and all warps have left the other stage), start the copies of the next.
@@ -54,11 +56,6 @@ namespace {
 static_assert(sizeof(ScanSmem<Config<arch::bf16, 128, true, true, 8>>) == 129 * 1024);
 static_assert(2 * (sizeof(ScanSmem<Config<arch::bf16, 128, true, true, 4>>) + 1024) <= 228 * 1024);
 
-// Whether (1) reads S once for Z and O, which rounds it once; else O comes after E, when Z's registers are
-// free.
-template <class C>
-constexpr bool kTogether = C::kKeyDim <= 128;
-
 // S, rounded, to columns of a matrix [K, V].
 template <class Element, int n>
 __device__ __forceinline__ void store_state(Element* to, unsigned V, unsigned column, const Results<n>& S) {
@@ -72,10 +69,11 @@ __device__ __forceinline__ void store_state(Element* to, unsigned V, unsigned co
   }
 }
 
-// (1) O^T = (s S)^T Q^T for 2 n tokens from step `first` of four on.
-template <class C, int n>
-__device__ __forceinline__ void read_output(Results<n>& O, const Results<C::kKeyDim / 8>& S, float scale,
-                                            const Stage<C>& stage, const Lanes<C>& lanes, int first) {
+// (1) O^T = (s S)^T Q^T. The scale is here so that S is rounded anew: the compiler would keep what it rounded
+// for Z, in a quarter of the registers.
+template <class C>
+__device__ __forceinline__ void read_output(Results<kChunk / 8>& O, const Results<C::kKeyDim / 8>& S,
+                                            float scale, const Stage<C>& stage, const Lanes<C>& lanes) {
   using Element = typename C::Element;
   set_zero(O);
 #pragma unroll
@@ -86,45 +84,50 @@ __device__ __forceinline__ void read_output(Results<n>& O, const Results<C::kKey
     uint32_t s[4];
     round_to_a<Element>(s, scaled[0], scaled[1]);
 #pragma unroll
-    for (int t = 0; t < n / 2; ++t) {
+    for (int t = 0; t < kSteps; ++t) {
       uint32_t b[4];
-      arch::ldmatrix_x4(b, fragment_row(stage.q, lanes.rows_transposed, 16 * (first + t), k));
+      arch::ldmatrix_x4(b, fragment_row(stage.q, lanes.rows_transposed, 16 * t, k));
       multiply<Element>(O[2 * t], O[2 * t + 1], s, b);
     }
   }
 }
 
-// (4) O^T = s gamma O^T + E^T P^T of these tokens; rounded and transposed to the warp's tile of v.
-template <class C, int n>
-__device__ __forceinline__ void compute_output(Stage<C>& stage, Results<n>& O, const Values& E, float scale,
-                                               const Lanes<C>& lanes, int first) {
+// (4) O^T = scale gamma O^T + E^T P^T; rounded and transposed to the warp's tile of v.
+template <class C>
+__device__ __forceinline__ void compute_output(Stage<C>& stage, Results<kChunk / 8>& O,
+                                               const Values<C::kWide>& E, float scale,
+                                               const Lanes<C>& lanes) {
   using Element = typename C::Element;
 #pragma unroll
-  for (int t = 0; t < n; ++t) {
-    const float2 gamma = decay_from_start(stage.G, first + t / 2, t % 2 * 2);
+  for (int t = 0; t < kChunk / 8; ++t) {
+    const float2 gamma = decay_from_start(stage.G, t / 2, t % 2 * 2);
     O[t][0] *= scale * gamma.x, O[t][1] *= scale * gamma.y;
     O[t][2] *= scale * gamma.x, O[t][3] *= scale * gamma.y;
   }
 #pragma unroll
   for (int t = 0; t < kSteps; ++t) {
+    uint32_t high[4], low[4];
+    E.template get<kHigh>(high, t);
+    if constexpr (C::kDelta) E.template get<kLow>(low, t);
 #pragma unroll
-    for (int i = 0; i < n / 2; ++i) {
-      if (first + i < t) continue;
+    for (int i = t; i < kSteps; ++i) {
       uint32_t p[4];
-      arch::ldmatrix_x4(p, fragment_row(stage.matrices, lanes.matrices_transposed, 16 * (first + i), 16 * t));
-      if constexpr (C::kDelta) multiply<Element>(O[2 * i], O[2 * i + 1], E.low[t], p);
-      multiply<Element>(O[2 * i], O[2 * i + 1], E.high[t], p);
+      arch::ldmatrix_x4(p, fragment_row(stage.matrices, lanes.matrices_transposed, 16 * i, 16 * t));
+      if constexpr (C::kDelta) multiply<Element>(O[2 * i], O[2 * i + 1], low, p);
+      multiply<Element>(O[2 * i], O[2 * i + 1], high, p);
     }
   }
   typename C::Slab& slab = stage.v[warp_idx()];
+  arch::sync_warp();
 #pragma unroll
-  for (int t = 0; t < n; ++t) {
-    const int row = 16 * first + 8 * t + lane_idx() / 4, col = lane_idx() % 4 * 2;
+  for (int t = 0; t < kChunk / 8; ++t) {
+    const int row = 8 * t + lane_idx() / 4, col = lane_idx() % 4 * 2;
     const uint32_t left = arch::pack<Element>(O[t][0], O[t][1]),
                    right = arch::pack<Element>(O[t][2], O[t][3]);
     *reinterpret_cast<uint32_t*>(slab.at(row, col)) = arch::transpose_8x8(left);
     *reinterpret_cast<uint32_t*>(slab.at(row, col + 8)) = arch::transpose_8x8(right);
   }
+  arch::sync_warp();
 }
 
 // Stores rows [0, num_tokens) of the warp's tile of O; `o`: this lane's first piece, moved on to the next
@@ -186,27 +189,17 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     const auto scale = static_cast<float>(params.scale);
     const bool in_pairs = C::kDelta && reflects(stage.beta);
     Results<kChunk / 8> Z, O;
-    Values E;
-    read_state<C, C::kDelta, kTogether<C>>(Z, O, S, stage, lanes, in_pairs);  // (1)
+    Values<C::kWide> E(smem.values);
+    read_state<C, C::kDelta, !C::kWide>(Z, O, S, stage, lanes, in_pairs);  // (1)
     if constexpr (C::kDelta) {
       form_residual<C>(Z, stage);    // (2)
       solve<C>(E, Z, stage, lanes);  // (3)
     } else {
       load_values<C>(E, stage);
     }
-    arch::sync_warp();  // v is read
-    if constexpr (kTogether<C>) {
-      compute_output(stage, O, E, scale, lanes, 0);  // (4)
-    } else {
-#pragma unroll
-      for (int first = 0; first < kSteps; first += kSteps / 2) {
-        Results<kChunk / 16> half;
-        read_output<C>(half, S, scale, stage, lanes, first);
-        compute_output(stage, half, E, 1.0f, lanes, first);
-      }
-    }
-    arch::sync_warp();                              // o is whole
-    update_state<C>(S, E, stage, lanes, in_pairs);  // (5)
+    if constexpr (C::kWide) read_output<C>(O, S, scale, stage, lanes);  // (1)
+    compute_output<C>(stage, O, E, C::kWide ? 1.0f : scale, lanes);     // (4)
+    update_state<C>(S, E, stage, lanes, in_pairs);                      // (5)
     store_output<C>(o, o_stride, num_tokens, stage.v[warp_idx()]);
   }
 

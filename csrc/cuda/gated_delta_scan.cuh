@@ -19,6 +19,8 @@ struct Config {
   static constexpr int kKeyDim = K_, kWarps = Warps_, kThreads = kWarps * arch::kWarpSize;
   static constexpr bool kDelta = Delta_, kOutput = Output_;
   static constexpr int kLColumn = kOutput ? kChunk : 0;  // of L beside P
+  // S fills half of the registers: E waits in shared memory, and (1) makes O when Z has gone.
+  static constexpr bool kWide = kKeyDim > 128;
   using Rows = Tile<Element, kChunk, kKeyDim>;
   using Matrices = Tile<Element, kChunk, kChunk*(int{kDelta} + int{kOutput})>;
   using Slab = Tile<Element, kChunk, kColumns>;
@@ -34,9 +36,13 @@ struct Stage {
   float G[kChunk], beta[kChunk];
 };
 
+// E^T of a warp as operands, every lane's part: the high parts of its four steps, then the low parts.
+using ValuesSmem = uint4[2][kSteps][arch::kWarpSize];
+
 template <class C>
 struct ScanSmem {
   Stage<C> stages[2];
+  ValuesSmem values[C::kWide ? C::kWarps : 0];
 };
 
 // Results of mma along a row of a warp: [16, 8 n].
@@ -307,14 +313,48 @@ __device__ __forceinline__ void load_inverse(uint32_t (&high)[4], uint32_t (&low
   low[0] = keep_below_diagonal(low[0]), low[1] = 0, low[3] = keep_below_diagonal(low[3]);
 }
 
-// What the output and the state take of E^T: a pair. Without delta there is no low part.
-struct Values {
-  Operands<kSteps> high, low;
+// E^T, of which output and state take a step of 16 tokens at a time as a pair, without delta as it is.
+template <bool kInSmem>
+struct Values;
+
+template <>
+struct Values<false> {
+  Operands<kSteps> parts[2];
+
+  __device__ explicit Values(const ValuesSmem*) {}
+  template <int part>
+  __device__ void set(int t, const uint32_t (&a)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) parts[part][t][i] = a[i];
+  }
+  template <int part>
+  __device__ void get(uint32_t (&a)[4], int t) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = parts[part][t][i];
+  }
 };
+
+template <>
+struct Values<true> {
+  uint4 (*parts)[kSteps][arch::kWarpSize];
+
+  __device__ explicit Values(ValuesSmem* smem) : parts(smem[warp_idx()]) {}
+  template <int part>
+  __device__ void set(int t, const uint32_t (&a)[4]) {
+    parts[part][t][lane_idx()] = {a[0], a[1], a[2], a[3]};
+  }
+  template <int part>
+  __device__ void get(uint32_t (&a)[4], int t) const {
+    const uint4 x = parts[part][t][lane_idx()];
+    a[0] = x.x, a[1] = x.y, a[2] = x.z, a[3] = x.w;
+  }
+};
+
+constexpr int kHigh = 0, kLow = 1;
 
 // (3) E^T = B^T + B^T L^T; B^T is overwritten.
 template <class C>
-__device__ __forceinline__ void solve(Values& E, Results<kChunk / 8>& B, const Stage<C>& stage,
+__device__ __forceinline__ void solve(Values<C::kWide>& E, Results<kChunk / 8>& B, const Stage<C>& stage,
                                       const Lanes<C>& lanes) {
   using Element = typename C::Element;
 #pragma unroll
@@ -332,20 +372,27 @@ __device__ __forceinline__ void solve(Values& E, Results<kChunk / 8>& B, const S
   }
 #pragma unroll
   for (int t = 0; t < kSteps; ++t) {
-    round_to_pair<Element>(E.high[t], E.low[t], B[2 * t], B[2 * t + 1]);
+    uint32_t high[4], low[4];
+    round_to_pair<Element>(high, low, B[2 * t], B[2 * t + 1]);
+    E.template set<kHigh>(t, high);
+    E.template set<kLow>(t, low);
   }
 }
 
 // Without delta E is V.
 template <class C>
-__device__ __forceinline__ void load_values(Values& E, const Stage<C>& stage) {
+__device__ __forceinline__ void load_values(Values<C::kWide>& E, const Stage<C>& stage) {
 #pragma unroll
-  for (int t = 0; t < kSteps; ++t) load_a_transposed(E.high[t], stage.v[warp_idx()], 0, 16 * t);
+  for (int t = 0; t < kSteps; ++t) {
+    uint32_t v[4];
+    load_a_transposed(v, stage.v[warp_idx()], 0, 16 * t);
+    E.template set<kHigh>(t, v);
+  }
 }
 
 // (5) S^T = gamma_last S^T + (gamma_last / gamma E)^T K. in_pairs: E is a pair here too.
 template <class C>
-__device__ __forceinline__ void update_state(Results<C::kKeyDim / 8>& S, const Values& E,
+__device__ __forceinline__ void update_state(Results<C::kKeyDim / 8>& S, const Values<C::kWide>& E,
                                              const Stage<C>& stage, const Lanes<C>& lanes, bool in_pairs) {
   using Element = typename C::Element;
   const float whole = arch::exp2(stage.G[kChunk - 1]);
@@ -357,11 +404,13 @@ __device__ __forceinline__ void update_state(Results<C::kKeyDim / 8>& S, const V
 #pragma unroll
   for (int t = 0; t < kSteps; ++t) {
     uint32_t high[4], low[4];
+    E.template get<kHigh>(high, t);
+    if constexpr (C::kDelta) E.template get<kLow>(low, t);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      float2 x = arch::unpack<Element>(E.high[t][i]);
+      float2 x = arch::unpack<Element>(high[i]);
       if constexpr (C::kDelta) {
-        const float2 rest = arch::unpack<Element>(E.low[t][i]);
+        const float2 rest = arch::unpack<Element>(low[i]);
         x.x += rest.x, x.y += rest.y;
       }
       const float2 decay = decay_to_end(stage.G, t, i);

@@ -21,7 +21,7 @@
 // state whole, from where all have just written it.
 //
 // Shared memory: (1) for K = 128 two stages of k [64, K] 16 KB, L [64, 64] 8 KB, v [4][64, 16] 8 KB, G and
-// beta: 65 KB; Ampere has room for 2 blocks, Hopper for 3. (2) none.
+// beta: 65 KB; Ampere has room for 2 blocks, Hopper for 3; 113 KB for K = 256. (2) none.
 //
 // Numerics: (1) as gated_delta_scan.cu. (2) fp32 factors split into two tf32 each, three products for one, so
 // that it adds no error of its own (2^-21 a step).
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(C::kThreads, 2)
 
     const bool in_pairs = C::kDelta && reflects(stage.beta);
     Results<kChunk / 8> Z;
-    Values E;
+    Values<C::kWide> E(smem.values);
     if constexpr (C::kDelta) {
       read_state<C, true, false>(Z, Z, S, stage, lanes, in_pairs);
       form_residual<C>(Z, stage);
@@ -104,14 +104,16 @@ __global__ void __launch_bounds__(C::kThreads, 2)
     whole *= arch::exp2(stage.G[kChunk - 1]);
   }
 
-  const int64_t head = slot.segment * params.HV + slot.head;
+  // asked anew: what outlives the loop costs registers in it
+  const Slot<C> same(params, num_columns / (C::kWarps * kColumns));
+  const int64_t head = same.segment * params.HV + same.head;
   if (finds_M) {
-    for_each_of_state(S, params.transfers + head * C::kKeyDim * C::kKeyDim + (column - V), C::kKeyDim,
-                      [](float* to, float x) { *to = x; });
+    for_each_of_state(S, params.transfers + head * C::kKeyDim * C::kKeyDim + (same.column - params.V),
+                      C::kKeyDim, [](float* to, float x) { *to = x; });
     return;
   }
-  if (!C::kDelta && column == 0 && lane_idx() == 0) params.transfers[head] = whole;
-  for_each_of_state(S, params.segment_states + slot.state(params, slot.segment + 1), V,
+  if (!C::kDelta && same.column == 0 && lane_idx() == 0) params.transfers[head] = whole;
+  for_each_of_state(S, params.segment_states + same.state(params, same.segment + 1), params.V,
                     [](float* to, float x) { *to = x; });
 }
 

@@ -48,8 +48,8 @@ inline Status allow_shared_bytes(const void* kernel, size_t bytes) {
   if (const Status status = max_shared_bytes(most); status != nullptr) return status;
   return bytes <= static_cast<size_t>(most)
              ? status_of(error)
-             : "a block of this GPU has less shared memory than the kernel needs (compute capability 8.0 "
-               "and 9.0 have it)";
+             : "a block of this GPU has less shared memory than the kernel needs (compute capability 9.0 "
+               "has it, 8.0 too for head dimensions up to 128)";
 }
 
 // Starts `num_blocks` blocks, all along x, so that the number of sequences is bounded by 2^31 - 1 blocks

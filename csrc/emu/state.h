@@ -71,7 +71,7 @@ struct Machine {
   // the settings
   uint64_t seed = 0;
   int num_processors = 4;
-  int max_shared_bytes = 163 * 1024;
+  int max_shared_bytes = 227 * 1024;
 
   // the launch
   const Launch* launch = nullptr;

@@ -348,7 +348,7 @@ const Entry kBad[] = {
     BAD(copy_from_out_of_bounds),
     BAD(shared_out_of_bounds),
     {"too_little_shared_memory", start<too_little_shared_memory, kThreads, 64>},
-    {"more_shared_memory_than_there_is", start<too_little_shared_memory, kThreads, 200'000>},
+    {"more_shared_memory_than_there_is", start<too_little_shared_memory, kThreads, 240'000>},
     {"part_of_a_warp", start<all_write_one_place, 48>},
     BAD(global_read_out_of_bounds),
     BAD(global_write_out_of_bounds),
