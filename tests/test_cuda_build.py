@@ -17,6 +17,7 @@ WITHOUT_TENSOR_CORES = (  # how kernels begin that have nothing to multiply but 
     "gated_delta_step_kernel",
     "gated_delta::gated_delta_map_kernel",
     "gated_delta::gated_delta_chain_kernel<128, false,",  # of simple GLA
+    "gated_delta::gated_delta_chain_kernel<256, false,",
     "gated_delta::gated_delta_chain_kernel<64, false,",
     "hype_attention_bwd_prepare_kernel",
     "hype_attention_decode_combine_kernel",
