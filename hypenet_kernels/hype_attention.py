@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from hypenet_kernels import checks, native
+from hypenet_kernels import checks, differentiable, native
 
 
 def hype_attention(q, k, v, *, logit_scale_base=None, gate=None, scale=None, query_offset=0, cu_seqlens=None):
@@ -332,17 +332,12 @@ def _backward(ctx, do, *_):
     return dq, dk, dv, None if gate is None else dgate, None, None, None, None
 
 
-def _no_second_derivative(ctx, *_):
-    # An op of its own refuses, since once_differentiable notices only a `do` that wants a gradient: where q, k, v or
-    # gate does, it cuts the graph, and a loss with other terms would get a wrong gradient without a word.
-    raise NotImplementedError("hype_attention: q, k, v and gate must not want a second derivative: it is not built")
-
-
 _library = torch.library.Library("hypenet", "FRAGMENT")
 _OPTIONS = "float? logit_scale_base, float? scale"
 _INPUTS = f"Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? cu_seqlens, {_OPTIONS}, SymInt query_offset"
 _library.define(f"hype_attention_inference({_INPUTS}) -> Tensor")
-_library.define(f"hype_attention({_INPUTS}) -> (Tensor o, Tensor o_ungated, Tensor lse)")
+for _name in ("hype_attention_saving", "hype_attention"):
+    _library.define(f"{_name}({_INPUTS}) -> (Tensor o, Tensor o_ungated, Tensor lse)")
 _library.define(
     "hype_attention_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? cu_seqlens, Tensor o_ungated, "
     f"Tensor lse, {_OPTIONS}, SymInt query_offset) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dgate)"
@@ -355,6 +350,7 @@ _inference_runs = [partial(run, save=False) for run in (_forward_fake, _forward_
 _forward_runs = [partial(run, save=True) for run in (_forward_fake, _forward_native, _forward_native)]
 for _name, _fake, _cpu, _cuda in (
     ("hype_attention_inference", *_inference_runs),
+    ("hype_attention_saving", *_forward_runs),
     ("hype_attention", *_forward_runs),
     ("hype_attention_bwd", _backward_fake, _backward_native, _backward_native),
     ("hype_attention_decode", _decode_fake, _decode_cpu, _decode_cuda),
@@ -362,9 +358,13 @@ for _name, _fake, _cpu, _cuda in (
     _library.impl(_name, _cpu, "CPU")
     _library.impl(_name, _cuda, "CUDA")
     torch.library.register_fake(f"hypenet::{_name}", _fake, lib=_library)
-torch.library.register_autograd("hypenet::hype_attention", _backward, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("hypenet::hype_attention_bwd", _no_second_derivative, lib=_library)
+_saving = torch.ops.hypenet.hype_attention_saving.default
+differentiable.register(_library, "hype_attention", _saving, _setup_context, _backward)
+_backward_op = differentiable.once(
+    torch.ops.hypenet.hype_attention_bwd.default,
+    NotImplementedError,
+    "hype_attention: q, k, v and gate must not want a second derivative: it is not built",
+)
 _inference = torch.ops.hypenet.hype_attention_inference.default
 _forward = torch.ops.hypenet.hype_attention.default
-_backward_op = torch.ops.hypenet.hype_attention_bwd.default
 _decode = torch.ops.hypenet.hype_attention_decode.default

@@ -3,10 +3,10 @@
 Everything here takes beta = None for simple GLA. Fakes check and allocate; the functions for a device add the native
 call. g, beta and states arrive in the accumulation type.
 
-A forward op comes twice. <op> is differentiable, and returns besides o and final_state a list of what its backward
-reads again (Saved; empty on the CPU, which computes it anew). <op>_inference (save = False) returns these two alone:
-where no gradient is wanted, a call pays neither for more tensors nor for PyTorch's autograd layer. NT chunks of 64
-tokens, K and V padded:
+A forward op comes three times. <op> is differentiable, and returns besides o and final_state a list of what its
+backward reads again (Saved; empty on the CPU, which computes it anew); <op>_saving is the same without a gradient, and
+runs below it. <op>_inference (save = False) returns o and final_state alone: where no gradient is wanted, a call pays
+neither for more tensors nor for PyTorch's autograd layer. NT chunks of 64 tokens, K and V padded:
     T0 [NT, HV, 64, 64] dtype, G [NT, HV, 64] float32, h [NT, HV, K, V] dtype, chunk_offsets [N + 1] int64,
 and where sequences are split, into NS segments:
     transfers [NS, HV, K, K] ([NS, HV] without delta) float32, segment_offsets [N + 1] int64
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from hypenet_kernels import checks, native
+from hypenet_kernels import checks, differentiable, native
 
 # fla's arguments that say how it computes, not what: without meaning here.
 HINTS = frozenset({"chunk_size", "cu_seqlens_cpu", "chunk_indices"})
@@ -560,18 +560,27 @@ def register(library, schema, fake, cpu, cuda=None):
 
 
 def register_forward(library, name, inputs, fake, cpu, cuda, backward):
-    """Registers <name>_inference and the differentiable <name>, and returns both. fake, cpu, cuda: take `save` last."""
-    for suffix, saved, save in (("_inference", "", False), ("", ", Tensor[] saved", True)):
+    """Registers the three ops of a forward; returns the one for inference and the differentiable one.
+
+    fake, cpu, cuda: take `save` last.
+    """
+    for suffix, saved, save in (
+        ("_inference", "", False),
+        ("_saving", ", Tensor[] saved", True),
+        ("", ", Tensor[] saved", True),
+    ):
         schema = f"{name}{suffix}({inputs}, float scale, int segment_chunks) -> (Tensor o, Tensor final_state{saved})"
         register(library, schema, *(functools.partial(run, save=save) for run in (fake, cpu, cuda)))
-    torch.library.register_autograd(f"hypenet::{name}", backward, setup_context=setup_context, lib=library)
-    return getattr(torch.ops.hypenet, f"{name}_inference").default, getattr(torch.ops.hypenet, name).default
+    inference, saving, operator = (
+        getattr(torch.ops.hypenet, name + suffix).default for suffix in ("_inference", "_saving", "")
+    )
+    differentiable.register(library, name, saving, setup_context, backward)
+    return inference, operator
 
 
-def refuse_second_derivative(library, backward_name):
-    """Gives a backward op a gradient that raises, as without one a second derivative would silently miss terms."""
-
-    def refuse(ctx, *_):
-        raise RuntimeError(f"{backward_name}: there is no second derivative")
-
-    torch.library.register_autograd(f"hypenet::{backward_name}", refuse, lib=library)
+def register_backward(library, schema, fake, cpu, cuda):
+    """Registers the op and returns what a backward calls."""
+    register(library, schema, fake, cpu, cuda)
+    name = schema.split("(")[0]
+    operator = getattr(torch.ops.hypenet, name).default
+    return differentiable.once(operator, RuntimeError, f"{name}: there is no second derivative")

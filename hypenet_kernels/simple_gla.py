@@ -196,14 +196,12 @@ _chunk = recurrence.register_forward(
 _recurrent = recurrence.register_forward(
     _library, "fused_recurrent_simple_gla", _INPUTS, _recurrent_fake, _recurrent_cpu, _recurrent_cuda, _backward
 )
-recurrence.register(
+_chunk_bwd = recurrence.register_backward(
     _library,
     f"chunk_simple_gla_bwd({_BWD_INPUTS}) -> ({_GRADIENTS})",
     _chunk_bwd_fake,
     _chunk_bwd_cpu,
     _chunk_bwd_cuda,
 )
-recurrence.refuse_second_derivative(_library, "chunk_simple_gla_bwd")
 recurrence.register(_library, f"simple_gla_step({_STEP}) -> Tensor", _step_fake, _step_run, _step_run)
-_chunk_bwd = torch.ops.hypenet.chunk_simple_gla_bwd.default
 _step = torch.ops.hypenet.simple_gla_step.default
