@@ -132,7 +132,7 @@ def _new_lse(q):
 
 def _forward_native(q, k, v, gate, cu_seqlens, logit_scale_base, scale, query_offset, save):
     outputs = _forward_fake(q, k, v, gate, cu_seqlens, logit_scale_base, scale, query_offset, save)
-    o, o_ungated, lse = outputs if save else (outputs, None, _new_lse(q))
+    o, o_ungated, lse = outputs if save else (outputs, None, _new_lse(q) if native.on_cuda(q) else None)
     D, width = q.shape[3], _built_width("hype_attention", q)
     if o.numel() == 0:
         return outputs
