@@ -131,7 +131,7 @@ def gated_delta_step(
     required = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "state": state}
     optional = {"state_indices": state_indices, "A_log": A_log, "dt_bias": dt_bias}
     recurrence.check_tensors(op, required, optional)
-    checks.no_grad(op, required | optional)
+    checks.no_grad(op, required, optional)
     if allow_neg_eigval and not use_beta_sigmoid_in_kernel:
         checks.fail(ValueError, op, "allow_neg_eigval", "be False without use_beta_sigmoid_in_kernel", True)
     beta_limit = (2.0 if allow_neg_eigval else 1.0) if use_beta_sigmoid_in_kernel else 0.0

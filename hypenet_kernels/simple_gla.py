@@ -90,7 +90,7 @@ def simple_gla_step(
     required = {"q": q, "k": k, "v": v, "g": g, "state": state}
     optional = {"state_indices": state_indices, "A_log": A_log, "dt_bias": dt_bias}
     recurrence.check_tensors(op, required, optional)
-    checks.no_grad(op, required | optional)
+    checks.no_grad(op, required, optional)
     g, _, A_log, dt_bias = recurrence.step_gates(op, q, g, None, use_gate_in_kernel, A_log, dt_bias)
     return _step(q, k, v, g, state, state_indices, A_log, dt_bias, recurrence.default_scale(q, scale))
 
