@@ -133,7 +133,7 @@ struct HypeAttentionFwdParams {
   // outputs
   void* o;          // [B, T, H, D] dtype, gated
   void* o_ungated;  // [B, T, H, D] dtype, or null without gate and where no gradient is wanted
-  void* lse;        // [B, H, T] acc, natural log of the softmax denominator
+  void* lse;        // [B, H, T] acc, natural log of the softmax denominator; on the CPU may be null
 };
 
 struct HypeAttentionBwdParams {

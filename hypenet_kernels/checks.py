@@ -57,10 +57,10 @@ def dtype(op, name, x, allowed):
 
 def element(op, name, x):
     """A float type that is built for the device."""
-    dtype(op, name, x, FLOATS)
     on_cuda = native.on_cuda(x)
     built = native.CUDA_OPS.get(op, FLOATS) if on_cuda else FLOATS if x.is_meta else CPU_FLOATS
     if x.dtype not in built:
+        dtype(op, name, x, FLOATS)
         rule = f"be {' or '.join(_name(d) for d in built)} on {'CUDA' if on_cuda else 'CPU'}"
         fail(NotImplementedError, op, name, rule, _name(x.dtype))
 
@@ -101,9 +101,17 @@ def cu_seqlens(op, x, B, T):
             fail(ValueError, op, "cu_seqlens", f"rise from 0 to T = {T} without falling", bounds)
 
 
-def no_grad(op, tensors):
-    """Decode ops mutate their state and have no backward."""
+def wants_gradient(*tensors):
+    """Whether a call is to be differentiated; None among the tensors passes."""
     if torch.is_grad_enabled():
-        for name, x in tensors.items():
+        for x in tensors:
             if x is not None and x.requires_grad:
-                fail(ValueError, op, name, "not require grad (a decode op has no backward; use torch.no_grad())", True)
+                return True
+    return False
+
+
+def no_grad(op, required, optional):
+    """Decode ops mutate their state and have no backward."""
+    if wants_gradient(*required.values(), *optional.values()):
+        name = next(name for name, x in (required | optional).items() if x is not None and x.requires_grad)
+        fail(ValueError, op, name, "not require grad (a decode op has no backward; use torch.no_grad())", True)

@@ -131,7 +131,7 @@ def gated_delta_step(
     required = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "state": state}
     optional = {"state_indices": state_indices, "A_log": A_log, "dt_bias": dt_bias}
     recurrence.check_tensors(op, required, optional)
-    checks.no_grad(op, required | optional)
+    checks.no_grad(op, required, optional)
     if allow_neg_eigval and not use_beta_sigmoid_in_kernel:
         checks.fail(ValueError, op, "allow_neg_eigval", "be False without use_beta_sigmoid_in_kernel", True)
     beta_limit = (2.0 if allow_neg_eigval else 1.0) if use_beta_sigmoid_in_kernel else 0.0
@@ -214,14 +214,12 @@ _chunk = recurrence.register_forward(
 _recurrent = recurrence.register_forward(
     _library, "fused_recurrent_gated_delta_rule", _INPUTS, _recurrent_fake, _recurrent_cpu, _recurrent_cuda, _backward
 )
-recurrence.register(
+_chunk_bwd = recurrence.register_backward(
     _library,
     f"chunk_gated_delta_rule_bwd({_BWD_INPUTS}) -> ({_GRADIENTS})",
     _chunk_bwd_fake,
     _chunk_bwd_cpu,
     _chunk_bwd_cuda,
 )
-recurrence.refuse_second_derivative(_library, "chunk_gated_delta_rule_bwd")
 recurrence.register(_library, f"gated_delta_step({_STEP}) -> Tensor", _step_fake, _step_run, _step_run)
-_chunk_bwd = torch.ops.hypenet.chunk_gated_delta_rule_bwd.default
 _step = torch.ops.hypenet.gated_delta_step.default

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from hypenet_kernels import checks, native
+from hypenet_kernels import checks, differentiable, native
 
 
 def hype_attention(q, k, v, *, logit_scale_base=None, gate=None, scale=None, query_offset=0, cu_seqlens=None):
@@ -28,9 +28,7 @@ def hype_attention(q, k, v, *, logit_scale_base=None, gate=None, scale=None, que
     op = "hype_attention"
     checks.tensors(op, {"q": q, "k": k, "v": v}, {"gate": gate, "cu_seqlens": cu_seqlens})
     arguments = (q, k, v, gate, cu_seqlens, logit_scale_base, scale, query_offset)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, gate)):
-        return _forward(*arguments)[0]
-    return _inference(*arguments)
+    return _forward(*arguments)[0] if checks.wants_gradient(q, k, v, gate) else _inference(*arguments)
 
 
 def hype_attention_decode(
@@ -51,29 +49,27 @@ def hype_attention_decode(
     required = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "cache_seqlens": cache_seqlens}
     optional = {"k": k, "v": v, "gate": gate}
     checks.tensors(op, required, optional)
-    checks.no_grad(op, required | optional)
+    checks.no_grad(op, required, optional)
     return _decode(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base, scale)
 
 
 def _check_forward(q, k, v, gate, cu_seqlens, logit_scale_base, query_offset):
     op = "hype_attention"
-    _check_heads(op, q, "k", k, gate, logit_scale_base)
-    (B, T, _, D), HK = q.shape, k.shape[2]
+    B, T, _, D, HK = _check_heads(op, q, "k", k, gate, logit_scale_base)
     if query_offset < 0:
         checks.fail(ValueError, op, "query_offset", "be at least 0", query_offset)
     if cu_seqlens is not None:
         checks.cu_seqlens(op, cu_seqlens, B, T)
         if query_offset != 0:
             checks.fail(ValueError, op, "query_offset", "be 0 with cu_seqlens", query_offset)
-    checks.shape(op, "k", k, [B, query_offset + T, HK, D])
+    checks.shape(op, "k", k, (B, query_offset + T, HK, D))
     checks.like(op, "v", v, "k", k)
 
 
 def _check_decode(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base):
     op = "hype_attention_decode"
-    _check_heads(op, q, "k_cache", k_cache, gate, logit_scale_base)
-    (B, T, _, D), (capacity, HK) = q.shape, k_cache.shape[1:3]
-    checks.shape(op, "k_cache", k_cache, [B, capacity, HK, D])
+    B, T, _, D, HK = _check_heads(op, q, "k_cache", k_cache, gate, logit_scale_base)
+    checks.shape(op, "k_cache", k_cache, (B, k_cache.shape[1], HK, D))
     checks.like(op, "v_cache", v_cache, "k_cache", k_cache)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if D > 1 and cache.stride(-1) != 1:
@@ -92,18 +88,20 @@ def _check_decode(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_ba
 
 
 def _check_heads(op, q, key_name, k, gate, logit_scale_base):
-    """What both ops ask of queries, keys and gate."""
+    """What both ops ask of queries, keys and gate. Returns B, T, H, D, HK."""
     checks.rank(op, "q", q, "B T H D")
     checks.rank(op, key_name, k, "B S HK D")
     checks.element(op, "q", q)
     checks.same_dtype(op, key_name, k, q)
-    if q.shape[3] == 0:
+    (B, T, H, D), HK = q.shape, k.shape[2]
+    if D == 0:
         checks.fail(ValueError, op, "q", "have a head dimension of at least 1", list(q.shape))
-    checks.multiple(op, "q's number of heads", q.shape[2], f"{key_name}'s", k.shape[2])
+    checks.multiple(op, "q's number of heads", H, f"{key_name}'s", HK)
     if gate is not None:
         checks.like(op, "gate", gate, "q", q)
     if logit_scale_base is not None and not 1 < logit_scale_base < float("inf"):
         checks.fail(ValueError, op, "logit_scale_base", "be greater than 1 and finite", logit_scale_base)
+    return B, T, H, D, HK
 
 
 def _check_lengths(cache_seqlens, T, capacity, appends):
@@ -132,7 +130,7 @@ def _new_lse(q):
 
 def _forward_native(q, k, v, gate, cu_seqlens, logit_scale_base, scale, query_offset, save):
     outputs = _forward_fake(q, k, v, gate, cu_seqlens, logit_scale_base, scale, query_offset, save)
-    o, o_ungated, lse = outputs if save else (outputs, None, _new_lse(q))
+    o, o_ungated, lse = outputs if save else (outputs, None, _new_lse(q) if native.on_cuda(q) else None)
     D, width = q.shape[3], _built_width("hype_attention", q)
     if o.numel() == 0:
         return outputs
@@ -144,7 +142,7 @@ def _forward_native(q, k, v, gate, cu_seqlens, logit_scale_base, scale, query_of
             return wide[..., :D].contiguous()
         o, o_ungated, lse = wide
         return o[..., :D].contiguous(), o_ungated[..., :D].contiguous(), lse
-    q, k, v, gate = (_readable(x) for x in (q, k, v, gate))
+    q, k, v, gate = map(_readable, (q, k, v, gate))
     bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
     fields = {
         **_sizes(q, k, logit_scale_base, scale),
@@ -189,7 +187,7 @@ def _backward_native(do, q, k, v, gate, cu_seqlens, o_ungated, lse, logit_scale_
 
 def _run_backward(gradients, do, q, k, v, gate, cu_seqlens, o_ungated, lse, logit_scale_base, scale, query_offset):
     dq, dk, dv, dgate = gradients
-    do, q, k, v, gate = (_readable(x) for x in (do, q, k, v, gate))
+    do, q, k, v, gate = map(_readable, (do, q, k, v, gate))
     o_ungated, lse = o_ungated.contiguous(), lse.contiguous()
     bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
     on_cuda = native.on_cuda(q)
@@ -271,7 +269,7 @@ def _run_decode(
 ):
     if o.numel() == 0:
         return
-    q, k, v, gate = (native.dense_last(x) for x in (q, k, v, gate))
+    q, k, v, gate = map(native.dense_last, (q, k, v, gate))
     lengths = lengths.contiguous()
     fields = {
         **_sizes(q, k_cache, logit_scale_base, scale),
@@ -332,17 +330,12 @@ def _backward(ctx, do, *_):
     return dq, dk, dv, None if gate is None else dgate, None, None, None, None
 
 
-def _no_second_derivative(ctx, *_):
-    # An op of its own refuses, since once_differentiable notices only a `do` that wants a gradient: where q, k, v or
-    # gate does, it cuts the graph, and a loss with other terms would get a wrong gradient without a word.
-    raise NotImplementedError("hype_attention: q, k, v and gate must not want a second derivative: it is not built")
-
-
 _library = torch.library.Library("hypenet", "FRAGMENT")
 _OPTIONS = "float? logit_scale_base, float? scale"
 _INPUTS = f"Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? cu_seqlens, {_OPTIONS}, SymInt query_offset"
 _library.define(f"hype_attention_inference({_INPUTS}) -> Tensor")
-_library.define(f"hype_attention({_INPUTS}) -> (Tensor o, Tensor o_ungated, Tensor lse)")
+for _name in ("hype_attention_saving", "hype_attention"):
+    _library.define(f"{_name}({_INPUTS}) -> (Tensor o, Tensor o_ungated, Tensor lse)")
 _library.define(
     "hype_attention_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? cu_seqlens, Tensor o_ungated, "
     f"Tensor lse, {_OPTIONS}, SymInt query_offset) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dgate)"
@@ -355,6 +348,7 @@ _inference_runs = [partial(run, save=False) for run in (_forward_fake, _forward_
 _forward_runs = [partial(run, save=True) for run in (_forward_fake, _forward_native, _forward_native)]
 for _name, _fake, _cpu, _cuda in (
     ("hype_attention_inference", *_inference_runs),
+    ("hype_attention_saving", *_forward_runs),
     ("hype_attention", *_forward_runs),
     ("hype_attention_bwd", _backward_fake, _backward_native, _backward_native),
     ("hype_attention_decode", _decode_fake, _decode_cpu, _decode_cuda),
@@ -362,9 +356,13 @@ for _name, _fake, _cpu, _cuda in (
     _library.impl(_name, _cpu, "CPU")
     _library.impl(_name, _cuda, "CUDA")
     torch.library.register_fake(f"hypenet::{_name}", _fake, lib=_library)
-torch.library.register_autograd("hypenet::hype_attention", _backward, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("hypenet::hype_attention_bwd", _no_second_derivative, lib=_library)
+_saving = torch.ops.hypenet.hype_attention_saving.default
+differentiable.register(_library, "hype_attention", _saving, _setup_context, _backward)
+_backward_op = differentiable.once(
+    torch.ops.hypenet.hype_attention_bwd.default,
+    NotImplementedError,
+    "hype_attention: q, k, v and gate must not want a second derivative: it is not built",
+)
 _inference = torch.ops.hypenet.hype_attention_inference.default
 _forward = torch.ops.hypenet.hype_attention.default
-_backward_op = torch.ops.hypenet.hype_attention_bwd.default
 _decode = torch.ops.hypenet.hype_attention_decode.default

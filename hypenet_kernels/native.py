@@ -108,7 +108,10 @@ def empty_like(x):
 
 def view(x):
     """(pointer, strides of batch, token, head) of a [B, T, heads, dim] or [B, T, heads] tensor; ABSENT for None."""
-    return ABSENT if x is None else (x.data_ptr(), *x.stride()[:3])
+    if x is None:
+        return ABSENT
+    strides = x.stride()
+    return x.data_ptr(), strides[0], strides[1], strides[2]
 
 
 def indices(x):
@@ -123,7 +126,8 @@ def pointer(x):
 
 def dense_last(x):
     """x itself where its last dimension is contiguous (any other strides are fine), else a contiguous copy."""
-    return x if x is None or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+    dense = x is None or x.is_contiguous() or x.stride(-1) == 1 or x.shape[-1] <= 1
+    return x if dense else x.contiguous()
 
 
 def aligned_rows(x):

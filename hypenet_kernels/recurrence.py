@@ -3,10 +3,10 @@
 Everything here takes beta = None for simple GLA. Fakes check and allocate; the functions for a device add the native
 call. g, beta and states arrive in the accumulation type.
 
-A forward op comes twice. <op> is differentiable, and returns besides o and final_state a list of what its backward
-reads again (Saved; empty on the CPU, which computes it anew). <op>_inference (save = False) returns these two alone:
-where no gradient is wanted, a call pays neither for more tensors nor for PyTorch's autograd layer. NT chunks of 64
-tokens, K and V padded:
+A forward op comes three times. <op> is differentiable, and returns besides o and final_state a list of what its
+backward reads again (Saved; empty on the CPU, which computes it anew); <op>_saving is the same without a gradient, and
+runs below it. <op>_inference (save = False) returns o and final_state alone: where no gradient is wanted, a call pays
+neither for more tensors nor for PyTorch's autograd layer. NT chunks of 64 tokens, K and V padded:
     G [NT, HV, 64] float32, L [NT, HV, 64, 64] dtype, h [NT, HV, K, V] dtype, chunk_offsets [N + 1] int64,
 and where sequences are split, into NS segments:
     transfers [NS, HV, K, K] ([NS, HV] without delta) float32, segment_offsets [N + 1] int64
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from hypenet_kernels import checks, native
+from hypenet_kernels import checks, differentiable, native
 
 # fla's arguments that say how it computes, not what: without meaning here.
 HINTS = frozenset({"chunk_size", "cu_seqlens_cpu", "chunk_indices"})
@@ -119,22 +119,16 @@ def run(
         q, k = l2norm(q), l2norm(k)
     gates = [accumulated(op, name, x, q) for name, x in gates.items()]
     initial_state = accumulated(op, "initial_state", initial_state, q)
-    operator = operators[needs_gradient(q, k, v, *gates, initial_state)]
+    operator = operators[checks.wants_gradient(q, k, v, *gates, initial_state)]
     segment_chunks = chunks_of_segment(op, q, v, cu_seqlens) if split_sequence else 0
     scale = default_scale(q, scale)
     o, final_state, *_ = operator(q, k, v, *gates, initial_state, cu_seqlens, scale, segment_chunks)
     return o, final_state if output_final_state else None
 
 
-def needs_gradient(*tensors):
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
 def check_tensors(op, required, optional):
     checks.tensors(op, required, optional)
-    q = required["q"]
-    checks.rank(op, "q", q, "B T H K")
-    checks.element(op, "q", q)
+    checks.rank(op, "q", required["q"], "B T H K")
 
 
 def default_scale(q, scale):
@@ -143,11 +137,11 @@ def default_scale(q, scale):
 
 def accumulated(op, name, x, q):
     """g, beta or a state of any float type, in the accumulation type of q."""
-    if x is None:
-        return None
-    checks.dtype(op, name, x, checks.FLOATS)
     wide = native.accumulator(q.dtype)
-    return x if x.dtype == wide else x.to(wide)
+    if x is None or x.dtype == wide:
+        return x
+    checks.dtype(op, name, x, checks.FLOATS)
+    return x.to(wide)
 
 
 def check_inputs(op, q, k, v, g, beta, gate_dtype=None):
@@ -155,17 +149,18 @@ def check_inputs(op, q, k, v, g, beta, gate_dtype=None):
     checks.rank(op, "q", q, "B T H K")
     checks.rank(op, "v", v, "B T HV V")
     checks.element(op, "q", q)
-    (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
+    (B, T, H, K), (_, _, HV, V) = q.shape, v.shape
     checks.like(op, "k", k, "q", q)
     checks.shape(op, "v", v, (B, T, HV, V))
     checks.same_dtype(op, "v", v, q)
     if K == 0 or V == 0:
         checks.fail(ValueError, op, "head dimensions", "be at least 1", f"K = {K}, V = {V}")
     checks.multiple(op, "v's number of heads", HV, "q's number of heads", H)
+    gate_dtypes = (gate_dtype or native.accumulator(q.dtype),)
     for name, x in (("g", g), ("beta", beta)):
         if x is not None:
             checks.shape(op, name, x, (B, T, HV))
-            checks.dtype(op, name, x, (gate_dtype or native.accumulator(q.dtype),))
+            checks.dtype(op, name, x, gate_dtypes)
 
 
 def num_sequences(q, cu_seqlens):
@@ -244,7 +239,7 @@ def forward_fake(op, q, k, v, g, beta, initial_state, cu_seqlens, segment_chunks
 
 def forward_cpu(kernel_name, op, q, k, v, g, beta, initial_state, cu_seqlens, scale, save):
     o, final_state = outputs(op, q, k, v, g, beta, initial_state, cu_seqlens)
-    q, k, v = (native.dense_last(x) for x in (q, k, v))
+    q, k, v = map(native.dense_last, (q, k, v))
     initial_state, cu_seqlens = _contiguous(initial_state), _bounds(cu_seqlens)
     fields = {
         **_operands(q, k, v, g, beta, scale),
@@ -317,7 +312,7 @@ def backward_fake(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seql
 def backward_cpu(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens, scale):
     gradients = backward_fake(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens)
     dq, dk, dv, dg, *dbeta, dinitial_state = gradients
-    do, q, k, v = (native.dense_last(x) for x in (do, q, k, v))
+    do, q, k, v = map(native.dense_last, (do, q, k, v))
     initial_state, dfinal_state = _contiguous(initial_state), _contiguous(dfinal_state)
     cu_seqlens = _bounds(cu_seqlens)
     fields = {
@@ -409,19 +404,17 @@ def step_gates(op, q, g, beta, use_gate, A_log, dt_bias):
     """(g, beta, A_log, dt_bias) as the step takes them: g and beta in q's dtype, or all in the accumulation type."""
     if use_gate:
         checks.tensor(op, "A_log", A_log)
-    for name, x in (("A_log", A_log), ("dt_bias", dt_bias)):
-        if x is not None and not use_gate:
-            checks.fail(ValueError, op, name, "be left out without use_gate_in_kernel", list(x.shape))
-    if any(x is not None and x.dtype != q.dtype for x in (g, beta)):
+    elif A_log is not None or dt_bias is not None:
+        name, x = ("dt_bias", dt_bias) if A_log is None else ("A_log", A_log)
+        checks.fail(ValueError, op, name, "be left out without use_gate_in_kernel", list(x.shape))
+    if g.dtype != q.dtype or (beta is not None and beta.dtype != q.dtype):
         g, beta = accumulated(op, "g", g, q), accumulated(op, "beta", beta, q)
     return g, beta, accumulated(op, "A_log", A_log, q), accumulated(op, "dt_bias", dt_bias, q)
 
 
 def step_fake(op, q, k, v, g, beta, state, state_indices, A_log, dt_bias):
-    checks.tensor(op, "g", g)
-    in_dtype = g.dtype == q.dtype
-    check_inputs(op, q, k, v, g, beta, q.dtype if in_dtype else None)
-    (B, T, _, K), (HV, V) = q.shape, v.shape[2:]
+    check_inputs(op, q, k, v, g, beta, q.dtype if g.dtype == q.dtype else None)
+    (B, T, _, K), (_, _, HV, V) = q.shape, v.shape
     checks.rank(op, "state", state, "slots HV K V")
     slots = B if state_indices is None else state.shape[0]
     _check_state(op, "state", state, q, (slots, HV, K, V))
@@ -430,8 +423,8 @@ def step_fake(op, q, k, v, g, beta, state, state_indices, A_log, dt_bias):
     if state_indices is not None:
         checks.shape(op, "state_indices", state_indices, [B])
         checks.dtype(op, "state_indices", state_indices, (torch.int32, torch.int64))
-    for name, x in (("A_log", A_log), ("dt_bias", dt_bias)):
-        _check_state(op, name, x, q, [HV])
+    _check_state(op, "A_log", A_log, q, (HV,))
+    _check_state(op, "dt_bias", dt_bias, q, (HV,))
     return q.new_empty(B, T, HV, V)
 
 
@@ -444,8 +437,8 @@ def step(op, q, k, v, g, beta, state, state_indices, A_log, dt_bias, scale, use_
             checks.fail(NotImplementedError, op, "q", rule, q.shape[3])
     elif state_indices is not None:
         _check_slots(op, state_indices.tolist(), state.shape[0])
-    q, k, v = (native.dense_last(x) for x in (q, k, v))
-    state_indices, A_log, dt_bias = (_contiguous(x) for x in (state_indices, A_log, dt_bias))
+    q, k, v = map(native.dense_last, (q, k, v))
+    state_indices, A_log, dt_bias = map(_contiguous, (state_indices, A_log, dt_bias))
     fields = {
         **_operands(q, k, v, g, beta, scale),
         "use_qk_l2norm": use_qk_l2norm,
@@ -517,7 +510,7 @@ def _bounds(x):
 
 def _operands(q, k, v, g, beta, scale):
     """The fields that all params structs of the family share."""
-    (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
+    (B, T, H, K), (_, _, HV, V) = q.shape, v.shape
     return {
         "dtype": native.DTYPES[q.dtype],
         "delta": beta is not None,
@@ -548,18 +541,27 @@ def register(library, schema, fake, cpu, cuda=None):
 
 
 def register_forward(library, name, inputs, fake, cpu, cuda, backward):
-    """Registers <name>_inference and the differentiable <name>, and returns both. fake, cpu, cuda: take `save` last."""
-    for suffix, saved, save in (("_inference", "", False), ("", ", Tensor[] saved", True)):
+    """Registers the three ops of a forward; returns the one for inference and the differentiable one.
+
+    fake, cpu, cuda: take `save` last.
+    """
+    for suffix, saved, save in (
+        ("_inference", "", False),
+        ("_saving", ", Tensor[] saved", True),
+        ("", ", Tensor[] saved", True),
+    ):
         schema = f"{name}{suffix}({inputs}, float scale, int segment_chunks) -> (Tensor o, Tensor final_state{saved})"
         register(library, schema, *(functools.partial(run, save=save) for run in (fake, cpu, cuda)))
-    torch.library.register_autograd(f"hypenet::{name}", backward, setup_context=setup_context, lib=library)
-    return getattr(torch.ops.hypenet, f"{name}_inference").default, getattr(torch.ops.hypenet, name).default
+    inference, saving, operator = (
+        getattr(torch.ops.hypenet, name + suffix).default for suffix in ("_inference", "_saving", "")
+    )
+    differentiable.register(library, name, saving, setup_context, backward)
+    return inference, operator
 
 
-def refuse_second_derivative(library, backward_name):
-    """Gives a backward op a gradient that raises, as without one a second derivative would silently miss terms."""
-
-    def refuse(ctx, *_):
-        raise RuntimeError(f"{backward_name}: there is no second derivative")
-
-    torch.library.register_autograd(f"hypenet::{backward_name}", refuse, lib=library)
+def register_backward(library, schema, fake, cpu, cuda):
+    """Registers the op and returns what a backward calls."""
+    register(library, schema, fake, cpu, cuda)
+    name = schema.split("(")[0]
+    operator = getattr(torch.ops.hypenet, name).default
+    return differentiable.once(operator, RuntimeError, f"{name}: there is no second derivative")

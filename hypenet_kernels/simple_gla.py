@@ -90,7 +90,7 @@ def simple_gla_step(
     required = {"q": q, "k": k, "v": v, "g": g, "state": state}
     optional = {"state_indices": state_indices, "A_log": A_log, "dt_bias": dt_bias}
     recurrence.check_tensors(op, required, optional)
-    checks.no_grad(op, required | optional)
+    checks.no_grad(op, required, optional)
     g, _, A_log, dt_bias = recurrence.step_gates(op, q, g, None, use_gate_in_kernel, A_log, dt_bias)
     return _step(q, k, v, g, state, state_indices, A_log, dt_bias, recurrence.default_scale(q, scale))
 
@@ -196,14 +196,12 @@ _chunk = recurrence.register_forward(
 _recurrent = recurrence.register_forward(
     _library, "fused_recurrent_simple_gla", _INPUTS, _recurrent_fake, _recurrent_cpu, _recurrent_cuda, _backward
 )
-recurrence.register(
+_chunk_bwd = recurrence.register_backward(
     _library,
     f"chunk_simple_gla_bwd({_BWD_INPUTS}) -> ({_GRADIENTS})",
     _chunk_bwd_fake,
     _chunk_bwd_cpu,
     _chunk_bwd_cuda,
 )
-recurrence.refuse_second_derivative(_library, "chunk_simple_gla_bwd")
 recurrence.register(_library, f"simple_gla_step({_STEP}) -> Tensor", _step_fake, _step_run, _step_run)
-_chunk_bwd = torch.ops.hypenet.chunk_simple_gla_bwd.default
 _step = torch.ops.hypenet.simple_gla_step.default

@@ -109,12 +109,13 @@ struct ChunkDecay {
 inline constexpr int64_t kTriangleRows = 16;
 
 // Y = start + L X for a lower-triangular L [c, c].
-template <class Start, class T>
-void add_lower_product(Start start, int64_t c, int64_t dim, const T* L, int64_t L_ld, const T* X,
+template <class Start, class Factor, class T>
+void add_lower_product(Start start, int64_t c, int64_t dim, const Factor* L, int64_t L_ld, const Factor* X,
                        int64_t X_ld, T* Y, int64_t Y_ld) {
   for (int64_t i = 0; i < c; i += kTriangleRows) {
     const int64_t rows = std::min(kTriangleRows, c - i);
-    gemm_from<Op::kNN>(start.at(i, 0), rows, dim, i + rows, L + i * L_ld, L_ld, X, X_ld, Y + i * Y_ld, Y_ld);
+    gemm_from<Op::kNN>(start.at(i, 0), rows, dim, packed<Factor>(i + rows), L + i * L_ld, L_ld, X, X_ld,
+                       Y + i * Y_ld, Y_ld);
   }
 }
 

@@ -14,8 +14,10 @@
 // result. Inside a chunk, (2) to (5) go panel by panel of columns, each with its part of the state, which
 // stays in the first cache. The rows of the next chunk lie far apart in memory, so they are asked for during
 // (2). Scratch does not depend on T. Numerics: everything but the loads and stores in the accumulation type;
-// see ChunkDecay for the exponents. Cost per token and value head: 2 (3 K V + C (2 K + 2 V)) FLOPs less what
-// the triangles save.
+// see ChunkDecay for the exponents. Where there are products of pairs of bfloat16 (pairs.h), those of (1)
+// are, exactly, and those that only O sees: Q S and P E, with S, P and E rounded for them. The state is as
+// exact as with float. Cost per token and value head: 2 (3 K V + C (2 K + 2 V)) FLOPs less what the triangles
+// save.
 #include "gated_delta_chunk.h"
 #include "kernels.h"
 
@@ -25,24 +27,34 @@ namespace {
 
 constexpr int64_t kRowsAtOnce = 6;  // of (2): few enough that what is asked for with them arrives in between
 
-template <class T>
+template <class Factor, class T>
 struct Tiles {
-  T* kq;        // [2c, K]: K above Q
-  T* kt;        // [K, C]: K^T
-  T* products;  // [2c, C]: K K^T above Q K^T, then -A above P
+  Factor* kq;   // [2c, packed(K)]: K above Q
+  Factor* kt;   // [packed(K), C]: K^T
+  T* k_exact;   // [c, K]: K in the accumulation type, for what makes up the state
+  T* kt_exact;  // [K, C]
+  T* products;  // [2c, C]: K K^T above Q K^T, then -A above the factors of P
   T* beta;      // [c]
   ChunkDecay<T> decay;
   // of one panel of columns
-  T* state_kq;  // [2c, panel]: Z above Q S, then O in the lower half
-  T* r;         // [c, panel]
-  T* e;         // [c, panel]
-  T* state;     // [panels, K, panel]
+  Factor* state_factors;  // [packed(K), panel]
+  Factor* e_factors;      // [packed(C), panel]
+  T* state_kq;            // [2c, panel]: Z above Q S, then O in the lower half
+  T* r;                   // [c, panel]
+  T* e;                   // [c, panel]
+  T* state;               // [panels, K, panel]
 
   Tiles(Arena<T>& arena, int64_t C, int64_t K, int64_t panels)
-      : kq(arena.take(2 * C * K)),
-        kt(arena.take(K * C)),
+      : kq(arena.template take<Factor>(2 * C * packed<Factor>(K))),
+        kt(arena.template take<Factor>(packed<Factor>(K) * C)),
+        k_exact(kPacked<Factor> == 1 ? reinterpret_cast<T*>(kq) : arena.take(C * K)),
+        kt_exact(kPacked<Factor> == 1 ? reinterpret_cast<T*>(kt) : arena.take(K * C)),
         products(arena.take(2 * C * C)),
         beta(arena.take(C)),
+        state_factors(kPacked<Factor> == 1 ? nullptr
+                                           : arena.template take<Factor>(packed<Factor>(K) * kPanel<T>)),
+        e_factors(kPacked<Factor> == 1 ? nullptr
+                                       : arena.template take<Factor>(packed<Factor>(C) * kPanel<T>)),
         state_kq(arena.take(2 * C * kPanel<T>)),
         r(arena.take(C * kPanel<T>)),
         e(arena.take(C * kPanel<T>)),
@@ -58,9 +70,10 @@ struct Slice {
 template <class Element, bool kDelta>
 class Task {
   using T = acc_t<Element>;
+  using Factor = factor_t<Element>;
 
  public:
-  Task(const GatedDeltaFwdParams& p, const Slice& slice, int64_t C, Tiles<T>& x)
+  Task(const GatedDeltaFwdParams& p, const Slice& slice, int64_t C, Tiles<Factor, T>& x)
       : p_(p),
         s_(slice),
         key_head_(slice.head / (p.HV / p.H)),
@@ -102,23 +115,37 @@ class Task {
 
   void load_chunk(int64_t t, int64_t c) {
     const int64_t b = s_.seq.batch;
-    load_rows(c, K_, row<Element>(p_.k, b, t, key_head_), p_.k.token, x_.kq, K_);
-    load_rows(c, K_, row<Element>(p_.q, b, t, key_head_), p_.q.token, x_.kq + c * K_, K_);
+    const Element *k = row<Element>(p_.k, b, t, key_head_), *q = row<Element>(p_.q, b, t, key_head_);
+    for (int64_t i = 0; i < c; ++i) {
+      pack_row(k + i * p_.k.token, K_, x_.kq + i * packed<Factor>(K_));
+      pack_row(q + i * p_.q.token, K_, x_.kq + (c + i) * packed<Factor>(K_));
+    }
+    if constexpr (kPacked<Factor> > 1) {
+      load_rows(c, K_, k, p_.k.token, x_.k_exact, K_);
+      transpose(c, K_, x_.k_exact, K_, x_.kt_exact, C_);
+    }
     if constexpr (kDelta) load_rows(c, 1, row<T>(p_.beta, b, t, s_.head), p_.beta.token, x_.beta, 1);
     x_.decay.compute(c, C_, row<T>(p_.g, b, t, s_.head), p_.g.token);
   }
 
   // (1), and what the chunk needs of the decays
   void form_products(int64_t c) {
-    const int64_t first = kDelta ? 0 : c;
-    transpose(c, K_, x_.kq, K_, x_.kt, C_);
-    gemm<Op::kNN>(2 * c - first, c, K_, x_.kq + first * K_, K_, x_.kt, C_, x_.products + first * C_, C_);
+    const int64_t first = kDelta ? 0 : c, width = packed<Factor>(K_);
+    transpose(c, width, x_.kq, width, x_.kt, C_);
+    gemm<Op::kNN>(2 * c - first, c, width, x_.kq + first * width, width, x_.kt, C_, x_.products + first * C_,
+                  C_);
     if constexpr (kDelta) form_system(c, C_, x_.beta, x_.products, x_.decay, x_.products);
-    T* P = x_.products + c * C_;
     for (int64_t i = 0; i < c; ++i) {
-      for (int64_t j = 0; j < c; ++j) P[i * C_ + j] *= scale_ * x_.decay.between[i * C_ + j];
+      for (int64_t j = 0; j < c; j += kLanes<T>) {
+        const vec<T> qk = Lanes<T>(c - j).read(x_.products + (c + i) * C_ + j);
+        store_packed<Factor, T>(P(c) + i * C_ + j / kPacked<Factor>,
+                                qk * scale_ * load(x_.decay.between + i * C_ + j));
+      }
     }
   }
+
+  // [c, packed(c)], leading dimension C: in place of Q K^T
+  Factor* P(int64_t c) const { return reinterpret_cast<Factor*>(x_.products + c * C_); }
 
   void advance_panel(int64_t t, int64_t c, int64_t i) {
     constexpr int64_t ld = kPanel<T>;
@@ -126,10 +153,21 @@ class Task {
     T *S = state(i), *O = x_.state_kq + c * ld;
     load_rows(c, width, v_row(t, i), p_.v.token, kDelta ? x_.r : x_.e, ld);
     // (2)
-    for (int64_t m = first; m < 2 * c; m += kRowsAtOnce) {
-      const int64_t rows = std::min(kRowsAtOnce, 2 * c - m);
-      prefetch(t, i, (m - first) * c / (2 * c - first), (m + rows - first) * c / (2 * c - first), c);
-      gemm<Op::kNN>(rows, w, K_, x_.kq + m * K_, K_, S, ld, x_.state_kq + m * ld, ld);
+    const auto multiply_rows = [&](const auto* rows_of_k_or_q, int64_t key_width, const auto* state,
+                                   int64_t from, int64_t to) {
+      for (int64_t m = from; m < to; m += kRowsAtOnce) {
+        const int64_t rows = std::min(kRowsAtOnce, to - m);
+        prefetch(t, i, (m - first) * c / (2 * c - first), (m + rows - first) * c / (2 * c - first), c);
+        gemm<Op::kNN>(rows, w, key_width, rows_of_k_or_q + (m - from) * key_width, key_width, state, ld,
+                      x_.state_kq + m * ld, ld);
+      }
+    };
+    if constexpr (kPacked<Factor> == 1) {
+      multiply_rows(x_.kq + first * K_, K_, S, first, 2 * c);
+    } else {
+      const int64_t key_width = packed<Factor>(K_);
+      multiply_rows(x_.k_exact, K_, S, first, c);
+      multiply_rows(x_.kq + c * key_width, key_width, as_factors(K_, w, S, ld, x_.state_factors), c, 2 * c);
     }
     if constexpr (kDelta) {
       form_residual(c, w, x_.beta, x_.decay, x_.state_kq, ld, x_.r, x_.e, ld);
@@ -139,11 +177,12 @@ class Task {
     // (4)
     T factor[kMaxChunk];
     for (int64_t j = 0; j < c; ++j) factor[j] = scale_ * x_.decay.from_start[j];
-    add_lower_product(FromScaledRows<T>{O, ld, factor}, c, w, x_.products + c * C_, C_, x_.e, ld, O, ld);
+    const Factor* E = as_factors(c, w, x_.e, ld, x_.e_factors);
+    add_lower_product(FromScaledRows<T>{O, ld, factor}, c, w, P(c), C_, E, ld, O, ld);
     store_rows(c, width, O, ld, o_row(t, i), p_.HV * p_.V);
     // (5)
     scale_rows(c, w, x_.decay.to_end, x_.e, ld, x_.e, ld);
-    gemm<Op::kNN, true>(K_, w, c, x_.kt, C_, x_.e, ld, S, ld, x_.decay.whole);
+    gemm<Op::kNN, true>(K_, w, c, x_.kt_exact, C_, x_.e, ld, S, ld, x_.decay.whole);
   }
 
   // Rows [first, last) of what this chunk's panel i will store, and of the next chunk's inputs for it.
@@ -162,22 +201,23 @@ class Task {
   const Slice s_;
   const int64_t key_head_, C_, K_, panels_;
   const T scale_;
-  Tiles<T>& x_;
+  Tiles<Factor, T>& x_;
 };
 
 template <class Element, bool kDelta>
 Status forward(const GatedDeltaFwdParams& p) {
   using T = acc_t<Element>;
+  using Factor = factor_t<Element>;
   const int64_t C = chunk_length(p.K, p.V);
   const ColumnSplit split = split_columns<T>(p.N * p.HV, p.V, p.num_threads);
   const int64_t threads = useful_threads(p.num_threads, split.tasks, 3.0 * p.B * p.T * p.HV * p.K * p.V);
   const int64_t panels = (split.columns + kPanel<T> - 1) / kPanel<T>;
   Arena<T> count;
-  Tiles<T>(count, C, p.K, panels);
+  Tiles<Factor, T>(count, C, p.K, panels);
   const ThreadBlocks<T> workspace(threads, count.used());
   for_each_task(split.tasks, threads, [&](int64_t task, int64_t thread) {
     Arena<T> arena(workspace.thread(thread));
-    Tiles<T> tiles(arena, C, p.K, panels);
+    Tiles<Factor, T> tiles(arena, C, p.K, panels);
     const int64_t head = task / split.blocks, start = task % split.blocks * split.columns;
     const int64_t width = std::min(split.columns, p.V - start), offset = head * p.K * p.V + start;
     const T* initial_state = static_cast<const T*>(p.initial_state);

@@ -194,8 +194,8 @@ void add_keys(const Tile& tile, int64_t keys, int64_t first_visible, int64_t D, 
   gemm<Op::kTN, true>(D, padded, packed<Factor>(keys), b.v, D, weights, kTileLanes, t.o, kTileLanes);
 }
 
-// Writes o, gated where there is a gate, the output before the gate for the backward, and the logarithm of
-// the sums.
+// Writes o, gated where there is a gate, and what the backward reads: the output before the gate and the
+// logarithm of the sums.
 template <class Element, class Factor, class Acc>
 void store_output(const HypeAttentionFwdParams& p, const Sequence& s, const Tile& tile,
                   const Blocks<Factor, Acc>& b, const TileBlocks<Factor, Acc>& t) {
@@ -207,7 +207,10 @@ void store_output(const HypeAttentionFwdParams& p, const Sequence& s, const Tile
     const auto gate = head_rows<Element>(p.gate, s.batch, token, head);
     Acc* x = b.rows + lane * D;
     const Acc norm = 1 / t.sum[lane];
-    static_cast<Acc*>(p.lse)[(s.batch * p.H + head) * p.T + token + r] = t.max[lane] + std::log(t.sum[lane]);
+    if (p.lse != nullptr) {
+      Acc* lse = static_cast<Acc*>(p.lse) + (s.batch * p.H + head) * p.T + token;
+      lse[r] = t.max[lane] + std::log(t.sum[lane]);
+    }
     for (int64_t d = 0; d < D; ++d) x[d] *= norm;
     if (gate.data != nullptr) {
       const auto ungated = head_rows<Element>(p.o_ungated, p.T, p.H, D, s.batch, token, head);

@@ -89,6 +89,25 @@ HYPENET_INLINE void store_packed(Factor* y, vec<Acc> x) {
   }
 }
 
+// Rows of sums, `columns` wide in whole vectors, as factors [packed(rows), columns] of a product that sums
+// over rows: x itself, or in `room`. Both have the leading dimension ld.
+template <class Factor, class Acc>
+const Factor* as_factors(int64_t rows, int64_t columns, const Acc* x, int64_t ld,
+                         [[maybe_unused]] Factor* room) {
+  if constexpr (kPacked<Factor> == 1) {
+    return x;
+  } else {
+    for (int64_t i = 0; i < rows; i += 2) {
+      for (int64_t j = 0; j < columns; j += kLanes<Acc>) {
+        const vec<Acc> both[2] = {load(x + i * ld + j),
+                                  i + 1 < rows ? load(x + (i + 1) * ld + j) : vec<Acc>{}};
+        store(room + i / 2 * ld + j, pack<Factor, Acc>(both));
+      }
+    }
+    return room;
+  }
+}
+
 // y [packed(n)]: the n elements of x, neighbours packed together; a last one alone is followed by zero.
 template <class Element, class Factor>
 void pack_row(const Element* x, int64_t n, Factor* y) {
