@@ -240,7 +240,9 @@ def _cpu_cases():
         cases += [Case("hype_attention", {"B": 1, "T": T, **attention}, backward=b, quick=T == 1024) for b in (0, 1)]
     for b in (False, True):
         cases.append(Case("hype_attention", {"B": 1, "T": 1024, **attention, "gated": 1}, backward=b))
-        cases.append(Case("hype_attention", {"B": 1, "T": 128, "H": 2, "HK": 1, "D": 64}, backward=b))
+        for T, D in ((16, 16), (128, 64)):
+            small = {"B": 1, "T": T, "H": 2, "HK": 1, "D": D}
+            cases += [Case("hype_attention", small | extra, backward=b) for extra in ({}, {"gated": 1})]
     cases.append(Case("hype_attention", {"B": 1, "T": 1024, **attention}, "bfloat16"))
     for dtype in ("float32", "bfloat16"):
         for B in (1, 8):

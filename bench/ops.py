@@ -158,15 +158,20 @@ def measure(row, case, device, seconds, record, save):
 
 
 def _time(row, case, device, seconds, record, save):
-    """On the CPU all in turns. On CUDA one by one and ours first: what a peer breaks is then the peer's alone."""
+    """On the CPU all in turns, and what comes from memory with a copy and a read of it, since the rate of a shared
+    machine's memory changes by the minute. On CUDA one by one and ours first: what a peer breaks is then its own alone.
+    """
     on_cuda = _is_cuda(device)
     lost = {name for r in record["rows"] if r["op"] == case.op for name, peer in r["peers"].items() if "lost" in peer}
-    workload = cases.build(case, device)
+    workload, whole_run = cases.build(case, device), roofline.Roofs(**record["roofs"])
 
     def take(functions):
-        times = timing.measure(functions, device, seconds / 4 if on_cuda else seconds)
+        times, roofs = timing.measure(functions, device, seconds / 4 if on_cuda else seconds), whole_run
+        if "copy" in times:
+            roofs = roofs.at(times)
+            row["memory"] = {"copy": roofs.copy, "read": roofs.read}
         if "ours" in times:
-            row.update(_ours(times.pop("ours"), workload, roofline.Roofs(**record["roofs"]), case.dtype))
+            row.update(_ours(times.pop("ours"), workload, roofs, case.dtype))
         for name, timed in times.items():
             row["peers"][name] = asdict(timed) | {"ratio": timed.median / row["ours"]["median"]}
 
@@ -197,7 +202,9 @@ def _time(row, case, device, seconds, record, save):
                 del row["peers"][name]["lost"]
     if not on_cuda:
         with _standing(row, "failure", ENDED, save):
-            take({"ours": workload.run} | agreed)
+            from_memory = whole_run.bound(workload.flops, workload.bytes, case.dtype) == "memory"
+            in_turns = roofline.memory_calls(device) if from_memory and not case.sizes.get("cached") else {}
+            take({"ours": workload.run} | agreed | in_turns)
             row["failure"] = None
 
 

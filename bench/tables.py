@@ -44,8 +44,13 @@ def cells(row):
     compute, memory = rates(row)
     rate = compute if row["bound"] == "compute" else memory
     peers = ", ".join(peer_text(name, peer) for name, peer in row["peers"].items())
-    roof = f"{100 * row['fraction']:.0f} % of {'the product' if row['bound'] == 'compute' else 'memory'}"
+    roof = f"{100 * row['fraction']:.0f} % of {'the product' if row['bound'] == 'compute' else _memory(row)}"
     return [row["name"], time_of(row["ours"]) + _note(row["ours"]), spread_of(row["ours"]), rate, roof, peers]
+
+
+def _memory(row):
+    """The memory's rate where it was measured with the case."""
+    return f"memory's {max(row['memory'].values()) / 1e9:.0f} GB/s" if "memory" in row else "memory"
 
 
 HEADER = ["case", "time", "spread", "rate", "roof", "ours is faster by"]
