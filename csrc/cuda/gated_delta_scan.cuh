@@ -240,8 +240,8 @@ __device__ __forceinline__ void read_state(Results<kChunk / 8>& Z, Results<kChun
   if constexpr (kO) set_zero(O);
 #pragma unroll
   for (int k = 0; k < C::kKeyDim; k += 16) {
-    uint32_t s[4], low[4];
-    round_to_pair<Element>(s, low, S[k / 8], S[k / 8 + 1]);
+    uint32_t s[4];
+    round_to_a<Element>(s, S[k / 8], S[k / 8 + 1]);
 #pragma unroll
     for (int t = 0; t < kSteps; ++t) {
       if constexpr (kZ) {
@@ -257,6 +257,8 @@ __device__ __forceinline__ void read_state(Results<kChunk / 8>& Z, Results<kChun
     }
     if constexpr (kZ) {
       if (!in_pairs) continue;
+      uint32_t low[4];
+      round_to_pair<Element>(s, low, S[k / 8], S[k / 8 + 1]);
 #pragma unroll
       for (int t = 0; t < kSteps; ++t) {
         uint32_t b[4];
@@ -390,6 +392,38 @@ __device__ __forceinline__ void load_values(Values<C::kWide>& E, const Stage<C>&
   }
 }
 
+// Step t of (gamma_last / gamma E)^T.
+template <class C>
+__device__ __forceinline__ void decay_values(float2 (&x)[4], const Values<C::kWide>& E, const Stage<C>& stage,
+                                             int t) {
+  using Element = typename C::Element;
+  uint32_t high[4], low[4];
+  E.template get<kHigh>(high, t);
+  if constexpr (C::kDelta) E.template get<kLow>(low, t);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    x[i] = arch::unpack<Element>(high[i]);
+    if constexpr (C::kDelta) {
+      const float2 rest = arch::unpack<Element>(low[i]);
+      x[i].x += rest.x, x[i].y += rest.y;
+    }
+    const float2 decay = decay_to_end(stage.G, t, i);
+    x[i].x *= decay.x, x[i].y *= decay.y;
+  }
+}
+
+// S^T += e K for step t of the chunk.
+template <class C>
+__device__ __forceinline__ void add_to_state(Results<C::kKeyDim / 8>& S, const uint32_t (&e)[4],
+                                             const Stage<C>& stage, const Lanes<C>& lanes, int t) {
+#pragma unroll
+  for (int k = 0; k < C::kKeyDim; k += 16) {
+    uint32_t b[4];
+    arch::ldmatrix_x4_trans(b, fragment_row(stage.k, lanes.rows, 16 * t, k));
+    multiply<typename C::Element>(S[k / 8], S[k / 8 + 1], e, b);
+  }
+}
+
 // (5) S^T = gamma_last S^T + (gamma_last / gamma E)^T K. in_pairs: E is a pair here too.
 template <class C>
 __device__ __forceinline__ void update_state(Results<C::kKeyDim / 8>& S, const Values<C::kWide>& E,
@@ -403,33 +437,19 @@ __device__ __forceinline__ void update_state(Results<C::kKeyDim / 8>& S, const V
   }
 #pragma unroll
   for (int t = 0; t < kSteps; ++t) {
-    uint32_t high[4], low[4];
-    E.template get<kHigh>(high, t);
-    if constexpr (C::kDelta) E.template get<kLow>(low, t);
+    float2 x[4];
+    decay_values<C>(x, E, stage, t);
+    uint32_t high[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float2 x = arch::unpack<Element>(high[i]);
-      if constexpr (C::kDelta) {
-        const float2 rest = arch::unpack<Element>(low[i]);
-        x.x += rest.x, x.y += rest.y;
-      }
-      const float2 decay = decay_to_end(stage.G, t, i);
-      pack_pair<Element>(high[i], low[i], decay.x * x.x, decay.y * x.y);
-    }
-#pragma unroll
-    for (int k = 0; k < C::kKeyDim; k += 16) {
-      uint32_t b[4];
-      arch::ldmatrix_x4_trans(b, fragment_row(stage.k, lanes.rows, 16 * t, k));
-      multiply<Element>(S[k / 8], S[k / 8 + 1], high, b);
-    }
+    for (int i = 0; i < 4; ++i) high[i] = arch::pack<Element>(x[i].x, x[i].y);
+    add_to_state<C>(S, high, stage, lanes, t);
     if constexpr (C::kDelta) {
       if (!in_pairs) continue;
+      decay_values<C>(x, E, stage, t);  // anew: registers are scarce
+      uint32_t low[4];
 #pragma unroll
-      for (int k = 0; k < C::kKeyDim; k += 16) {
-        uint32_t b[4];
-        arch::ldmatrix_x4_trans(b, fragment_row(stage.k, lanes.rows, 16 * t, k));
-        multiply<Element>(S[k / 8], S[k / 8 + 1], low, b);
-      }
+      for (int i = 0; i < 4; ++i) pack_pair<Element>(high[i], low[i], x[i].x, x[i].y);
+      add_to_state<C>(S, low, stage, lanes, t);
     }
   }
 }
