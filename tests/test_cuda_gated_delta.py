@@ -6,7 +6,7 @@ import emulation
 import pytest
 import torch
 from compare import assert_matches_reference
-from recurrence_suite import DECAYS, Shape, bounds, forward, in_double, make_inputs
+from recurrence_suite import DECAYS, Shape, bounds, forward, in_double, make_inputs, reflect
 
 import hypenet_kernels
 from hypenet_kernels import reference
@@ -110,6 +110,15 @@ def test_hard_systems(device, keys, beta, dtype):
     assert_forward(device, True, inputs)
 
 
+@pytest.mark.parametrize("K, V", [(64, 64), (256, 192)])
+def test_chunks_that_reflect_beside_others(device, K, V):
+    """Of four chunks and two value heads of a key head, every combination of some beta above 1 and none."""
+    inputs = make_inputs(Shape(1, 200, 1, 2, K, V), True, BF16, decay_kind="none")
+    inputs["k"] = inputs["k"][:, :4].repeat(1, 50, 1, 1)
+    reflect(inputs["beta"])
+    assert_forward(device, True, inputs)
+
+
 def system(k, beta, g):
     """(A, (I + A)^-1) for A = stril(diag(beta) K K^T . Gamma) of one chunk and head, in float64."""
     G = g.double().cumsum(0)
@@ -182,9 +191,12 @@ def test_saved(device, delta):
 
 
 @pytest.mark.parametrize("delta", [True, False], ids=["delta", "gla"])
-def test_packed_sequences_are_each_alone(device, delta):
+@pytest.mark.parametrize("K", [64, 256])
+def test_packed_sequences_are_each_alone(device, K, delta):
     lengths = (5, 0, 65, 128, 0)
-    inputs = make_inputs(Shape(1, sum(lengths), 1, 2, 64, 64), delta, BF16, N=len(lengths))
+    inputs = make_inputs(Shape(1, sum(lengths), 1, 2, K, 64), delta, BF16, N=len(lengths))
+    if delta:
+        inputs["beta"][:, 5:70] *= 2  # the third sequence alone reflects
     cu_seqlens = bounds(*lengths, dtype=torch.int32)
     o, final_state = run(device, delta, inputs, cu_seqlens=cu_seqlens)
     for n, (start, stop) in enumerate(pairwise(cu_seqlens.tolist())):
