@@ -1,5 +1,6 @@
 """The CUDA chunk forward of the gated delta rule and simple GLA against the reference: emulated, and on a GPU."""
 
+import math
 from itertools import pairwise
 
 import emulation
@@ -238,6 +239,19 @@ def test_strided_views_beside_nan(device, offset):
     for name in ("g", "beta"):
         inputs[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)
     assert all(a.equal(b) for a, b in zip(run(device, True, inputs), expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "g", "beta", "initial_state"])
+def test_nan_is_passed_on(device, name):
+    """It reaches its own token and, but for that of a query, all that come after the chunk."""
+    inputs = make_inputs(Shape(1, 200, 1, 1, 64, 64), True, BF16)
+    inputs[name][:, 0 if name == "initial_state" else 70] = math.nan
+    o, final_state = run(device, True, inputs)
+    assert o[:, 70].isnan().all()
+    if name == "q":
+        assert o[:, CHUNK * 2 :].isfinite().all() and final_state.isfinite().all()
+    else:
+        assert o[:, CHUNK * 2 :].isnan().all() and final_state.isnan().all()
 
 
 @pytest.mark.parametrize("delta", [True, False], ids=["delta", "gla"])

@@ -111,7 +111,7 @@ Status dispatch_key_dim(int64_t K, Run&& run) {
   }
 }
 
-// 2^(G_i - G_j), for i >= j. The sums G may rise by their rounding.
+// 2^(G_i - G_j), for i >= j. The sums G may rise by their rounding. 1 for NaN, which gamma passes on.
 __device__ __forceinline__ float decay_between(float G_i, float G_j) {
   return arch::exp2(fminf(G_i - G_j, 0.0f));
 }

@@ -140,8 +140,8 @@ __device__ __forceinline__ void sum_decays(const GatedDeltaFwdParams& params, co
   for (int i = 0; i < 2; ++i) {
     const int t = 2 * lane + i;
     const bool valid = t < place.num_tokens;
-    g[i] = valid ? kLog2E * fmaxf(*row_of<float>(params.g, place.batch, place.token + t, head), kMinLogDecay)
-                 : 0.0f;
+    g[i] = valid ? *row_of<float>(params.g, place.batch, place.token + t, head) : 0.0f;
+    g[i] = kLog2E * (g[i] < kMinLogDecay ? kMinLogDecay : g[i]);  // fmaxf would lose a NaN
     if (kDelta && valid) beta[i] = *row_of<float>(params.beta, place.batch, place.token + t, head);
   }
   float sum = g[0] + g[1];
