@@ -106,7 +106,7 @@ __device__ __forceinline__ void form_residual(Square& rB, Smem& sm, typename Sme
   const int col = part.column();
   Square rZ;
   set_zero(rZ);
-  multiply_in_pairs<typename Smem::Element, Smem::K>(
+  multiply_by_twos<typename Smem::Element, Smem::K>(
       rZ, [&](auto& a, int m, int k) { load_a(a, sm.k, part.row + m, k); },
       [&](auto& b, int k, int n) { load_b(b, stage.S0, k, col + n); });
   arch::sync_warp();
@@ -188,7 +188,7 @@ __device__ __forceinline__ void multiply_by_values(Square& rX, const typename Sm
   arch::sync_warp();
   const Part part;
   if (part.above_diagonal()) return;
-  multiply_in_pairs<typename Smem::Element, kColumns>(
+  multiply_by_twos<typename Smem::Element, kColumns>(
       rX, [&](auto& a, int m, int k) { load_a(a, stage.dO, part.row + m, k); },
       [&](auto& b, int k, int n) { load_b_transposed(b, stage.v, k, part.column() + n); });
 }
@@ -241,10 +241,10 @@ __device__ __forceinline__ void through_state(Wide<Smem>& total, const From& fro
   Wide<Smem> product;
   set_zero(product);
   const auto load_state = [&](auto& b, int k, int n) { load_b_transposed(b, state, k, first_row + col + n); };
-  multiply_in_pairs<Element, kColumns>(
+  multiply_by_twos<Element, kColumns>(
       product, [&](auto& a, int m, int k) { load_a(a, from, part.row + m, k); }, load_state);
   if (low != nullptr) {
-    multiply_in_pairs<Element, kColumns>(
+    multiply_by_twos<Element, kColumns>(
         product, [&](auto& a, int m, int k) { load_a(a, *low, part.row + m, k); }, load_state);
   }
   arch::sync_warp();
@@ -316,7 +316,7 @@ __device__ __forceinline__ void through_product(Square& gradient, const X& x, Sm
   set_zero(product);
   if (part.above_diagonal()) return;
   if constexpr (Smem::kFirstPart) {
-    multiply_in_pairs<typename Smem::Element, Smem::K>(
+    multiply_by_twos<typename Smem::Element, Smem::K>(
         product, [&](auto& a, int m, int k) { load_a(a, x, part.row + m, k); },
         [&](auto& b, int k, int n) { load_b_transposed(b, sm.k, k, col + n); });
   }
@@ -410,17 +410,17 @@ __device__ __forceinline__ void through_key_head(Smem& sm, const Tile& dN, const
   const Part part;
   const int col = Smem::kFirst + part.template wide_column<Smem>();
   const auto load_k = [&](auto& b, int k, int n) { load_b(b, sm.k, k, col + n); };
-  multiply_in_pairs<Element, kChunk>(
+  multiply_by_twos<Element, kChunk>(
       rdQ, [&](auto& a, int m, int k) { load_a(a, dN, part.row + m, k); }, load_k);
   if (dN_low != nullptr) {
-    multiply_in_pairs<Element, kChunk>(
+    multiply_by_twos<Element, kChunk>(
         rdQ, [&](auto& a, int m, int k) { load_a(a, *dN_low, part.row + m, k); }, load_k);
   }
-  multiply_in_pairs<Element, kChunk>(
+  multiply_by_twos<Element, kChunk>(
       rdK, [&](auto& a, int m, int k) { load_a_transposed(a, dN, part.row + m, k); },
       [&](auto& b, int k, int n) { load_b(b, sm.q, k, col + n); });
   if constexpr (Smem::kDelta) {
-    multiply_in_pairs<Element, kChunk>(
+    multiply_by_twos<Element, kChunk>(
         rdK, [&](auto& a, int m, int k) { load_a(a, dM, part.row + m, k); }, load_k);
   }
 }

@@ -292,7 +292,7 @@ __device__ __forceinline__ void store_matrices(const GatedDeltaFwdParams& params
     if (col / kBlock <= row / kBlock)
       arch::store_16_bytes(P + at, arch::load_16_bytes(smem.out.P.at(row, col)));
     if constexpr (kDelta) {
-      float x[kPiece];
+      alignas(16) float x[kPiece];
 #pragma unroll
       for (int i = 0; i < kPiece; i += 4) {
         *reinterpret_cast<float4*>(&x[i]) = *reinterpret_cast<const float4*>(&smem.out.T[row][col + i]);
