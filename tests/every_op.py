@@ -44,6 +44,7 @@ def _recurrent_inputs(device, dtype, D, tokens, V=None, H=1, HV=2):
     q, k = (torch.nn.functional.normalize(torch.randn(1, tokens, H, D, device=device), dim=-1) for _ in range(2))
     v = torch.randn(1, tokens, HV, V or D, device=device)
     g, beta = -torch.rand(1, tokens, HV, device=device), torch.rand(1, tokens, HV, device=device)
+    beta[:, : recurrence.CHUNK, 0] *= 2  # reflects in the first chunk of the first head, and nowhere else
     return [x.to(dtype) for x in (q, k, v)] + [g, beta]
 
 

@@ -158,20 +158,6 @@ __device__ __forceinline__ bool reflects(const float (&beta)[kChunk]) {
   return arch::any(beta[lane_idx()] > 1.0f || beta[arch::kWarpSize + lane_idx()] > 1.0f);
 }
 
-// Starts the copies of G and beta of a chunk, beta past the end zero; both by threads 0 to kChunk - 1.
-template <bool kDelta, class Params>
-__device__ __forceinline__ void copy_gates_async(float (&G)[kChunk], float (&beta)[kChunk],
-                                                 const Params& params, int64_t chunk, int head, int64_t batch,
-                                                 int64_t token, int num_tokens) {
-  const int i = arch::opaque(arch::thread_idx());
-  if (i >= kChunk) return;
-  arch::copy_4_async(&G[i], params.G + (chunk * params.HV + head) * kChunk + i, true);
-  if constexpr (kDelta) {
-    const bool valid = i < num_tokens;
-    arch::copy_4_async(&beta[i], row_of<float>(params.beta, batch, token + (valid ? i : 0), head), valid);
-  }
-}
-
 // x = high + low, each of tf32's 11 bits.
 __device__ __forceinline__ void split_tf32(uint32_t& high, uint32_t& low, float x) {
   high = arch::to_tf32(x);

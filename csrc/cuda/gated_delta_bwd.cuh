@@ -1,5 +1,5 @@
-// What the two kernels of the gated delta rule's backward share: decays, products of warps, sums over
-// lanes.
+// What the two kernels of the gated delta rule's backward share: gates and decays, products of warps, sums
+// over lanes.
 #pragma once
 
 #include "arch/sm80.cuh"
@@ -18,6 +18,20 @@ Status finish(const GatedDeltaBwdParams& params, Stream stream);
 // This thread's number, from which nothing is known to follow: addresses that outlive a step cost more
 // registers than there are.
 __device__ __forceinline__ int fresh_thread() { return arch::opaque(arch::thread_idx()); }
+
+// Starts the copies of G and beta of a chunk, beta past the end zero; both by threads 0 to kChunk - 1.
+template <bool kDelta>
+__device__ __forceinline__ void copy_gates_async(float (&G)[kChunk], float (&beta)[kChunk],
+                                                 const GatedDeltaBwdParams& params, int64_t chunk, int head,
+                                                 int64_t batch, int64_t token, int num_tokens) {
+  const int i = fresh_thread();
+  if (i >= kChunk) return;
+  arch::copy_4_async(&G[i], params.G + (chunk * params.HV + head) * kChunk + i, true);
+  if constexpr (kDelta) {
+    const bool valid = i < num_tokens;
+    arch::copy_4_async(&beta[i], row_of<float>(params.beta, batch, token + (valid ? i : 0), head), valid);
+  }
+}
 
 // Gamma_ij = 2^(G_i - G_j) for j <= i, else 0.
 __device__ __forceinline__ float decay_between(const float (&G)[kChunk], int i, int j) {
