@@ -6,7 +6,7 @@ from itertools import pairwise
 import emulation
 import pytest
 import torch
-from compare import assert_matches_reference
+from compare import assert_accurate_as_pairs, assert_matches_reference
 from recurrence_suite import DECAYS, Shape, bounds, forward, in_double, make_inputs, reflect
 
 import hypenet_kernels
@@ -118,6 +118,16 @@ def test_chunks_that_reflect_beside_others(device, K, V):
     inputs["k"] = inputs["k"][:, :4].repeat(1, 50, 1, 1)
     reflect(inputs["beta"])
     assert_forward(device, True, inputs)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("K", [64, 256])
+def test_state_of_chunks_that_reflect(device, K, dtype):
+    """Whatever leads to it is a pair."""
+    inputs = make_inputs(Shape(1, 200, 1, 2, K, 64), True, dtype, decay_kind="none")
+    inputs["beta"] *= 2
+    _, exact = forward(OPS[True][1], in_double(inputs))
+    assert_accurate_as_pairs("final_state", run(device, True, inputs)[1], exact, dtype)
 
 
 def system(k, beta, g):

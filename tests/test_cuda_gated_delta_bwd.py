@@ -6,7 +6,7 @@ from itertools import pairwise
 import emulation
 import pytest
 import torch
-from compare import assert_matches_reference
+from compare import assert_accurate_as_pairs, assert_matches_reference
 from recurrence_suite import Shape, bounds, cotangents, gradients, in_double, make_inputs, reflect
 
 from hypenet_kernels import chunk_gated_delta_rule, chunk_simple_gla, reference
@@ -93,6 +93,17 @@ def test_chunks_that_reflect_beside_others(device, K, V):
     inputs = make_inputs(Shape(1, 200, 1, 2, K, V), True, BF16)
     reflect(inputs["beta"])
     check(device, inputs)
+
+
+@pytest.mark.parametrize("K", [64, 256])
+def test_gradient_through_states_of_chunks_that_reflect(device, K):
+    """Whatever leads from the final state's to the initial state's is a pair."""
+    inputs = make_inputs(Shape(1, 135, 1, 2, K, 64), True, BF16, "none")
+    inputs["beta"] *= 2
+    do, dfinal_state = cotangents(inputs)
+    do.zero_()
+    exact = expected(in_double(inputs), do.double(), dfinal_state.double())["initial_state"]
+    assert_accurate_as_pairs("dinitial_state", results(device, inputs, do, dfinal_state)["initial_state"], exact, BF16)
 
 
 def test_values_that_the_state_predicts(device):
