@@ -106,6 +106,17 @@ def test_gradient_through_states_of_chunks_that_reflect(device, K):
     assert_accurate_as_pairs("dinitial_state", results(device, inputs, do, dfinal_state)["initial_state"], exact, BF16)
 
 
+def test_gradient_of_beta_where_a_chunk_reflects(device):
+    """Without a state before the chunk, and of the one after it alone, it comes of pairs, whatever the tile of V."""
+    inputs = make_inputs(Shape(1, 64, 1, 2, 64, 192), True, BF16)
+    inputs["beta"] *= 2
+    inputs["initial_state"].zero_()
+    do, dfinal_state = cotangents(inputs)
+    do.zero_()
+    exact = expected(in_double(inputs), do.double(), dfinal_state.double())["beta"]
+    assert_accurate_as_pairs("dbeta", results(device, inputs, do, dfinal_state)["beta"], exact, BF16)
+
+
 def test_values_that_the_state_predicts(device):
     inputs = make_inputs(ORDINARY, True, FP16)
     inputs["v"] = (30 * inputs["k"].float() @ torch.randn(64, 64)).to(FP16).expand(inputs["v"].shape)
