@@ -5,7 +5,7 @@ from itertools import pairwise
 import emulation
 import pytest
 import torch
-from compare import assert_matches_reference
+from compare import assert_accurate_as_pairs, assert_matches_reference
 from recurrence_suite import Shape, bounds, cotangents, gradients, in_double, make_inputs, reflect
 
 import hypenet_kernels
@@ -67,6 +67,19 @@ def test_segments_that_reflect_beside_others(device, K, V):
     inputs = make_inputs(Shape(1, 400, 1, 2, K, V), True, BF16)
     reflect(inputs["beta"])
     check(device, True, inputs, BF16)
+
+
+def test_states_of_segments_that_reflect(device):
+    """Whatever leads from one state to the other, or back, is a pair, in the first pass too."""
+    inputs = make_inputs(Shape(1, 330, 1, 1, 64, 64), True, BF16, decay_kind="none")
+    inputs["beta"] *= 2
+    exact, (do, dfinal_state) = in_double(inputs), cotangents(inputs)
+    do.zero_()
+    _, state = OPS[True][1](**exact, output_final_state=True)
+    assert_accurate_as_pairs("final_state", forward(device, True, inputs, 1)[1].cpu(), state, BF16)
+    dstate = gradients(OPS[True][1], exact, do.double(), dfinal_state.double())["initial_state"]
+    found = backward(device, True, inputs, 1, do, dfinal_state)["initial_state"]
+    assert_accurate_as_pairs("dinitial_state", found, dstate, BF16)
 
 
 @both
