@@ -28,6 +28,12 @@ def assert_keeps_promise(name, result, reference):
     assert ratio <= BFLOAT16[name], f"{name}: RMS error {ratio:.1e} of the reference's RMS"
 
 
+def assert_accurate_as_pairs(name, result, reference, dtype):
+    """RMS(result - reference) <= (eps^2 + what sums in float32 add) * RMS(reference), for the eps of dtype."""
+    ratio, bound = rms(result.double() - reference) / rms(reference), torch.finfo(dtype).eps ** 2
+    assert ratio <= bound + ACCUMULATED[torch.float32], f"{name}: RMS error {ratio:.1e} of the reference's RMS"
+
+
 def assert_matches_reference(name, result, reference, eager=None, dtype=None):
     """RMS(result - reference) <= bound * RMS(reference). `dtype`: precision of the inputs; default result.dtype."""
     dtype = result.dtype if dtype is None else dtype

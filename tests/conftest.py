@@ -3,6 +3,13 @@
 import pytest
 import torch
 from emulation import device  # noqa: F401, a fixture
+from every_op import suppressed_where_a_gpu_is_too_small
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call():
+    with suppressed_where_a_gpu_is_too_small(then=pytest.skip):
+        return (yield)
 
 
 @pytest.fixture(autouse=True)

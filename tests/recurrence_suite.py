@@ -73,6 +73,14 @@ def make_inputs(shape, delta, dtype=torch.float32, decay_kind="mild", N=None):
     return inputs
 
 
+def reflect(beta, chunk=64):
+    """Adds 1 to every fifth beta of two heads: in chunk 0 of the first, 1 of the second, 2 of both, 3 of none, ..."""
+    for first in range(0, beta.shape[1], chunk):
+        which = first // chunk % 4
+        heads = [head for head in (0, 1) if which in (head, 2)]
+        beta[:, first + 2 : first + chunk : 5, heads] += 1
+
+
 def in_double(inputs):
     return {name: x.double() if torch.is_floating_point(x) else x for name, x in inputs.items()}
 

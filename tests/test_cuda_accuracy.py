@@ -15,9 +15,9 @@ BETAS = (1.0, "up to 1", 2.0, "up to 2")
 HARD = [*itertools.product(("random", "identical", "periodic"), BETAS), ("positive", "up to 1")]
 
 
-def hard_inputs(T, keys, beta, decay):
+def hard_inputs(T, keys, beta, decay, K=64, V=64):
     """Nothing forgets where decay is 0. beta: a number, or the largest of random ones given as "up to ..."."""
-    inputs = make_inputs(Shape(1, T, 1, 2, 64, 64), True, torch.bfloat16)
+    inputs = make_inputs(Shape(1, T, 1, 2, K, V), True, torch.bfloat16)
     if keys == "positive":
         for name in "qk":
             positive = torch.nn.functional.normalize(torch.rand(inputs[name].shape), dim=-1)
@@ -57,6 +57,11 @@ def test_nothing_decays(device, keys, beta):
 def test_decay(device, keys, beta, decay):
     vanishing = ("g", "initial_state") if decay < -1 else ()
     check(device, hard_inputs(135, keys, beta, decay), but=vanishing)
+
+
+@pytest.mark.parametrize("keys, beta", [("identical", "up to 1"), ("identical", "up to 2"), ("periodic", 2.0)])
+def test_several_tiles_of_the_widest_keys(device, keys, beta):
+    check(device, hard_inputs(135, keys, beta, 0.0, K=256, V=128))
 
 
 @pytest.mark.parametrize("T", [15, 16, 17, 63, 64, 65, 127])

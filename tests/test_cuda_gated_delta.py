@@ -1,12 +1,13 @@
 """The CUDA chunk forward of the gated delta rule and simple GLA against the reference: emulated, and on a GPU."""
 
+import math
 from itertools import pairwise
 
 import emulation
 import pytest
 import torch
-from compare import assert_matches_reference
-from recurrence_suite import DECAYS, Shape, bounds, forward, in_double, make_inputs
+from compare import assert_accurate_as_pairs, assert_matches_reference
+from recurrence_suite import DECAYS, Shape, bounds, forward, in_double, make_inputs, reflect
 
 import hypenet_kernels
 from hypenet_kernels import reference
@@ -110,6 +111,25 @@ def test_hard_systems(device, keys, beta, dtype):
     assert_forward(device, True, inputs)
 
 
+@pytest.mark.parametrize("K, V", [(64, 64), (256, 192)])
+def test_chunks_that_reflect_beside_others(device, K, V):
+    """Of four chunks and two value heads of a key head, every combination of some beta above 1 and none."""
+    inputs = make_inputs(Shape(1, 200, 1, 2, K, V), True, BF16, decay_kind="none")
+    inputs["k"] = inputs["k"][:, :4].repeat(1, 50, 1, 1)
+    reflect(inputs["beta"])
+    assert_forward(device, True, inputs)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("K", [64, 256])
+def test_state_of_chunks_that_reflect(device, K, dtype):
+    """Whatever leads to it is a pair."""
+    inputs = make_inputs(Shape(1, 200, 1, 2, K, 64), True, dtype, decay_kind="none")
+    inputs["beta"] *= 2
+    _, exact = forward(OPS[True][1], in_double(inputs))
+    assert_accurate_as_pairs("final_state", run(device, True, inputs)[1], exact, dtype)
+
+
 def system(k, beta, g):
     """(A, (I + A)^-1) for A = stril(diag(beta) K K^T . Gamma) of one chunk and head, in float64."""
     G = g.double().cumsum(0)
@@ -182,9 +202,12 @@ def test_saved(device, delta):
 
 
 @pytest.mark.parametrize("delta", [True, False], ids=["delta", "gla"])
-def test_packed_sequences_are_each_alone(device, delta):
+@pytest.mark.parametrize("K", [64, 256])
+def test_packed_sequences_are_each_alone(device, K, delta):
     lengths = (5, 0, 65, 128, 0)
-    inputs = make_inputs(Shape(1, sum(lengths), 1, 2, 64, 64), delta, BF16, N=len(lengths))
+    inputs = make_inputs(Shape(1, sum(lengths), 1, 2, K, 64), delta, BF16, N=len(lengths))
+    if delta:
+        inputs["beta"][:, 5:70] *= 2  # the third sequence alone reflects
     cu_seqlens = bounds(*lengths, dtype=torch.int32)
     o, final_state = run(device, delta, inputs, cu_seqlens=cu_seqlens)
     for n, (start, stop) in enumerate(pairwise(cu_seqlens.tolist())):
@@ -226,6 +249,19 @@ def test_strided_views_beside_nan(device, offset):
     for name in ("g", "beta"):
         inputs[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)
     assert all(a.equal(b) for a, b in zip(run(device, True, inputs), expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "g", "beta", "initial_state"])
+def test_nan_is_passed_on(device, name):
+    """It reaches its own token and, but for that of a query, all that come after the chunk."""
+    inputs = make_inputs(Shape(1, 200, 1, 1, 64, 64), True, BF16)
+    inputs[name][:, 0 if name == "initial_state" else 70] = math.nan
+    o, final_state = run(device, True, inputs)
+    assert o[:, 70].isnan().all()
+    if name == "q":
+        assert o[:, CHUNK * 2 :].isfinite().all() and final_state.isfinite().all()
+    else:
+        assert o[:, CHUNK * 2 :].isnan().all() and final_state.isnan().all()
 
 
 @pytest.mark.parametrize("delta", [True, False], ids=["delta", "gla"])

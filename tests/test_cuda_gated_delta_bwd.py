@@ -6,8 +6,8 @@ from itertools import pairwise
 import emulation
 import pytest
 import torch
-from compare import assert_matches_reference
-from recurrence_suite import Shape, bounds, cotangents, gradients, in_double, make_inputs
+from compare import assert_accurate_as_pairs, assert_matches_reference
+from recurrence_suite import Shape, bounds, cotangents, gradients, in_double, make_inputs, reflect
 
 from hypenet_kernels import chunk_gated_delta_rule, chunk_simple_gla, reference
 
@@ -87,6 +87,36 @@ def test_keys_that_repeat(device, period, beta):
     check(device, inputs, eager=True)
 
 
+@pytest.mark.parametrize("K, V", [(64, 192), (256, 128)])
+def test_chunks_that_reflect_beside_others(device, K, V):
+    """Value heads of a group, and their tiles of V, take turns with and without low parts of dB."""
+    inputs = make_inputs(Shape(1, 200, 1, 2, K, V), True, BF16)
+    reflect(inputs["beta"])
+    check(device, inputs)
+
+
+@pytest.mark.parametrize("K", [64, 256])
+def test_gradient_through_states_of_chunks_that_reflect(device, K):
+    """Whatever leads from the final state's to the initial state's is a pair."""
+    inputs = make_inputs(Shape(1, 135, 1, 2, K, 64), True, BF16, "none")
+    inputs["beta"] *= 2
+    do, dfinal_state = cotangents(inputs)
+    do.zero_()
+    exact = expected(in_double(inputs), do.double(), dfinal_state.double())["initial_state"]
+    assert_accurate_as_pairs("dinitial_state", results(device, inputs, do, dfinal_state)["initial_state"], exact, BF16)
+
+
+def test_gradient_of_beta_where_a_chunk_reflects(device):
+    """Without a state before the chunk, and of the one after it alone, it comes of pairs, whatever the tile of V."""
+    inputs = make_inputs(Shape(1, 64, 1, 2, 64, 192), True, BF16)
+    inputs["beta"] *= 2
+    inputs["initial_state"].zero_()
+    do, dfinal_state = cotangents(inputs)
+    do.zero_()
+    exact = expected(in_double(inputs), do.double(), dfinal_state.double())["beta"]
+    assert_accurate_as_pairs("dbeta", results(device, inputs, do, dfinal_state)["beta"], exact, BF16)
+
+
 def test_values_that_the_state_predicts(device):
     inputs = make_inputs(ORDINARY, True, FP16)
     inputs["v"] = (30 * inputs["k"].float() @ torch.randn(64, 64)).to(FP16).expand(inputs["v"].shape)
@@ -101,9 +131,12 @@ def test_beta_of_zero_writes_nothing(device):
 
 
 @both
-def test_packed_sequences_are_each_alone(device, delta):
+@pytest.mark.parametrize("K", [64, 256])
+def test_packed_sequences_are_each_alone(device, K, delta):
     lengths = (5, 0, 64, 1, 65, 0)
-    inputs = make_inputs(Shape(1, sum(lengths), 1, 2, 64, 64), delta, BF16, N=len(lengths))
+    inputs = make_inputs(Shape(1, sum(lengths), 1, 2, K, 64), delta, BF16, N=len(lengths))
+    if delta:
+        inputs["beta"][:, 5:69] *= 2  # the third sequence alone reflects
     do, dfinal_state = cotangents(inputs)
     cu_seqlens = bounds(*lengths)
     found = results(device, inputs, do, dfinal_state, cu_seqlens=cu_seqlens)

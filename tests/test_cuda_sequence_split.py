@@ -5,8 +5,8 @@ from itertools import pairwise
 import emulation
 import pytest
 import torch
-from compare import assert_matches_reference
-from recurrence_suite import Shape, bounds, cotangents, gradients, in_double, make_inputs
+from compare import assert_accurate_as_pairs, assert_matches_reference
+from recurrence_suite import Shape, bounds, cotangents, gradients, in_double, make_inputs, reflect
 
 import hypenet_kernels
 from hypenet_kernels import recurrence, reference
@@ -42,11 +42,7 @@ def backward(device, delta, inputs, segment_chunks, do, dfinal_state, cu_seqlens
     return {name: x.cpu() for name, x in zip(inputs, values, strict=True)}
 
 
-@both
-@pytest.mark.parametrize("name", SHAPES)
-def test_forward_and_every_gradient(device, name, delta):
-    shape, dtype = SHAPES[name]
-    inputs = make_inputs(shape, delta, dtype)
+def check(device, delta, inputs, dtype):
     do, dfinal_state = cotangents(inputs)
     exact = in_double(inputs)
     results = forward(device, delta, inputs, 2)
@@ -59,10 +55,40 @@ def test_forward_and_every_gradient(device, name, delta):
 
 
 @both
-def test_packed_sequences_are_each_alone(device, delta):
+@pytest.mark.parametrize("name", SHAPES)
+def test_forward_and_every_gradient(device, name, delta):
+    shape, dtype = SHAPES[name]
+    check(device, delta, make_inputs(shape, delta, dtype), dtype)
+
+
+@pytest.mark.parametrize("K, V", [(64, 128), (256, 64)])
+def test_segments_that_reflect_beside_others(device, K, V):
+    """One chunk of every segment does, in both passes and both directions."""
+    inputs = make_inputs(Shape(1, 400, 1, 2, K, V), True, BF16)
+    reflect(inputs["beta"])
+    check(device, True, inputs, BF16)
+
+
+def test_states_of_segments_that_reflect(device):
+    """Whatever leads from one state to the other, or back, is a pair, in the first pass too."""
+    inputs = make_inputs(Shape(1, 330, 1, 1, 64, 64), True, BF16, decay_kind="none")
+    inputs["beta"] *= 2
+    exact, (do, dfinal_state) = in_double(inputs), cotangents(inputs)
+    do.zero_()
+    _, state = OPS[True][1](**exact, output_final_state=True)
+    assert_accurate_as_pairs("final_state", forward(device, True, inputs, 1)[1].cpu(), state, BF16)
+    dstate = gradients(OPS[True][1], exact, do.double(), dfinal_state.double())["initial_state"]
+    found = backward(device, True, inputs, 1, do, dfinal_state)["initial_state"]
+    assert_accurate_as_pairs("dinitial_state", found, dstate, BF16)
+
+
+@both
+@pytest.mark.parametrize("K, lengths", [(64, (130, 0, 5, 64, 300, 0)), (256, (65, 0, 129))])
+def test_packed_sequences_are_each_alone(device, K, lengths, delta):
     """Also empty ones, of one segment, and of several; in any number of segments before them."""
-    lengths = (130, 0, 5, 64, 300, 0)
-    inputs = make_inputs(Shape(1, sum(lengths), 1, 2, 64, 64), delta, BF16, N=len(lengths))
+    inputs = make_inputs(Shape(1, sum(lengths), 1, 2, K, 64), delta, BF16, N=len(lengths))
+    if delta:
+        reflect(inputs["beta"])
     do, dfinal_state = cotangents(inputs)
     cu_seqlens = bounds(*lengths)
     o, final_state = forward(device, delta, inputs, 1, cu_seqlens)

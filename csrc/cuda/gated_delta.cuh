@@ -111,7 +111,7 @@ Status dispatch_key_dim(int64_t K, Run&& run) {
   }
 }
 
-// 2^(G_i - G_j), for i >= j. The sums G may rise by their rounding.
+// 2^(G_i - G_j), for i >= j. The sums G may rise by their rounding. 1 for NaN, which gamma passes on.
 __device__ __forceinline__ float decay_between(float G_i, float G_j) {
   return arch::exp2(fminf(G_i - G_j, 0.0f));
 }
@@ -156,20 +156,6 @@ __device__ __forceinline__ uint32_t keep_above_diagonal(uint32_t pair) {
 __device__ __forceinline__ bool reflects(const float (&beta)[kChunk]) {
   static_assert(kChunk == 2 * arch::kWarpSize);
   return arch::any(beta[lane_idx()] > 1.0f || beta[arch::kWarpSize + lane_idx()] > 1.0f);
-}
-
-// Starts the copies of G and beta of a chunk, beta past the end zero; both by threads 0 to kChunk - 1.
-template <bool kDelta, class Params>
-__device__ __forceinline__ void copy_gates_async(float (&G)[kChunk], float (&beta)[kChunk],
-                                                 const Params& params, int64_t chunk, int head, int64_t batch,
-                                                 int64_t token, int num_tokens) {
-  const int i = arch::opaque(arch::thread_idx());
-  if (i >= kChunk) return;
-  arch::copy_4_async(&G[i], params.G + (chunk * params.HV + head) * kChunk + i, true);
-  if constexpr (kDelta) {
-    const bool valid = i < num_tokens;
-    arch::copy_4_async(&beta[i], row_of<float>(params.beta, batch, token + (valid ? i : 0), head), valid);
-  }
 }
 
 // x = high + low, each of tf32's 11 bits.

@@ -1,5 +1,5 @@
-// What the two kernels of the gated delta rule's backward share: decays, products of warps, sums over
-// lanes.
+// What the two kernels of the gated delta rule's backward share: gates and decays, products of warps, sums
+// over lanes.
 #pragma once
 
 #include "arch/sm80.cuh"
@@ -18,6 +18,20 @@ Status finish(const GatedDeltaBwdParams& params, Stream stream);
 // This thread's number, from which nothing is known to follow: addresses that outlive a step cost more
 // registers than there are.
 __device__ __forceinline__ int fresh_thread() { return arch::opaque(arch::thread_idx()); }
+
+// Starts the copies of G and beta of a chunk, beta past the end zero; both by threads 0 to kChunk - 1.
+template <bool kDelta>
+__device__ __forceinline__ void copy_gates_async(float (&G)[kChunk], float (&beta)[kChunk],
+                                                 const GatedDeltaBwdParams& params, int64_t chunk, int head,
+                                                 int64_t batch, int64_t token, int num_tokens) {
+  const int i = fresh_thread();
+  if (i >= kChunk) return;
+  arch::copy_4_async(&G[i], params.G + (chunk * params.HV + head) * kChunk + i, true);
+  if constexpr (kDelta) {
+    const bool valid = i < num_tokens;
+    arch::copy_4_async(&beta[i], row_of<float>(params.beta, batch, token + (valid ? i : 0), head), valid);
+  }
+}
 
 // Gamma_ij = 2^(G_i - G_j) for j <= i, else 0.
 __device__ __forceinline__ float decay_between(const float (&G)[kChunk], int i, int j) {
@@ -62,6 +76,12 @@ __device__ __forceinline__ void multiply(float (&d)[kM][kN][4], LoadA&& load_a, 
       }
     }
   }
+}
+
+// The same with two of its steps in line, so that nothing spills.
+template <class Element, int kDepth, int kN, class LoadA, class LoadB>
+__device__ __forceinline__ void multiply_by_twos(float (&d)[1][kN][4], LoadA&& load_a, LoadB&& load_b) {
+  multiply<Element, kDepth, 2>(d, load_a, load_b);
 }
 
 template <int kM, int kN>
@@ -116,12 +136,6 @@ __device__ __forceinline__ void store_low(Tile& tile, int row, int col, const fl
       }
     }
   }
-}
-
-// `multiply` with two of its steps in line, so that nothing spills.
-template <class Element, int kDepth, int kN, class LoadA, class LoadB>
-__device__ __forceinline__ void multiply_in_pairs(float (&d)[1][kN][4], LoadA&& load_a, LoadB&& load_b) {
-  multiply<Element, kDepth, 2>(d, load_a, load_b);
 }
 
 // The sum over the four lanes that share a row.

@@ -37,7 +37,7 @@
 //   stage[2].dO   [C, columns]    8 K   likewise; at the end of a value head dM + dM^T
 //   stage[2].v    [C, columns]    8 K   (1) to (3) of the tile before: low part of its B, then of its E; then
 //                                       copied; V, high part of B, of E; at the end of a value head dN
-//   stage[2].dB   [C, columns]    8 K   copied as dO. Where the chunk reflects: (1) to (4) of the tile before
+//   stage[2].dB   [C, columns]    8 K   copied as dO. Where the chunk reflects: (1) to (3) of the tile before
 //                                       low part of its dB, then copied; at the end low part of dN
 //   sums                          4 K   of rows and columns of one value head: a warp's part each
 //   gates, place                  1 K
@@ -51,12 +51,12 @@
 // the compiler from running them into each other.
 //
 // Numerics: fp32 accumulation. L, B and E are pairs, in E = B + L B, to which B comes in fp32, and in dA;
-// where the chunk reflects, so are E in X and dK_S1, dB everywhere but in dV, and dN in dQ. Rounded to dtype
-// are all other uses, dM, and the outputs; R is rounded only as B. All factors gamma and beta of (4) multiply
-// fp32 sums. Every exponent taken is <= 0. Sums in a fixed order: results are bitwise repeatable and do not
-// depend on the batch. Tokens past the end are zero in q, k, v, dO, dB and beta.
+// where the chunk reflects, so are E in X and dK_S1, dB but in dK_S (no gain) and dV, and dN in dQ. Rounded
+// to dtype are all other uses, dM, and the outputs; R is rounded only as B. All factors gamma and beta of (4)
+// multiply fp32 sums. Every exponent taken is <= 0. Sums in a fixed order: results are bitwise repeatable and
+// do not depend on the batch. Tokens past the end are zero in q, k, v, dO, dB and beta.
 //
-// Cost per token and value head: 2 (4 K V + C (15 V + 17 K) / 4) FLOPs, 2 (2 K V + C (5 V + 4 K) / 4) more
+// Cost per token and value head: 2 (4 K V + C (15 V + 17 K) / 4) FLOPs, 2 (K V + C (5 V + 4 K) / 4) more
 // where the chunk reflects; without delta 2 (2 K V + C (5 V + 21 K) / 8). Bytes from and to memory: 2 (4 V +
 // C) + 4 K V / C per token and value head, 2 V more where the chunk reflects; 8 K per token and key head.
 //
@@ -106,7 +106,7 @@ __device__ __forceinline__ void form_residual(Square& rB, Smem& sm, typename Sme
   const int col = part.column();
   Square rZ;
   set_zero(rZ);
-  multiply_in_pairs<typename Smem::Element, Smem::K>(
+  multiply_by_twos<typename Smem::Element, Smem::K>(
       rZ, [&](auto& a, int m, int k) { load_a(a, sm.k, part.row + m, k); },
       [&](auto& b, int k, int n) { load_b(b, stage.S0, k, col + n); });
   arch::sync_warp();
@@ -188,7 +188,7 @@ __device__ __forceinline__ void multiply_by_values(Square& rX, const typename Sm
   arch::sync_warp();
   const Part part;
   if (part.above_diagonal()) return;
-  multiply_in_pairs<typename Smem::Element, kColumns>(
+  multiply_by_twos<typename Smem::Element, kColumns>(
       rX, [&](auto& a, int m, int k) { load_a(a, stage.dO, part.row + m, k); },
       [&](auto& b, int k, int n) { load_b_transposed(b, stage.v, k, part.column() + n); });
 }
@@ -241,10 +241,10 @@ __device__ __forceinline__ void through_state(Wide<Smem>& total, const From& fro
   Wide<Smem> product;
   set_zero(product);
   const auto load_state = [&](auto& b, int k, int n) { load_b_transposed(b, state, k, first_row + col + n); };
-  multiply_in_pairs<Element, kColumns>(
+  multiply_by_twos<Element, kColumns>(
       product, [&](auto& a, int m, int k) { load_a(a, from, part.row + m, k); }, load_state);
   if (low != nullptr) {
-    multiply_in_pairs<Element, kColumns>(
+    multiply_by_twos<Element, kColumns>(
         product, [&](auto& a, int m, int k) { load_a(a, *low, part.row + m, k); }, load_state);
   }
   arch::sync_warp();
@@ -316,7 +316,7 @@ __device__ __forceinline__ void through_product(Square& gradient, const X& x, Sm
   set_zero(product);
   if (part.above_diagonal()) return;
   if constexpr (Smem::kFirstPart) {
-    multiply_in_pairs<typename Smem::Element, Smem::K>(
+    multiply_by_twos<typename Smem::Element, Smem::K>(
         product, [&](auto& a, int m, int k) { load_a(a, x, part.row + m, k); },
         [&](auto& b, int k, int n) { load_b_transposed(b, sm.k, k, col + n); });
   }
@@ -410,17 +410,17 @@ __device__ __forceinline__ void through_key_head(Smem& sm, const Tile& dN, const
   const Part part;
   const int col = Smem::kFirst + part.template wide_column<Smem>();
   const auto load_k = [&](auto& b, int k, int n) { load_b(b, sm.k, k, col + n); };
-  multiply_in_pairs<Element, kChunk>(
+  multiply_by_twos<Element, kChunk>(
       rdQ, [&](auto& a, int m, int k) { load_a(a, dN, part.row + m, k); }, load_k);
   if (dN_low != nullptr) {
-    multiply_in_pairs<Element, kChunk>(
+    multiply_by_twos<Element, kChunk>(
         rdQ, [&](auto& a, int m, int k) { load_a(a, *dN_low, part.row + m, k); }, load_k);
   }
-  multiply_in_pairs<Element, kChunk>(
+  multiply_by_twos<Element, kChunk>(
       rdK, [&](auto& a, int m, int k) { load_a_transposed(a, dN, part.row + m, k); },
       [&](auto& b, int k, int n) { load_b(b, sm.q, k, col + n); });
   if constexpr (Smem::kDelta) {
-    multiply_in_pairs<Element, kChunk>(
+    multiply_by_twos<Element, kChunk>(
         rdK, [&](auto& a, int m, int k) { load_a(a, dM, part.row + m, k); }, load_k);
   }
 }
@@ -450,10 +450,10 @@ __device__ __forceinline__ void add_tile(Smem& sm, typename Smem::Stage& stage, 
       rdK, stage.v, E_low, stage.dS1, 0, sm.k, [&](int row) { return decay_between(G, kChunk - 1, row); },
       sm.next);  // (4)
   if constexpr (Smem::kDelta) {
-    through_state<false, Smem>(
-        rdK, stage.dB, dB_low, stage.S0, Smem::kFirst, sm.k,
-        [&](int row) { return -arch::exp2(G[row]) * beta[row]; }, sm.dG);
     if (reflects) release_next();
+    through_state<false, Smem>(
+        rdK, stage.dB, none, stage.S0, Smem::kFirst, sm.k,
+        [&](int row) { return -arch::exp2(G[row]) * beta[row]; }, sm.dG);
   }
   through_state<true, Smem>(
       rdQ, stage.dO, none, stage.S0, Smem::kFirst, sm.q,

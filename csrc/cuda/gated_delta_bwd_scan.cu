@@ -34,8 +34,7 @@
 //
 // Numerics: fp32 accumulation; rounded to dtype are dS1, P, s gamma dO, dZ and dB, each once. In L^T dE both
 // factors are pairs; where some beta of the chunk exceeds 1, dZ, dB, and dS1 in K dS1 are pairs too. Every
-// exponent taken is
-// <= 0. Sums run in a fixed order, which depends on nothing but the shapes of one sequence.
+// exponent taken is <= 0. Sums run in a fixed order, which depends on nothing but the shapes of one sequence.
 // Tokens past the end are zero in k, q, dO and beta, and contribute nothing; their memory is not read.
 //
 // Cost per token and value head: 2 (3 K V + C (K V / kColumns + 23 / 8 V)) FLOPs, 4 K V more with some beta

@@ -140,8 +140,8 @@ __device__ __forceinline__ void sum_decays(const GatedDeltaFwdParams& params, co
   for (int i = 0; i < 2; ++i) {
     const int t = 2 * lane + i;
     const bool valid = t < place.num_tokens;
-    g[i] = valid ? kLog2E * fmaxf(*row_of<float>(params.g, place.batch, place.token + t, head), kMinLogDecay)
-                 : 0.0f;
+    g[i] = valid ? *row_of<float>(params.g, place.batch, place.token + t, head) : 0.0f;
+    g[i] = kLog2E * (g[i] < kMinLogDecay ? kMinLogDecay : g[i]);  // fmaxf would lose a NaN
     if (kDelta && valid) beta[i] = *row_of<float>(params.beta, place.batch, place.token + t, head);
   }
   float sum = g[0] + g[1];
@@ -292,7 +292,7 @@ __device__ __forceinline__ void store_matrices(const GatedDeltaFwdParams& params
     if (col / kBlock <= row / kBlock)
       arch::store_16_bytes(P + at, arch::load_16_bytes(smem.out.P.at(row, col)));
     if constexpr (kDelta) {
-      float x[kPiece];
+      alignas(16) float x[kPiece];
 #pragma unroll
       for (int i = 0; i < kPiece; i += 4) {
         *reinterpret_cast<float4*>(&x[i]) = *reinterpret_cast<const float4*>(&smem.out.T[row][col + i]);

@@ -39,9 +39,9 @@
 // in K S and E to the chunk's end are pairs too.
 //
 // Cost per chunk and 16 columns, K = 128: 292 mma (420 with some beta > 1, 148 without delta) behind 130
-// ldmatrix (194, 74), and 48 exponentials a lane (24 without delta). Per chunk and block 45 KB of tiles
-// besides v (37 KB without delta), which the blocks of one head share in L2. Bound by the latency of a chunk
-// where there are few heads, else by mma.
+// ldmatrix (194, 78), and 33 exponentials a lane. Per chunk and block 45 KB of tiles besides v (37 KB without
+// delta), which the blocks of one head share in L2. Bound by the latency of a chunk where there are few
+// heads, else by mma.
 //
 // Limits: bf16, fp16; fewer than 2^31 tokens in a sequence; 2^31 - 1 blocks.
 #include "arch/sm80.cuh"

@@ -257,8 +257,8 @@ __device__ __forceinline__ void read_state(Results<kChunk / 8>& Z, Results<kChun
     }
     if constexpr (kZ) {
       if (!in_pairs) continue;
-      uint32_t low[4];
-      round_to_pair<Element>(s, low, S[k / 8], S[k / 8 + 1]);
+      uint32_t high[4], low[4];
+      round_to_pair<Element>(high, low, S[k / 8], S[k / 8 + 1]);
 #pragma unroll
       for (int t = 0; t < kSteps; ++t) {
         uint32_t b[4];
@@ -445,7 +445,6 @@ __device__ __forceinline__ void update_state(Results<C::kKeyDim / 8>& S, const V
     add_to_state<C>(S, high, stage, lanes, t);
     if constexpr (C::kDelta) {
       if (!in_pairs) continue;
-      decay_values<C>(x, E, stage, t);  // anew: registers are scarce
       uint32_t low[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) pack_pair<Element>(high[i], low[i], x[i].x, x[i].y);

@@ -21,14 +21,15 @@
 // state whole, from where all have just written it.
 //
 // Shared memory: (1) for K = 128 two stages of k [64, K] 16 KB, L [64, 64] 8 KB, v [4][64, 16] 8 KB, G and
-// beta: 65 KB; Ampere has room for 2 blocks, Hopper for 3; 113 KB for K = 256. (2) none.
+// beta: 65 KB, 2 blocks per processor; 113 KB for K = 256: 2 blocks where there are 228 KB, else 1. (2) none.
 //
 // Numerics: (1) as gated_delta_scan.cu. (2) fp32 factors split into two tf32 each, three products for one, so
 // that it adds no error of its own (2^-21 a step).
 //
-// Cost: (1) 2 (2 K + 3/8 C) FLOPs per token and column, (2) 2 K per segment, row and column, three times; M
-// is 4 K^2 bytes per segment and head, written once and read by V / 16 blocks through L2. (2) is serial in
-// the segments and bound by the latency of reading M.
+// Cost: (1) 2 (2 K + 15/8 C) FLOPs per token and column, 4 K more with some beta > 1 (2 K alone without
+// delta), (2) 2 K per segment, row and column, three times; M is 4 K^2 bytes per segment and head, written
+// once and read by V / 16 blocks through L2. (2) is serial in the segments and bound by the latency of
+// reading M.
 //
 // Limits: as gated_delta_scan.cu.
 #include "arch/sm80.cuh"

@@ -49,7 +49,7 @@ inline Status allow_shared_bytes(const void* kernel, size_t bytes) {
   return bytes <= static_cast<size_t>(most)
              ? status_of(error)
              : "a block of this GPU has less shared memory than the kernel needs (compute capability 9.0 "
-               "has it, 8.0 too for head dimensions up to 128)";
+               "has it; 8.0 too, but not for chunk ops with K above 128)";
 }
 
 // Starts `num_blocks` blocks, all along x, so that the number of sequences is bounded by 2^31 - 1 blocks
