@@ -240,8 +240,8 @@ __device__ __forceinline__ void read_state(Results<kChunk / 8>& Z, Results<kChun
   if constexpr (kO) set_zero(O);
 #pragma unroll
   for (int k = 0; k < C::kKeyDim; k += 16) {
-    uint32_t s[4];
-    round_to_a<Element>(s, S[k / 8], S[k / 8 + 1]);
+    uint32_t s[4], low[4];
+    round_to_pair<Element>(s, low, S[k / 8], S[k / 8 + 1]);
 #pragma unroll
     for (int t = 0; t < kSteps; ++t) {
       if constexpr (kZ) {
@@ -257,8 +257,6 @@ __device__ __forceinline__ void read_state(Results<kChunk / 8>& Z, Results<kChun
     }
     if constexpr (kZ) {
       if (!in_pairs) continue;
-      uint32_t high[4], low[4];
-      round_to_pair<Element>(high, low, S[k / 8], S[k / 8 + 1]);
 #pragma unroll
       for (int t = 0; t < kSteps; ++t) {
         uint32_t b[4];
@@ -408,7 +406,6 @@ __device__ __forceinline__ void update_state(Results<C::kKeyDim / 8>& S, const V
     uint32_t high[4], low[4];
     E.template get<kHigh>(high, t);
     if constexpr (C::kDelta) E.template get<kLow>(low, t);
-    float2 to_end[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float2 x = arch::unpack<Element>(high[i]);
@@ -417,8 +414,7 @@ __device__ __forceinline__ void update_state(Results<C::kKeyDim / 8>& S, const V
         x.x += rest.x, x.y += rest.y;
       }
       const float2 decay = decay_to_end(stage.G, t, i);
-      to_end[i] = {decay.x * x.x, decay.y * x.y};
-      high[i] = arch::pack<Element>(to_end[i].x, to_end[i].y);
+      pack_pair<Element>(high[i], low[i], decay.x * x.x, decay.y * x.y);
     }
 #pragma unroll
     for (int k = 0; k < C::kKeyDim; k += 16) {
@@ -428,8 +424,6 @@ __device__ __forceinline__ void update_state(Results<C::kKeyDim / 8>& S, const V
     }
     if constexpr (C::kDelta) {
       if (!in_pairs) continue;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) pack_pair<Element>(high[i], low[i], to_end[i].x, to_end[i].y);
 #pragma unroll
       for (int k = 0; k < C::kKeyDim; k += 16) {
         uint32_t b[4];
