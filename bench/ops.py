@@ -12,7 +12,7 @@ import gc
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from hypenet_kernels import reference
 
 SECONDS = 4.0  # for a case and its peers; on CUDA a quarter of it for each
 QUICK_SECONDS = 0.8
+NOT_SMALL = 2**21  # bytes, from which on a call's time says something of memory
 STEP_SECONDS = 45  # after which a check, ours or a peer hangs, or compiles for too long
 # Relative RMS difference up to which a peer computes the same thing; and ours against the float64 reference.
 AGREEMENT = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}
@@ -158,18 +159,23 @@ def measure(row, case, device, seconds, record, save):
 
 
 def _time(row, case, device, seconds, record, save):
-    """On the CPU all in turns, and what comes from memory with a copy and a read of it, since the rate of a shared
-    machine's memory changes by the minute. On CUDA one by one and ours first: what a peer breaks is then its own alone.
-    """
+    """On the CPU all in turns. On CUDA one by one and ours first: what a peer breaks is then its own alone."""
     on_cuda = _is_cuda(device)
     lost = {name for r in record["rows"] if r["op"] == case.op for name, peer in r["peers"].items() if "lost" in peer}
     workload, whole_run = cases.build(case, device), roofline.Roofs(**record["roofs"])
+    # The rate of a shared machine's memory changes by the minute: it is measured beside what it bounds.
+    bound = whole_run.bound(workload.flops, workload.bytes, case.dtype)
+    from_memory = not on_cuda and bound == "memory" and workload.bytes >= NOT_SMALL and not case.sizes.get("cached")
 
     def take(functions):
-        times, roofs = timing.measure(functions, device, seconds / 4 if on_cuda else seconds), whole_run
-        if "copy" in times:
-            roofs = roofs.at(times)
-            row["memory"] = {"copy": roofs.copy, "read": roofs.read}
+        roofs = whole_run
+        if from_memory:
+            before = roofline.memory(device, seconds / 16)
+        times = timing.measure(functions, device, seconds / 4 if on_cuda else seconds)
+        if from_memory:
+            after = roofline.memory(device, seconds / 16)
+            row["memory"] = {name: (rate + after[name]) / 2 for name, rate in before.items()}
+            roofs = replace(roofs, **row["memory"])
         if "ours" in times:
             row.update(_ours(times.pop("ours"), workload, roofs, case.dtype))
         for name, timed in times.items():
@@ -202,9 +208,7 @@ def _time(row, case, device, seconds, record, save):
                 del row["peers"][name]["lost"]
     if not on_cuda:
         with _standing(row, "failure", ENDED, save):
-            from_memory = whole_run.bound(workload.flops, workload.bytes, case.dtype) == "memory"
-            in_turns = roofline.memory_calls(device) if from_memory and not case.sizes.get("cached") else {}
-            take({"ours": workload.run} | agreed | in_turns)
+            take({"ours": workload.run} | agreed)
             row["failure"] = None
 
 

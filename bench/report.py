@@ -9,8 +9,8 @@ INTRODUCTION = """# Results
 Written by `python -m bench report` from the records under [bench/results](bench/results). Times are medians; the
 spread is half the range between the quartiles. The roof is the least time that the machine's memory and torch's matrix
 product, measured in the same run, allow for the work (a kernel can beat the product); on a CPU a copy and a read of
-memory are timed in turns with what memory bounds. FLOPs and bytes are those of the mathematics. A peer is timed on the
-same tensors in the same run, after its result was compared with ours.
+memory are timed just before and after what memory bounds. FLOPs and bytes are those of the mathematics. A peer is timed
+on the same tensors in the same run, after its result was compared with ours.
 """
 
 
