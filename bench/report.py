@@ -1,6 +1,6 @@
 """RESULTS.md, from the records under bench/results. The facts that cost time stand in bench/results/facts.md."""
 
-from bench import model, records, tables
+from bench import goals, model, records, tables
 from bench.plot import draw
 
 OUT = records.ROOT / "RESULTS.md"
@@ -55,9 +55,13 @@ def _ops(record):
     roofs = record["roofs"]
     rates = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in roofs["matmul"].items())
     memory = f"copy {roofs['copy'] / 1e9:.1f} GB/s, read {roofs['read'] / 1e9:.1f} GB/s"
-    return f"Roofs: {memory}; matrix product {rates}.\n\n" + tables.markdown(
-        tables.HEADER, [tables.cells(row) for row in record["rows"]]
-    )
+    sections = [
+        f"Roofs: {memory}; matrix product {rates}.",
+        tables.markdown(tables.HEADER, [tables.cells(row) for row in record["rows"]]),
+    ]
+    if aims := goals.rows(record):
+        sections += ["The same against what was aimed at:", tables.markdown(goals.HEADER, aims)]
+    return "\n\n".join(sections)
 
 
 def _model(record):

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import hypenet_kernels as kernels
 from bench import __main__ as command
-from bench import cases, compare, model, ops, peers, records, report, roofline, tables, timing
+from bench import cases, compare, goals, model, ops, peers, records, report, roofline, tables, timing
 from bench.peers import PEERS
 
 HEADS = {"B": 1, "H": 2, "K": 32, "V": 32}
@@ -524,3 +524,11 @@ def test_memory_is_measured_beside_what_it_bounds(monkeypatch):
     assert row["memory"] == {"copy": 1.5e9, "read": 4e9}
     assert row["fraction"] == pytest.approx(1e3 * row["bytes"] / 4e9 / row["ours"]["median"])
     assert "of memory's 4 GB/s" in tables.cells({"name": case.name, **row})[4]
+
+
+def test_goals_of_a_record():
+    name = "hype_attention_decode fwd B={} S=32768 H=32 HK=8 D=128 float32"
+    measured = {"bytes": 4e6, "ours": {"median": 1.0}, "memory": {"copy": 8e9, "read": 1e9}, "peers": {}}
+    record = {"rows": [{"name": name.format(B)} | measured for B in (1, 8)]}
+    assert goals.rows(record) == [["HyPE decode, 32k keys, batch 1; 8", "80 % of a copy", "50; 50 % of a copy"]]
+    assert goals.rows({"rows": record["rows"][:1]}) == []
