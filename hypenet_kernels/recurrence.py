@@ -243,9 +243,7 @@ def forward_cpu(kernel_name, op, q, k, v, g, beta, initial_state, cu_seqlens, sc
     initial_state, cu_seqlens = _contiguous(initial_state), _bounds(cu_seqlens)
     fields = {
         **_operands(q, k, v, g, beta, scale),
-        "N": final_state.shape[0],
-        "cu_seqlens": native.pointer(cu_seqlens),
-        "initial_state": native.pointer(initial_state),
+        **_sequences(final_state, cu_seqlens, initial_state),
         "o": native.pointer(o),
         "final_state": native.pointer(final_state),
     }
@@ -269,9 +267,7 @@ def forward_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, segment
     wide_o, wide_state = _with_room(o, V), _with_room(final_state, K, V)
     fields = {
         **_operands(q, k, v, g, beta, scale),
-        "N": final_state.shape[0],
-        "cu_seqlens": native.pointer(cu_seqlens),
-        "initial_state": native.pointer(initial_state),
+        **_sequences(final_state, cu_seqlens, initial_state),
         "o": native.pointer(wide_o),
         "final_state": native.pointer(wide_state),
         "num_chunks": NT,
@@ -317,9 +313,7 @@ def backward_cpu(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqle
     cu_seqlens = _bounds(cu_seqlens)
     fields = {
         **_operands(q, k, v, g, beta, scale),
-        "N": dinitial_state.shape[0],
-        "cu_seqlens": native.pointer(cu_seqlens),
-        "initial_state": native.pointer(initial_state),
+        **_sequences(dinitial_state, cu_seqlens, initial_state),
         "do_": native.view(do),
         "dfinal_state": native.pointer(dfinal_state),
         "dq": native.pointer(dq),
@@ -349,9 +343,7 @@ def backward_cuda(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seql
     segment_states = q.new_empty(num_segments, *h.shape[1:], dtype=torch.float32) if segment_chunks else None
     fields = {
         **_operands(q, k, v, g, beta, scale),
-        "N": dinitial_state.shape[0],
-        "cu_seqlens": native.pointer(cu_seqlens),
-        "initial_state": native.pointer(None),
+        **_sequences(dinitial_state, cu_seqlens, None),
         "do_": native.view(do),
         "dfinal_state": native.pointer(dfinal_state),
         "num_chunks": h.shape[0],
@@ -530,6 +522,15 @@ def _operands(q, k, v, g, beta, scale):
     }
 
 
+def _sequences(states, cu_seqlens, initial_state):
+    """The fields that the params of ops over whole sequences share besides; states: one for each sequence."""
+    return {
+        "N": states.shape[0],
+        "cu_seqlens": native.pointer(cu_seqlens),
+        "initial_state": native.pointer(initial_state),
+    }
+
+
 def register(library, schema, fake, cpu, cuda=None):
     """cuda: None where there is no CUDA kernel."""
     library.define(schema)
@@ -559,9 +560,10 @@ def register_forward(library, name, inputs, fake, cpu, cuda, backward):
     return inference, operator
 
 
-def register_backward(library, schema, fake, cpu, cuda):
-    """Registers the op and returns what a backward calls."""
-    register(library, schema, fake, cpu, cuda)
-    name = schema.split("(")[0]
+def register_backward(library, forward, inputs, gradients, fake, cpu, cuda):
+    """Registers the backward of the op `forward`; returns what its gradient calls."""
+    name = f"{forward}_bwd"
+    arguments = f"Tensor do, Tensor? dfinal_state, {inputs}, Tensor[] saved, float scale, int segment_chunks"
+    register(library, f"{name}({arguments}) -> ({gradients})", fake, cpu, cuda)
     operator = getattr(torch.ops.hypenet, name).default
     return differentiable.once(operator, RuntimeError, f"{name}: there is no second derivative")

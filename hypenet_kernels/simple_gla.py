@@ -189,7 +189,6 @@ _STEP = (
     "Tensor? dt_bias, float scale"
 )
 _library = torch.library.Library("hypenet", "FRAGMENT")
-_BWD_INPUTS = f"Tensor do, Tensor? dfinal_state, {_INPUTS}, Tensor[] saved, float scale, int segment_chunks"
 _chunk = recurrence.register_forward(
     _library, "chunk_simple_gla", _INPUTS, _chunk_fake, _chunk_cpu, _chunk_cuda, _backward
 )
@@ -197,11 +196,7 @@ _recurrent = recurrence.register_forward(
     _library, "fused_recurrent_simple_gla", _INPUTS, _recurrent_fake, _recurrent_cpu, _recurrent_cuda, _backward
 )
 _chunk_bwd = recurrence.register_backward(
-    _library,
-    f"chunk_simple_gla_bwd({_BWD_INPUTS}) -> ({_GRADIENTS})",
-    _chunk_bwd_fake,
-    _chunk_bwd_cpu,
-    _chunk_bwd_cuda,
+    _library, "chunk_simple_gla", _INPUTS, _GRADIENTS, _chunk_bwd_fake, _chunk_bwd_cpu, _chunk_bwd_cuda
 )
 recurrence.register(_library, f"simple_gla_step({_STEP}) -> Tensor", _step_fake, _step_run, _step_run)
 _step = torch.ops.hypenet.simple_gla_step.default

@@ -140,15 +140,16 @@ __device__ __forceinline__ void round_to_pair(uint32_t (&high)[4], uint32_t (&lo
   pack_pair<Element>(high[3], low[3], right[2], right[3]);
 }
 
-// What lies strictly below, or above, the diagonal of a matrix [8, 8] of which this lane has two elements of
-// a row.
-__device__ __forceinline__ uint32_t keep_below_diagonal(uint32_t pair) {
+// Of a fragment [16, 16] on the diagonal what lies strictly below it, or above; the four matrices [8, 8] of
+// which a lane has two elements of a row each. kEmpty: the one that lies wholly on the other side.
+template <bool kBelow, int kEmpty>
+__device__ __forceinline__ void keep_triangle(uint32_t (&fragment)[4]) {
   const int row = lane_idx() / 4, col = lane_idx() % 4 * 2;
-  return pair & ((col < row ? 0xffffu : 0u) | (col + 1 < row ? 0xffff0000u : 0u));
-}
-__device__ __forceinline__ uint32_t keep_above_diagonal(uint32_t pair) {
-  const int row = lane_idx() / 4, col = lane_idx() % 4 * 2;
-  return pair & ((col > row ? 0xffffu : 0u) | (col + 1 > row ? 0xffff0000u : 0u));
+  const bool first = kBelow ? col < row : col > row, second = kBelow ? col + 1 < row : col + 1 > row;
+  const uint32_t kept = (first ? 0xffffu : 0u) | (second ? 0xffff0000u : 0u);
+  fragment[0] &= kept;
+  fragment[kEmpty] = 0;
+  fragment[3] &= kept;
 }
 
 // Whether some beta of the chunk exceeds 1, by a warp. Then I - beta k k^T may reflect, errors last instead

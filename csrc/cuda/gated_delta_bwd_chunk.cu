@@ -145,13 +145,6 @@ __device__ __forceinline__ void form_residual(Square& rB, Smem& sm, typename Sme
   store_low(B_low, part.row, col, rB);
 }
 
-// Of a block on the diagonal what lies strictly below it.
-__device__ __forceinline__ void keep_below_diagonal(uint32_t (&a)[4]) {
-  a[0] = gated_delta::keep_below_diagonal(a[0]);
-  a[2] = 0;
-  a[3] = gated_delta::keep_below_diagonal(a[3]);
-}
-
 // (2) B -> E, both as pairs in the same places; afterwards L is free
 template <class Smem, class Tile, class Release>
 __device__ __forceinline__ void form_pseudo_values(Square& rE, Smem& sm, typename Smem::Stage& stage,
@@ -164,7 +157,7 @@ __device__ __forceinline__ void form_pseudo_values(Square& rE, Smem& sm, typenam
     uint32_t L_high[4], L_low[4], b[2][2];
     load_a(L_high, sm.L, part.row, k);
     load_a_transposed(L_low, sm.L, part.row, k);
-    if (k == part.row) keep_below_diagonal(L_high), keep_below_diagonal(L_low);
+    if (k == part.row) keep_triangle<true, 2>(L_high), keep_triangle<true, 2>(L_low);
     load_b(b, stage.v, k, col);
 #pragma unroll
     for (int n = 0; n < 2; ++n) {

@@ -225,8 +225,8 @@ __device__ __forceinline__ void load_inverse(uint32_t (&high)[4], uint32_t (&low
   load_a_transposed(high, L, m, k);
   load_a(low, L, m, k);
   if (k != m) return;
-  high[0] = keep_above_diagonal(high[0]), high[1] = 0, high[3] = keep_above_diagonal(high[3]);
-  low[0] = keep_above_diagonal(low[0]), low[1] = 0, low[3] = keep_above_diagonal(low[3]);
+  keep_triangle<false, 1>(high);
+  keep_triangle<false, 1>(low);
 }
 
 // (3) dB, at first dE, in place of s gamma dO, dZ in place of dO

@@ -311,8 +311,8 @@ __device__ __forceinline__ void load_inverse(uint32_t (&high)[4], uint32_t (&low
   arch::ldmatrix_x4(high, fragment_row(stage.matrices, lanes.matrices_transposed, 16 * i, kColumn + 16 * t));
   arch::ldmatrix_x4_trans(low, fragment_row(stage.matrices, lanes.matrices, 16 * t, kColumn + 16 * i));
   if (i != t) return;
-  high[0] = keep_below_diagonal(high[0]), high[1] = 0, high[3] = keep_below_diagonal(high[3]);
-  low[0] = keep_below_diagonal(low[0]), low[1] = 0, low[3] = keep_below_diagonal(low[3]);
+  keep_triangle<true, 1>(high);
+  keep_triangle<true, 1>(low);
 }
 
 // E^T, of which output and state take a step of 16 tokens at a time as a pair, without delta as it is.
