@@ -37,7 +37,7 @@ SANITIZED := LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:
 test-asan: $(INSTALLED)
 	CXXFLAGS="$(SANITIZE) -O1 -g -fno-omit-frame-pointer" LDFLAGS="$(SANITIZE)" HYPENET_SKIP_CUDA_BUILD=1 \
 		$(PYTHON_IN_VENV) setup.py --quiet build --build-base build/asan
-	$(SANITIZED) -c "from hypenet_kernels import native; assert 'asan' in native.cpu().__file__, native.cpu()"
+	$(SANITIZED) -c "from hypenet_kernels import _native; assert 'asan' in _native.cpu().__file__, _native.cpu()"
 	$(SANITIZED) -m pytest -k "not compile and not opcheck and not gradcheck and not thousand" $(KERNEL_TESTS)
 
 clean:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from bench import timing
-from hypenet_kernels import native
+from hypenet_kernels import _native
 
 BUFFER_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
 MATRIX = {"cpu": 2048, "cuda": 8192}
@@ -50,7 +50,7 @@ def measure(device, seconds=2.0):
     device = torch.device(device)
     functions, size = {}, MATRIX[device.type]
     dtypes = (torch.float32,) if device.type == "cpu" else (torch.bfloat16, torch.float16)
-    if device.type == "cpu" and native.level() == "v4_bf16":
+    if device.type == "cpu" and _native.level() == "v4_bf16":
         dtypes += (torch.bfloat16,)
     for dtype in dtypes:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))

@@ -1,8 +1,8 @@
 """Kernels for hybrid linear-attention language models, as PyTorch ops."""
 
 from hypenet_kernels.gated_delta import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule, gated_delta_step
-from hypenet_kernels.hype_attention import hype_attention, hype_attention_decode
-from hypenet_kernels.report import report
+from hypenet_kernels.attention import hype_attention, hype_attention_decode
+from hypenet_kernels._installation import report
 from hypenet_kernels.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla, simple_gla_step
 
 __all__ = [

@@ -5,7 +5,7 @@ import sys
 import torch
 
 import hypenet_kernels as kernels
-from hypenet_kernels import native, reference
+from hypenet_kernels import _native, reference
 
 # Relative RMS errors that no correct kernel comes near and no wrong one stays below; tests/ hold kernels to far less.
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -17,7 +17,7 @@ def main():
     print_report(facts)
     devices = ["cpu", *(["cuda"] if facts["gpus"] and facts["modules"]["_cuda"] else [])]
     try:
-        native.cpu()
+        _native.cpu()
     except ImportError as error:
         sys.exit(f"\n{error}")
     print("\nself test (relative RMS error against the float64 reference)")
@@ -45,12 +45,12 @@ def print_report(facts):
 
 def self_test(device):
     """Runs every op that `device` has, in every dtype it takes; yields whether each is right, after a line about it."""
-    on_cuda = native.on_cuda(torch.empty(0, device=device))
+    on_cuda = _native.on_cuda(torch.empty(0, device=device))
     for op, (run, expect, gradients) in CASES.items():
         for dtype, bound in BOUNDS.items():
-            if on_cuda and dtype not in native.CUDA_OPS.get(op, ()):
+            if on_cuda and dtype not in _native.CUDA_OPS.get(op, ()):
                 continue
-            differentiated = gradients if not on_cuda or dtype in native.HALF else ()  # CUDA has no float32 backward
+            differentiated = gradients if not on_cuda or dtype in _native.HALF else ()  # CUDA has no float32 backward
             given = {name: x.to(device) for name, x in _inputs(dtype).items()}
             exact = {name: x.double() if x.is_floating_point() else x for name, x in _inputs(dtype).items()}
             try:

@@ -8,7 +8,7 @@ Source: Gated Delta Networks (arXiv 2412.06464), equation 10; chunk form: see cs
 
 import torch
 
-from hypenet_kernels import checks, recurrence
+from hypenet_kernels import _checks, _recurrence
 
 
 def chunk_gated_delta_rule(
@@ -45,8 +45,8 @@ def chunk_gated_delta_rule(
     option that is not built).
     """
     op = "chunk_gated_delta_rule"
-    recurrence.check_other_arguments(op, other_arguments)
-    return recurrence.run(
+    _recurrence.check_other_arguments(op, other_arguments)
+    return _recurrence.run(
         op,
         _chunk,
         q,
@@ -81,8 +81,8 @@ def fused_recurrent_gated_delta_rule(
     cu_seqlens and without a gradient go one by one, in float32 any number of them; all else is the chunk form.
     """
     op = "fused_recurrent_gated_delta_rule"
-    recurrence.check_other_arguments(op, other_arguments)
-    return recurrence.run(
+    _recurrence.check_other_arguments(op, other_arguments)
+    return _recurrence.run(
         op,
         _recurrent,
         q,
@@ -130,74 +130,74 @@ def gated_delta_step(
     op = "gated_delta_step"
     required = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "state": state}
     optional = {"state_indices": state_indices, "A_log": A_log, "dt_bias": dt_bias}
-    recurrence.check_tensors(op, required, optional)
-    checks.no_grad(op, required, optional)
+    _recurrence.check_tensors(op, required, optional)
+    _checks.no_grad(op, required, optional)
     if allow_neg_eigval and not use_beta_sigmoid_in_kernel:
-        checks.fail(ValueError, op, "allow_neg_eigval", "be False without use_beta_sigmoid_in_kernel", True)
+        _checks.fail(ValueError, op, "allow_neg_eigval", "be False without use_beta_sigmoid_in_kernel", True)
     beta_limit = (2.0 if allow_neg_eigval else 1.0) if use_beta_sigmoid_in_kernel else 0.0
-    g, beta, A_log, dt_bias = recurrence.step_gates(op, q, g, beta, use_gate_in_kernel, A_log, dt_bias)
-    scale = recurrence.default_scale(q, scale)
+    g, beta, A_log, dt_bias = _recurrence.step_gates(op, q, g, beta, use_gate_in_kernel, A_log, dt_bias)
+    scale = _recurrence.default_scale(q, scale)
     return _step(q, k, v, g, beta, state, state_indices, A_log, dt_bias, scale, use_qk_l2norm_in_kernel, beta_limit)
 
 
 def _chunk_cpu(q, k, v, g, beta, initial_state, cu_seqlens, scale, segment_chunks, save):
     kernel, op = "gated_delta_chunk_fwd", "chunk_gated_delta_rule"
-    return recurrence.forward_cpu(kernel, op, q, k, v, g, beta, initial_state, cu_seqlens, scale, save)
+    return _recurrence.forward_cpu(kernel, op, q, k, v, g, beta, initial_state, cu_seqlens, scale, save)
 
 
 def _chunk_cuda(q, k, v, g, beta, initial_state, cu_seqlens, scale, segment_chunks, save):
     op = "chunk_gated_delta_rule"
-    return recurrence.forward_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, segment_chunks, save)
+    return _recurrence.forward_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, segment_chunks, save)
 
 
 def _chunk_fake(q, k, v, g, beta, initial_state, cu_seqlens, scale, segment_chunks, save):
-    return recurrence.forward_fake(
+    return _recurrence.forward_fake(
         "chunk_gated_delta_rule", q, k, v, g, beta, initial_state, cu_seqlens, segment_chunks, save
     )
 
 
 def _chunk_bwd_cpu(do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens, saved, scale, segment_chunks):
     op = "chunk_gated_delta_rule_bwd"
-    return recurrence.backward_cpu(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens, scale)
+    return _recurrence.backward_cpu(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens, scale)
 
 
 def _chunk_bwd_cuda(do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens, saved, scale, segment_chunks):
     op = "chunk_gated_delta_rule_bwd"
-    return recurrence.backward_cuda(
+    return _recurrence.backward_cuda(
         op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens, saved, scale, segment_chunks
     )
 
 
 def _chunk_bwd_fake(do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens, saved, scale, segment_chunks):
     op = "chunk_gated_delta_rule_bwd"
-    return recurrence.backward_fake(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens)
+    return _recurrence.backward_fake(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens)
 
 
 def _recurrent_cpu(q, k, v, g, beta, initial_state, cu_seqlens, scale, segment_chunks, save):
     kernel, op = "gated_delta_recurrent_fwd", "fused_recurrent_gated_delta_rule"
-    return recurrence.forward_cpu(kernel, op, q, k, v, g, beta, initial_state, cu_seqlens, scale, save)
+    return _recurrence.forward_cpu(kernel, op, q, k, v, g, beta, initial_state, cu_seqlens, scale, save)
 
 
 def _recurrent_cuda(q, k, v, g, beta, initial_state, cu_seqlens, scale, segment_chunks, save):
     op = "fused_recurrent_gated_delta_rule"
-    return recurrence.recurrent_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, segment_chunks, save)
+    return _recurrence.recurrent_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, segment_chunks, save)
 
 
 def _recurrent_fake(q, k, v, g, beta, initial_state, cu_seqlens, scale, segment_chunks, save):
     op = "fused_recurrent_gated_delta_rule"
-    return recurrence.forward_fake(op, q, k, v, g, beta, initial_state, cu_seqlens, segment_chunks, save)
+    return _recurrence.forward_fake(op, q, k, v, g, beta, initial_state, cu_seqlens, segment_chunks, save)
 
 
 def _step_run(*args):
-    return recurrence.step("gated_delta_step", *args)
+    return _recurrence.step("gated_delta_step", *args)
 
 
 def _step_fake(q, k, v, g, beta, state, state_indices, A_log, dt_bias, *_):
-    return recurrence.step_fake("gated_delta_step", q, k, v, g, beta, state, state_indices, A_log, dt_bias)
+    return _recurrence.step_fake("gated_delta_step", q, k, v, g, beta, state, state_indices, A_log, dt_bias)
 
 
 def _backward(ctx, do, dfinal_state, *_):
-    return recurrence.backward(ctx, _chunk_bwd, do, dfinal_state)
+    return _recurrence.backward(ctx, _chunk_bwd, do, dfinal_state)
 
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state, Tensor? cu_seqlens"
@@ -207,14 +207,14 @@ _STEP = (
     "Tensor? dt_bias, float scale, bool use_qk_l2norm, float beta_limit"
 )
 _library = torch.library.Library("hypenet", "FRAGMENT")
-_chunk = recurrence.register_forward(
+_chunk = _recurrence.register_forward(
     _library, "chunk_gated_delta_rule", _INPUTS, _chunk_fake, _chunk_cpu, _chunk_cuda, _backward
 )
-_recurrent = recurrence.register_forward(
+_recurrent = _recurrence.register_forward(
     _library, "fused_recurrent_gated_delta_rule", _INPUTS, _recurrent_fake, _recurrent_cpu, _recurrent_cuda, _backward
 )
-_chunk_bwd = recurrence.register_backward(
+_chunk_bwd = _recurrence.register_backward(
     _library, "chunk_gated_delta_rule", _INPUTS, _GRADIENTS, _chunk_bwd_fake, _chunk_bwd_cpu, _chunk_bwd_cuda
 )
-recurrence.register(_library, f"gated_delta_step({_STEP}) -> Tensor", _step_fake, _step_run, _step_run)
+_recurrence.register(_library, f"gated_delta_step({_STEP}) -> Tensor", _step_fake, _step_run, _step_run)
 _step = torch.ops.hypenet.gated_delta_step.default

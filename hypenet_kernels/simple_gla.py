@@ -10,7 +10,7 @@ without the delta correction, see csrc/cpu/gated_delta_chunk_fwd.cpp.
 
 import torch
 
-from hypenet_kernels import checks, recurrence
+from hypenet_kernels import _checks, _recurrence
 
 
 def chunk_simple_gla(
@@ -46,7 +46,7 @@ def chunk_simple_gla(
     option that is not built).
     """
     op = "chunk_simple_gla"
-    recurrence.check_other_arguments(op, other_arguments)
+    _recurrence.check_other_arguments(op, other_arguments)
     options = scale, initial_state, output_final_state, cu_seqlens, split_sequence
     return _sequences(op, _chunk, q, k, v, g, g_gamma, *options)
 
@@ -69,7 +69,7 @@ def fused_recurrent_simple_gla(
     by one, in float32 any number of them; all else is the chunk form.
     """
     op = "fused_recurrent_simple_gla"
-    recurrence.check_other_arguments(op, other_arguments)
+    _recurrence.check_other_arguments(op, other_arguments)
     return _sequences(op, _recurrent, q, k, v, g, g_gamma, scale, initial_state, output_final_state, cu_seqlens)
 
 
@@ -89,23 +89,23 @@ def simple_gla_step(
     op = "simple_gla_step"
     required = {"q": q, "k": k, "v": v, "g": g, "state": state}
     optional = {"state_indices": state_indices, "A_log": A_log, "dt_bias": dt_bias}
-    recurrence.check_tensors(op, required, optional)
-    checks.no_grad(op, required, optional)
-    g, _, A_log, dt_bias = recurrence.step_gates(op, q, g, None, use_gate_in_kernel, A_log, dt_bias)
-    return _step(q, k, v, g, state, state_indices, A_log, dt_bias, recurrence.default_scale(q, scale))
+    _recurrence.check_tensors(op, required, optional)
+    _checks.no_grad(op, required, optional)
+    g, _, A_log, dt_bias = _recurrence.step_gates(op, q, g, None, use_gate_in_kernel, A_log, dt_bias)
+    return _step(q, k, v, g, state, state_indices, A_log, dt_bias, _recurrence.default_scale(q, scale))
 
 
 def _sequences(
     op, operator, q, k, v, g, g_gamma, scale, initial_state, output_final_state, cu_seqlens, split_sequence=False
 ):
     if g_gamma is not None:
-        recurrence.check_tensors(op, {"q": q, "v": v, "g_gamma": g_gamma}, {})
+        _recurrence.check_tensors(op, {"q": q, "v": v, "g_gamma": g_gamma}, {})
         if g is not None:
-            checks.fail(ValueError, op, "g_gamma", "be left out where g is given", list(g_gamma.shape))
-        checks.rank(op, "v", v, "B T HV V")
-        checks.shape(op, "g_gamma", g_gamma, v.shape[2:3])
-        g = recurrence.accumulated(op, "g_gamma", g_gamma, q).expand(v.shape[:3])
-    return recurrence.run(
+            _checks.fail(ValueError, op, "g_gamma", "be left out where g is given", list(g_gamma.shape))
+        _checks.rank(op, "v", v, "B T HV V")
+        _checks.shape(op, "g_gamma", g_gamma, v.shape[2:3])
+        g = _recurrence.accumulated(op, "g_gamma", g_gamma, q).expand(v.shape[:3])
+    return _recurrence.run(
         op,
         operator,
         q,
@@ -124,62 +124,62 @@ def _sequences(
 
 def _chunk_cpu(q, k, v, g, initial_state, cu_seqlens, scale, segment_chunks, save):
     kernel, op = "gated_delta_chunk_fwd", "chunk_simple_gla"
-    return recurrence.forward_cpu(kernel, op, q, k, v, g, None, initial_state, cu_seqlens, scale, save)
+    return _recurrence.forward_cpu(kernel, op, q, k, v, g, None, initial_state, cu_seqlens, scale, save)
 
 
 def _chunk_cuda(q, k, v, g, initial_state, cu_seqlens, scale, segment_chunks, save):
     op = "chunk_simple_gla"
-    return recurrence.forward_cuda(op, q, k, v, g, None, initial_state, cu_seqlens, scale, segment_chunks, save)
+    return _recurrence.forward_cuda(op, q, k, v, g, None, initial_state, cu_seqlens, scale, segment_chunks, save)
 
 
 def _chunk_fake(q, k, v, g, initial_state, cu_seqlens, scale, segment_chunks, save):
-    return recurrence.forward_fake(
+    return _recurrence.forward_fake(
         "chunk_simple_gla", q, k, v, g, None, initial_state, cu_seqlens, segment_chunks, save
     )
 
 
 def _chunk_bwd_cpu(do, dfinal_state, q, k, v, g, initial_state, cu_seqlens, saved, scale, segment_chunks):
     op = "chunk_simple_gla_bwd"
-    return recurrence.backward_cpu(op, do, dfinal_state, q, k, v, g, None, initial_state, cu_seqlens, scale)
+    return _recurrence.backward_cpu(op, do, dfinal_state, q, k, v, g, None, initial_state, cu_seqlens, scale)
 
 
 def _chunk_bwd_cuda(do, dfinal_state, q, k, v, g, initial_state, cu_seqlens, saved, scale, segment_chunks):
     op = "chunk_simple_gla_bwd"
-    return recurrence.backward_cuda(
+    return _recurrence.backward_cuda(
         op, do, dfinal_state, q, k, v, g, None, initial_state, cu_seqlens, saved, scale, segment_chunks
     )
 
 
 def _chunk_bwd_fake(do, dfinal_state, q, k, v, g, initial_state, cu_seqlens, saved, scale, segment_chunks):
     op = "chunk_simple_gla_bwd"
-    return recurrence.backward_fake(op, do, dfinal_state, q, k, v, g, None, initial_state, cu_seqlens)
+    return _recurrence.backward_fake(op, do, dfinal_state, q, k, v, g, None, initial_state, cu_seqlens)
 
 
 def _recurrent_cpu(q, k, v, g, initial_state, cu_seqlens, scale, segment_chunks, save):
     kernel, op = "gated_delta_recurrent_fwd", "fused_recurrent_simple_gla"
-    return recurrence.forward_cpu(kernel, op, q, k, v, g, None, initial_state, cu_seqlens, scale, save)
+    return _recurrence.forward_cpu(kernel, op, q, k, v, g, None, initial_state, cu_seqlens, scale, save)
 
 
 def _recurrent_cuda(q, k, v, g, initial_state, cu_seqlens, scale, segment_chunks, save):
     op = "fused_recurrent_simple_gla"
-    return recurrence.recurrent_cuda(op, q, k, v, g, None, initial_state, cu_seqlens, scale, segment_chunks, save)
+    return _recurrence.recurrent_cuda(op, q, k, v, g, None, initial_state, cu_seqlens, scale, segment_chunks, save)
 
 
 def _recurrent_fake(q, k, v, g, initial_state, cu_seqlens, scale, segment_chunks, save):
     op = "fused_recurrent_simple_gla"
-    return recurrence.forward_fake(op, q, k, v, g, None, initial_state, cu_seqlens, segment_chunks, save)
+    return _recurrence.forward_fake(op, q, k, v, g, None, initial_state, cu_seqlens, segment_chunks, save)
 
 
 def _step_run(q, k, v, g, *args):
-    return recurrence.step("simple_gla_step", q, k, v, g, None, *args)
+    return _recurrence.step("simple_gla_step", q, k, v, g, None, *args)
 
 
 def _step_fake(q, k, v, g, state, state_indices, A_log, dt_bias, scale):
-    return recurrence.step_fake("simple_gla_step", q, k, v, g, None, state, state_indices, A_log, dt_bias)
+    return _recurrence.step_fake("simple_gla_step", q, k, v, g, None, state, state_indices, A_log, dt_bias)
 
 
 def _backward(ctx, do, dfinal_state, *_):
-    return recurrence.backward(ctx, _chunk_bwd, do, dfinal_state)
+    return _recurrence.backward(ctx, _chunk_bwd, do, dfinal_state)
 
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor g, Tensor? initial_state, Tensor? cu_seqlens"
@@ -189,14 +189,14 @@ _STEP = (
     "Tensor? dt_bias, float scale"
 )
 _library = torch.library.Library("hypenet", "FRAGMENT")
-_chunk = recurrence.register_forward(
+_chunk = _recurrence.register_forward(
     _library, "chunk_simple_gla", _INPUTS, _chunk_fake, _chunk_cpu, _chunk_cuda, _backward
 )
-_recurrent = recurrence.register_forward(
+_recurrent = _recurrence.register_forward(
     _library, "fused_recurrent_simple_gla", _INPUTS, _recurrent_fake, _recurrent_cpu, _recurrent_cuda, _backward
 )
-_chunk_bwd = recurrence.register_backward(
+_chunk_bwd = _recurrence.register_backward(
     _library, "chunk_simple_gla", _INPUTS, _GRADIENTS, _chunk_bwd_fake, _chunk_bwd_cpu, _chunk_bwd_cuda
 )
-recurrence.register(_library, f"simple_gla_step({_STEP}) -> Tensor", _step_fake, _step_run, _step_run)
+_recurrence.register(_library, f"simple_gla_step({_STEP}) -> Tensor", _step_fake, _step_run, _step_run)
 _step = torch.ops.hypenet.simple_gla_step.default

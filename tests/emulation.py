@@ -25,7 +25,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hypenet_kernels import native
+from hypenet_kernels import _native
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "emu"
@@ -44,7 +44,7 @@ GCC_KERNEL = (
 CLANG_KERNEL = "-mllvm -tsan-instrument-func-entry-exit=0 -mllvm -tsan-instrument-read-before-write=1"
 NEW_LINE = "\n"  # which an f-string of Python 3.11 cannot hold
 WRITABLE_VIEWS = ("k_cache", "v_cache")
-_POINTER, _VIEW, _INDICES = native.pointer, native.view, native.indices
+_POINTER, _VIEW, _INDICES = _native.pointer, _native.view, _native.indices
 
 
 def compiler():
@@ -167,8 +167,8 @@ def _run_cuda_implementation(operator, *args):
     call = _Call()
     with pytest.MonkeyPatch.context() as patch:
         for name in ("pointer", "view", "indices", "kernel"):
-            patch.setattr(native, name, getattr(call, name))
-        patch.setattr(native, "cuda", module)
+            patch.setattr(_native, name, getattr(call, name))
+        patch.setattr(_native, "cuda", module)
         return operator.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args)
 
 
@@ -179,7 +179,7 @@ def emulated(seed=0):
     library = torch.library.Library("hypenet", "IMPL")
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="[^$]*other operators may also be overridden")
-        patch.setattr(native, "on_cuda", lambda x: x.is_cpu or x.is_cuda)
+        patch.setattr(_native, "on_cuda", lambda x: x.is_cpu or x.is_cuda)
         for qualified in torch._C._dispatch_get_all_op_names():
             if qualified.startswith("hypenet::") and torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CUDA"):
                 name = qualified.removeprefix("hypenet::")

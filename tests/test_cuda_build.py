@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_install import setup
 
-from hypenet_kernels import native
+from hypenet_kernels import _native
 
 REGISTERS_TO_SPARE = 8  # what another version of the compiler may take
 WITHOUT_TENSOR_CORES = (  # how kernels begin that have nothing to multiply but vectors
@@ -25,7 +25,7 @@ WITHOUT_TENSOR_CORES = (  # how kernels begin that have nothing to multiply but 
 NVCC = setup.find_nvcc(os.environ)
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc in CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda")
 needs_module = pytest.mark.skipif(
-    native.build_info()["cuda_targets"] is None, reason=f"no CUDA module: {native.build_info()['cuda']}"
+    _native.build_info()["cuda_targets"] is None, reason=f"no CUDA module: {_native.build_info()['cuda']}"
 )
 
 
@@ -103,7 +103,7 @@ def test_blocks_per_processor(target, registers, threads, shared, blocks):
 def test_imports_without_torch_and_without_a_driver():
     code = "import sys, hypenet_kernels._cuda as cuda; print(sorted(n for n in dir(cuda) if not n.startswith('_')))"
     hide_torch = "import sys, types; sys.modules['hypenet_kernels'] = package = types.ModuleType('hypenet_kernels'); "
-    hide_torch += f"package.__path__ = [{str(Path(native.__file__).parent)!r}]; "
+    hide_torch += f"package.__path__ = [{str(Path(_native.__file__).parent)!r}]; "
     env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     ran = subprocess.run([sys.executable, "-c", hide_torch + code], env=env, capture_output=True, text=True)
     assert ran.returncode == 0 and "gated_delta_step" in ran.stdout, ran.stderr
@@ -111,7 +111,7 @@ def test_imports_without_torch_and_without_a_driver():
 
 @needs_module
 def test_links_the_runtime_statically_and_hidden():
-    module = native.cuda().__file__
+    module = _native.cuda().__file__
     needed = subprocess.run(["ldd", module], capture_output=True, text=True, check=True).stdout
     assert "libcudart" not in needed and "libcuda" not in needed
 
@@ -122,13 +122,13 @@ def test_launch_without_a_gpu_is_an_error_with_the_ops_name():
     fields = {name: 1 for name in ("B", "T", "H", "HV", "K", "V", "num_slots", "num_threads")}
     fields |= {"dtype": 1, "delta": True, "use_qk_l2norm": False, "gates_in_dtype": False, "scale": 1.0}
     fields |= {"beta_limit": 0.0, "A_log": 0, "dt_bias": 0, "state_indices": (0, False), "state": 0, "o": 0}
-    fields |= {name: native.ABSENT for name in ("q", "k", "v", "g", "beta")}
+    fields |= {name: _native.ABSENT for name in ("q", "k", "v", "g", "beta")}
     with pytest.raises(RuntimeError, match=r"gated_delta_step: .*(CUDA|device)"):
-        native.cuda().gated_delta_step(fields, 0)
-    assert native.cuda().gated_delta_step(fields | {"B": 0}, 0) is None
+        _native.cuda().gated_delta_step(fields, 0)
+    assert _native.cuda().gated_delta_step(fields | {"B": 0}, 0) is None
     with pytest.raises(TypeError, match=r"gated_delta_step\(\): incompatible function arguments"):
-        native.cuda().gated_delta_step(fields)
+        _native.cuda().gated_delta_step(fields)
     with pytest.raises(RuntimeError, match="gated_delta_step: dtype is not built for CUDA"):
-        native.cuda().gated_delta_step(fields | {"dtype": 0}, 0)
+        _native.cuda().gated_delta_step(fields | {"dtype": 0}, 0)
     with pytest.raises(RuntimeError, match="gated_delta_step: K is larger"):
-        native.cuda().gated_delta_step(fields | {"K": native.cuda().STEP_MAX_KEY_DIM + 1}, 0)
+        _native.cuda().gated_delta_step(fields | {"K": _native.cuda().STEP_MAX_KEY_DIM + 1}, 0)

@@ -11,7 +11,7 @@ from recurrence_suite import DECAYS, Shape, bounds, forward, in_double, make_inp
 
 import hypenet_kernels
 from hypenet_kernels import reference
-from hypenet_kernels.recurrence import Saved
+from hypenet_kernels._recurrence import Saved
 
 CHUNK = 64
 BF16, FP16 = torch.bfloat16, torch.float16

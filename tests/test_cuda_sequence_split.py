@@ -9,7 +9,7 @@ from compare import assert_accurate_as_pairs, assert_matches_reference
 from recurrence_suite import Shape, bounds, cotangents, gradients, in_double, make_inputs, reflect
 
 import hypenet_kernels
-from hypenet_kernels import recurrence, reference
+from hypenet_kernels import _recurrence, reference
 
 BF16, FP16 = torch.bfloat16, torch.float16
 OPS = {
@@ -165,7 +165,7 @@ def test_empty_problems(device, B, T):
 )
 def test_number_of_segments_follows_from_shapes(B, T, HV, V, chunks):
     q, v = torch.empty(B, T, 1, 64, device="meta"), torch.empty(B, T, HV, V, device="meta")
-    assert recurrence.chunks_of_segment("op", q, v, None) == chunks
+    assert _recurrence.chunks_of_segment("op", q, v, None) == chunks
 
 
 @both

@@ -6,7 +6,7 @@ from compare import assert_matches_reference
 from recurrence_suite import DECAYS, Shape, forward, in_double, make_inputs, rounded
 
 import hypenet_kernels
-from hypenet_kernels import native, reference
+from hypenet_kernels import _native, reference
 
 SHAPES = (
     Shape(1, 1, 1, 1, 16, 16),  # one head
@@ -231,13 +231,13 @@ class TestGatedDeltaStep(StepOp):
         assert self.op(**inputs, state=state, use_qk_l2norm_in_kernel=True).isfinite().all() and state.equal(before)
 
     def test_too_little_memory_is_an_error(self):
-        absent = dict.fromkeys(["q", "k", "v", "g", "beta"], native.ABSENT)
+        absent = dict.fromkeys(["q", "k", "v", "g", "beta"], _native.ABSENT)
         absent |= {"A_log": 0, "dt_bias": 0, "state_indices": (0, False), "state": 0, "o": 0}
         sizes = {"B": 0, "T": 0, "H": 1, "HV": 1, "K": 2**44, "V": 1, "num_slots": 0, "num_threads": 1}
         options = {"dtype": 1, "delta": True, "use_qk_l2norm": False, "scale": 1.0}
         options |= {"gates_in_dtype": False, "beta_limit": 0.0}
         with pytest.raises(MemoryError):
-            native.cpu().gated_delta_step(absent | sizes | options)
+            _native.cpu().gated_delta_step(absent | sizes | options)
 
     def test_wrong_beta(self):
         self.bad(ValueError, "allow_neg_eigval must be False without use_beta_sigmoid_in_kernel", allow_neg_eigval=True)

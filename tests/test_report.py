@@ -11,11 +11,11 @@ import torch
 
 import hypenet_kernels
 from hypenet_kernels import __main__ as command
-from hypenet_kernels import native
+from hypenet_kernels import _native
 
 OPS = set(hypenet_kernels.__all__) - {"report"}
 CAPABILITIES = {"default": "baseline", "avx2": "v3", "avx512": "v4"}  # ATEN_CPU_CAPABILITY -> level
-AVAILABLE = list(CAPABILITIES)[: 1 + list(CAPABILITIES.values()).index(native.level().removesuffix("_bf16"))]
+AVAILABLE = list(CAPABILITIES)[: 1 + list(CAPABILITIES.values()).index(_native.level().removesuffix("_bf16"))]
 
 
 def inputs(dtype=torch.float32, device="cpu"):
@@ -27,20 +27,20 @@ def test_report_covers_every_op():
     facts = hypenet_kernels.report()
     assert set(facts["ops"]) == OPS == set(command.CASES)
     assert all(devices["cpu"]["implementation"] == f"C++ (_cpu_{facts['level']})" for devices in facts["ops"].values())
-    assert {op for op, devices in facts["ops"].items() if devices["cuda"]["implementation"]} <= set(native.CUDA_OPS)
+    assert {op for op, devices in facts["ops"].items() if devices["cuda"]["implementation"]} <= set(_native.CUDA_OPS)
     assert all(choice["why"] for devices in facts["ops"].values() for choice in devices.values())
     assert facts["threads"] == torch.get_num_threads() and facts["modules"][f"_cpu_{facts['level']}"]
     assert json.loads(json.dumps(facts)) == facts
 
 
 def test_first_use_of_an_op_is_logged_once(caplog):
-    native.kernel.cache_clear()
+    _native.kernel.cache_clear()
     with caplog.at_level(logging.INFO, logger="hypenet_kernels"):
         for _ in range(2):
             hypenet_kernels.chunk_gated_delta_rule(*inputs())
             hypenet_kernels.hype_attention(*inputs()[:3])
     said = [record.getMessage() for record in caplog.records]
-    assert said == [f"{op}: C++ (_cpu_{native.level()})" for op in ("chunk_gated_delta_rule", "hype_attention")]
+    assert said == [f"{op}: C++ (_cpu_{_native.level()})" for op in ("chunk_gated_delta_rule", "hype_attention")]
 
 
 def test_wrong_kernel_fails_the_self_test(monkeypatch, capsys):
@@ -63,12 +63,12 @@ def test_level_is_the_best_of_the_processor_unless_the_environment_names_one(mon
         monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     else:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16}, raising=False)
-    assert native.level() == best
+    assert _native.level() == best
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert native.level() == "v3"
+    assert _native.level() == "v3"
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx512")
-    assert native.level() == "v4"
+    assert _native.level() == "v4"
 
 
 @pytest.mark.parametrize("capability", AVAILABLE)
@@ -84,7 +84,7 @@ def test_self_test_passes_on_cuda(device, capsys):
     """Of every op, in every dtype that its CUDA kernels take."""
     assert all(command.self_test(device.type)), capsys.readouterr().out
     printed = capsys.readouterr().out
-    assert all(f" {op} " in printed for op in native.CUDA_OPS) and "float32" in printed
+    assert all(f" {op} " in printed for op in _native.CUDA_OPS) and "float32" in printed
 
 
 def test_one_openmp_runtime():
@@ -96,7 +96,7 @@ def test_one_openmp_runtime():
 
 
 def test_params_are_complete_or_refused():
-    kernel = native.cpu().gated_delta_step
+    kernel = _native.cpu().gated_delta_step
     with pytest.raises(TypeError, match="gated_delta_step: missing field dtype"):
         kernel({"B": 1})
     with pytest.raises(TypeError):

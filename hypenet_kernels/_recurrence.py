@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from hypenet_kernels import checks, differentiable, native
+from hypenet_kernels import _checks, _differentiable, _native
 
 # fla's arguments that say how it computes, not what: without meaning here.
 HINTS = frozenset({"chunk_size", "cu_seqlens_cpu", "chunk_indices"})
@@ -77,14 +77,14 @@ def check_other_arguments(op, arguments):
     for name, value in arguments.items():
         if name in NOT_BUILT:
             if value is not NOT_BUILT[name]:
-                checks.fail(NotImplementedError, op, name, f"be {NOT_BUILT[name]} (nothing else is built)", value)
+                _checks.fail(NotImplementedError, op, name, f"be {NOT_BUILT[name]} (nothing else is built)", value)
         elif name not in HINTS and name not in MODEL_ARGUMENTS:
             raise TypeError(f"{op}: unexpected argument {name!r}")
 
 
 def l2norm(x, eps=1e-6):
     """x / sqrt(sum(x^2) + eps) over the last dimension, in the accumulation type, rounded once."""
-    wide = x.to(native.accumulator(x.dtype))
+    wide = x.to(_native.accumulator(x.dtype))
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
 
 
@@ -114,12 +114,12 @@ def run(
         check_tensors(op, required, optional | gates)
         for name, value in defaults.items():
             if gates[name] is None:
-                gates[name] = v.new_full((), value, dtype=native.accumulator(q.dtype)).expand(v.shape[:3])
+                gates[name] = v.new_full((), value, dtype=_native.accumulator(q.dtype)).expand(v.shape[:3])
     if use_qk_l2norm:
         q, k = l2norm(q), l2norm(k)
     gates = [accumulated(op, name, x, q) for name, x in gates.items()]
     initial_state = accumulated(op, "initial_state", initial_state, q)
-    operator = operators[checks.wants_gradient(q, k, v, *gates, initial_state)]
+    operator = operators[_checks.wants_gradient(q, k, v, *gates, initial_state)]
     segment_chunks = chunks_of_segment(op, q, v, cu_seqlens) if split_sequence else 0
     scale = default_scale(q, scale)
     o, final_state, *_ = operator(q, k, v, *gates, initial_state, cu_seqlens, scale, segment_chunks)
@@ -127,8 +127,8 @@ def run(
 
 
 def check_tensors(op, required, optional):
-    checks.tensors(op, required, optional)
-    checks.rank(op, "q", required["q"], "B T H K")
+    _checks.tensors(op, required, optional)
+    _checks.rank(op, "q", required["q"], "B T H K")
 
 
 def default_scale(q, scale):
@@ -137,30 +137,30 @@ def default_scale(q, scale):
 
 def accumulated(op, name, x, q):
     """g, beta or a state of any float type, in the accumulation type of q."""
-    wide = native.accumulator(q.dtype)
+    wide = _native.accumulator(q.dtype)
     if x is None or x.dtype == wide:
         return x
-    checks.dtype(op, name, x, checks.FLOATS)
+    _checks.dtype(op, name, x, _checks.FLOATS)
     return x.to(wide)
 
 
 def check_inputs(op, q, k, v, g, beta, gate_dtype=None):
     """gate_dtype: that of g and beta; default the accumulation type."""
-    checks.rank(op, "q", q, "B T H K")
-    checks.rank(op, "v", v, "B T HV V")
-    checks.element(op, "q", q)
+    _checks.rank(op, "q", q, "B T H K")
+    _checks.rank(op, "v", v, "B T HV V")
+    _checks.element(op, "q", q)
     (B, T, H, K), (_, _, HV, V) = q.shape, v.shape
-    checks.like(op, "k", k, "q", q)
-    checks.shape(op, "v", v, (B, T, HV, V))
-    checks.same_dtype(op, "v", v, q)
+    _checks.like(op, "k", k, "q", q)
+    _checks.shape(op, "v", v, (B, T, HV, V))
+    _checks.same_dtype(op, "v", v, q)
     if K == 0 or V == 0:
-        checks.fail(ValueError, op, "head dimensions", "be at least 1", f"K = {K}, V = {V}")
-    checks.multiple(op, "v's number of heads", HV, "q's number of heads", H)
-    gate_dtypes = (gate_dtype or native.accumulator(q.dtype),)
+        _checks.fail(ValueError, op, "head dimensions", "be at least 1", f"K = {K}, V = {V}")
+    _checks.multiple(op, "v's number of heads", HV, "q's number of heads", H)
+    gate_dtypes = (gate_dtype or _native.accumulator(q.dtype),)
     for name, x in (("g", g), ("beta", beta)):
         if x is not None:
-            checks.shape(op, name, x, (B, T, HV))
-            checks.dtype(op, name, x, gate_dtypes)
+            _checks.shape(op, name, x, (B, T, HV))
+            _checks.dtype(op, name, x, gate_dtypes)
 
 
 def num_sequences(q, cu_seqlens):
@@ -177,9 +177,9 @@ def max_chunks(q, cu_seqlens):
 
 def chunks_of_segment(op, q, v, cu_seqlens):
     """How many chunks a segment of a split sequence has, from shapes alone; 0 where splitting does not pay."""
-    checks.rank(op, "v", v, "B T HV V")
+    _checks.rank(op, "v", v, "B T HV V")
     if cu_seqlens is not None:
-        checks.rank(op, "cu_seqlens", cu_seqlens, "N+1")
+        _checks.rank(op, "cu_seqlens", cu_seqlens, "N+1")
     sequence_heads = v.shape[2] * -(-v.shape[3] // 128)
     if num_sequences(q, cu_seqlens) * sequence_heads > SPLIT_HEADS:
         return 0
@@ -202,10 +202,10 @@ def outputs(op, q, k, v, g, beta, initial_state, cu_seqlens):
     check_inputs(op, q, k, v, g, beta)
     (B, T, _, K), (HV, V) = q.shape, v.shape[2:]
     if cu_seqlens is not None:
-        checks.cu_seqlens(op, cu_seqlens, B, T)
+        _checks.cu_seqlens(op, cu_seqlens, B, T)
     N = num_sequences(q, cu_seqlens)
     _check_state(op, "initial_state", initial_state, q, [N, HV, K, V])
-    return q.new_empty(B, T, HV, V), q.new_empty(N, HV, K, V, dtype=native.accumulator(q.dtype))
+    return q.new_empty(B, T, HV, V), q.new_empty(N, HV, K, V, dtype=_native.accumulator(q.dtype))
 
 
 def padded_dims(op, q, v):
@@ -213,7 +213,7 @@ def padded_dims(op, q, v):
     K, V = q.shape[3], v.shape[3]
     built = [n for n in KEY_DIMS if n >= K]
     if not built:
-        checks.fail(NotImplementedError, op, "q", f"have a head dimension of at most {KEY_DIMS[-1]} on CUDA", K)
+        _checks.fail(NotImplementedError, op, "q", f"have a head dimension of at most {KEY_DIMS[-1]} on CUDA", K)
     return built[0], (V + VALUE_DIM_MULTIPLE - 1) // VALUE_DIM_MULTIPLE * VALUE_DIM_MULTIPLE
 
 
@@ -234,31 +234,31 @@ def forward_fake(op, q, k, v, g, beta, initial_state, cu_seqlens, segment_chunks
     results = outputs(op, q, k, v, g, beta, initial_state, cu_seqlens)
     if not save:
         return results
-    return *results, list(to_save(op, q, v, beta, cu_seqlens, segment_chunks) if native.on_cuda(q) else ())
+    return *results, list(to_save(op, q, v, beta, cu_seqlens, segment_chunks) if _native.on_cuda(q) else ())
 
 
 def forward_cpu(kernel_name, op, q, k, v, g, beta, initial_state, cu_seqlens, scale, save):
     o, final_state = outputs(op, q, k, v, g, beta, initial_state, cu_seqlens)
-    q, k, v = map(native.dense_last, (q, k, v))
+    q, k, v = map(_native.dense_last, (q, k, v))
     initial_state, cu_seqlens = _contiguous(initial_state), _bounds(cu_seqlens)
     fields = {
         **_operands(q, k, v, g, beta, scale),
         **_sequences(final_state, cu_seqlens, initial_state),
-        "o": native.pointer(o),
-        "final_state": native.pointer(final_state),
+        "o": _native.pointer(o),
+        "final_state": _native.pointer(final_state),
     }
-    native.kernel(op, kernel_name, q.device)(fields)
+    _native.kernel(op, kernel_name, q.device)(fields)
     return (o, final_state, []) if save else (o, final_state)
 
 
 def forward_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, segment_chunks, save):
     o, final_state = outputs(op, q, k, v, g, beta, initial_state, cu_seqlens)
-    if q.dtype not in native.HALF:
+    if q.dtype not in _native.HALF:
         rule = "be bfloat16 or float16 on CUDA in chunks and for a gradient"
-        checks.fail(NotImplementedError, op, "q", rule, q.dtype)
+        _checks.fail(NotImplementedError, op, "q", rule, q.dtype)
     K, V = padded_dims(op, q, v)
     NT, HV = max_chunks(q, cu_seqlens), v.shape[2]
-    q, k, v = (native.aligned_rows(_padded(x, n)) for x, n in ((q, K), (k, K), (v, V)))
+    q, k, v = (_native.aligned_rows(_padded(x, n)) for x, n in ((q, K), (k, K), (v, V)))
     initial_state, cu_seqlens = _contiguous(_padded(initial_state, K, V)), _bounds(cu_seqlens)
     saved = to_save(op, q, v, beta, cu_seqlens, segment_chunks, save)
     num_segments = max_segments(q, cu_seqlens, segment_chunks)
@@ -268,21 +268,21 @@ def forward_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, segment
     fields = {
         **_operands(q, k, v, g, beta, scale),
         **_sequences(final_state, cu_seqlens, initial_state),
-        "o": native.pointer(wide_o),
-        "final_state": native.pointer(wide_state),
+        "o": _native.pointer(wide_o),
+        "final_state": _native.pointer(wide_state),
         "num_chunks": NT,
-        "G": native.pointer(saved.G),
-        "L": native.pointer(saved.L),
-        "h": native.pointer(saved.h),
-        "chunk_offsets": native.pointer(saved.chunk_offsets),
+        "G": _native.pointer(saved.G),
+        "L": _native.pointer(saved.L),
+        "h": _native.pointer(saved.h),
+        "chunk_offsets": _native.pointer(saved.chunk_offsets),
         "segment_chunks": segment_chunks,
         "num_segments": num_segments,
-        "segment_offsets": native.pointer(saved.segment_offsets),
-        "transfers": native.pointer(saved.transfers),
-        "segment_states": native.pointer(segment_states),
-        "P": native.pointer(P),
+        "segment_offsets": _native.pointer(saved.segment_offsets),
+        "transfers": _native.pointer(saved.transfers),
+        "segment_states": _native.pointer(segment_states),
+        "P": _native.pointer(P),
     }
-    native.kernel(op, "gated_delta_chunk_fwd", q.device)(fields)
+    _native.kernel(op, "gated_delta_chunk_fwd", q.device)(fields)
     results = _narrowed(wide_o, o), _narrowed(wide_state, final_state)
     return (*results, list(saved)) if save else results
 
@@ -299,31 +299,31 @@ def recurrent_cuda(op, q, k, v, g, beta, initial_state, cu_seqlens, scale, segme
 
 def backward_fake(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens):
     o, state = outputs(op, q, k, v, g, beta, initial_state, cu_seqlens)
-    checks.like(op, "do", do, "o", o)
+    _checks.like(op, "do", do, "o", o)
     _check_state(op, "dfinal_state", dfinal_state, q, state.shape)
-    gate_gradients = (native.empty_like(x) for x in (g, beta) if x is not None)
-    return *(native.empty_like(x) for x in (q, k, v)), *gate_gradients, state
+    gate_gradients = (_native.empty_like(x) for x in (g, beta) if x is not None)
+    return *(_native.empty_like(x) for x in (q, k, v)), *gate_gradients, state
 
 
 def backward_cpu(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens, scale):
     gradients = backward_fake(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens)
     dq, dk, dv, dg, *dbeta, dinitial_state = gradients
-    do, q, k, v = map(native.dense_last, (do, q, k, v))
+    do, q, k, v = map(_native.dense_last, (do, q, k, v))
     initial_state, dfinal_state = _contiguous(initial_state), _contiguous(dfinal_state)
     cu_seqlens = _bounds(cu_seqlens)
     fields = {
         **_operands(q, k, v, g, beta, scale),
         **_sequences(dinitial_state, cu_seqlens, initial_state),
-        "do_": native.view(do),
-        "dfinal_state": native.pointer(dfinal_state),
-        "dq": native.pointer(dq),
-        "dk": native.pointer(dk),
-        "dv": native.pointer(dv),
-        "dg": native.pointer(dg),
-        "dbeta": native.pointer(dbeta[0] if dbeta else None),
-        "dinitial_state": native.pointer(dinitial_state),
+        "do_": _native.view(do),
+        "dfinal_state": _native.pointer(dfinal_state),
+        "dq": _native.pointer(dq),
+        "dk": _native.pointer(dk),
+        "dv": _native.pointer(dv),
+        "dg": _native.pointer(dg),
+        "dbeta": _native.pointer(dbeta[0] if dbeta else None),
+        "dinitial_state": _native.pointer(dinitial_state),
     }
-    native.kernel(op, "gated_delta_chunk_bwd", q.device)(fields)
+    _native.kernel(op, "gated_delta_chunk_bwd", q.device)(fields)
     return gradients
 
 
@@ -332,8 +332,8 @@ def backward_cuda(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seql
     dq, dk, dv, dg, *dbeta, dinitial_state = gradients
     K, V = padded_dims(op, q, v)
     G, L, h, chunk_offsets, transfers, segment_offsets = saved
-    checks.shape(op, "h", h, [max_chunks(q, cu_seqlens), v.shape[2], K, V])
-    do, q, k, v = (native.aligned_rows(_padded(x, n)) for x, n in ((do, V), (q, K), (k, K), (v, V)))
+    _checks.shape(op, "h", h, [max_chunks(q, cu_seqlens), v.shape[2], K, V])
+    do, q, k, v = (_native.aligned_rows(_padded(x, n)) for x, n in ((do, V), (q, K), (k, K), (v, V)))
     dfinal_state, cu_seqlens = _contiguous(_padded(dfinal_state, K, V)), _bounds(cu_seqlens)
     narrow = dq, dk, dv, dinitial_state
     wide = [_with_room(x, *size) for x, size in zip(narrow, ((K,), (K,), (V,), (K, V)), strict=True)]
@@ -344,28 +344,28 @@ def backward_cuda(op, do, dfinal_state, q, k, v, g, beta, initial_state, cu_seql
     fields = {
         **_operands(q, k, v, g, beta, scale),
         **_sequences(dinitial_state, cu_seqlens, None),
-        "do_": native.view(do),
-        "dfinal_state": native.pointer(dfinal_state),
+        "do_": _native.view(do),
+        "dfinal_state": _native.pointer(dfinal_state),
         "num_chunks": h.shape[0],
-        "chunk_offsets": native.pointer(chunk_offsets),
-        "G": native.pointer(G),
-        "L": native.pointer(L),
-        "h": native.pointer(h),
+        "chunk_offsets": _native.pointer(chunk_offsets),
+        "G": _native.pointer(G),
+        "L": _native.pointer(L),
+        "h": _native.pointer(h),
         "segment_chunks": segment_chunks,
         "num_segments": num_segments,
-        "segment_offsets": native.pointer(segment_offsets),
-        "transfers": native.pointer(transfers),
-        "segment_states": native.pointer(segment_states),
-        "dstates": native.pointer(dstates),
-        "dB_low": native.pointer(dB_low),
-        "dq": native.pointer(wide[0]),
-        "dk": native.pointer(wide[1]),
-        "dv": native.pointer(wide[2]),
-        "dg": native.pointer(dg),
-        "dbeta": native.pointer(dbeta[0] if dbeta else None),
-        "dinitial_state": native.pointer(wide[3]),
+        "segment_offsets": _native.pointer(segment_offsets),
+        "transfers": _native.pointer(transfers),
+        "segment_states": _native.pointer(segment_states),
+        "dstates": _native.pointer(dstates),
+        "dB_low": _native.pointer(dB_low),
+        "dq": _native.pointer(wide[0]),
+        "dk": _native.pointer(wide[1]),
+        "dv": _native.pointer(wide[2]),
+        "dg": _native.pointer(dg),
+        "dbeta": _native.pointer(dbeta[0] if dbeta else None),
+        "dinitial_state": _native.pointer(wide[3]),
     }
-    native.kernel(op, "gated_delta_chunk_bwd", q.device)(fields)
+    _native.kernel(op, "gated_delta_chunk_bwd", q.device)(fields)
     dq, dk, dv, dinitial_state = (_narrowed(x, like) for x, like in zip(wide, narrow, strict=True))
     return dq, dk, dv, dg, *dbeta, dinitial_state
 
@@ -395,10 +395,10 @@ def backward(ctx, backward_op, do, dfinal_state):
 def step_gates(op, q, g, beta, use_gate, A_log, dt_bias):
     """(g, beta, A_log, dt_bias) as the step takes them: g and beta in q's dtype, or all in the accumulation type."""
     if use_gate:
-        checks.tensor(op, "A_log", A_log)
+        _checks.tensor(op, "A_log", A_log)
     elif A_log is not None or dt_bias is not None:
         name, x = ("dt_bias", dt_bias) if A_log is None else ("A_log", A_log)
-        checks.fail(ValueError, op, name, "be left out without use_gate_in_kernel", list(x.shape))
+        _checks.fail(ValueError, op, name, "be left out without use_gate_in_kernel", list(x.shape))
     if g.dtype != q.dtype or (beta is not None and beta.dtype != q.dtype):
         g, beta = accumulated(op, "g", g, q), accumulated(op, "beta", beta, q)
     return g, beta, accumulated(op, "A_log", A_log, q), accumulated(op, "dt_bias", dt_bias, q)
@@ -407,14 +407,14 @@ def step_gates(op, q, g, beta, use_gate, A_log, dt_bias):
 def step_fake(op, q, k, v, g, beta, state, state_indices, A_log, dt_bias):
     check_inputs(op, q, k, v, g, beta, q.dtype if g.dtype == q.dtype else None)
     (B, T, _, K), (_, _, HV, V) = q.shape, v.shape
-    checks.rank(op, "state", state, "slots HV K V")
+    _checks.rank(op, "state", state, "slots HV K V")
     slots = B if state_indices is None else state.shape[0]
     _check_state(op, "state", state, q, (slots, HV, K, V))
     if not state.is_contiguous():
-        checks.fail(ValueError, op, "state", "be contiguous", f"strides {list(state.stride())}")
+        _checks.fail(ValueError, op, "state", "be contiguous", f"strides {list(state.stride())}")
     if state_indices is not None:
-        checks.shape(op, "state_indices", state_indices, [B])
-        checks.dtype(op, "state_indices", state_indices, (torch.int32, torch.int64))
+        _checks.shape(op, "state_indices", state_indices, [B])
+        _checks.dtype(op, "state_indices", state_indices, (torch.int32, torch.int64))
     _check_state(op, "A_log", A_log, q, (HV,))
     _check_state(op, "dt_bias", dt_bias, q, (HV,))
     return q.new_empty(B, T, HV, V)
@@ -423,42 +423,42 @@ def step_fake(op, q, k, v, g, beta, state, state_indices, A_log, dt_bias):
 def step(op, q, k, v, g, beta, state, state_indices, A_log, dt_bias, scale, use_qk_l2norm=False, beta_limit=0.0):
     """CPU and CUDA alike. What the values of state_indices break raises on the CPU and gives o = NaN on CUDA."""
     o = step_fake(op, q, k, v, g, beta, state, state_indices, A_log, dt_bias)
-    if native.on_cuda(q):
-        if q.shape[3] > native.cuda().STEP_MAX_KEY_DIM:
-            rule = f"have a head dimension of at most {native.cuda().STEP_MAX_KEY_DIM} on CUDA"
-            checks.fail(NotImplementedError, op, "q", rule, q.shape[3])
+    if _native.on_cuda(q):
+        if q.shape[3] > _native.cuda().STEP_MAX_KEY_DIM:
+            rule = f"have a head dimension of at most {_native.cuda().STEP_MAX_KEY_DIM} on CUDA"
+            _checks.fail(NotImplementedError, op, "q", rule, q.shape[3])
     elif state_indices is not None:
         _check_slots(op, state_indices.tolist(), state.shape[0])
-    q, k, v = map(native.dense_last, (q, k, v))
+    q, k, v = map(_native.dense_last, (q, k, v))
     state_indices, A_log, dt_bias = map(_contiguous, (state_indices, A_log, dt_bias))
     fields = {
         **_operands(q, k, v, g, beta, scale),
         "use_qk_l2norm": use_qk_l2norm,
         "gates_in_dtype": g.dtype == q.dtype,
         "beta_limit": beta_limit,
-        "A_log": native.pointer(A_log),
-        "dt_bias": native.pointer(dt_bias),
+        "A_log": _native.pointer(A_log),
+        "dt_bias": _native.pointer(dt_bias),
         "num_slots": state.shape[0],
-        "state_indices": native.indices(state_indices),
-        "state": native.pointer(state),
-        "o": native.pointer(o),
+        "state_indices": _native.indices(state_indices),
+        "state": _native.pointer(state),
+        "o": _native.pointer(o),
     }
-    native.kernel(op, "gated_delta_step", q.device)(fields)
+    _native.kernel(op, "gated_delta_step", q.device)(fields)
     return o
 
 
 def _check_state(op, name, state, q, expected):
     if state is not None:
-        checks.shape(op, name, state, expected)
-        checks.dtype(op, name, state, (native.accumulator(q.dtype),))
+        _checks.shape(op, name, state, expected)
+        _checks.dtype(op, name, state, (_native.accumulator(q.dtype),))
 
 
 def _check_slots(op, slots, num_slots):
     used = [slot for slot in slots if slot >= 0]
     if used and max(used) >= num_slots:
-        checks.fail(ValueError, op, "state_indices", f"be below the number of slots, {num_slots}", slots)
+        _checks.fail(ValueError, op, "state_indices", f"be below the number of slots, {num_slots}", slots)
     if len(set(used)) < len(used):
-        checks.fail(ValueError, op, "state_indices", "name no slot twice", slots)
+        _checks.fail(ValueError, op, "state_indices", "name no slot twice", slots)
 
 
 def _contiguous(x):
@@ -504,7 +504,7 @@ def _operands(q, k, v, g, beta, scale):
     """The fields that all params structs of the family share."""
     (B, T, H, K), (_, _, HV, V) = q.shape, v.shape
     return {
-        "dtype": native.DTYPES[q.dtype],
+        "dtype": _native.DTYPES[q.dtype],
         "delta": beta is not None,
         "num_threads": torch.get_num_threads(),
         "B": B,
@@ -514,11 +514,11 @@ def _operands(q, k, v, g, beta, scale):
         "K": K,
         "V": V,
         "scale": scale,
-        "q": native.view(q),
-        "k": native.view(k),
-        "v": native.view(v),
-        "g": native.view(g),
-        "beta": native.view(beta),
+        "q": _native.view(q),
+        "k": _native.view(k),
+        "v": _native.view(v),
+        "g": _native.view(g),
+        "beta": _native.view(beta),
     }
 
 
@@ -526,8 +526,8 @@ def _sequences(states, cu_seqlens, initial_state):
     """The fields that the params of ops over whole sequences share besides; states: one for each sequence."""
     return {
         "N": states.shape[0],
-        "cu_seqlens": native.pointer(cu_seqlens),
-        "initial_state": native.pointer(initial_state),
+        "cu_seqlens": _native.pointer(cu_seqlens),
+        "initial_state": _native.pointer(initial_state),
     }
 
 
@@ -556,7 +556,7 @@ def register_forward(library, name, inputs, fake, cpu, cuda, backward):
     inference, saving, operator = (
         getattr(torch.ops.hypenet, name + suffix).default for suffix in ("_inference", "_saving", "")
     )
-    differentiable.register(library, name, saving, setup_context, backward)
+    _differentiable.register(library, name, saving, setup_context, backward)
     return inference, operator
 
 
@@ -566,4 +566,4 @@ def register_backward(library, forward, inputs, gradients, fake, cpu, cuda):
     arguments = f"Tensor do, Tensor? dfinal_state, {inputs}, Tensor[] saved, float scale, int segment_chunks"
     register(library, f"{name}({arguments}) -> ({gradients})", fake, cpu, cuda)
     operator = getattr(torch.ops.hypenet, name).default
-    return differentiable.once(operator, RuntimeError, f"{name}: there is no second derivative")
+    return _differentiable.once(operator, RuntimeError, f"{name}: there is no second derivative")

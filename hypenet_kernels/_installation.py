@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from hypenet_kernels import native
+from hypenet_kernels import _native
 
 OPS = (
     "chunk_gated_delta_rule",
@@ -28,7 +28,7 @@ def report():
     (None without CUDA), cuda (nvcc, or why there is no CUDA module), gpus, openmp (runtimes in this process) and ops:
     op -> device -> {"implementation": str or None where the op raises, "why": str}.
     """
-    info = native.build_info()
+    info = _native.build_info()
     return {
         "version": _version(),
         "folder": str(Path(__file__).parent),
@@ -36,7 +36,7 @@ def report():
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "processor": _processor(),
-        "level": native.level(),
+        "level": _native.level(),
         "modules": {name: _is_built(name) for name in ("_cpu_baseline", "_cpu_v3", "_cpu_v4", "_cpu_v4_bf16", "_cuda")},
         "compiler": info["compiler"],
         "cuda_targets": info["cuda_targets"],
@@ -48,7 +48,7 @@ def report():
 
 
 def _on_cpu():
-    module = f"_cpu_{native.level()}"
+    module = f"_cpu_{_native.level()}"
     if not _is_built(module):
         return {"implementation": None, "why": f"hypenet_kernels.{module} is not built"}
     capability = torch.backends.cpu.get_cpu_capability()
@@ -56,9 +56,9 @@ def _on_cpu():
 
 
 def _on_cuda(op):
-    if op not in native.CUDA_OPS:
+    if op not in _native.CUDA_OPS:
         return {"implementation": None, "why": "no CUDA kernel is written for it"}
-    info = native.build_info()
+    info = _native.build_info()
     if not _is_built("_cuda"):
         return {"implementation": None, "why": info["cuda"]}
     return {"implementation": "CUDA (_cuda)", "why": f"built for {info['cuda_targets']}; {_gpus() or 'no GPU visible'}"}

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from hypenet_kernels import checks, differentiable, native
+from hypenet_kernels import _checks, _differentiable, _native
 
 
 def hype_attention(q, k, v, *, logit_scale_base=None, gate=None, scale=None, query_offset=0, cu_seqlens=None):
@@ -26,9 +26,9 @@ def hype_attention(q, k, v, *, logit_scale_base=None, gate=None, scale=None, que
     Source: HALO (arXiv 2601.22156), HyPE and the softmax layer of HypeNet; online softmax as in FlashAttention-2.
     """
     op = "hype_attention"
-    checks.tensors(op, {"q": q, "k": k, "v": v}, {"gate": gate, "cu_seqlens": cu_seqlens})
+    _checks.tensors(op, {"q": q, "k": k, "v": v}, {"gate": gate, "cu_seqlens": cu_seqlens})
     arguments = (q, k, v, gate, cu_seqlens, logit_scale_base, scale, query_offset)
-    return _forward(*arguments)[0] if checks.wants_gradient(q, k, v, gate) else _inference(*arguments)
+    return _forward(*arguments)[0] if _checks.wants_gradient(q, k, v, gate) else _inference(*arguments)
 
 
 def hype_attention_decode(
@@ -48,8 +48,8 @@ def hype_attention_decode(
     op = "hype_attention_decode"
     required = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "cache_seqlens": cache_seqlens}
     optional = {"k": k, "v": v, "gate": gate}
-    checks.tensors(op, required, optional)
-    checks.no_grad(op, required, optional)
+    _checks.tensors(op, required, optional)
+    _checks.no_grad(op, required, optional)
     return _decode(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base, scale)
 
 
@@ -57,50 +57,50 @@ def _check_forward(q, k, v, gate, cu_seqlens, logit_scale_base, query_offset):
     op = "hype_attention"
     B, T, _, D, HK = _check_heads(op, q, "k", k, gate, logit_scale_base)
     if query_offset < 0:
-        checks.fail(ValueError, op, "query_offset", "be at least 0", query_offset)
+        _checks.fail(ValueError, op, "query_offset", "be at least 0", query_offset)
     if cu_seqlens is not None:
-        checks.cu_seqlens(op, cu_seqlens, B, T)
+        _checks.cu_seqlens(op, cu_seqlens, B, T)
         if query_offset != 0:
-            checks.fail(ValueError, op, "query_offset", "be 0 with cu_seqlens", query_offset)
-    checks.shape(op, "k", k, (B, query_offset + T, HK, D))
-    checks.like(op, "v", v, "k", k)
+            _checks.fail(ValueError, op, "query_offset", "be 0 with cu_seqlens", query_offset)
+    _checks.shape(op, "k", k, (B, query_offset + T, HK, D))
+    _checks.like(op, "v", v, "k", k)
 
 
 def _check_decode(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base):
     op = "hype_attention_decode"
     B, T, _, D, HK = _check_heads(op, q, "k_cache", k_cache, gate, logit_scale_base)
-    checks.shape(op, "k_cache", k_cache, (B, k_cache.shape[1], HK, D))
-    checks.like(op, "v_cache", v_cache, "k_cache", k_cache)
+    _checks.shape(op, "k_cache", k_cache, (B, k_cache.shape[1], HK, D))
+    _checks.like(op, "v_cache", v_cache, "k_cache", k_cache)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if D > 1 and cache.stride(-1) != 1:
-            checks.fail(ValueError, op, name, "have a contiguous last dimension", f"strides {cache.stride()}")
+            _checks.fail(ValueError, op, name, "have a contiguous last dimension", f"strides {cache.stride()}")
         if k is not None and any(n > 1 and stride == 0 for n, stride in zip(cache.shape, cache.stride(), strict=True)):
-            checks.fail(ValueError, op, name, "not be expanded (it is written to)", f"strides {cache.stride()}")
+            _checks.fail(ValueError, op, name, "not be expanded (it is written to)", f"strides {cache.stride()}")
     if (k is None) != (v is None):
         given, missing = ("v", "k") if k is None else ("k", "v")
-        checks.fail(ValueError, op, missing, f"be given with {given}", None)
+        _checks.fail(ValueError, op, missing, f"be given with {given}", None)
     for name, x in (("k", k), ("v", v)):
         if x is not None:
-            checks.shape(op, name, x, [B, T, HK, D])
-            checks.same_dtype(op, name, x, q)
-    checks.shape(op, "cache_seqlens", cache_seqlens, [B])
-    checks.dtype(op, "cache_seqlens", cache_seqlens, (torch.int32, torch.int64))
+            _checks.shape(op, name, x, [B, T, HK, D])
+            _checks.same_dtype(op, name, x, q)
+    _checks.shape(op, "cache_seqlens", cache_seqlens, [B])
+    _checks.dtype(op, "cache_seqlens", cache_seqlens, (torch.int32, torch.int64))
 
 
 def _check_heads(op, q, key_name, k, gate, logit_scale_base):
     """What both ops ask of queries, keys and gate. Returns B, T, H, D, HK."""
-    checks.rank(op, "q", q, "B T H D")
-    checks.rank(op, key_name, k, "B S HK D")
-    checks.element(op, "q", q)
-    checks.same_dtype(op, key_name, k, q)
+    _checks.rank(op, "q", q, "B T H D")
+    _checks.rank(op, key_name, k, "B S HK D")
+    _checks.element(op, "q", q)
+    _checks.same_dtype(op, key_name, k, q)
     (B, T, H, D), HK = q.shape, k.shape[2]
     if D == 0:
-        checks.fail(ValueError, op, "q", "have a head dimension of at least 1", list(q.shape))
-    checks.multiple(op, "q's number of heads", H, f"{key_name}'s", HK)
+        _checks.fail(ValueError, op, "q", "have a head dimension of at least 1", list(q.shape))
+    _checks.multiple(op, "q's number of heads", H, f"{key_name}'s", HK)
     if gate is not None:
-        checks.like(op, "gate", gate, "q", q)
+        _checks.like(op, "gate", gate, "q", q)
     if logit_scale_base is not None and not 1 < logit_scale_base < float("inf"):
-        checks.fail(ValueError, op, "logit_scale_base", "be greater than 1 and finite", logit_scale_base)
+        _checks.fail(ValueError, op, "logit_scale_base", "be greater than 1 and finite", logit_scale_base)
     return B, T, H, D, HK
 
 
@@ -110,27 +110,27 @@ def _check_lengths(cache_seqlens, T, capacity, appends):
     lowest, highest = (0, capacity - T) if appends else (T, capacity)
     lengths = cache_seqlens.tolist()
     if lengths and min(lengths) < lowest:
-        checks.fail(ValueError, op, "cache_seqlens", f"be at least {lowest}", lengths)
+        _checks.fail(ValueError, op, "cache_seqlens", f"be at least {lowest}", lengths)
     if lengths and max(lengths) > highest:
         rule = f"leave room for T = {T} more keys in a" if appends else "not exceed the"
-        checks.fail(ValueError, op, "cache_seqlens", f"{rule} capacity of {capacity}", lengths)
+        _checks.fail(ValueError, op, "cache_seqlens", f"{rule} capacity of {capacity}", lengths)
 
 
 def _forward_fake(q, k, v, gate, cu_seqlens, logit_scale_base, scale, query_offset, save):
     """save: whether the backward's o_ungated (empty without gate) and lse are wanted besides o."""
     _check_forward(q, k, v, gate, cu_seqlens, logit_scale_base, query_offset)
-    o = native.empty_like(q)
+    o = _native.empty_like(q)
     return (o, q.new_empty(0) if gate is None else torch.empty_like(o), _new_lse(q)) if save else o
 
 
 def _new_lse(q):
     B, T, H, _ = q.shape
-    return q.new_empty(B, H, T, dtype=native.accumulator(q.dtype))
+    return q.new_empty(B, H, T, dtype=_native.accumulator(q.dtype))
 
 
 def _forward_native(q, k, v, gate, cu_seqlens, logit_scale_base, scale, query_offset, save):
     outputs = _forward_fake(q, k, v, gate, cu_seqlens, logit_scale_base, scale, query_offset, save)
-    o, o_ungated, lse = outputs if save else (outputs, None, _new_lse(q) if native.on_cuda(q) else None)
+    o, o_ungated, lse = outputs if save else (outputs, None, _new_lse(q) if _native.on_cuda(q) else None)
     D, width = q.shape[3], _built_width("hype_attention", q)
     if o.numel() == 0:
         return outputs
@@ -147,27 +147,27 @@ def _forward_native(q, k, v, gate, cu_seqlens, logit_scale_base, scale, query_of
     fields = {
         **_sizes(q, k, logit_scale_base, scale),
         **_sequences(q, k, query_offset, bounds),
-        "q": native.view(q),
-        "k": native.view(k),
-        "v": native.view(v),
-        "gate": native.view(gate),
-        "o": native.pointer(o),
-        "o_ungated": native.pointer(None if gate is None else o_ungated),
-        "lse": native.pointer(lse),
+        "q": _native.view(q),
+        "k": _native.view(k),
+        "v": _native.view(v),
+        "gate": _native.view(gate),
+        "o": _native.pointer(o),
+        "o_ungated": _native.pointer(None if gate is None else o_ungated),
+        "lse": _native.pointer(lse),
     }
-    native.kernel("hype_attention", "hype_attention_fwd", q.device)(fields)
+    _native.kernel("hype_attention", "hype_attention_fwd", q.device)(fields)
     return outputs
 
 
 def _backward_fake(do, q, k, v, gate, cu_seqlens, o_ungated, lse, logit_scale_base, scale, query_offset):
     _check_forward(q, k, v, gate, cu_seqlens, logit_scale_base, query_offset)
     op = "hype_attention_bwd"
-    checks.like(op, "do", do, "q", q)
-    checks.like(op, "o_ungated", o_ungated, "q", q)
-    checks.shape(op, "lse", lse, [q.shape[0], q.shape[2], q.shape[1]])
-    checks.dtype(op, "lse", lse, (native.accumulator(q.dtype),))
-    dq, dk, dv = (native.empty_like(x) for x in (q, k, v))
-    return dq, dk, dv, q.new_empty(0) if gate is None else native.empty_like(q)
+    _checks.like(op, "do", do, "q", q)
+    _checks.like(op, "o_ungated", o_ungated, "q", q)
+    _checks.shape(op, "lse", lse, [q.shape[0], q.shape[2], q.shape[1]])
+    _checks.dtype(op, "lse", lse, (_native.accumulator(q.dtype),))
+    dq, dk, dv = (_native.empty_like(x) for x in (q, k, v))
+    return dq, dk, dv, q.new_empty(0) if gate is None else _native.empty_like(q)
 
 
 def _backward_native(do, q, k, v, gate, cu_seqlens, o_ungated, lse, logit_scale_base, scale, query_offset):
@@ -190,37 +190,37 @@ def _run_backward(gradients, do, q, k, v, gate, cu_seqlens, o_ungated, lse, logi
     do, q, k, v, gate = map(_readable, (do, q, k, v, gate))
     o_ungated, lse = o_ungated.contiguous(), lse.contiguous()
     bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
-    on_cuda = native.on_cuda(q)
+    on_cuda = _native.on_cuda(q)
     do_ungated = torch.empty_like(dgate) if on_cuda and gate is not None else None
     row_terms = lse.new_empty(3, *lse.shape) if on_cuda else None
     fields = {
         **_sizes(q, k, logit_scale_base, scale),
         **_sequences(q, k, query_offset, bounds),
-        "gate": native.view(gate),
-        "q": native.view(q),
-        "k": native.view(k),
-        "v": native.view(v),
-        "o_ungated": native.pointer(o_ungated),
-        "lse": native.pointer(lse),
-        "do_": native.view(do),
-        "dq": native.pointer(dq),
-        "dk": native.pointer(dk),
-        "dv": native.pointer(dv),
-        "dgate": 0 if gate is None else native.pointer(dgate),
-        "do_ungated": native.pointer(do_ungated),
-        "row_terms": native.pointer(row_terms),
+        "gate": _native.view(gate),
+        "q": _native.view(q),
+        "k": _native.view(k),
+        "v": _native.view(v),
+        "o_ungated": _native.pointer(o_ungated),
+        "lse": _native.pointer(lse),
+        "do_": _native.view(do),
+        "dq": _native.pointer(dq),
+        "dk": _native.pointer(dk),
+        "dv": _native.pointer(dv),
+        "dgate": 0 if gate is None else _native.pointer(dgate),
+        "do_ungated": _native.pointer(do_ungated),
+        "row_terms": _native.pointer(row_terms),
     }
-    native.kernel("hype_attention_bwd", "hype_attention_bwd", q.device)(fields)
+    _native.kernel("hype_attention_bwd", "hype_attention_bwd", q.device)(fields)
 
 
 def _built_width(op, q):
     """The head dimension with which the kernel runs: q's own on the CPU, on CUDA the next one that is built."""
     D = q.shape[3]
-    if not native.on_cuda(q):
+    if not _native.on_cuda(q):
         return D
-    built = native.cuda().ATTENTION_HEAD_DIMS
+    built = _native.cuda().ATTENTION_HEAD_DIMS
     if built[-1] < D:
-        checks.fail(NotImplementedError, op, "q", f"have a head dimension of at most {built[-1]} on CUDA", D)
+        _checks.fail(NotImplementedError, op, "q", f"have a head dimension of at most {built[-1]} on CUDA", D)
     return next(width for width in built if width >= D)
 
 
@@ -233,12 +233,12 @@ def _readable(x):
     """x itself where the kernels can read it, else a copy."""
     if x is None:
         return None
-    return native.aligned_rows(x) if native.on_cuda(x) else native.dense_last(x)
+    return _native.aligned_rows(x) if _native.on_cuda(x) else _native.dense_last(x)
 
 
 def _decode_fake(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base, scale):
     _check_decode(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base)
-    return native.empty_like(q)
+    return _native.empty_like(q)
 
 
 def _decode_cpu(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base, scale):
@@ -250,12 +250,12 @@ def _decode_cpu(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base
 
 def _decode_cuda(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base, scale):
     """What the values of cache_seqlens break raises on the CPU; here it gives a sequence o = NaN."""
-    op, cuda = "hype_attention_decode", native.cuda()
+    op, cuda = "hype_attention_decode", _native.cuda()
     o = _decode_fake(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base, scale)
     (B, T, H, D), capacity = q.shape, k_cache.shape[1]
     if cuda.DECODE_MAX_DIM < D:
         rule = f"have a head dimension of at most {cuda.DECODE_MAX_DIM} on CUDA"
-        checks.fail(NotImplementedError, op, "q", rule, D)
+        _checks.fail(NotImplementedError, op, "q", rule, D)
     segments = min(cuda.DECODE_MAX_SEGMENTS, -(-capacity // cuda.DECODE_SEGMENT))
     partial_o = q.new_empty(B, segments, T, H, -(-D // 4) * 4, dtype=torch.float32)
     partial_softmax = q.new_empty(B, segments, T, H, 2, dtype=torch.float32)
@@ -269,31 +269,31 @@ def _run_decode(
 ):
     if o.numel() == 0:
         return
-    q, k, v, gate = map(native.dense_last, (q, k, v, gate))
+    q, k, v, gate = map(_native.dense_last, (q, k, v, gate))
     lengths = lengths.contiguous()
     fields = {
         **_sizes(q, k_cache, logit_scale_base, scale),
         "capacity": k_cache.shape[1],
         "num_segments": 0 if partial_o is None else partial_o.shape[1],
-        "q": native.view(q),
-        "k": native.view(k),
-        "v": native.view(v),
-        "gate": native.view(gate),
-        "cache_seqlens": native.indices(lengths),
-        "k_cache": native.view(k_cache),
-        "v_cache": native.view(v_cache),
-        "o": native.pointer(o),
-        "partial_o": native.pointer(partial_o),
-        "partial_softmax": native.pointer(partial_softmax),
+        "q": _native.view(q),
+        "k": _native.view(k),
+        "v": _native.view(v),
+        "gate": _native.view(gate),
+        "cache_seqlens": _native.indices(lengths),
+        "k_cache": _native.view(k_cache),
+        "v_cache": _native.view(v_cache),
+        "o": _native.pointer(o),
+        "partial_o": _native.pointer(partial_o),
+        "partial_softmax": _native.pointer(partial_softmax),
     }
-    native.kernel("hype_attention_decode", "hype_attention_decode", q.device)(fields)
+    _native.kernel("hype_attention_decode", "hype_attention_decode", q.device)(fields)
 
 
 def _sizes(q, k, logit_scale_base, scale):
     """The fields that all three params structs share; k is [B, S, HK, D] or a cache."""
     B, T, H, D = q.shape
     return {
-        "dtype": native.DTYPES[q.dtype],
+        "dtype": _native.DTYPES[q.dtype],
         "num_threads": torch.get_num_threads(),
         "B": B,
         "T": T,
@@ -310,7 +310,7 @@ def _sequences(q, k, query_offset, bounds):
         "S": k.shape[1],
         "N": q.shape[0] if bounds is None else bounds.numel() - 1,
         "query_offset": query_offset,
-        "cu_seqlens": native.pointer(bounds),
+        "cu_seqlens": _native.pointer(bounds),
     }
 
 
@@ -357,8 +357,8 @@ for _name, _fake, _cpu, _cuda in (
     _library.impl(_name, _cuda, "CUDA")
     torch.library.register_fake(f"hypenet::{_name}", _fake, lib=_library)
 _saving = torch.ops.hypenet.hype_attention_saving.default
-differentiable.register(_library, "hype_attention", _saving, _setup_context, _backward)
-_backward_op = differentiable.once(
+_differentiable.register(_library, "hype_attention", _saving, _setup_context, _backward)
+_backward_op = _differentiable.once(
     torch.ops.hypenet.hype_attention_bwd.default,
     NotImplementedError,
     "hype_attention: q, k, v and gate must not want a second derivative: it is not built",

@@ -6,7 +6,7 @@ TypeError: dtype or kind of device. ValueError: rank, shape, layout, range. NotI
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from hypenet_kernels import native
+from hypenet_kernels import _native
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CPU_FLOATS = (torch.float64, torch.float32, torch.bfloat16)
@@ -34,8 +34,8 @@ def tensors(op, required, optional):
                 tensor(op, name, x)
             if x.device != device:
                 fail(ValueError, op, name, f"be on q's device {device}", x.device)
-    if not (q.is_cpu or q.is_meta or (q.is_cuda and op in native.CUDA_OPS)):
-        devices = ("cpu", "meta", "cuda") if op in native.CUDA_OPS else ("cpu", "meta")
+    if not (q.is_cpu or q.is_meta or (q.is_cuda and op in _native.CUDA_OPS)):
+        devices = ("cpu", "meta", "cuda") if op in _native.CUDA_OPS else ("cpu", "meta")
         fail(NotImplementedError, op, "q", f"be on {' or '.join(devices)} (nothing else is built)", device)
 
 
@@ -57,8 +57,8 @@ def dtype(op, name, x, allowed):
 
 def element(op, name, x):
     """A float type that is built for the device."""
-    on_cuda = native.on_cuda(x)
-    built = native.CUDA_OPS.get(op, FLOATS) if on_cuda else FLOATS if x.is_meta else CPU_FLOATS
+    on_cuda = _native.on_cuda(x)
+    built = _native.CUDA_OPS.get(op, FLOATS) if on_cuda else FLOATS if x.is_meta else CPU_FLOATS
     if x.dtype not in built:
         dtype(op, name, x, FLOATS)
         rule = f"be {' or '.join(_name(d) for d in built)} on {'CUDA' if on_cuda else 'CPU'}"
