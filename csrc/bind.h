@@ -1,4 +1,4 @@
-// Binds a kernel as a Python function of a dict, whose keys are exactly the fields of its params struct.
+// Binds a kernel as a Python function of a dict, whose keys are the fields of its params struct.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "params.h"
@@ -19,10 +20,26 @@ template <class Params>
 struct Field {
   PyObject* name;  // interned, lives as long as the interpreter
   void (*set)(Params&, PyObject*);
-  bool written;  // a pointer through which the kernel writes
+  bool written;   // a pointer through which the kernel writes
+  bool optional;  // may be left out of the dict
 };
 
-// What is not of a field's type leaves a Python error set; a null value is an error that was set before.
+template <class Params>
+struct Fields : std::vector<Field<Params>> {
+  using std::vector<Field<Params>>::vector;
+
+  Fields operator+(const Fields& more) const {
+    Fields all = *this;
+    all.insert(all.end(), more.begin(), more.end());
+    return all;
+  }
+};
+
+// The fields of a params struct: specialised in fields.h.
+template <class Params>
+Fields<Params> fields_of();
+
+// On a type mismatch the Python error indicator is set. value == nullptr: the caller has already set it.
 template <class T>
 void from_python(PyObject* value, T& field) {
   if (value == nullptr) return;
@@ -51,20 +68,18 @@ inline void from_python(PyObject* tuple, Indices& indices) {
   from_python(PyTuple_GetItem(tuple, 1), indices.is_int32);
 }
 
-template <auto Member>
-struct FieldOf;
-template <class Params, class T, T Params::* Member>
-struct FieldOf<Member> {
-  static Field<Params> named(const char* name) {
-    return {PyUnicode_InternFromString(name),
-            [](Params& params, PyObject* value) { from_python(value, params.*Member); },
-            std::is_pointer_v<T> && !std::is_const_v<std::remove_pointer_t<T>>};
-  }
-};
+// Params: the struct; Member may belong to a base of it.
+template <class Params, auto Member>
+Field<Params> field(const char* name, bool optional = false) {
+  using T = std::remove_cvref_t<decltype(std::declval<Params&>().*Member)>;
+  return {PyUnicode_InternFromString(name),
+          [](Params& params, PyObject* value) { from_python(value, params.*Member); },
+          std::is_pointer_v<T> && !std::is_const_v<std::remove_pointer_t<T>>, optional};
+}
 
 // "Writes: state, o."
 template <class Params>
-std::string doc_of(const std::vector<Field<Params>>& fields) {
+std::string doc_of(const Fields<Params>& fields) {
   std::string doc;
   for (const auto& field : fields) {
     if (!field.written) continue;
@@ -73,19 +88,22 @@ std::string doc_of(const std::vector<Field<Params>>& fields) {
   return doc + ".";
 }
 
-// The struct with exactly these fields, each under its name.
+// The struct with these fields, each under its name.
 template <class Params>
-Params params_from(const py::dict& values, const std::vector<Field<Params>>& fields, const std::string& op) {
+Params params_from(const py::dict& values, const Fields<Params>& fields, const std::string& op) {
   Params params{};
+  size_t num_found = 0;
   for (const auto& field : fields) {
     PyObject* value = PyDict_GetItemWithError(values.ptr(), field.name);
     if (value == nullptr) {
+      if (field.optional) continue;
       throw py::type_error(op + ": missing field " + py::str(py::handle(field.name)).cast<std::string>());
     }
+    ++num_found;
     field.set(params, value);
     if (PyErr_Occurred() != nullptr) throw py::error_already_set();
   }
-  if (values.size() != fields.size()) {
+  if (values.size() != num_found) {
     throw py::type_error(op + ": unknown field among " + py::str(values).cast<std::string>());
   }
   return params;
@@ -94,11 +112,10 @@ Params params_from(const py::dict& values, const std::vector<Field<Params>>& fie
 template <class>
 using Address = uintptr_t;
 
-// Stream: none for a CPU kernel; for a CUDA kernel one, and the function takes the cudaStream_t, as an
-// integer, after the dict.
+// Stream: empty for a CPU kernel. A CUDA kernel's function takes the cudaStream_t, as an integer, after the dict.
 template <class Params, class... Stream>
 void def_kernel(py::module_& module, const char* name, Status (*kernel)(const Params&, Stream*...),
-                std::vector<Field<Params>> fields) {
+                Fields<Params> fields = fields_of<Params>()) {
   const std::string doc = doc_of(fields);
   auto call = [kernel, fields = std::move(fields), op = std::string(name)](const py::dict& values,
                                                                            Address<Stream>... stream) {
@@ -112,8 +129,5 @@ void def_kernel(py::module_& module, const char* name, Status (*kernel)(const Pa
   };
   module.def(name, std::move(call), doc.c_str());
 }
-
-// FIELD(GatedDeltaFwdParams, q) names a member once.
-#define FIELD(Params, member) FieldOf<&Params::member>::named(#member)
 
 }  // namespace hypenet

@@ -29,20 +29,23 @@ struct Indices {
 // What a launcher returns: null, or the reason why it did not run.
 using Status = const char*;
 
-// ---- gated delta rule and simple GLA (delta = false: no beta, no correction)
-// --------------------------------------
+// ---- gated delta rule and simple GLA (delta = false: no beta, no correction) ----
 
-// Chunk and recurrent forward share it. N = B without cu_seqlens; B = 1 with it.
-struct GatedDeltaFwdParams {
+// What every kernel of the family reads.
+struct GatedDeltaOperands {
   DType dtype;
   bool delta;
-  int64_t num_threads, B, T, H, HV, K, V, N;
+  int64_t num_threads, B, T, H, HV, K, V;
   double scale;
-  // inputs
-  View q, k;                  // [B, T, H, K] dtype
-  View v;                     // [B, T, HV, V] dtype
-  View g;                     // [B, T, HV] acc, log decay <= 0
-  View beta;                  // [B, T, HV] acc, null data without delta
+  View q, k;  // [B, T, H, K] dtype
+  View v;     // [B, T, HV, V] dtype
+  View g;     // [B, T, HV] acc, log decay <= 0
+  View beta;  // [B, T, HV] acc, null data without delta
+};
+
+// Chunk and recurrent forward. N = B without cu_seqlens; B = 1 with it.
+struct GatedDeltaFwdParams : GatedDeltaOperands {
+  int64_t N;
   const int64_t* cu_seqlens;  // [N + 1] or null
   const void* initial_state;  // [N, HV, K, V] acc, or null
   // outputs
@@ -65,13 +68,9 @@ struct GatedDeltaFwdParams {
   void* P;                   // [NT, HV, 64, 64] dtype, scale (Q K^T) . Gamma
 };
 
-struct GatedDeltaBwdParams {
-  DType dtype;
-  bool delta;
-  int64_t num_threads, B, T, H, HV, K, V, N;
-  double scale;
+struct GatedDeltaBwdParams : GatedDeltaOperands {
+  int64_t N;
   // inputs, as in the forward
-  View q, k, v, g, beta;
   const int64_t* cu_seqlens;
   const void* initial_state;
   View do_;                  // [B, T, HV, V] dtype
@@ -99,15 +98,12 @@ struct GatedDeltaBwdParams {
 };
 
 // Decode: T tokens (usually one) per sequence, the state updated in place.
-struct GatedDeltaStepParams {
-  DType dtype;
-  bool delta, use_qk_l2norm;
+struct GatedDeltaStepParams : GatedDeltaOperands {
+  bool use_qk_l2norm;
   bool gates_in_dtype;  // g and beta are dtype, not acc
-  int64_t num_threads, B, T, H, HV, K, V, num_slots;
-  double scale;
+  int64_t num_slots;
   double beta_limit;  // 0: beta is beta; else beta is a logit, which means beta_limit sigmoid(logit)
   // inputs
-  View q, k, v, g, beta;  // as above
   const void* A_log;      // [HV] acc, or null; with it, g means -exp(A_log) softplus(g + dt_bias)
   const void* dt_bias;    // [HV] acc, or null for 0
   Indices state_indices;  // [B] slot of each sequence, negative = skip it; null data = slot b
@@ -117,18 +113,21 @@ struct GatedDeltaStepParams {
   void* o;  // [B, T, HV, V] dtype
 };
 
-// ---- HyPE attention
-// -------------------------------------------------------------------------------------------------
+// ---- HyPE attention ----
 
-// Query t of a sequence stands at position query_offset + t. logit_scale_base = 0 means s_t = 1.
-struct HypeAttentionFwdParams {
+// What every kernel of the family reads. logit_scale_base = 0 means s_t = 1.
+struct HypeAttentionOperands {
   DType dtype;
-  int64_t num_threads, B, T, S, H, HK, D, N, query_offset;
+  int64_t num_threads, B, T, H, HK, D;
   double scale, logit_scale_base;
-  // inputs
-  View q;                     // [B, T, H, D] dtype
-  View k, v;                  // [B, S, HK, D] dtype
-  View gate;                  // [B, T, H, D] dtype before the sigmoid, or null data
+  View q;     // [B, T, H, D] dtype
+  View k, v;  // [B, S, HK, D] dtype
+  View gate;  // [B, T, H, D] dtype before the sigmoid, or null data
+};
+
+// Query t of a sequence is at position query_offset + t.
+struct HypeAttentionFwdParams : HypeAttentionOperands {
+  int64_t S, N, query_offset;
   const int64_t* cu_seqlens;  // [N + 1] or null; with it B = 1, S = T, query_offset = 0
   // outputs
   void* o;          // [B, T, H, D] dtype, gated
@@ -136,12 +135,9 @@ struct HypeAttentionFwdParams {
   void* lse;        // [B, H, T] acc, natural log of the softmax denominator; on the CPU may be null
 };
 
-struct HypeAttentionBwdParams {
-  DType dtype;
-  int64_t num_threads, B, T, S, H, HK, D, N, query_offset;
-  double scale, logit_scale_base;
+struct HypeAttentionBwdParams : HypeAttentionOperands {
+  int64_t S, N, query_offset;
   // inputs
-  View q, k, v, gate;
   const int64_t* cu_seqlens;
   const void* o_ungated;  // [B, T, H, D] dtype; the output itself without gate
   const void* lse;        // [B, H, T] acc
@@ -155,15 +151,10 @@ struct HypeAttentionBwdParams {
   void* row_terms;   // [3, B, H, T] float32
 };
 
-// T query tokens (one or a few) per sequence against its cache; k, v are appended first where given.
-struct HypeAttentionDecodeParams {
-  DType dtype;
-  int64_t num_threads, B, T, H, HK, D, capacity, num_segments;
-  double scale, logit_scale_base;
+// T query tokens (one or a few) per sequence against its cache. k, v: [B, T, HK, D], appended first; or null data.
+struct HypeAttentionDecodeParams : HypeAttentionOperands {
+  int64_t capacity, num_segments;
   // inputs
-  View q;                 // [B, T, H, D] dtype
-  View k, v;              // [B, T, HK, D] dtype, or null data
-  View gate;              // [B, T, H, D] dtype, or null data
   Indices cache_seqlens;  // [B] valid keys before the append
   // in place
   View k_cache, v_cache;  // [B, capacity, HK, D] dtype

@@ -1,0 +1,83 @@
+// The fields of every params struct (params.h), under the names that Python gives them.
+#pragma once
+
+#include "bind.h"
+
+namespace hypenet {
+
+// FIELD(q) is a field of `Params`; OPTIONAL(q) is one that may be left out, and is then 0: only some device needs it.
+#define FIELD(member) field<Params, &Params::member>(#member)
+#define OPTIONAL(member) field<Params, &Params::member>(#member, true)
+
+template <class Params>
+Fields<Params> gated_delta_operands() {
+  return {FIELD(dtype), FIELD(delta), FIELD(num_threads), FIELD(B), FIELD(T), FIELD(H), FIELD(HV),  FIELD(K),
+          FIELD(V),     FIELD(scale), FIELD(q),           FIELD(k), FIELD(v), FIELD(g), FIELD(beta)};
+}
+
+template <class Params>
+Fields<Params> hype_attention_operands() {
+  return {FIELD(dtype), FIELD(num_threads),      FIELD(B), FIELD(T), FIELD(H), FIELD(HK),  FIELD(D),
+          FIELD(scale), FIELD(logit_scale_base), FIELD(q), FIELD(k), FIELD(v), FIELD(gate)};
+}
+
+template <>
+inline Fields<GatedDeltaFwdParams> fields_of() {
+  using Params = GatedDeltaFwdParams;
+  return gated_delta_operands<Params>() +
+         Fields<Params>{FIELD(N), FIELD(cu_seqlens), FIELD(initial_state), FIELD(o), FIELD(final_state),
+                        // chunks, segments and workspace on CUDA
+                        OPTIONAL(num_chunks), OPTIONAL(G), OPTIONAL(L), OPTIONAL(h), OPTIONAL(segment_chunks),
+                        OPTIONAL(num_segments), OPTIONAL(transfers), OPTIONAL(segment_states),
+                        OPTIONAL(chunk_offsets), OPTIONAL(segment_offsets), OPTIONAL(P)};
+}
+
+template <>
+inline Fields<GatedDeltaBwdParams> fields_of() {
+  using Params = GatedDeltaBwdParams;
+  return gated_delta_operands<Params>() +
+         Fields<Params>{FIELD(N), FIELD(cu_seqlens), FIELD(initial_state), FIELD(do_), FIELD(dfinal_state),
+                        FIELD(dq), FIELD(dk), FIELD(dv), FIELD(dg), FIELD(dbeta), FIELD(dinitial_state),
+                        // saved by the forward, and workspace, on CUDA
+                        OPTIONAL(num_chunks), OPTIONAL(chunk_offsets), OPTIONAL(G), OPTIONAL(L), OPTIONAL(h),
+                        OPTIONAL(segment_chunks), OPTIONAL(num_segments), OPTIONAL(segment_offsets),
+                        OPTIONAL(transfers), OPTIONAL(segment_states), OPTIONAL(dstates), OPTIONAL(dB_low)};
+}
+
+template <>
+inline Fields<GatedDeltaStepParams> fields_of() {
+  using Params = GatedDeltaStepParams;
+  return gated_delta_operands<Params>() +
+         Fields<Params>{FIELD(use_qk_l2norm), FIELD(gates_in_dtype), FIELD(beta_limit),
+                        FIELD(A_log),         FIELD(dt_bias),        FIELD(num_slots),
+                        FIELD(state_indices), FIELD(state),          FIELD(o)};
+}
+
+template <>
+inline Fields<HypeAttentionFwdParams> fields_of() {
+  using Params = HypeAttentionFwdParams;
+  return hype_attention_operands<Params>() + Fields<Params>{FIELD(S),          FIELD(N), FIELD(query_offset),
+                                                            FIELD(cu_seqlens), FIELD(o), FIELD(o_ungated),
+                                                            FIELD(lse)};
+}
+
+template <>
+inline Fields<HypeAttentionBwdParams> fields_of() {
+  using Params = HypeAttentionBwdParams;
+  return hype_attention_operands<Params>() +
+         Fields<Params>{FIELD(S), FIELD(N), FIELD(query_offset), FIELD(cu_seqlens), FIELD(o_ungated),
+                        FIELD(lse), FIELD(do_), FIELD(dq), FIELD(dk), FIELD(dv), FIELD(dgate),
+                        // workspace on CUDA
+                        OPTIONAL(do_ungated), OPTIONAL(row_terms)};
+}
+
+template <>
+inline Fields<HypeAttentionDecodeParams> fields_of() {
+  using Params = HypeAttentionDecodeParams;
+  return hype_attention_operands<Params>() +
+         Fields<Params>{FIELD(capacity), FIELD(cache_seqlens), FIELD(k_cache), FIELD(v_cache), FIELD(o),
+                        // split over the keys, on CUDA
+                        OPTIONAL(num_segments), OPTIONAL(partial_o), OPTIONAL(partial_softmax)};
+}
+
+}  // namespace hypenet
