@@ -1,18 +1,36 @@
 """Kernels for hybrid linear-attention language models, as PyTorch ops."""
 
-from hypenet_kernels.gated_delta import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule, gated_delta_step
+from hypenet_kernels._installation import __version__, report, show_config
 from hypenet_kernels.attention import hype_attention, hype_attention_decode
-from hypenet_kernels._installation import report
-from hypenet_kernels.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla, simple_gla_step
+from hypenet_kernels.gated_delta import (
+    chunk_gated_delta_rule,
+    chunk_gdn,
+    fused_recurrent_gated_delta_rule,
+    fused_recurrent_gdn,
+    gated_delta_step,
+)
+from hypenet_kernels.simple_gla import (
+    chunk_lightning_attn,
+    chunk_retention,
+    chunk_simple_gla,
+    fused_recurrent_simple_gla,
+    simple_gla_step,
+)
 
 __all__ = [
+    "__version__",
     "chunk_gated_delta_rule",
+    "chunk_gdn",
+    "chunk_lightning_attn",
+    "chunk_retention",
     "chunk_simple_gla",
     "fused_recurrent_gated_delta_rule",
+    "fused_recurrent_gdn",
     "fused_recurrent_simple_gla",
     "gated_delta_step",
     "hype_attention",
     "hype_attention_decode",
     "report",
+    "show_config",
     "simple_gla_step",
 ]

@@ -1,117 +1,170 @@
-"""What every op checks, written once for all devices. A failed check says op, argument, rule and what it got.
+"""Checks of the ops' arguments. An error is one line: op, argument, rule and the value that breaks it.
 
 TypeError: dtype or kind of device. ValueError: rank, shape, layout, range. NotImplementedError: legal, but not built.
 """
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensor
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn
 
-from hypenet_kernels import _native
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+
+from hypenet_kernels import _native, _ops
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CPU_FLOATS = (torch.float64, torch.float32, torch.bfloat16)
+LONGEST = 12  # values of a list that a message shows
 
 
-def fail(error, op, argument, rule, got):
+def fail(error: type[Exception], op: str, argument: str, rule: str, got: Any) -> NoReturn:
+    """Raise error("<op>: <argument> must <rule>, got <got>"); of tensors and long lists it shows no contents."""
+    if isinstance(got, Tensor):
+        got = f"a tensor of shape {list(got.shape)}"
+    elif isinstance(got, (list, tuple)) and len(got) > LONGEST:
+        got = f"[{', '.join(map(str, got[:LONGEST]))}, ...] ({len(got)} values)"
     raise error(f"{op}: {argument} must {rule}, got {got}")
 
 
-def tensor(op, name, x):
-    if not isinstance(x, torch.Tensor):
+def tensor(op: str, name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
         fail(TypeError, op, name, "be a tensor", type(x).__name__)
 
 
-def tensors(op, required, optional):
-    """The tensor arguments by name, q first; of the optional ones None passes. All on q's device, and that is built."""
-    q = required["q"]
-    tensor(op, "q", q)
+def tensors(op: str, required: Mapping[str, Any], optional: Mapping[str, Any]) -> None:
+    """Check tensors by name: all on the device of the first, which must be built; optional ones may be None."""
+    first, q = next(iter(required.items()))
+    tensor(op, first, q)
     device = q.device
     for arguments in (required, optional):
         for name, x in arguments.items():
             if x is None and arguments is optional:
                 continue
-            if not isinstance(x, torch.Tensor):
+            if not isinstance(x, Tensor):
                 tensor(op, name, x)
             if x.device != device:
-                fail(ValueError, op, name, f"be on q's device {device}", x.device)
-    if not (q.is_cpu or q.is_meta or (q.is_cuda and op in _native.CUDA_OPS)):
-        devices = ("cpu", "meta", "cuda") if op in _native.CUDA_OPS else ("cpu", "meta")
-        fail(NotImplementedError, op, "q", f"be on {' or '.join(devices)} (nothing else is built)", device)
+                fail(ValueError, op, name, f"be on {first}'s device {device}", x.device)
+            if x.layout != torch.strided:
+                fail(TypeError, op, name, "be a dense tensor (layout torch.strided)", x.layout)
+    if not (q.is_cpu or q.is_meta or q.is_cuda):
+        fail(NotImplementedError, op, first, "be on cpu or meta or cuda (nothing else is built)", device)
 
 
-def rank(op, name, x, dims):
+def rank(op: str, name: str, x: Tensor, dims: str) -> None:
     """dims: the letters of the dimensions, as in 'B T H K'."""
     if x.dim() != dims.count(" ") + 1:
         fail(ValueError, op, name, f"have {len(dims.split())} dimensions [{', '.join(dims.split())}]", list(x.shape))
 
 
-def shape(op, name, x, expected):
+def shape(op: str, name: str, x: Tensor, expected: Sequence[int]) -> None:
     if x.shape != tuple(expected):
         fail(ValueError, op, name, f"have shape {list(expected)}", list(x.shape))
 
 
-def dtype(op, name, x, allowed):
+def dtype(op: str, name: str, x: Tensor, allowed: Iterable[torch.dtype]) -> None:
     if x.dtype not in allowed:
         fail(TypeError, op, name, f"be {' or '.join(_name(d) for d in allowed)}", _name(x.dtype))
 
 
-def element(op, name, x):
-    """A float type that is built for the device."""
+def element(op: str, name: str, x: Tensor) -> None:
+    """Check that x has a float type that is built for its device."""
     on_cuda = _native.on_cuda(x)
-    built = _native.CUDA_OPS.get(op, FLOATS) if on_cuda else FLOATS if x.is_meta else CPU_FLOATS
+    built = _native.CUDA_OPS[op.removesuffix("_bwd")] if on_cuda else FLOATS if x.is_meta else CPU_FLOATS
     if x.dtype not in built:
         dtype(op, name, x, FLOATS)
         rule = f"be {' or '.join(_name(d) for d in built)} on {'CUDA' if on_cuda else 'CPU'}"
         fail(NotImplementedError, op, name, rule, _name(x.dtype))
 
 
-def _name(x):
+def _name(x: torch.dtype) -> str:
     return str(x).removeprefix("torch.")
 
 
-def same_dtype(op, name, x, like):
+def same_dtype(op: str, name: str, x: Tensor, like: Tensor) -> None:
     if x.dtype != like.dtype:
         fail(TypeError, op, name, f"have q's dtype {like.dtype}", x.dtype)
 
 
-def like(op, name, x, like_name, other):
-    """Shape and dtype of another argument."""
+def like(op: str, name: str, x: Tensor, like_name: str, other: Tensor) -> None:
+    """Check that x has the shape and dtype of another argument."""
     if x.shape != other.shape:
         fail(ValueError, op, name, f"have {like_name}'s shape {list(other.shape)}", list(x.shape))
     if x.dtype != other.dtype:
         fail(TypeError, op, name, f"have {like_name}'s dtype {other.dtype}", x.dtype)
 
 
-def multiple(op, name, value, of_name, of):
+def multiple(op: str, name: str, value: int, of_name: str, of: int) -> None:
     if of == 0 or value % of:
         fail(ValueError, op, name, f"be a multiple of {of_name} = {of}", value)
 
 
-def cu_seqlens(op, x, B, T):
-    """[N + 1] int32 or int64, from 0 to T, never falling; only with B = 1. Values are checked where there are any."""
+def indices(op: str, name: str, x: Tensor, size: int) -> None:
+    """Check that x is [size] int32 or int64."""
+    shape(op, name, x, [size])
+    dtype(op, name, x, (torch.int32, torch.int64))
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether reading x's values costs nothing: on the CPU, outside of tracing."""
+    return x.device.type == "cpu" and not isinstance(x, FakeTensor)
+
+
+def cu_seqlens(op: str, x: Tensor, q: Tensor, whole: bool = True) -> None:
+    """Check bounds [N + 1] of sequences packed along T of q: rising from 0 to T, if not `whole` to at most T.
+
+    Values are checked on the CPU alone.
+    """
+    B, T = q.shape[:2]
     rank(op, "cu_seqlens", x, "N+1")
     dtype(op, "cu_seqlens", x, (torch.int32, torch.int64))
     if B != 1:
         fail(ValueError, op, "q", "have batch size 1 with cu_seqlens (pack the sequences along T)", B)
     if x.numel() < 1:
         fail(ValueError, op, "cu_seqlens", "have at least one entry", list(x.shape))
-    if x.device.type == "cpu" and not isinstance(x, FakeTensor):
+    if has_values(x):
         bounds = x.tolist()
-        if bounds[0] != 0 or bounds[-1] != T or bounds != sorted(bounds):
-            fail(ValueError, op, "cu_seqlens", f"rise from 0 to T = {T} without falling", bounds)
+        if bounds[0] != 0 or bounds[-1] > T or (whole and bounds[-1] < T) or bounds != sorted(bounds):
+            end = "to" if whole else "to at most"
+            fail(ValueError, op, "cu_seqlens", f"rise from 0 {end} T = {T} without falling", bounds)
 
 
-def wants_gradient(*tensors):
-    """Whether a call is to be differentiated; None among the tensors passes."""
+def slots(op: str, state_indices: Tensor, num_slots: int) -> None:
+    """Check the values of state_indices: below num_slots, and none twice; negative ones skip their sequence."""
+    values = state_indices.tolist()
+    used = [slot for slot in values if slot >= 0]
+    if used and max(used) >= num_slots:
+        fail(ValueError, op, "state_indices", f"be below the number of slots, {num_slots}", values)
+    if len(set(used)) < len(used):
+        fail(ValueError, op, "state_indices", "name no slot twice", values)
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a call is to be differentiated, or transformed by torch.func: only the differentiable op notices that."""
     if torch.is_grad_enabled():
         for x in tensors:
             if x is not None and x.requires_grad:
                 return True
-    return False
+    return _transformed()
 
 
-def no_grad(op, required, optional):
-    """Decode ops mutate their state and have no backward."""
-    if wants_gradient(*required.values(), *optional.values()):
-        name = next(name for name, x in (required | optional).items() if x is not None and x.requires_grad)
-        fail(ValueError, op, name, "not require grad (a decode op has no backward; use torch.no_grad())", True)
+def _transformed() -> bool:
+    """Whether forward-mode derivatives or a transform of torch.func are on."""
+    return _ops.transformed() or (forward_ad._current_level >= 0 and not torch.compiler.is_compiling())
+
+
+def no_grad(
+    op: str,
+    required: Mapping[str, Any],
+    optional: Mapping[str, Any],
+    when: str = "(a decode op has no backward; use torch.no_grad())",
+) -> None:
+    """Check that no gradient is wanted of a call that has none."""
+    if _transformed():
+        raise NotImplementedError(
+            f"{op}: forward-mode derivatives and torch.func transforms are not built for this call"
+        )
+    if torch.is_grad_enabled():
+        for name, x in {**required, **optional}.items():
+            if x is not None and x.requires_grad:
+                fail(ValueError, op, name, f"not require grad {when}", True)

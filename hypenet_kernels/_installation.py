@@ -1,28 +1,28 @@
-"""What is built here, and which implementation each op uses on each device, and why."""
+"""Reports what is built here, and which implementation each op uses on each device, and why."""
 
 import importlib.metadata
 import importlib.util
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from hypenet_kernels import _native
 
-OPS = (
-    "chunk_gated_delta_rule",
-    "fused_recurrent_gated_delta_rule",
-    "gated_delta_step",
-    "chunk_simple_gla",
-    "fused_recurrent_simple_gla",
-    "simple_gla_step",
-    "hype_attention",
-    "hype_attention_decode",
-)
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("hypenet")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
-def report():
-    """Facts about this installation, as a dict of plain data; `python -m hypenet_kernels` prints it.
+__version__ = _version()
+
+
+def report() -> dict[str, Any]:
+    """Return facts about this installation, as a dict of plain data; `show_config` prints it.
 
     Keys: version, folder, python, torch, threads, processor, level, modules (name -> built?), compiler, cuda_targets
     (None without CUDA), cuda (nvcc, or why there is no CUDA module), gpus, openmp (runtimes in this process) and ops:
@@ -30,7 +30,7 @@ def report():
     """
     info = _native.build_info()
     return {
-        "version": _version(),
+        "version": __version__,
         "folder": str(Path(__file__).parent),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -43,46 +43,54 @@ def report():
         "cuda": info["cuda"],
         "gpus": _gpus(),
         "openmp": _openmp_runtimes(),
-        "ops": {op: {"cpu": _on_cpu(), "cuda": _on_cuda(op)} for op in OPS},
+        "ops": {op: {"cpu": _on_cpu(), "cuda": _on_cuda()} for op in _native.CUDA_OPS},
     }
 
 
-def _on_cpu():
+def show_config() -> None:
+    """Print what `report` returns, as numpy.show_config and torch.__config__.show do for theirs."""
+    facts = report()
+    built = ", ".join(name for name, there in facts["modules"].items() if there) or "no native module"
+    cuda = f"for {facts['cuda_targets']} by {facts['cuda']}" if facts["cuda_targets"] else f"not built: {facts['cuda']}"
+    print(f"hypenet_kernels {facts['version']} in {facts['folder']}")
+    print(f"  torch      {facts['torch']}, Python {facts['python']}, {facts['threads']} threads")
+    print(f"  processor  {facts['processor']}: level {facts['level']}")
+    print(f"  built      {built} ({facts['compiler']})")
+    print(f"  CUDA       {cuda}")
+    print(f"  GPU        {', '.join(facts['gpus']) or 'none visible'}")
+    print("\nops")
+    for op, devices in facts["ops"].items():
+        for device, choice in devices.items():
+            print(f"  {op:33} {device:5} {choice['implementation'] or 'raises'}: {choice['why']}")
+
+
+def _on_cpu() -> dict[str, str | None]:
     module = f"_cpu_{_native.level()}"
     if not _is_built(module):
         return {"implementation": None, "why": f"hypenet_kernels.{module} is not built"}
     capability = torch.backends.cpu.get_cpu_capability()
-    return {"implementation": f"C++ ({module})", "why": f"torch reports {capability} for this processor"}
+    return {"implementation": f"C++ ({module})", "why": f"torch reports {capability} for this CPU"}
 
 
-def _on_cuda(op):
-    if op not in _native.CUDA_OPS:
-        return {"implementation": None, "why": "no CUDA kernel is written for it"}
+def _on_cuda() -> dict[str, str | None]:
     info = _native.build_info()
     if not _is_built("_cuda"):
         return {"implementation": None, "why": info["cuda"]}
     return {"implementation": "CUDA (_cuda)", "why": f"built for {info['cuda_targets']}; {_gpus() or 'no GPU visible'}"}
 
 
-def _is_built(module):
+def _is_built(module: str) -> bool:
     return importlib.util.find_spec(f"hypenet_kernels.{module}") is not None
 
 
-def _version():
-    try:
-        return importlib.metadata.version("hypenet")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _processor():
+def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
 
 
-def _gpus():
+def _gpus() -> list[str]:
     """Names and compute capabilities, without starting CUDA where there is no device."""
     if not torch.cuda.is_available():
         return []
@@ -90,7 +98,7 @@ def _gpus():
     return [f"{gpu.name} ({gpu.major}.{gpu.minor})" for gpu in found]
 
 
-def _openmp_runtimes():
+def _openmp_runtimes() -> list[str]:
     """Files of the OpenMP runtimes loaded by now; more than one would mean two thread pools."""
     maps = Path("/proc/self/maps")
     paths = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines()} if maps.is_file() else set()

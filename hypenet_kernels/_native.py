@@ -1,16 +1,20 @@
-"""Loads the native modules and passes tensors to them as pointers, strides and streams."""
+"""Loads the native modules, and passes tensors to them as pointers, strides and streams."""
 
 import functools
 import importlib
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch  # before any native module, so that both share torch's OpenMP runtime
+from torch import Tensor
 
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/params.h, DType
-LEVELS = {"AVX512": "v4", "AVX2": "v3"}  # torch's name of the processor's level -> ours; anything else is the baseline
+LEVELS = {"AVX512": "v4", "AVX2": "v3"}  # torch's name of the CPU's instruction set -> ours; all else: baseline
 HALF = (torch.bfloat16, torch.float16)
 CUDA_OPS = {  # the ops that have a CUDA kernel, and for which dtypes
     "chunk_gated_delta_rule": HALF,
@@ -22,28 +26,28 @@ CUDA_OPS = {  # the ops that have a CUDA kernel, and for which dtypes
     "hype_attention": HALF,
     "hype_attention_decode": HALF,
 }
-ABSENT = (0, 0, 0, 0)  # the View of an optional tensor that is not there
+ABSENT = (0, 0, 0, 0)  # the View of an optional tensor that was not given
 
 logger = logging.getLogger("hypenet_kernels")
 
 
-def level():
-    """The instruction-set level whose module this processor runs: baseline, v3, v4 or v4_bf16.
+def level() -> str:
+    """Return the level of the CPU module to use: baseline, v3, v4 or v4_bf16.
 
-    torch knows no level above AVX512, so that an ATEN_CPU_CAPABILITY that names this one means it without bfloat16.
+    ATEN_CPU_CAPABILITY cannot express AVX512-BF16, so setting it to avx512 selects plain v4.
     """
     name = LEVELS.get(torch.backends.cpu.get_cpu_capability(), "baseline")
     return f"{name}_bf16" if name == "v4" and "ATEN_CPU_CAPABILITY" not in os.environ and _multiplies_bf16() else name
 
 
-def _multiplies_bf16():
-    """Whether the processor has AVX512-BF16; False where this torch cannot say."""
+def _multiplies_bf16() -> bool:
+    """Whether the CPU has AVX512-BF16; False if this torch cannot tell."""
     return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
 
 
 @functools.cache
-def cpu():
-    """The CPU module compiled for this processor's instruction set."""
+def cpu() -> ModuleType:
+    """Return the CPU module compiled for this CPU's instruction set."""
     name = f"hypenet_kernels._cpu_{level()}"
     try:
         return importlib.import_module(name)
@@ -56,8 +60,8 @@ def cpu():
 
 
 @functools.cache
-def cuda():
-    """The CUDA module. Importing it needs no driver."""
+def cuda() -> ModuleType:
+    """Return the CUDA module. Importing it needs no driver."""
     try:
         return importlib.import_module("hypenet_kernels._cuda")
     except ModuleNotFoundError as error:
@@ -67,46 +71,48 @@ def cuda():
 
 
 @functools.cache
-def build_info():
-    """What setup.py wrote: compiler, cuda_targets (None without CUDA), cuda (nvcc, or why there is no CUDA module)."""
+def build_info() -> dict[str, Any]:
+    """Return what setup.py recorded: compiler, cuda_targets (None without CUDA), cuda (nvcc, or why there is none)."""
     path = Path(__file__).with_name("_build.json")
     if not path.is_file():
         return {"compiler": None, "cuda_targets": None, "cuda": "nothing is built here"}
-    return json.loads(path.read_text())
+    info: dict[str, Any] = json.loads(path.read_text())
+    return info
 
 
 @functools.cache
-def kernel(op, name, device):
-    """What runs the kernel `name` on `device`, for `op`, given a dict of its params' fields. Said once in the log."""
+def kernel(op: str, name: str, device: torch.device) -> Callable[[dict[str, Any]], None]:
+    """Return the kernel `name` for `device`, a function of its params' fields. The first use by `op` is logged."""
     if device.type == "cpu":
         logger.info("%s: C++ (_cpu_%s)", op, level())
-        return getattr(cpu(), name)
+        run: Callable[[dict[str, Any]], None] = getattr(cpu(), name)
+        return run
     launch = getattr(cuda(), name)
     logger.info("%s: CUDA (_cuda) on %s", op, device)
     return functools.partial(_on_current_stream, launch, device)
 
 
-def _on_current_stream(launch, device, fields):
+def _on_current_stream(launch: Callable[..., None], device: torch.device, fields: dict[str, Any]) -> None:
     with torch.cuda.device(device):
         launch(fields, torch.cuda.current_stream().cuda_stream)
 
 
-def accumulator(dtype):
+def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The type in which kernels accumulate and keep states: float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def on_cuda(x):
+def on_cuda(x: Tensor) -> bool:
     """Whether the CUDA kernels run on x."""
     return x.is_cuda
 
 
-def empty_like(x):
-    """A new contiguous tensor of x's shape, dtype and device."""
+def empty_like(x: Tensor) -> Tensor:
+    """Return a new contiguous tensor of x's shape, dtype and device."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def view(x):
+def view(x: Tensor | None) -> tuple[int, int, int, int]:
     """(pointer, strides of batch, token, head) of a [B, T, heads, dim] or [B, T, heads] tensor; ABSENT for None."""
     if x is None:
         return ABSENT
@@ -114,28 +120,59 @@ def view(x):
     return x.data_ptr(), strides[0], strides[1], strides[2]
 
 
-def indices(x):
-    """Address of a contiguous int32 or int64 tensor, and whether it is int32; (0, False) for None."""
+def indices(x: Tensor | None) -> tuple[int, bool]:
+    """(pointer, whether int32) of a contiguous int32 or int64 tensor; (0, False) for None."""
     return (0, False) if x is None else (x.data_ptr(), x.dtype == torch.int32)
 
 
-def pointer(x):
+def pointer(x: Tensor | None) -> int:
     """Address of a contiguous tensor; 0 for None."""
     return 0 if x is None else x.data_ptr()
 
 
-def dense_last(x):
-    """x itself where its last dimension is contiguous (any other strides are fine), else a contiguous copy."""
-    dense = x is None or x.is_contiguous() or x.stride(-1) == 1 or x.shape[-1] <= 1
-    return x if dense else x.contiguous()
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
-def aligned_rows(x):
-    """x itself where its rows are contiguous and begin at multiples of 16 bytes, else a copy."""
-    if x is None:
-        return None
+def bounds(cu_seqlens: Tensor | None) -> Tensor | None:
+    """cu_seqlens as kernels read them: contiguous int64."""
+    return None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
+
+
+def dense_last(x: Tensor) -> Tensor:
+    """Return x itself if its last dimension is contiguous (any other strides are fine), else a contiguous copy."""
+    return x if x.is_contiguous() or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def rows(x: Tensor, width: int) -> Tensor:
+    """x [..., dim] as kernels read it: contiguous rows, on CUDA at multiples of 16 bytes and zero-padded to `width`.
+
+    Returns x itself where it is so already. Zeros change no product, and no output but their own.
+    """
+    if not on_cuda(x):
+        return dense_last(x)
+    x = padded(x, width)
     step = 16 // x.element_size()
     strides = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
     if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % step == 0 for stride in strides):
         return x
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def padded(x: Tensor, *size: int) -> Tensor:
+    """Return x with its last dimensions enlarged to `size` by zeros."""
+    have = x.shape[-len(size) :]
+    if have == size:
+        return x
+    missing = [n - m for n, m in zip(size, have, strict=True)]
+    return torch.nn.functional.pad(x, [side for n in reversed(missing) for side in (0, n)])
+
+
+def buffer(x: Tensor, *size: int) -> Tensor:
+    """Return what a kernel writes in place of x: x itself, or a new tensor if its last dimensions are not `size`."""
+    return x if x.shape[-len(size) :] == size else x.new_empty(*x.shape[: -len(size)], *size)
+
+
+def narrowed(wide: Tensor, x: Tensor) -> Tensor:
+    """Return the part of wide = buffer(x, ...) that belongs to x."""
+    return x if wide is x else wide[tuple(slice(n) for n in x.shape)].contiguous()

@@ -3,294 +3,334 @@
 x_ti = s_t scale q_t . k_i,  i <= t        logits; query head h reads key head h // (H / HK)
 s_t  = ln(t + a) / ln(a)                   position scale, t counted from 0 at the first key; a = logit_scale_base
 o_t  = sum_i softmax_i(x_ti) v_i           times sigmoid(gate_t) where there is a gate
+
+Source: HALO (arXiv 2601.22156), HyPE and the softmax layer of HypeNet; online softmax as in FlashAttention-2.
 """
 
-from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from hypenet_kernels import _checks, _differentiable, _native
+from hypenet_kernels import _checks, _native, _ops
+
+OP, DECODE_OP = "hype_attention", "hype_attention_decode"
 
 
-def hype_attention(q, k, v, *, logit_scale_base=None, gate=None, scale=None, query_offset=0, cu_seqlens=None):
-    """Causal attention of T queries at positions query_offset ... query_offset + T - 1 over all keys up to each.
+class Inputs(NamedTuple):
+    """The arguments of the forward op."""
 
-    q: [B, T, H, D]; k, v: [B, S, HK, D] with S = query_offset + T and H a multiple of HK; gate: [B, T, H, D], before
-    the sigmoid. Any strides. All of one dtype, float64, float32 or bfloat16; on CUDA bfloat16 or float16, with D up to
-    256. Sums are taken in float64 or float32, where q is also scaled. logit_scale_base: a > 1, in tokens, or None for
-    s_t = 1. scale: default D ** -0.5. cu_seqlens: [N + 1] int32 or int64, the bounds of sequences packed along T
-    (B = 1, query_offset = 0); positions restart and attention ends at each. Returns o: [B, T, H, D]. Differentiable
-    once in q, k, v and gate.
+    q: Tensor  # [B, T, H, D]
+    k: Tensor  # [B, S, HK, D], S = query_offset + T
+    v: Tensor  # [B, S, HK, D]
+    gate: Tensor | None  # [B, T, H, D], before the sigmoid
+    cu_seqlens: Tensor | None  # [N + 1]
+    logit_scale_base: float | None  # None: s_t = 1
+    scale: float
+    query_offset: int
 
-    Raises TypeError (dtype), ValueError (shape, device, range), NotImplementedError (device, dtype or D not built).
-    Source: HALO (arXiv 2601.22156), HyPE and the softmax layer of HypeNet; online softmax as in FlashAttention-2.
+
+class DecodeInputs(NamedTuple):
+    """The arguments of the decode op."""
+
+    q: Tensor  # [B, T, H, D]
+    k_cache: Tensor  # [B, capacity, HK, D]
+    v_cache: Tensor  # [B, capacity, HK, D]
+    cache_seqlens: Tensor  # [B]
+    k: Tensor | None  # [B, T, HK, D]
+    v: Tensor | None  # [B, T, HK, D]
+    gate: Tensor | None  # [B, T, H, D]
+    logit_scale_base: float | None
+    scale: float
+
+
+def hype_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    logit_scale_base: float | None = None,
+    gate: Tensor | None = None,
+    scale: float | None = None,
+    query_offset: int = 0,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Compute causal attention of T queries at positions query_offset, ... over all keys up to each.
+
+    `scale` is FlashAttention's softmax_scale. Differentiable once in q, k, v and gate.
+
+    Args:
+        q: [B, T, H, D], any strides; float64, float32, bfloat16 or float16, on CUDA bfloat16 or float16 and D up to
+            256. Sums are taken in float64 or float32, where q is also scaled.
+        k, v: [B, S, HK, D] in q's dtype, with S = query_offset + T and H a multiple of HK.
+        logit_scale_base: a > 1, in tokens, or None for s_t = 1.
+        gate: [B, T, H, D] in q's dtype: o is multiplied by its sigmoid.
+        scale: default D ** -0.5.
+        query_offset: position of the first query.
+        cu_seqlens: [N + 1] int32 or int64, bounds of sequences packed along T (B = 1, query_offset = 0); positions
+            restart and attention ends at each.
+
+    Returns:
+        o [B, T, H, D] in q's dtype.
+
+    Raises:
+        TypeError: dtype.
+        ValueError: shape, device or range.
+        NotImplementedError: a device, dtype or D that is not built.
+
+    Example:
+        >>> import torch
+        >>> q, k, v = torch.randn(1, 10, 8, 64), torch.randn(1, 10, 2, 64), torch.randn(1, 10, 2, 64)
+        >>> hype_attention(q, k, v, logit_scale_base=512.0).shape
+        torch.Size([1, 10, 8, 64])
     """
-    op = "hype_attention"
-    _checks.tensors(op, {"q": q, "k": k, "v": v}, {"gate": gate, "cu_seqlens": cu_seqlens})
-    arguments = (q, k, v, gate, cu_seqlens, logit_scale_base, scale, query_offset)
-    return _forward(*arguments)[0] if _checks.wants_gradient(q, k, v, gate) else _inference(*arguments)
+    _checks.tensors(OP, {"q": q, "k": k, "v": v}, {"gate": gate, "cu_seqlens": cu_seqlens})
+    x = Inputs(q, k, v, gate, cu_seqlens, logit_scale_base, _default_scale(q, scale), query_offset)
+    o: Tensor = _differentiable(*x)[0] if _checks.wants_gradient(q, k, v, gate) else _inference(*x)
+    return o
 
 
 def hype_attention_decode(
-    q, k_cache, v_cache, cache_seqlens, *, k=None, v=None, logit_scale_base=None, gate=None, scale=None
-):
-    """The last T tokens of each sequence against its preallocated cache of keys and values.
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    *,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    logit_scale_base: float | None = None,
+    gate: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Compute attention of the last T tokens of each sequence over its preallocated cache of keys and values.
 
-    q, gate: [B, T, H, D], T small; k_cache, v_cache: [B, capacity, HK, D], any strides but a contiguous last
-    dimension; cache_seqlens: [B] int32 or int64. With k, v: [B, T, HK, D], sequence b's cache holds cache_seqlens[b]
-    keys before the call, k and v are written behind them, and the queries stand at those positions. Without, it holds
-    cache_seqlens[b] >= T keys, and the queries are the last T of them. Cache rows beyond are neither read nor written.
-    cache_seqlens itself is not changed. dtypes, logit_scale_base, scale and errors as in `hype_attention`; a length
-    that does not fit is a ValueError. On CUDA (bfloat16 or float16, D up to 256) lengths are read on the device alone,
-    so that a graph can be captured: one that does not fit gives its sequence o = NaN and leaves its cache as it is.
-    Returns o: [B, T, H, D]. No gradient.
+    No gradient. `cache_seqlens` itself is not changed.
+
+    Args:
+        q, gate: [B, T, H, D], T small; types, logit_scale_base and scale as in `hype_attention`.
+        k_cache, v_cache: [B, capacity, HK, D], any strides but a contiguous last dimension. Rows beyond a sequence's
+            length are neither read nor written.
+        cache_seqlens: [B] int32 or int64, the number of keys in each cache before the call.
+        k, v: [B, T, HK, D], written behind them first; the queries are at the same positions. Without, the queries are
+            the last T of the cache_seqlens[b] >= T keys.
+
+    Returns:
+        o [B, T, H, D].
+
+    Raises:
+        As `hype_attention`; a length that does not fit is a ValueError on the CPU. On CUDA lengths are read on the
+        device alone, so that a graph can be captured: one that does not fit gives its sequence o = NaN and leaves its
+        cache as it is.
+
+    Example:
+        >>> import torch
+        >>> cache, q, k = torch.zeros(2, 100, 2, 64), torch.randn(2, 1, 8, 64), torch.randn(2, 1, 2, 64)
+        >>> hype_attention_decode(q, cache, cache.clone(), torch.tensor([0, 7]), k=k, v=k).shape
+        torch.Size([2, 1, 8, 64])
     """
-    op = "hype_attention_decode"
     required = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "cache_seqlens": cache_seqlens}
     optional = {"k": k, "v": v, "gate": gate}
-    _checks.tensors(op, required, optional)
-    _checks.no_grad(op, required, optional)
-    return _decode(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base, scale)
+    _checks.tensors(DECODE_OP, required, optional)
+    _checks.no_grad(DECODE_OP, required, optional)
+    scale = _default_scale(q, scale)
+    o: Tensor = _decode_op(*DecodeInputs(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base, scale))
+    return o
 
 
-def _check_forward(q, k, v, gate, cu_seqlens, logit_scale_base, query_offset):
-    op = "hype_attention"
-    B, T, _, D, HK = _check_heads(op, q, "k", k, gate, logit_scale_base)
-    if query_offset < 0:
-        _checks.fail(ValueError, op, "query_offset", "be at least 0", query_offset)
-    if cu_seqlens is not None:
-        _checks.cu_seqlens(op, cu_seqlens, B, T)
-        if query_offset != 0:
-            _checks.fail(ValueError, op, "query_offset", "be 0 with cu_seqlens", query_offset)
-    _checks.shape(op, "k", k, (B, query_offset + T, HK, D))
-    _checks.like(op, "v", v, "k", k)
+def _default_scale(q: Tensor, scale: Any) -> float:
+    return max(1, q.shape[-1] if q.dim() else 1) ** -0.5 if scale is None else float(scale)
 
 
-def _check_decode(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base):
-    op = "hype_attention_decode"
-    B, T, _, D, HK = _check_heads(op, q, "k_cache", k_cache, gate, logit_scale_base)
-    _checks.shape(op, "k_cache", k_cache, (B, k_cache.shape[1], HK, D))
-    _checks.like(op, "v_cache", v_cache, "k_cache", k_cache)
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if D > 1 and cache.stride(-1) != 1:
-            _checks.fail(ValueError, op, name, "have a contiguous last dimension", f"strides {cache.stride()}")
-        if k is not None and any(n > 1 and stride == 0 for n, stride in zip(cache.shape, cache.stride(), strict=True)):
-            _checks.fail(ValueError, op, name, "not be expanded (it is written to)", f"strides {cache.stride()}")
-    if (k is None) != (v is None):
-        given, missing = ("v", "k") if k is None else ("k", "v")
-        _checks.fail(ValueError, op, missing, f"be given with {given}", None)
-    for name, x in (("k", k), ("v", v)):
-        if x is not None:
-            _checks.shape(op, name, x, [B, T, HK, D])
-            _checks.same_dtype(op, name, x, q)
-    _checks.shape(op, "cache_seqlens", cache_seqlens, [B])
-    _checks.dtype(op, "cache_seqlens", cache_seqlens, (torch.int32, torch.int64))
-
-
-def _check_heads(op, q, key_name, k, gate, logit_scale_base):
-    """What both ops ask of queries, keys and gate. Returns B, T, H, D, HK."""
+def _check_heads(op: str, x: Inputs | DecodeInputs, key_name: str, k: Tensor) -> None:
+    """Check what both ops require of queries, keys and gate."""
+    q = x.q
     _checks.rank(op, "q", q, "B T H D")
     _checks.rank(op, key_name, k, "B S HK D")
     _checks.element(op, "q", q)
     _checks.same_dtype(op, key_name, k, q)
-    (B, T, H, D), HK = q.shape, k.shape[2]
-    if D == 0:
+    if q.shape[3] == 0:
         _checks.fail(ValueError, op, "q", "have a head dimension of at least 1", list(q.shape))
-    _checks.multiple(op, "q's number of heads", H, f"{key_name}'s", HK)
-    if gate is not None:
-        _checks.like(op, "gate", gate, "q", q)
-    if logit_scale_base is not None and not 1 < logit_scale_base < float("inf"):
-        _checks.fail(ValueError, op, "logit_scale_base", "be greater than 1 and finite", logit_scale_base)
-    return B, T, H, D, HK
+    _checks.multiple(op, "q's number of heads", q.shape[2], f"{key_name}'s", k.shape[2])
+    if x.gate is not None:
+        _checks.like(op, "gate", x.gate, "q", q)
+    base = x.logit_scale_base
+    if base is not None and not 1 < base < float("inf"):
+        _checks.fail(ValueError, op, "logit_scale_base", "be greater than 1 and finite", base)
 
 
-def _check_lengths(cache_seqlens, T, capacity, appends):
-    """The one check that reads values: made on the CPU, where that costs nothing."""
-    op = "hype_attention_decode"
-    lowest, highest = (0, capacity - T) if appends else (T, capacity)
-    lengths = cache_seqlens.tolist()
+def _check(x: Inputs) -> None:
+    _check_heads(OP, x, "k", x.k)
+    B, T, _, D = x.q.shape
+    if x.query_offset < 0:
+        _checks.fail(ValueError, OP, "query_offset", "be at least 0", x.query_offset)
+    if x.cu_seqlens is not None:
+        _checks.cu_seqlens(OP, x.cu_seqlens, x.q)
+        if x.query_offset != 0:
+            _checks.fail(ValueError, OP, "query_offset", "be 0 with cu_seqlens", x.query_offset)
+    _checks.shape(OP, "k", x.k, (B, x.query_offset + T, x.k.shape[2], D))
+    _checks.like(OP, "v", x.v, "k", x.k)
+
+
+def _check_decode(x: DecodeInputs) -> None:
+    op = DECODE_OP
+    _check_heads(op, x, "k_cache", x.k_cache)
+    (B, T, _, D), (_, capacity, HK, _) = x.q.shape, x.k_cache.shape
+    _checks.shape(op, "k_cache", x.k_cache, (B, capacity, HK, D))
+    _checks.like(op, "v_cache", x.v_cache, "k_cache", x.k_cache)
+    for name, cache in (("k_cache", x.k_cache), ("v_cache", x.v_cache)):
+        if D > 1 and cache.stride(-1) != 1:
+            _checks.fail(ValueError, op, name, "have a contiguous last dimension", f"strides {cache.stride()}")
+        expanded = any(n > 1 and stride == 0 for n, stride in zip(cache.shape, cache.stride(), strict=True))
+        if x.k is not None and expanded:
+            _checks.fail(ValueError, op, name, "not be expanded (it is written to)", f"strides {cache.stride()}")
+    if (x.k is None) != (x.v is None):
+        given, missing = ("v", "k") if x.k is None else ("k", "v")
+        _checks.fail(ValueError, op, missing, f"be given with {given}", None)
+    for name, new in (("k", x.k), ("v", x.v)):
+        if new is not None:
+            _checks.shape(op, name, new, [B, T, HK, D])
+            _checks.same_dtype(op, name, new, x.q)
+    _checks.indices(op, "cache_seqlens", x.cache_seqlens, B)
+
+
+def _check_lengths(x: DecodeInputs) -> None:
+    """Check the values of cache_seqlens, which is for the CPU, where reading them costs nothing."""
+    T, capacity, lengths = x.q.shape[1], x.k_cache.shape[1], x.cache_seqlens.tolist()
+    lowest, highest = (T, capacity) if x.k is None else (0, capacity - T)
     if lengths and min(lengths) < lowest:
-        _checks.fail(ValueError, op, "cache_seqlens", f"be at least {lowest}", lengths)
+        _checks.fail(ValueError, DECODE_OP, "cache_seqlens", f"be at least {lowest}", lengths)
     if lengths and max(lengths) > highest:
-        rule = f"leave room for T = {T} more keys in a" if appends else "not exceed the"
-        _checks.fail(ValueError, op, "cache_seqlens", f"{rule} capacity of {capacity}", lengths)
+        rule = "not exceed the" if x.k is None else f"leave room for T = {T} more keys in a"
+        _checks.fail(ValueError, DECODE_OP, "cache_seqlens", f"{rule} capacity of {capacity}", lengths)
 
 
-def _forward_fake(q, k, v, gate, cu_seqlens, logit_scale_base, scale, query_offset, save):
-    """save: whether the backward's o_ungated (empty without gate) and lse are wanted besides o."""
-    _check_forward(q, k, v, gate, cu_seqlens, logit_scale_base, query_offset)
-    o = _native.empty_like(q)
-    return (o, q.new_empty(0) if gate is None else torch.empty_like(o), _new_lse(q)) if save else o
+def _forward_fake(save: bool, *arguments: Any) -> Any:
+    x = Inputs(*arguments)
+    _check(x)
+    o = _native.empty_like(x.q)
+    return (o, x.q.new_empty(0) if x.gate is None else torch.empty_like(o), _new_lse(x.q)) if save else o
 
 
-def _new_lse(q):
+def _new_lse(q: Tensor) -> Tensor:
     B, T, H, _ = q.shape
     return q.new_empty(B, H, T, dtype=_native.accumulator(q.dtype))
 
 
-def _forward_native(q, k, v, gate, cu_seqlens, logit_scale_base, scale, query_offset, save):
-    outputs = _forward_fake(q, k, v, gate, cu_seqlens, logit_scale_base, scale, query_offset, save)
-    o, o_ungated, lse = outputs if save else (outputs, None, _new_lse(q) if _native.on_cuda(q) else None)
-    D, width = q.shape[3], _built_width("hype_attention", q)
+def _forward(save: bool, *arguments: Any) -> Any:
+    x, results = Inputs(*arguments), _forward_fake(save, *arguments)
+    o, o_ungated, lse = results if save else (results, None, _new_lse(x.q) if _native.on_cuda(x.q) else None)
     if o.numel() == 0:
-        return outputs
-    if width != D:
-        wide = (_widen(x, width) for x in (q, k, v, gate))
-        scale = D**-0.5 if scale is None else scale
-        wide = _forward_native(*wide, cu_seqlens, logit_scale_base, scale, query_offset, save)
-        if not save:
-            return wide[..., :D].contiguous()
-        o, o_ungated, lse = wide
-        return o[..., :D].contiguous(), o_ungated[..., :D].contiguous(), lse
-    q, k, v, gate = map(_readable, (q, k, v, gate))
-    bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
+        return results
+    width, bounds = _built_width(x.q), _native.bounds(x.cu_seqlens)
+    q, k, v, gate = (None if y is None else _native.rows(y, width) for y in x[:4])
+    wide_o = _native.buffer(o, width)
+    wide_ungated = None if x.gate is None or o_ungated is None else _native.buffer(o_ungated, width)
     fields = {
-        **_sizes(q, k, logit_scale_base, scale),
-        **_sequences(q, k, query_offset, bounds),
-        "q": _native.view(q),
-        "k": _native.view(k),
-        "v": _native.view(v),
-        "gate": _native.view(gate),
-        "o": _native.pointer(o),
-        "o_ungated": _native.pointer(None if gate is None else o_ungated),
+        **_operands(x, q, k, v, gate),
+        **_sequences(x, bounds),
+        "o": _native.pointer(wide_o),
+        "o_ungated": _native.pointer(wide_ungated),
         "lse": _native.pointer(lse),
     }
-    _native.kernel("hype_attention", "hype_attention_fwd", q.device)(fields)
-    return outputs
+    _native.kernel(OP, "hype_attention_fwd", x.q.device)(fields)
+    o = _native.narrowed(wide_o, o)
+    if wide_ungated is not None:
+        o_ungated = _native.narrowed(wide_ungated, o_ungated)
+    return (o, o_ungated, lse) if save else o
 
 
-def _backward_fake(do, q, k, v, gate, cu_seqlens, o_ungated, lse, logit_scale_base, scale, query_offset):
-    _check_forward(q, k, v, gate, cu_seqlens, logit_scale_base, query_offset)
-    op = "hype_attention_bwd"
-    _checks.like(op, "do", do, "q", q)
-    _checks.like(op, "o_ungated", o_ungated, "q", q)
-    _checks.shape(op, "lse", lse, [q.shape[0], q.shape[2], q.shape[1]])
-    _checks.dtype(op, "lse", lse, (_native.accumulator(q.dtype),))
-    dq, dk, dv = (_native.empty_like(x) for x in (q, k, v))
-    return dq, dk, dv, q.new_empty(0) if gate is None else _native.empty_like(q)
+def _backward_fake(do: Tensor, o_ungated: Tensor, lse: Tensor, *arguments: Any) -> Any:
+    x, op = Inputs(*arguments), f"{OP}_bwd"
+    _check(x)
+    _checks.like(op, "do", do, "q", x.q)
+    _checks.like(op, "o_ungated", o_ungated, "q", x.q)
+    _checks.shape(op, "lse", lse, [x.q.shape[0], x.q.shape[2], x.q.shape[1]])
+    _checks.dtype(op, "lse", lse, (_native.accumulator(x.q.dtype),))
+    dq, dk, dv = (_native.empty_like(y) for y in x[:3])
+    return dq, dk, dv, x.q.new_empty(0) if x.gate is None else _native.empty_like(x.q)
 
 
-def _backward_native(do, q, k, v, gate, cu_seqlens, o_ungated, lse, logit_scale_base, scale, query_offset):
-    options = (logit_scale_base, scale, query_offset)
-    gradients = _backward_fake(do, q, k, v, gate, cu_seqlens, o_ungated, lse, *options)
-    D, width = q.shape[3], _built_width("hype_attention", q)
-    if q.numel() == 0:
-        return tuple(x.zero_() for x in gradients)
-    if width != D:
-        do, q, k, v, gate, o_ungated = (_widen(x, width) for x in (do, q, k, v, gate, o_ungated))
-        options = (logit_scale_base, D**-0.5 if scale is None else scale, query_offset)
-        wide = _backward_native(do, q, k, v, gate, cu_seqlens, o_ungated, lse, *options)
-        return tuple(x[..., :D].contiguous() for x in wide)
-    _run_backward(gradients, do, q, k, v, gate, cu_seqlens, o_ungated, lse, *options)
-    return gradients
-
-
-def _run_backward(gradients, do, q, k, v, gate, cu_seqlens, o_ungated, lse, logit_scale_base, scale, query_offset):
-    dq, dk, dv, dgate = gradients
-    do, q, k, v, gate = map(_readable, (do, q, k, v, gate))
-    o_ungated, lse = o_ungated.contiguous(), lse.contiguous()
-    bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
-    on_cuda = _native.on_cuda(q)
-    do_ungated = torch.empty_like(dgate) if on_cuda and gate is not None else None
+def _backward(do: Tensor, o_ungated: Tensor, lse: Tensor, *arguments: Any) -> Any:
+    x, gradients = Inputs(*arguments), _backward_fake(do, o_ungated, lse, *arguments)
+    if x.q.numel() == 0:
+        return tuple(y.zero_() for y in gradients)
+    width, bounds, on_cuda = _built_width(x.q), _native.bounds(x.cu_seqlens), _native.on_cuda(x.q)
+    q, k, v, gate = (None if y is None else _native.rows(y, width) for y in x[:4])
+    do, o_ungated, lse = _native.rows(do, width), _native.padded(o_ungated, width).contiguous(), lse.contiguous()
+    buffers = [_native.buffer(y, width) if y.dim() > 1 else y for y in gradients]
+    do_ungated = torch.empty_like(buffers[3]) if on_cuda and gate is not None else None
     row_terms = lse.new_empty(3, *lse.shape) if on_cuda else None
     fields = {
-        **_sizes(q, k, logit_scale_base, scale),
-        **_sequences(q, k, query_offset, bounds),
-        "gate": _native.view(gate),
-        "q": _native.view(q),
-        "k": _native.view(k),
-        "v": _native.view(v),
+        **_operands(x, q, k, v, gate),
+        **_sequences(x, bounds),
         "o_ungated": _native.pointer(o_ungated),
         "lse": _native.pointer(lse),
         "do_": _native.view(do),
-        "dq": _native.pointer(dq),
-        "dk": _native.pointer(dk),
-        "dv": _native.pointer(dv),
-        "dgate": 0 if gate is None else _native.pointer(dgate),
+        **{name: _native.pointer(y) for name, y in zip(("dq", "dk", "dv", "dgate"), buffers, strict=True)},
         "do_ungated": _native.pointer(do_ungated),
         "row_terms": _native.pointer(row_terms),
     }
-    _native.kernel("hype_attention_bwd", "hype_attention_bwd", q.device)(fields)
+    if gate is None:
+        fields["dgate"] = 0
+    _native.kernel(f"{OP}_bwd", "hype_attention_bwd", x.q.device)(fields)
+    return tuple(_native.narrowed(wide, y) for wide, y in zip(buffers, gradients, strict=True))
 
 
-def _built_width(op, q):
-    """The head dimension with which the kernel runs: q's own on the CPU, on CUDA the next one that is built."""
+def _built_width(q: Tensor) -> int:
+    """Return the head dimension with which kernels run: q's own on the CPU, on CUDA the next one that is built."""
     D = q.shape[3]
     if not _native.on_cuda(q):
         return D
     built = _native.cuda().ATTENTION_HEAD_DIMS
     if built[-1] < D:
-        _checks.fail(NotImplementedError, op, "q", f"have a head dimension of at most {built[-1]} on CUDA", D)
-    return next(width for width in built if width >= D)
+        _checks.fail(NotImplementedError, OP, "q", f"have a head dimension of at most {built[-1]} on CUDA", D)
+    return min(width for width in built if width >= D)
 
 
-def _widen(x, width):
-    """x with zeros behind its last dimension: they change no product and no output but their own."""
-    return x if x is None else torch.nn.functional.pad(x, (0, width - x.shape[-1]))
+def _decode_fake(*arguments: Any) -> Tensor:
+    x = DecodeInputs(*arguments)
+    _check_decode(x)
+    return _native.empty_like(x.q)
 
 
-def _readable(x):
-    """x itself where the kernels can read it, else a copy."""
-    if x is None:
-        return None
-    return _native.aligned_rows(x) if _native.on_cuda(x) else _native.dense_last(x)
-
-
-def _decode_fake(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base, scale):
-    _check_decode(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base)
-    return _native.empty_like(q)
-
-
-def _decode_cpu(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base, scale):
-    o = _decode_fake(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base, scale)
-    _check_lengths(cache_seqlens, q.shape[1], k_cache.shape[1], appends=k is not None)
-    _run_decode(o, q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base, scale)
-    return o
-
-
-def _decode_cuda(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base, scale):
-    """What the values of cache_seqlens break raises on the CPU; here it gives a sequence o = NaN."""
-    op, cuda = "hype_attention_decode", _native.cuda()
-    o = _decode_fake(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base, scale)
-    (B, T, H, D), capacity = q.shape, k_cache.shape[1]
-    if cuda.DECODE_MAX_DIM < D:
-        rule = f"have a head dimension of at most {cuda.DECODE_MAX_DIM} on CUDA"
-        _checks.fail(NotImplementedError, op, "q", rule, D)
-    segments = min(cuda.DECODE_MAX_SEGMENTS, -(-capacity // cuda.DECODE_SEGMENT))
-    partial_o = q.new_empty(B, segments, T, H, -(-D // 4) * 4, dtype=torch.float32)
-    partial_softmax = q.new_empty(B, segments, T, H, 2, dtype=torch.float32)
-    inputs = (o, q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base, scale)
-    _run_decode(*inputs, partial_o, partial_softmax)
-    return o
-
-
-def _run_decode(
-    o, q, k_cache, v_cache, lengths, k, v, gate, logit_scale_base, scale, partial_o=None, partial_softmax=None
-):
+def _decode(*arguments: Any) -> Tensor:
+    """What the values of cache_seqlens break raises on the CPU; on CUDA it gives a sequence o = NaN."""
+    x, o = DecodeInputs(*arguments), _decode_fake(*arguments)
+    (B, T, H, D), capacity, partial = x.q.shape, x.k_cache.shape[1], ()
+    if not _native.on_cuda(x.q):
+        _check_lengths(x)
+    else:
+        cuda = _native.cuda()
+        if cuda.DECODE_MAX_DIM < D:
+            rule = f"have a head dimension of at most {cuda.DECODE_MAX_DIM} on CUDA"
+            _checks.fail(NotImplementedError, DECODE_OP, "q", rule, D)
+        segments = min(cuda.DECODE_MAX_SEGMENTS, -(-capacity // cuda.DECODE_SEGMENT))
+        sizes = (B, segments, T, H, -(-D // 4) * 4), (B, segments, T, H, 2)
+        partial = tuple(x.q.new_empty(size, dtype=torch.float32) for size in sizes)
     if o.numel() == 0:
-        return
-    q, k, v, gate = map(_native.dense_last, (q, k, v, gate))
-    lengths = lengths.contiguous()
+        return o
+    q, k, v, gate = (None if y is None else _native.dense_last(y) for y in (x.q, x.k, x.v, x.gate))
+    lengths = x.cache_seqlens.contiguous()
     fields = {
-        **_sizes(q, k_cache, logit_scale_base, scale),
-        "capacity": k_cache.shape[1],
-        "num_segments": 0 if partial_o is None else partial_o.shape[1],
-        "q": _native.view(q),
-        "k": _native.view(k),
-        "v": _native.view(v),
-        "gate": _native.view(gate),
+        **_operands(x, q, k, v, gate),
+        "HK": x.k_cache.shape[2],
+        "capacity": capacity,
         "cache_seqlens": _native.indices(lengths),
-        "k_cache": _native.view(k_cache),
-        "v_cache": _native.view(v_cache),
+        "k_cache": _native.view(x.k_cache),
+        "v_cache": _native.view(x.v_cache),
         "o": _native.pointer(o),
-        "partial_o": _native.pointer(partial_o),
-        "partial_softmax": _native.pointer(partial_softmax),
     }
-    _native.kernel("hype_attention_decode", "hype_attention_decode", q.device)(fields)
+    if partial:
+        fields["num_segments"] = partial[0].shape[1]
+        fields["partial_o"], fields["partial_softmax"] = map(_native.pointer, partial)
+    _native.kernel(DECODE_OP, "hype_attention_decode", x.q.device)(fields)
+    return o
 
 
-def _sizes(q, k, logit_scale_base, scale):
-    """The fields that all three params structs share; k is [B, S, HK, D] or a cache."""
+def _operands(
+    x: Inputs | DecodeInputs, q: Tensor, k: Tensor | None, v: Tensor | None, gate: Tensor | None
+) -> dict[str, Any]:
+    """The fields that all params structs of the family share; q, k, v, gate: as kernels read them."""
     B, T, H, D = q.shape
     return {
         "dtype": _native.DTYPES[q.dtype],
@@ -298,71 +338,56 @@ def _sizes(q, k, logit_scale_base, scale):
         "B": B,
         "T": T,
         "H": H,
-        "HK": k.shape[2],
+        "HK": 0 if k is None else k.shape[2],
         "D": D,
-        "scale": D**-0.5 if scale is None else scale,
-        "logit_scale_base": 0.0 if logit_scale_base is None else logit_scale_base,
+        "scale": x.scale,
+        "logit_scale_base": 0.0 if x.logit_scale_base is None else x.logit_scale_base,
+        "q": _native.view(q),
+        "k": _native.view(k),
+        "v": _native.view(v),
+        "gate": _native.view(gate),
     }
 
 
-def _sequences(q, k, query_offset, bounds):
+def _sequences(x: Inputs, bounds: Tensor | None) -> dict[str, Any]:
     return {
-        "S": k.shape[1],
-        "N": q.shape[0] if bounds is None else bounds.numel() - 1,
-        "query_offset": query_offset,
+        "S": x.k.shape[1],
+        "N": x.q.shape[0] if bounds is None else bounds.numel() - 1,
+        "query_offset": x.query_offset,
         "cu_seqlens": _native.pointer(bounds),
     }
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     q, k, v, gate, cu_seqlens, *ctx.options = inputs
     o, o_ungated, lse = output
-    ctx.save_for_backward(q, k, v, gate, cu_seqlens, o if gate is None else o_ungated, lse)
+    ctx.save_for_backward(o if gate is None else o_ungated, lse, q, k, v, gate, cu_seqlens)
     ctx.mark_non_differentiable(o_ungated, lse)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, do, *_):
+def _differentiate(ctx: Any, do: Tensor | None, *_: Any) -> Any:
     if do is None:
         return (None,) * 8
-    q, k, v, gate, cu_seqlens, o_ungated, lse = ctx.saved_tensors
-    dq, dk, dv, dgate = _backward_op(do, q, k, v, gate, cu_seqlens, o_ungated, lse, *ctx.options)
-    return dq, dk, dv, None if gate is None else dgate, None, None, None, None
+    tensors = ctx.saved_tensors
+    dq, dk, dv, dgate = _backward_op(do, *tensors, *ctx.options)
+    return dq, dk, dv, None if tensors[5] is None else dgate, None, None, None, None
 
 
-_library = torch.library.Library("hypenet", "FRAGMENT")
-_OPTIONS = "float? logit_scale_base, float? scale"
-_INPUTS = f"Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? cu_seqlens, {_OPTIONS}, SymInt query_offset"
-_library.define(f"hype_attention_inference({_INPUTS}) -> Tensor")
-for _name in ("hype_attention_saving", "hype_attention"):
-    _library.define(f"{_name}({_INPUTS}) -> (Tensor o, Tensor o_ungated, Tensor lse)")
-_library.define(
-    "hype_attention_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? cu_seqlens, Tensor o_ungated, "
-    f"Tensor lse, {_OPTIONS}, SymInt query_offset) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dgate)"
+_OPTIONS = "float? logit_scale_base, float scale"
+_SCHEMA = f"Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? cu_seqlens, {_OPTIONS}, SymInt query_offset"
+_DECODE_SCHEMA = (
+    f"{DECODE_OP}(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, Tensor? k, Tensor? v, "
+    f"Tensor? gate, {_OPTIONS}) -> Tensor"
 )
-_library.define(
-    "hype_attention_decode(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, Tensor? k, "
-    f"Tensor? v, Tensor? gate, {_OPTIONS}) -> Tensor"
+_BACKWARD_SCHEMA = (
+    f"{OP}_bwd(Tensor do, Tensor o_ungated, Tensor lse, {_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dgate)"
 )
-_inference_runs = [partial(run, save=False) for run in (_forward_fake, _forward_native, _forward_native)]
-_forward_runs = [partial(run, save=True) for run in (_forward_fake, _forward_native, _forward_native)]
-for _name, _fake, _cpu, _cuda in (
-    ("hype_attention_inference", *_inference_runs),
-    ("hype_attention_saving", *_forward_runs),
-    ("hype_attention", *_forward_runs),
-    ("hype_attention_bwd", _backward_fake, _backward_native, _backward_native),
-    ("hype_attention_decode", _decode_fake, _decode_cpu, _decode_cuda),
-):
-    _library.impl(_name, _cpu, "CPU")
-    _library.impl(_name, _cuda, "CUDA")
-    torch.library.register_fake(f"hypenet::{_name}", _fake, lib=_library)
-_saving = torch.ops.hypenet.hype_attention_saving.default
-_differentiable.register(_library, "hype_attention", _saving, _setup_context, _backward)
-_backward_op = _differentiable.once(
-    torch.ops.hypenet.hype_attention_bwd.default,
-    NotImplementedError,
-    "hype_attention: q, k, v and gate must not want a second derivative: it is not built",
+_backward_op = _ops.differentiable_once(
+    _ops.define(_BACKWARD_SCHEMA, _backward_fake, _backward),
+    f"{OP}: q, k, v and gate must not want a second derivative: it is not built",
 )
-_inference = torch.ops.hypenet.hype_attention_inference.default
-_forward = torch.ops.hypenet.hype_attention.default
-_decode = torch.ops.hypenet.hype_attention_decode.default
+_inference, _differentiable = _ops.define_differentiable(
+    OP, _SCHEMA, "Tensor o", "Tensor o_ungated, Tensor lse", _forward_fake, _forward, (_setup_context, _differentiate)
+)
+_decode_op = _ops.define(_DECODE_SCHEMA, _decode_fake, _decode)

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 
 import hypenet_kernels as kernels
-from hypenet_kernels import _recurrence
+from hypenet_kernels import _recurrence_cuda as cuda
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 HEAD_DIMS = (128, 64, 256)
@@ -55,7 +55,7 @@ def _recurrent_inputs(device, dtype, D, tokens, V=None, H=1, HV=2):
     q, k = (torch.nn.functional.normalize(torch.randn(1, tokens, H, D, device=device), dim=-1) for _ in range(2))
     v = torch.randn(1, tokens, HV, V or D, device=device)
     g, beta = -torch.rand(1, tokens, HV, device=device), torch.rand(1, tokens, HV, device=device)
-    beta[:, : _recurrence.CHUNK, 0] *= 2  # reflects in the first chunk of the first head, and nowhere else
+    beta[:, : cuda.CHUNK, 0] *= 2  # reflects in the first chunk of the first head, and nowhere else
     return [x.to(dtype) for x in (q, k, v)] + [g, beta]
 
 
@@ -71,7 +71,7 @@ def _packed_recurrences(device, dtype, D):
 
 
 def _split_recurrences(device, dtype, D):
-    with mock.patch.object(_recurrence, "MIN_SEGMENT", 1):  # three segments
+    with mock.patch.object(cuda, "MIN_SEGMENT", 1):  # three segments
         _recurrences(device, dtype, D, tokens=2 * T, split_sequence=True)
 
 

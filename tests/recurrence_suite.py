@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from compare import assert_matches_reference
+from torch.autograd import forward_ad
 
 DECAYS = ("none", "mild", "strong", "lowest", "reset", "mixture")
 
@@ -130,6 +131,11 @@ def assert_gradients(op, reference, inputs, negligible=(), size=1.0, **options):
 
 def bounds(*lengths, dtype=torch.int64):
     return torch.tensor([0, *lengths], dtype=dtype).cumsum(0).to(dtype)
+
+
+def arguments(inputs):
+    """The tensors of an op's schema up to initial_state, in its order; simple GLA has no beta."""
+    return [inputs.get(name) for name in ("q", "k", "v", "g", "beta", "initial_state")]
 
 
 class SequenceOp:
@@ -278,8 +284,36 @@ class SequenceOp:
         inputs = self.inputs(TINY, torch.float64)
         leaves = [x.requires_grad_() for x in inputs.values()]
         first = torch.autograd.grad(self.op(**inputs)[0].sum(), leaves[0], create_graph=True)[0]
-        with pytest.raises(RuntimeError, match="no second derivative"):
+        with pytest.raises(NotImplementedError, match="no second derivative"):
             first.sum().backward()
+
+    def test_forward_mode_and_vmap_are_refused(self):
+        x = self.inputs(TINY)
+        refused = pytest.raises(NotImplementedError, match=f"^{self.name}: forward-mode derivatives .* not built")
+        with refused:
+            torch.func.jvp(lambda v: self.op(**{**x, "v": v})[0], (x["v"],), (torch.ones_like(x["v"]),))
+        with refused, forward_ad.dual_level():
+            self.op(**{**x, "v": forward_ad.make_dual(x["v"], torch.ones_like(x["v"]))})
+        with refused:
+            torch.func.vmap(lambda v: self.op(**{**x, "v": v})[0])(x["v"][None])
+
+    def test_torch_func_grad_is_autograd(self):
+        x = self.inputs(TINY)
+        for name in x:
+            found = torch.func.grad(lambda y, name=name: self.op(**{**x, name: y})[0].square().sum())(x[name])
+            leaf = x[name].clone().requires_grad_()
+            loss = self.op(**{**x, name: leaf})[0].square().sum()
+            assert found.equal(torch.autograd.grad(loss, leaf)[0]), name
+
+    def test_bounds_that_end_before_T_leave_zeros(self):
+        inputs = self.inputs(Shape(1, 60, 2, 4, 24, 40), N=2)
+        cu_seqlens, do = bounds(13, 30), torch.randn(1, 60, 4, 40)
+        whole = {name: x if name == "initial_state" else x[:, :43] for name, x in inputs.items()}
+        o, final_state = forward(self.op, inputs, cu_seqlens=cu_seqlens)
+        o_whole, state_whole = forward(self.op, whole, cu_seqlens=cu_seqlens)
+        assert o[:, :43].equal(o_whole) and (o[:, 43:] == 0).all() and final_state.equal(state_whole)
+        found = gradients(self.op, inputs, do, torch.randn(2, 4, 24, 40), cu_seqlens=cu_seqlens)
+        assert all((x[:, 43:] == 0).all() for name, x in found.items() if name != "initial_state")
 
     @pytest.mark.parametrize("B, T", [(0, 5), (2, 0), (0, 0)])
     def test_empty_problems(self, B, T):
@@ -296,8 +330,10 @@ class SequenceOp:
 
     def test_opcheck(self):
         inputs = self.inputs(TINY)
-        for initial_state in (None, inputs.pop("initial_state")):
-            tensors = [x.requires_grad_() for x in inputs.values()]
+        for x in inputs.values():
+            x.requires_grad_()
+        for *tensors, state in (arguments(inputs), arguments(inputs | {"initial_state": None})):
+            initial_state = None if state is None else state.detach()
             for cu_seqlens in (None, bounds(TINY.T)):
                 args = (*tensors, initial_state, cu_seqlens, 0.5, 0)
                 torch.library.opcheck(getattr(torch.ops.hypenet, self.name).default, args)
@@ -334,8 +370,9 @@ class SequenceOp:
         self.bad(TypeError, "v must be a tensor, got NoneType", v=None)
         self.bad(TypeError, "initial_state must be a tensor, got float", initial_state=0.0)
         self.bad(TypeError, "q must be float64 or .*, got int64", q=torch.zeros(2, 71, 2, 24, dtype=torch.int64))
-        self.bad(TypeError, "k must have q's dtype", k=torch.zeros(2, 71, 2, 24).bfloat16())
-        self.bad(TypeError, "v must have q's dtype", v=torch.zeros(2, 71, 4, 40).double())
+        self.bad(TypeError, "k must be float64 or .*, got int64", k=torch.zeros(2, 71, 2, 24, dtype=torch.int64))
+        self.bad(TypeError, "v must be float64 or .*, got bool", v=torch.zeros(2, 71, 4, 40, dtype=torch.bool))
+        self.bad(TypeError, "k must be a dense tensor", k=torch.zeros(2, 71, 2, 24).to_sparse())
         self.bad(TypeError, "g must be float64 or .*, got int64", g=torch.zeros(2, 71, 4, dtype=torch.int64))
         self.bad(TypeError, "unexpected argument 'ouput_final_state'", ouput_final_state=True)
 
@@ -353,11 +390,11 @@ class SequenceOp:
         self.bad(ValueError, "head dimensions must be at least 1, got K = 0", q=empty, k=empty)
 
     def test_wrong_bounds(self):
-        for values in ([0, 5, 4, 71], [1, 71], [0, 70], [0, 72], [0, -3, 71], [5]):
+        for values in ([0, 5, 4, 71], [1, 71], [0, 72], [0, -3, 71], [5]):
             cu_seqlens = torch.tensor(values)
             packed = {name: x[:1] for name, x in self.inputs(ORDINARY).items()}
             packed["initial_state"] = None
-            self.bad(ValueError, "cu_seqlens must rise from 0 to T = 71", **packed, cu_seqlens=cu_seqlens)
+            self.bad(ValueError, "cu_seqlens must rise from 0 to at most T = 71", **packed, cu_seqlens=cu_seqlens)
         self.bad(ValueError, "q must have batch size 1 with cu_seqlens", cu_seqlens=torch.tensor([0, 71]))
         self.bad(TypeError, "cu_seqlens must be int32 or int64, got float32", cu_seqlens=torch.tensor([0.0, 71.0]))
         self.bad(ValueError, "cu_seqlens must have 1 dimensions", cu_seqlens=torch.tensor([[0, 71]]))

@@ -7,11 +7,11 @@ import emulation
 import pytest
 import torch
 from compare import assert_accurate_as_pairs, assert_matches_reference
-from recurrence_suite import DECAYS, Shape, bounds, forward, in_double, make_inputs, reflect
+from recurrence_suite import DECAYS, Shape, arguments, bounds, forward, in_double, make_inputs, reflect
 
 import hypenet_kernels
 from hypenet_kernels import reference
-from hypenet_kernels._recurrence import Saved
+from hypenet_kernels._recurrence_cuda import Saved
 
 CHUNK = 64
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -167,7 +167,8 @@ def test_large_predictable_values(device):
 
 
 def save(device, inputs, cu_seqlens=None):
-    args = [*to(device, inputs).values(), None if cu_seqlens is None else cu_seqlens.to(device), 0.25, 0]
+    inputs = to(device, inputs)
+    args = [*arguments(inputs), None if cu_seqlens is None else cu_seqlens.to(device), 0.25, 0]
     op = torch.ops.hypenet.chunk_gated_delta_rule if "beta" in inputs else torch.ops.hypenet.chunk_simple_gla
     return Saved(*(x.cpu() for x in op.default(*args)[2]))
 

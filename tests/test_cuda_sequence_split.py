@@ -6,10 +6,11 @@ import emulation
 import pytest
 import torch
 from compare import assert_accurate_as_pairs, assert_matches_reference
-from recurrence_suite import Shape, bounds, cotangents, gradients, in_double, make_inputs, reflect
+from recurrence_suite import Shape, arguments, bounds, cotangents, gradients, in_double, make_inputs, reflect
 
 import hypenet_kernels
-from hypenet_kernels import _recurrence, reference
+from hypenet_kernels import _recurrence_cuda, reference
+from hypenet_kernels._recurrence import Inputs
 
 BF16, FP16 = torch.bfloat16, torch.float16
 OPS = {
@@ -29,7 +30,7 @@ both = pytest.mark.parametrize("delta", [True, False], ids=["delta", "gla"])
 
 def forward(device, delta, inputs, segment_chunks, cu_seqlens=None):
     """(o, final_state) of the op itself, which takes any number of chunks."""
-    tensors = [x if x is None else x.to(device) for x in inputs.values()]
+    tensors = [x if x is None else x.to(device) for x in arguments(inputs)]
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(device)
     return OPS[delta][0].default(*tensors, cu_seqlens, inputs["q"].shape[-1] ** -0.5, segment_chunks)[:2]
 
@@ -165,7 +166,8 @@ def test_empty_problems(device, B, T):
 )
 def test_number_of_segments_follows_from_shapes(B, T, HV, V, chunks):
     q, v = torch.empty(B, T, 1, 64, device="meta"), torch.empty(B, T, HV, V, device="meta")
-    assert _recurrence.chunks_of_segment("op", q, v, None) == chunks
+    x = Inputs(q, q, v, v[..., 0], None, None, None, 1.0, 0)
+    assert _recurrence_cuda.chunks_of_segment(x) == chunks
 
 
 @both

@@ -155,7 +155,8 @@ class StepOp:
     def test_opcheck(self):
         inputs, state = self.inputs(ORDINARY)
         for slots in (None, torch.tensor([2, 0, -1])):
-            args = (*inputs.values(), state, slots, None, None, 0.5, *self.last_arguments)
+            tensors = (inputs.get(name) for name in ("q", "k", "v", "g", "beta"))
+            args = (*tensors, state, slots, None, None, 0.5, *self.last_arguments)
             torch.library.opcheck(getattr(torch.ops.hypenet, self.name).default, args)
 
     def test_compiles_to_one_graph(self):
@@ -199,7 +200,7 @@ class StepOp:
         )
         self.bad(ValueError, r"state must have 4 dimensions", state=torch.zeros(4, 24, 40))
         self.bad(TypeError, "state must be float32, got bfloat16", state=torch.zeros(3, 4, 24, 40).bfloat16())
-        self.bad(ValueError, "state must be contiguous", state=torch.zeros(3, 4, 40, 24).mT)
+        self.bad(ValueError, "state must have contiguous slots that do not overlap", state=torch.zeros(3, 4, 40, 24).mT)
         pool = torch.zeros(5, 4, 24, 40)
         wrong = [
             (ValueError, r"be below the number of slots, 5, got \[0, 5, 1\]", torch.tensor([0, 5, 1])),
@@ -249,4 +250,4 @@ class TestSimpleGLAStep(StepOp):
     op = staticmethod(hypenet_kernels.simple_gla_step)
     chunk = staticmethod(hypenet_kernels.chunk_simple_gla)
     reference = staticmethod(reference.chunk_simple_gla)
-    name, delta, last_arguments = "simple_gla_step", False, ()
+    name, delta, last_arguments = "simple_gla_step", False, (False, 0.0)

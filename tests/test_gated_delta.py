@@ -7,6 +7,7 @@ from recurrence_suite import (
     ORDINARY,
     SequenceOp,
     Shape,
+    arguments,
     assert_forward,
     assert_gradients,
     cotangents,
@@ -80,19 +81,58 @@ class DeltaRule(SequenceOp):
         self.bad(ValueError, r"beta must have shape \[2, 71, 4\], got \[2, 71, 4, 40\]", beta=torch.zeros(2, 71, 4, 40))
         self.bad(TypeError, "beta must be float64 or .*, got bool", beta=torch.zeros(2, 71, 4, dtype=torch.bool))
 
-    def test_arguments_of_neighbours(self):
+    def test_arguments_of_fla(self):
         inputs = make_inputs(ORDINARY, True)
         expected, _ = self.op(**inputs)
-        harmless = {"use_cache": True, "chunk_size": 64, "state_v_first": False, "A_log": None, "max_length_q": 7}
+        harmless = {"chunk_size": 64, "head_first": False, "state_v_first": False, "A_log": torch.zeros(4)}
         assert self.op(**inputs, **harmless)[0].equal(expected)
-        self.bad(NotImplementedError, "state_v_first must be False .*, got True", state_v_first=True)
-        self.bad(NotImplementedError, "A_log must be None", A_log=torch.zeros(4))
-        self.bad(TypeError, "unexpected argument 'head_first'", head_first=False)
+        self.bad(NotImplementedError, "head_first must be False", head_first=True)
+        self.bad(ValueError, r"chunk_size must be one of \(16, 32, 64\)", chunk_size=48)
+        self.bad(TypeError, "unexpected argument 'use_cache'", use_cache=True)
+        self.bad(TypeError, "A_log must be a tensor, got NoneType", use_gate_in_kernel=True)
+        self.bad(ValueError, "allow_neg_eigval must be False without use_beta_sigmoid_in_kernel", allow_neg_eigval=True)
+
+    def test_gates_as_a_layer_projects_them(self):
+        """Forward and every gradient, those of A_log and dt_bias included, are those of the gates spelt out."""
+        inputs = make_inputs(ORDINARY, True, torch.float64)
+        inputs |= {"g": torch.randn_like(inputs["g"]), "beta": torch.randn_like(inputs["beta"])}
+        inputs |= {"A_log": torch.randn(4).double(), "dt_bias": torch.randn(4).double()}
+        flags = {"use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True, "allow_neg_eigval": True}
+
+        def spelt_out(g, beta, A_log, dt_bias, **others):
+            return self.op(g=reference.log_decay(g, A_log, dt_bias), beta=2 * beta.sigmoid(), **others)
+
+        for a, b in zip(forward(self.op, inputs, **flags), forward(spelt_out, inputs), strict=True):
+            assert_matches_reference("o", a, b)
+        given = cotangents(inputs)
+        expected = gradients(spelt_out, inputs, *given)
+        for name, x in gradients(self.op, inputs, *given, **flags).items():
+            assert_matches_reference(f"d{name}", x, expected[name])
+
+    def test_states_with_v_first(self):
+        inputs = make_inputs(ORDINARY, True)
+        o, final_state = forward(self.op, inputs)
+        inputs["initial_state"] = inputs["initial_state"].mT.contiguous()
+        o_v, state_v = forward(self.op, inputs, state_v_first=True)
+        assert o_v.equal(o) and state_v.mT.equal(final_state)
+        with pytest.deprecated_call():
+            assert forward(self.op, inputs, transpose_state_layout=True)[1].equal(state_v)
 
 
 class TestChunk(DeltaRule):
     op = staticmethod(hypenet_kernels.chunk_gated_delta_rule)
     name = "chunk_gated_delta_rule"
+
+    def test_positional_order_is_that_of_fla(self):
+        x = make_inputs(ORDINARY, True)
+        order = (x["q"], x["k"], x["v"], x["g"], x["beta"], 0.3, x["initial_state"], True, True, True, True, True)
+        x["initial_state"] = x["initial_state"].mT.contiguous()
+        names = ("scale", "initial_state", "output_final_state", "use_qk_l2norm_in_kernel")
+        flags = dict.fromkeys(("use_beta_sigmoid_in_kernel", "allow_neg_eigval", "state_v_first"), True)
+        order = (*order[:6], x["initial_state"], *order[7:])
+        named = dict(zip(names, (0.3, x.pop("initial_state"), True, True), strict=True))
+        for a, b in zip(self.op(*order), self.op(**x, **named, **flags), strict=True):
+            assert a.equal(b)
 
     def test_gates_are_required(self):
         self.bad(TypeError, "g must be a tensor, got NoneType", g=None)
@@ -114,7 +154,7 @@ class TestChunk(DeltaRule):
         inputs = make_inputs(ORDINARY, True)
         do, dfinal_state = cotangents(inputs)
         for last in (None, dfinal_state):
-            args = (do, last, *inputs.values(), None, [], 0.5, 0)
+            args = (do, last, [], *arguments(inputs), None, 0.5, 0)
             torch.library.opcheck(torch.ops.hypenet.chunk_gated_delta_rule_bwd.default, args)
 
     @pytest.mark.slow
@@ -126,6 +166,14 @@ class TestChunk(DeltaRule):
 class TestFusedRecurrent(DeltaRule):
     op = staticmethod(hypenet_kernels.fused_recurrent_gated_delta_rule)
     name = "fused_recurrent_gated_delta_rule"
+
+    def test_positional_order_is_that_of_fla(self):
+        x = make_inputs(ORDINARY, True)
+        o, state = self.op(x["q"], x["k"], x["v"], x["g"], None, None, x["beta"], 0.3, x["initial_state"], True, True)
+        options = {"scale": 0.3, "output_final_state": True, "use_qk_l2norm_in_kernel": True}
+        expected = self.op(**x, **options)
+        assert o.equal(expected[0]) and state.equal(expected[1])
+        self.bad(NotImplementedError, r"gk must be None .*, got a tensor of shape \[3\]", gk=torch.zeros(3))
 
     def test_gates_default_to_no_decay_and_one(self):
         inputs = make_inputs(ORDINARY, True, decay_kind="none")

@@ -339,9 +339,9 @@ def test_opcheck(gate, packed):
         inputs = [None if x is None else x.detach() for x in (q, k, v, gate)]
         torch.library.opcheck(torch.ops.hypenet.hype_attention_inference.default, (*inputs, bounds, *options))
         o, o_ungated, lse = torch.ops.hypenet.hype_attention.default(*arguments)
-        inputs = [inputs[0], *inputs]
         saved = o if gate is None else o_ungated
-        torch.library.opcheck(torch.ops.hypenet.hype_attention_bwd.default, (*inputs, bounds, saved, lse, *options))
+        arguments = (inputs[0], saved, lse, *inputs, bounds, *options)
+        torch.library.opcheck(torch.ops.hypenet.hype_attention_bwd.default, arguments)
 
 
 @pytest.mark.parametrize("options", [{}, {"logit_scale_base": 9.0, "query_offset": 0}], ids=["plain", "scaled"])

@@ -11,9 +11,9 @@ import torch
 
 import hypenet_kernels
 from hypenet_kernels import __main__ as command
-from hypenet_kernels import _native
+from hypenet_kernels import _native, _selftest
 
-OPS = set(hypenet_kernels.__all__) - {"report"}
+OPS = set(_native.CUDA_OPS)
 CAPABILITIES = {"default": "baseline", "avx2": "v3", "avx512": "v4"}  # ATEN_CPU_CAPABILITY -> level
 AVAILABLE = list(CAPABILITIES)[: 1 + list(CAPABILITIES.values()).index(_native.level().removesuffix("_bf16"))]
 
@@ -25,7 +25,7 @@ def inputs(dtype=torch.float32, device="cpu"):
 
 def test_report_covers_every_op():
     facts = hypenet_kernels.report()
-    assert set(facts["ops"]) == OPS == set(command.CASES)
+    assert set(facts["ops"]) == OPS == set(_selftest.CASES)
     assert all(devices["cpu"]["implementation"] == f"C++ (_cpu_{facts['level']})" for devices in facts["ops"].values())
     assert {op for op, devices in facts["ops"].items() if devices["cuda"]["implementation"]} <= set(_native.CUDA_OPS)
     assert all(choice["why"] for devices in facts["ops"].values() for choice in devices.values())
@@ -47,8 +47,8 @@ def test_wrong_kernel_fails_the_self_test(monkeypatch, capsys):
     def wrong(x):
         return expect(x) * 1.1
 
-    _, expect, differentiated = command.CASES["hype_attention"]
-    monkeypatch.setitem(command.CASES, "hype_attention", (wrong, expect, differentiated))
+    _, expect, differentiated = _selftest.CASES["hype_attention"]
+    monkeypatch.setitem(_selftest.CASES, "hype_attention", (wrong, expect, differentiated))
     assert command.main() == 1
     printed = capsys.readouterr().out.splitlines()
     failed = [line.split()[1] for line in printed if line.startswith("  FAIL")]
@@ -82,7 +82,7 @@ def test_self_test_passes_at_every_level(capability):
 
 def test_self_test_passes_on_cuda(device, capsys):
     """Of every op, in every dtype that its CUDA kernels take."""
-    assert all(command.self_test(device.type)), capsys.readouterr().out
+    assert all(_selftest.run(device.type)), capsys.readouterr().out
     printed = capsys.readouterr().out
     assert all(f" {op} " in printed for op in _native.CUDA_OPS) and "float32" in printed
 

@@ -1,7 +1,16 @@
 """Simple GLA over whole sequences: chunk and recurrent form against the loop over t, in value and gradient."""
 
 import torch
-from recurrence_suite import ORDINARY, SequenceOp, assert_forward, assert_gradients, cotangents, forward, gradients
+from recurrence_suite import (
+    ORDINARY,
+    SequenceOp,
+    arguments,
+    assert_forward,
+    assert_gradients,
+    cotangents,
+    forward,
+    gradients,
+)
 
 import hypenet_kernels
 from hypenet_kernels import reference
@@ -55,7 +64,7 @@ class TestChunk(SimpleGLA):
         inputs = self.inputs(ORDINARY)
         do, dfinal_state = cotangents(inputs)
         for last in (None, dfinal_state):
-            args = (do, last, *inputs.values(), None, [], 0.5, 0)
+            args = (do, last, [], *arguments(inputs), None, 0.5, 0)
             torch.library.opcheck(torch.ops.hypenet.chunk_simple_gla_bwd.default, args)
 
 

@@ -1,0 +1,257 @@
+"""From the arguments of a public op, which are flash-linear-attention's (0.6), to those of the op underneath."""
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hypenet_kernels import _checks, _native
+from hypenet_kernels import _recurrence_cuda as cuda
+from hypenet_kernels._ops import Function
+from hypenet_kernels._recurrence import Inputs, Operators, Rule, StepInputs
+
+# Arguments that fla takes by name only in **kwargs, and what is accepted of them.
+LEGACY = frozenset({"transpose_state_layout", "head_first", "chunk_size"})
+
+
+class Gates(NamedTuple):
+    """How g and beta are given."""
+
+    use_gate: bool = False  # g is a projection: the log decay is -exp(A_log) softplus(g + dt_bias)
+    A_log: Tensor | None = None  # [HV]
+    dt_bias: Tensor | None = None  # [HV]
+    use_beta_sigmoid: bool = False  # beta is a logit
+    allow_neg_eigval: bool = False  # beta = 2 sigmoid(logit), so that I - beta k k^T has eigenvalues down to -1
+
+    @property
+    def beta_limit(self) -> float:
+        """What sigmoid(beta) is multiplied by; 0 where beta is no logit."""
+        return (2.0 if self.allow_neg_eigval else 1.0) if self.use_beta_sigmoid else 0.0
+
+
+class Options(NamedTuple):
+    """What a public call wants besides its tensors."""
+
+    output_final_state: bool
+    state_v_first: bool
+    use_qk_l2norm: bool = False
+    split_sequence: bool = False
+    gates: Gates | None = None
+
+
+def legacy(op: str, arguments: dict[str, Any], state_v_first: bool, sizes: tuple[int, ...]) -> bool:
+    """Check the arguments that fla has deprecated; return state_v_first. sizes: the chunk sizes that fla takes."""
+    for name in arguments:
+        if name not in LEGACY:
+            raise TypeError(f"{op}: unexpected argument {name!r}")
+    if arguments.get("head_first"):
+        _checks.fail(NotImplementedError, op, "head_first", "be False: q must be [B, T, H, K]", True)
+    chunk_size = arguments.get("chunk_size")
+    if chunk_size is not None and chunk_size not in sizes:
+        _checks.fail(ValueError, op, "chunk_size", f"be one of {sizes} (it changes no result)", chunk_size)
+    if "transpose_state_layout" in arguments:
+        message = f"{op}: transpose_state_layout is deprecated, use state_v_first"
+        warnings.warn(message, DeprecationWarning, stacklevel=3)
+        if state_v_first:
+            _checks.fail(ValueError, op, "transpose_state_layout", "be left out with state_v_first", True)
+        return bool(arguments["transpose_state_layout"])
+    return state_v_first
+
+
+def refuse(op: str, **arguments: Any) -> None:
+    """Raise NotImplementedError for an argument that is not None."""
+    for name, value in arguments.items():
+        if value is not None:
+            _checks.fail(NotImplementedError, op, name, "be None (nothing else is built)", value)
+
+
+def check_interval(op: str, checkpoint_every: int | None) -> int:
+    """Return checkpoint_every, 0 for None."""
+    if checkpoint_every is None:
+        return 0
+    if checkpoint_every <= 0 or checkpoint_every % cuda.CHUNK:
+        _checks.fail(ValueError, op, "checkpoint_every", f"be a positive multiple of {cuda.CHUNK}", checkpoint_every)
+    return checkpoint_every
+
+
+def _check_gates(op: str, gates: Gates) -> None:
+    if gates.allow_neg_eigval and not gates.use_beta_sigmoid:
+        _checks.fail(ValueError, op, "allow_neg_eigval", "be False without use_beta_sigmoid_in_kernel", True)
+    if gates.use_gate:
+        _checks.tensor(op, "A_log", gates.A_log)
+
+
+def run(rule: Rule, operators: Operators, x: Inputs, options: Options) -> Any:
+    """Run a public function over whole sequences.
+
+    Args:
+        x: the arguments as they were passed: scale and gates may be None, and segment_chunks has no meaning yet.
+
+    Returns:
+        (o, final_state or None), with checkpoint_every (o, final_state or None, checkpoints).
+    """
+    op, gates = rule.op, options.gates
+    _check_tensors(rule, x, gates)
+    q, k, v, g, beta, initial_state = x[:6]
+    dtype = v.dtype if rule.sequential else q.dtype
+    if not q.dtype == k.dtype == v.dtype:
+        q, k, v = _promoted(op, q, k, v)
+    if options.use_qk_l2norm:
+        q, k = l2norm(q), l2norm(k)
+    if gates is not None:
+        g, beta = _activated(op, gates, x)
+    g, beta = _gate(rule, "g", g, q, v), _gate(rule, "beta", beta, q, v) if rule.delta else None
+    if initial_state is not None:
+        if x.state_indices is None:
+            initial_state = accumulated(op, "initial_state", initial_state, q)
+        initial_state = initial_state.mT if options.state_v_first else initial_state
+    scale = default_scale(q, x.scale)
+    x = Inputs(q, k, v, g, beta, initial_state, x.cu_seqlens, scale, 0, x.checkpoint_every, x.state_indices)
+    if options.split_sequence:
+        x = x._replace(segment_chunks=_segment_chunks(op, x))
+    o, final_state, *checkpoints = _call(op, operators, x)
+    if o.dtype != dtype:
+        o = o.to(dtype)
+    if not options.output_final_state:
+        final_state = None
+    elif options.state_v_first:
+        final_state = final_state.mT
+    return o, final_state, *(y.mT if options.state_v_first else y for y in checkpoints)
+
+
+def _check_tensors(rule: Rule, x: Inputs, gates: Gates | None) -> None:
+    """Check kinds and devices of all tensors, and the ranks that the code here relies on."""
+    required = {"q": x.q, "k": x.k, "v": x.v}
+    optional = {"initial_state": x.initial_state, "cu_seqlens": x.cu_seqlens, "state_indices": x.state_indices}
+    given = {"g": x.g, "beta": x.beta} if rule.delta else {"g": x.g}
+    (optional if rule.optional_gates else required).update(given)
+    if gates is not None:
+        _check_gates(rule.op, gates)
+        if gates.use_gate:  # else A_log and dt_bias are ignored, as fla does
+            optional |= {"A_log": gates.A_log, "dt_bias": gates.dt_bias}
+    _checks.tensors(rule.op, required, optional)
+    _checks.rank(rule.op, "q", x.q, "B T H K")
+
+
+def _call(op: str, operators: Operators, x: Inputs) -> tuple[Tensor, ...]:
+    """Call the form of the op that x asks for; return o, final_state (the pool, if there is one) and checkpoints."""
+    serving = x.state_indices is not None or x.checkpoint_every != 0
+    if not serving:
+        if _checks.wants_gradient(*x[:6]):
+            return operators.differentiable(*x[:9])[:2]
+        return operators.inference(*x[:9])
+    names = ("q", "k", "v", "g", "beta", "initial_state")
+    what = "with state_indices or checkpoint_every (they have no backward; use torch.no_grad())"
+    _checks.no_grad(op, dict(zip(names, x, strict=False)), {}, what)
+    if x.state_indices is None:
+        return operators.checkpointed(*x[:10])
+    if x.initial_state is None:
+        _checks.fail(TypeError, op, "initial_state", "be a pool of states with state_indices", None)
+    o, checkpoints = operators.pooled(*x)
+    return (o, x.initial_state, checkpoints) if x.checkpoint_every else (o, x.initial_state)
+
+
+def step(op: str, operator: Function, x: StepInputs, gates: Gates) -> Any:
+    """Run a public decode step. x: the arguments as they were passed; beta_limit has no meaning yet."""
+    required = {"q": x.q, "k": x.k, "v": x.v, "g": x.g, "state": x.state}
+    if op == "gated_delta_step":
+        required["beta"] = x.beta
+    optional = {"state_indices": x.state_indices, "A_log": x.A_log, "dt_bias": x.dt_bias}
+    _checks.tensors(op, required, optional)
+    _checks.no_grad(op, required, optional)
+    _check_gates(op, gates)
+    if not gates.use_gate and (x.A_log is not None or x.dt_bias is not None):
+        name, y = ("dt_bias", x.dt_bias) if x.A_log is None else ("A_log", x.A_log)
+        _checks.fail(ValueError, op, name, "be left out without use_gate_in_kernel", y)
+    q, g, beta = x.q, x.g, x.beta
+    if g.dtype != q.dtype or (beta is not None and beta.dtype != q.dtype):
+        g, beta = accumulated(op, "g", g, q), accumulated(op, "beta", beta, q)
+    A_log, dt_bias = accumulated(op, "A_log", x.A_log, q), accumulated(op, "dt_bias", x.dt_bias, q)
+    scale, norm = default_scale(q, x.scale), x.use_qk_l2norm
+    return operator(q, x.k, x.v, g, beta, x.state, x.state_indices, A_log, dt_bias, scale, norm, gates.beta_limit)
+
+
+def run_reversed(rule: Rule, operators: Operators, x: Inputs, options: Options) -> Any:
+    """Run a public function from the last token of every sequence to its first."""
+    _check_tensors(rule, x, None)
+    q, k, v, g = (y if y is None else y.flip(1) for y in (x.q, x.k, x.v, x.g))
+    if x.cu_seqlens is None:
+        o, final_state = run(rule, operators, x._replace(q=q, k=k, v=v, g=g), options)
+        return o.flip(1), final_state
+    # The tokens after the last sequence now come first: a sequence of their own, whose results are dropped.
+    T, state = q.shape[1], x.initial_state
+    _checks.cu_seqlens(rule.op, x.cu_seqlens, q, whole=False)
+    bounds = torch.nn.functional.pad(T - x.cu_seqlens.flip(0), (1, 0))
+    if state is not None:
+        state = torch.cat([torch.zeros_like(state[:1]), state.flip(0)])
+    x = x._replace(q=q, k=k, v=v, g=g, initial_state=state, cu_seqlens=bounds)
+    o, final_state = run(rule, operators, x, options)
+    in_sequence = torch.arange(T, device=q.device) >= bounds[1]
+    o = torch.where(in_sequence[:, None, None], o, 0).flip(1)
+    return o, None if final_state is None else final_state[1:].flip(0)
+
+
+def _segment_chunks(op: str, x: Inputs) -> int:
+    _checks.rank(op, "v", x.v, "B T HV V")
+    if x.cu_seqlens is not None:
+        _checks.rank(op, "cu_seqlens", x.cu_seqlens, "N+1")
+    return cuda.chunks_of_segment(x)
+
+
+def _promoted(op: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return q, k and v in the one float type that holds all of theirs."""
+    for name, x in zip("qkv", tensors, strict=True):
+        _checks.dtype(op, name, x, _checks.FLOATS)
+    q, k, v = (x.dtype for x in tensors)
+    dtype = torch.promote_types(torch.promote_types(q, k), v)
+    return tuple(x.to(dtype) for x in tensors)
+
+
+def _gate(rule: Rule, name: str, x: Tensor | None, q: Tensor, v: Tensor) -> Tensor:
+    """Return g or beta in the accumulation type; if None, what that means: no decay, beta = 1."""
+    if x is None:
+        value = 0.0 if name == "g" else 1.0
+        return v.new_full((), value, dtype=_native.accumulator(q.dtype)).expand(v.shape[:3])
+    return accumulated(rule.op, name, x, q)
+
+
+def _activated(op: str, gates: Gates, x: Inputs) -> tuple[Tensor, Tensor | None]:
+    """Return (g, beta) of gates as a layer projects them, computed in the accumulation type."""
+    g, beta = x.g, x.beta
+    _checks.rank(op, "v", x.v, "B T HV V")
+    if gates.use_gate:
+        _checks.tensor(op, "g", g)
+        _checks.shape(op, "g", g, x.v.shape[:3])
+        A_log, dt_bias = accumulated(op, "A_log", gates.A_log, x.q), accumulated(op, "dt_bias", gates.dt_bias, x.q)
+        g = accumulated(op, "g", g, x.q)
+        assert A_log is not None and g is not None
+        for name, y in (("A_log", A_log), ("dt_bias", dt_bias)):
+            if y is not None:
+                _checks.shape(op, name, y, x.v.shape[2:3])
+        g = -A_log.exp() * torch.nn.functional.softplus(g if dt_bias is None else g + dt_bias)
+    if gates.use_beta_sigmoid:
+        beta = accumulated(op, "beta", beta, x.q)
+        if beta is None:
+            _checks.fail(TypeError, op, "beta", "be a tensor with use_beta_sigmoid_in_kernel", None)
+        beta = gates.beta_limit * beta.sigmoid()
+    return g, beta
+
+
+def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """Return x / sqrt(sum(x^2) + eps) over the last dimension, in the accumulation type, rounded once."""
+    wide = x.to(_native.accumulator(x.dtype))
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def default_scale(q: Tensor, scale: Any) -> float:
+    return max(1, q.shape[-1]) ** -0.5 if scale is None else float(scale)
+
+
+def accumulated(op: str, name: str, x: Any, q: Tensor) -> Any:
+    """Return a gate or state of any float type in the accumulation type of q; None for None."""
+    wide = _native.accumulator(q.dtype)
+    if x is None or x.dtype == wide:
+        return x
+    _checks.dtype(op, name, x, _checks.FLOATS)
+    return x.to(wide)

@@ -1,0 +1,105 @@
+"""Registers ops with torch.library and gives them gradients. No other module uses torch.library.
+
+torch.library.register_autograd would do for any schema; its generality costs every call more than a small kernel takes.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch._ops import OpOverload
+
+Function = Callable[..., Any]
+
+_library = torch.library.Library("hypenet", "FRAGMENT")
+
+
+def define(schema: str, fake: Function, run: Function) -> OpOverload:
+    """Register the op torch.ops.hypenet.<name of the schema>.
+
+    Args:
+        schema: `name(arguments) -> results`, in torch.library's language.
+        fake: checks the arguments and allocates the results.
+        run: computes them, on the CPU and on CUDA.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, run, device)
+    torch.library.register_fake(f"hypenet::{name}", fake, lib=_library)
+    operator: OpOverload = getattr(torch.ops.hypenet, name).default
+    return operator
+
+
+def define_differentiable(
+    name: str, inputs: str, outputs: str, saved: str, fake: Function, run: Function, gradient: tuple[Function, Function]
+) -> tuple[OpOverload, Function]:
+    """Register an op that can be differentiated once; return (<name>_inference, <name>).
+
+    `<name>_inference` returns `outputs` and has no gradient: a call that wants none pays neither for tensors saved for
+    backward nor for autograd. `<name>` returns `outputs` and `saved`; `<name>_saving` is the same below autograd.
+
+    Args:
+        inputs, outputs, saved: parts of the schema.
+        fake, run: functions of (save, *inputs), as in `define`; save: whether `saved` is wanted too.
+        gradient: (setup_context(ctx, inputs, outputs), backward(ctx, *gradients)).
+    """
+    forms = {"_inference": outputs, "_saving": f"{outputs}, {saved}", "": f"{outputs}, {saved}"}
+    inference, saving, operator = (
+        define(
+            f"{name}{suffix}({inputs}) -> ({results})",
+            functools.partial(fake, suffix != "_inference"),
+            functools.partial(run, suffix != "_inference"),
+        )
+        for suffix, results in forms.items()
+    )
+    apply = _autograd_function(name, saving, *gradient).apply
+    _library.impl(name, apply, "Autograd")
+
+    def differentiable(*inputs: Any) -> Any:
+        # torch.func transforms an autograd.Function only outside of the dispatcher.
+        return apply(*inputs) if transformed() else operator(*inputs)
+
+    return inference, differentiable
+
+
+def transformed() -> bool:
+    """Whether a call is under a transform of torch.func."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def differentiable_once(backward: OpOverload, message: str) -> Function:
+    """Wrap a backward op so that a second derivative raises NotImplementedError(message).
+
+    torch's once_differentiable is not enough: if an input of the forward requires grad and `do` does not, it cuts the
+    graph, and a loss with other terms gets a wrong gradient without a word.
+    """
+
+    def refuse(ctx: Any, *gradients: Any) -> NoReturn:
+        raise NotImplementedError(message)
+
+    def keep_nothing(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    second = _autograd_function(backward.name(), backward, keep_nothing, refuse)
+
+    def run(*inputs: Any) -> Any:
+        return second.apply(*inputs) if torch.is_grad_enabled() else backward(*inputs)
+
+    return run
+
+
+def _autograd_function(name: str, forward: Function, setup_context: Function, backward: Function) -> Any:
+    def refuse(ctx: Any, *arguments: Any) -> NoReturn:
+        op = name.partition("::")[2] or name
+        raise NotImplementedError(f"{op}: forward-mode derivatives (jvp) and vmap are not built")
+
+    methods = {
+        "forward": forward,
+        "setup_context": setup_context,
+        "backward": backward,
+        "jvp": refuse,
+        "vmap": refuse,
+    }
+    return type(name, (torch.autograd.Function,), {key: staticmethod(method) for key, method in methods.items()})
