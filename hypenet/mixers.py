@@ -319,37 +319,30 @@ class GatedDeltaNet(Mixer):
         q, k, v = self.qkv(x_BTC, context)
         k, v = self.unshare(k, v)
         a, b = self.a_proj(x_BTC), self.b_proj(x_BTC)
+        gates = {
+            "use_qk_l2norm_in_kernel": True,
+            "use_gate_in_kernel": True,
+            "A_log": self.A_log,
+            "dt_bias": self.dt_bias,
+            "use_beta_sigmoid_in_kernel": True,
+            "allow_neg_eigval": True,
+        }
+        state = context.state(self.layer_idx)
         if context.step:
             if context.keep is not None:  # padding neither decays a state nor writes to it: softplus and sigmoid are 0
                 a, b = (x.masked_fill(~context.keep[..., None], -math.inf) for x in (a, b))
-            o = gated_delta_step(
+            o = gated_delta_step(q, k, v, a, b, state, **gates)
+        else:
+            o, state = chunk_gated_delta_rule(
                 q,
                 k,
                 v,
                 a,
                 b,
-                context.state(self.layer_idx),
-                use_qk_l2norm_in_kernel=True,
-                use_gate_in_kernel=True,
-                A_log=self.A_log,
-                dt_bias=self.dt_bias,
-                use_beta_sigmoid_in_kernel=True,
-                allow_neg_eigval=True,
-            )
-        else:
-            beta = 2 * b.sigmoid()
-            dt = F.softplus(a.to(torch.promote_types(torch.float32, x_BTC.dtype)) + self.dt_bias)
-            g = -self.A_log.exp() * dt
-            o, state = chunk_gated_delta_rule(
-                q,
-                k,
-                v,
-                g,
-                beta,
-                initial_state=context.state(self.layer_idx),
+                initial_state=state,
                 output_final_state=context.cache is not None,
-                use_qk_l2norm_in_kernel=True,
                 cu_seqlens=context.cu_seqlens,
+                **gates,
             )
             context.store_state(self.layer_idx, state)
         o = self.o_norm(o)

@@ -15,6 +15,9 @@ from hypenet_kernels._recurrence import Inputs, Operators, Rule, StepInputs
 LEGACY = frozenset({"transpose_state_layout", "head_first", "chunk_size"})
 
 
+Result = tuple[Tensor, *tuple[Any, ...]]  # o, final_state or None, and checkpoints if wanted
+
+
 class Gates(NamedTuple):
     """How g and beta are given."""
 
@@ -82,7 +85,7 @@ def _check_gates(op: str, gates: Gates) -> None:
         _checks.tensor(op, "A_log", gates.A_log)
 
 
-def run(rule: Rule, operators: Operators, x: Inputs, options: Options) -> Any:
+def run(rule: Rule, operators: Operators, x: Inputs, options: Options) -> Result:
     """Run a public function over whole sequences.
 
     Args:
@@ -101,7 +104,9 @@ def run(rule: Rule, operators: Operators, x: Inputs, options: Options) -> Any:
         q, k = l2norm(q), l2norm(k)
     if gates is not None:
         g, beta = _activated(op, gates, x)
-    g, beta = _gate(rule, "g", g, q, v), _gate(rule, "beta", beta, q, v) if rule.delta else None
+    g = _gate(rule, "g", g, q, v)
+    if rule.delta:
+        beta = _gate(rule, "beta", beta, q, v)
     if initial_state is not None:
         if x.state_indices is None:
             initial_state = accumulated(op, "initial_state", initial_state, q)
@@ -113,17 +118,15 @@ def run(rule: Rule, operators: Operators, x: Inputs, options: Options) -> Any:
     o, final_state, *checkpoints = _call(op, operators, x)
     if o.dtype != dtype:
         o = o.to(dtype)
-    if not options.output_final_state:
-        final_state = None
-    elif options.state_v_first:
-        final_state = final_state.mT
-    return o, final_state, *(y.mT if options.state_v_first else y for y in checkpoints)
+    if options.state_v_first:
+        final_state, checkpoints = final_state.mT, [y.mT for y in checkpoints]
+    return o, final_state if options.output_final_state else None, *checkpoints
 
 
 def _check_tensors(rule: Rule, x: Inputs, gates: Gates | None) -> None:
     """Check kinds and devices of all tensors, and the ranks that the code here relies on."""
-    required = {"q": x.q, "k": x.k, "v": x.v}
-    optional = {"initial_state": x.initial_state, "cu_seqlens": x.cu_seqlens, "state_indices": x.state_indices}
+    required: dict[str, Any] = {"q": x.q, "k": x.k, "v": x.v}
+    optional: dict[str, Any] = {name: getattr(x, name) for name in ("initial_state", "cu_seqlens", "state_indices")}
     given = {"g": x.g, "beta": x.beta} if rule.delta else {"g": x.g}
     (optional if rule.optional_gates else required).update(given)
     if gates is not None:
@@ -134,18 +137,19 @@ def _check_tensors(rule: Rule, x: Inputs, gates: Gates | None) -> None:
     _checks.rank(rule.op, "q", x.q, "B T H K")
 
 
-def _call(op: str, operators: Operators, x: Inputs) -> tuple[Tensor, ...]:
+def _call(op: str, operators: Operators, x: Inputs) -> tuple[Any, ...]:
     """Call the form of the op that x asks for; return o, final_state (the pool, if there is one) and checkpoints."""
     serving = x.state_indices is not None or x.checkpoint_every != 0
     if not serving:
         if _checks.wants_gradient(*x[:6]):
-            return operators.differentiable(*x[:9])[:2]
-        return operators.inference(*x[:9])
+            o, final_state, _ = operators.differentiable(*x[:9])
+            return o, final_state
+        return tuple(operators.inference(*x[:9]))
     names = ("q", "k", "v", "g", "beta", "initial_state")
     what = "with state_indices or checkpoint_every (they have no backward; use torch.no_grad())"
     _checks.no_grad(op, dict(zip(names, x, strict=False)), {}, what)
     if x.state_indices is None:
-        return operators.checkpointed(*x[:10])
+        return tuple(operators.checkpointed(*x[:10]))
     if x.initial_state is None:
         _checks.fail(TypeError, op, "initial_state", "be a pool of states with state_indices", None)
     o, checkpoints = operators.pooled(*x)
@@ -154,7 +158,7 @@ def _call(op: str, operators: Operators, x: Inputs) -> tuple[Tensor, ...]:
 
 def step(op: str, operator: Function, x: StepInputs, gates: Gates) -> Any:
     """Run a public decode step. x: the arguments as they were passed; beta_limit has no meaning yet."""
-    required = {"q": x.q, "k": x.k, "v": x.v, "g": x.g, "state": x.state}
+    required: dict[str, Any] = {"q": x.q, "k": x.k, "v": x.v, "g": x.g, "state": x.state}
     if op == "gated_delta_step":
         required["beta"] = x.beta
     optional = {"state_indices": x.state_indices, "A_log": x.A_log, "dt_bias": x.dt_bias}
@@ -172,22 +176,21 @@ def step(op: str, operator: Function, x: StepInputs, gates: Gates) -> Any:
     return operator(q, x.k, x.v, g, beta, x.state, x.state_indices, A_log, dt_bias, scale, norm, gates.beta_limit)
 
 
-def run_reversed(rule: Rule, operators: Operators, x: Inputs, options: Options) -> Any:
+def run_reversed(rule: Rule, operators: Operators, x: Inputs, options: Options) -> Result:
     """Run a public function from the last token of every sequence to its first."""
     _check_tensors(rule, x, None)
-    q, k, v, g = (y if y is None else y.flip(1) for y in (x.q, x.k, x.v, x.g))
-    if x.cu_seqlens is None:
-        o, final_state = run(rule, operators, x._replace(q=q, k=k, v=v, g=g), options)
+    bounds, state, T = x.cu_seqlens, x.initial_state, x.q.shape[1]
+    flipped = x._replace(q=x.q.flip(1), k=x.k.flip(1), v=x.v.flip(1), g=None if x.g is None else x.g.flip(1))
+    if bounds is None:
+        o, final_state = run(rule, operators, flipped, options)
         return o.flip(1), final_state
     # The tokens after the last sequence now come first: a sequence of their own, whose results are dropped.
-    T, state = q.shape[1], x.initial_state
-    _checks.cu_seqlens(rule.op, x.cu_seqlens, q, whole=False)
-    bounds = torch.nn.functional.pad(T - x.cu_seqlens.flip(0), (1, 0))
+    _checks.cu_seqlens(rule.op, bounds, x.q, whole=False)
+    bounds = torch.nn.functional.pad(T - bounds.flip(0), (1, 0))
     if state is not None:
         state = torch.cat([torch.zeros_like(state[:1]), state.flip(0)])
-    x = x._replace(q=q, k=k, v=v, g=g, initial_state=state, cu_seqlens=bounds)
-    o, final_state = run(rule, operators, x, options)
-    in_sequence = torch.arange(T, device=q.device) >= bounds[1]
+    o, final_state = run(rule, operators, flipped._replace(initial_state=state, cu_seqlens=bounds), options)
+    in_sequence = torch.arange(T, device=o.device) >= bounds[1]
     o = torch.where(in_sequence[:, None, None], o, 0).flip(1)
     return o, None if final_state is None else final_state[1:].flip(0)
 

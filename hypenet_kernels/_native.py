@@ -42,7 +42,8 @@ def level() -> str:
 
 def _multiplies_bf16() -> bool:
     """Whether the CPU has AVX512-BF16; False if this torch cannot tell."""
-    return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return capabilities.get("avx512_bf16", False)
 
 
 @functools.cache

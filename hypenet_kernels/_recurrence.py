@@ -34,16 +34,16 @@ class Rule(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The arguments of a forward op."""
+    """The arguments of a forward op. g and scale may be None until _fla.run has resolved them."""
 
     q: Tensor  # [B, T, H, K]
     k: Tensor  # [B, T, H, K]
     v: Tensor  # [B, T, HV, V]
-    g: Tensor  # [B, T, HV]
+    g: Any  # [B, T, HV]
     beta: Tensor | None  # [B, T, HV]; None: simple GLA
     initial_state: Tensor | None  # [N, HV, K, V]; with state_indices a pool [slots, HV, K, V]
     cu_seqlens: Tensor | None  # [N + 1]
-    scale: float
+    scale: Any  # float
     segment_chunks: int  # chunks of a segment where CUDA splits sequences; 0: no split
     checkpoint_every: int = 0  # tokens from one returned state to the next; 0: none is returned
     state_indices: Tensor | None = None  # [N] slots; negative: the sequence is skipped
@@ -71,7 +71,7 @@ class StepInputs(NamedTuple):
     state_indices: Tensor | None  # [B]
     A_log: Tensor | None  # [HV]; if given, g means -exp(A_log) softplus(g + dt_bias)
     dt_bias: Tensor | None  # [HV]
-    scale: float
+    scale: Any  # float
     use_qk_l2norm: bool
     beta_limit: float  # 0: beta is beta; else beta means beta_limit sigmoid(beta)
 
@@ -290,7 +290,7 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 def _differentiate(backward: _ops.Function, ctx: Any, do: Tensor | None, dfinal_state: Tensor | None, *_: Any) -> Any:
     """Return the gradients of a forward op's inputs."""
     tensors = ctx.saved_tensors  # read once: activation checkpointing allows no second time
-    x, saved = Inputs(*tensors[:7], ctx.scale, ctx.segment_chunks), list(tensors[7:])
+    x, saved = Inputs._make((*tensors[:7], ctx.scale, ctx.segment_chunks, 0, None)), list(tensors[7:])
     if do is None:
         if dfinal_state is None:
             return (None,) * 9

@@ -222,7 +222,8 @@ def _forward(save: bool, *arguments: Any) -> Any:
     if o.numel() == 0:
         return results
     width, bounds = _built_width(x.q), _native.bounds(x.cu_seqlens)
-    q, k, v, gate = (None if y is None else _native.rows(y, width) for y in x[:4])
+    q, k, v = (_native.rows(y, width) for y in x[:3])
+    gate = None if x.gate is None else _native.rows(x.gate, width)
     wide_o = _native.buffer(o, width)
     wide_ungated = None if x.gate is None or o_ungated is None else _native.buffer(o_ungated, width)
     fields = {
@@ -234,7 +235,7 @@ def _forward(save: bool, *arguments: Any) -> Any:
     }
     _native.kernel(OP, "hype_attention_fwd", x.q.device)(fields)
     o = _native.narrowed(wide_o, o)
-    if wide_ungated is not None:
+    if wide_ungated is not None and o_ungated is not None:
         o_ungated = _native.narrowed(wide_ungated, o_ungated)
     return (o, o_ungated, lse) if save else o
 
@@ -255,7 +256,8 @@ def _backward(do: Tensor, o_ungated: Tensor, lse: Tensor, *arguments: Any) -> An
     if x.q.numel() == 0:
         return tuple(y.zero_() for y in gradients)
     width, bounds, on_cuda = _built_width(x.q), _native.bounds(x.cu_seqlens), _native.on_cuda(x.q)
-    q, k, v, gate = (None if y is None else _native.rows(y, width) for y in x[:4])
+    q, k, v = (_native.rows(y, width) for y in x[:3])
+    gate = None if x.gate is None else _native.rows(x.gate, width)
     do, o_ungated, lse = _native.rows(do, width), _native.padded(o_ungated, width).contiguous(), lse.contiguous()
     buffers = [_native.buffer(y, width) if y.dim() > 1 else y for y in gradients]
     do_ungated = torch.empty_like(buffers[3]) if on_cuda and gate is not None else None
@@ -296,7 +298,8 @@ def _decode_fake(*arguments: Any) -> Tensor:
 def _decode(*arguments: Any) -> Tensor:
     """What the values of cache_seqlens break raises on the CPU; on CUDA it gives a sequence o = NaN."""
     x, o = DecodeInputs(*arguments), _decode_fake(*arguments)
-    (B, T, H, D), capacity, partial = x.q.shape, x.k_cache.shape[1], ()
+    (B, T, H, D), capacity = x.q.shape, x.k_cache.shape[1]
+    partial: tuple[Tensor, ...] = ()
     if not _native.on_cuda(x.q):
         _check_lengths(x)
     else:
@@ -309,7 +312,8 @@ def _decode(*arguments: Any) -> Tensor:
         partial = tuple(x.q.new_empty(size, dtype=torch.float32) for size in sizes)
     if o.numel() == 0:
         return o
-    q, k, v, gate = (None if y is None else _native.dense_last(y) for y in (x.q, x.k, x.v, x.gate))
+    q = _native.dense_last(x.q)
+    k, v, gate = (None if y is None else _native.dense_last(y) for y in (x.k, x.v, x.gate))
     lengths = x.cache_seqlens.contiguous()
     fields = {
         **_operands(x, q, k, v, gate),

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from hypenet_kernels import _fla, _recurrence
-from hypenet_kernels._fla import Gates, Options
+from hypenet_kernels._fla import Gates, Options, Result
 from hypenet_kernels._recurrence import Inputs, Rule, StepInputs
 
 CHUNK_SIZES = (16, 32, 64)  # that fla takes
@@ -44,7 +44,7 @@ def chunk_gated_delta_rule(
     state_indices: Tensor | None = None,
     checkpoint_every: int | None = None,
     **legacy: Any,
-) -> Any:
+) -> Result:
     """Compute the gated delta rule over whole sequences, in chunks.
 
     Arguments and their order are flash-linear-attention's (0.6). Differentiable once in q, k, v, g, beta, A_log,
@@ -131,7 +131,7 @@ def fused_recurrent_gated_delta_rule(
     state_indices: Tensor | None = None,
     checkpoint_every: int | None = None,
     **legacy: Any,
-) -> Any:
+) -> Result:
     """Compute the gated delta rule token by token, for short sequences: `chunk_gated_delta_rule` in everything else.
 
     The gradient goes through the chunk form. On CUDA, up to 16 tokens without cu_seqlens and without a gradient go one

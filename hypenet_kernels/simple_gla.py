@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hypenet_kernels import _checks, _fla, _recurrence
-from hypenet_kernels._fla import Gates, Options
+from hypenet_kernels._fla import Gates, Options, Result
 from hypenet_kernels._recurrence import Inputs, Rule, StepInputs
 
 CHUNK_SIZES = tuple(2**n for n in range(4, 11))  # that fla takes
@@ -39,7 +39,7 @@ def chunk_simple_gla(
     state_indices: Tensor | None = None,
     checkpoint_every: int | None = None,
     **legacy: Any,
-) -> Any:
+) -> Result:
     """Compute simple gated linear attention over whole sequences, in chunks.
 
     Arguments and their order are flash-linear-attention's (0.6). Differentiable once in q, k, v, g, g_gamma and
@@ -69,7 +69,7 @@ def chunk_simple_gla(
         state_v_first = _fla.legacy(op, legacy, state_v_first, CHUNK_SIZES)
     every = _fla.check_interval(op, checkpoint_every)
     g = _decay(op, q, v, g, g_gamma)
-    x = Inputs(q, k, v, g, None, initial_state, cu_seqlens, scale, 0, every, state_indices)  # type: ignore[arg-type]
+    x = Inputs(q, k, v, g, None, initial_state, cu_seqlens, scale, 0, every, state_indices)
     return _fla.run(_CHUNK, _chunk, x, Options(output_final_state, state_v_first, False, split_sequence))
 
 
@@ -89,7 +89,7 @@ def fused_recurrent_simple_gla(
     state_indices: Tensor | None = None,
     checkpoint_every: int | None = None,
     **legacy: Any,
-) -> Any:
+) -> Result:
     """Compute simple gated linear attention token by token, for short sequences: `chunk_simple_gla` in everything else.
 
     The gradient goes through the chunk form. On CUDA, up to 16 tokens without cu_seqlens and without a gradient go one
@@ -106,7 +106,7 @@ def fused_recurrent_simple_gla(
         state_v_first = _fla.legacy(op, legacy, state_v_first, CHUNK_SIZES)
     every = _fla.check_interval(op, checkpoint_every)
     g = _decay(op, q, v, g, g_gamma)
-    x = Inputs(q, k, v, g, None, initial_state, cu_seqlens, scale, 0, every, state_indices)  # type: ignore[arg-type]
+    x = Inputs(q, k, v, g, None, initial_state, cu_seqlens, scale, 0, every, state_indices)
     options = Options(output_final_state, state_v_first)
     if not reverse:
         return _fla.run(_RECURRENT, _recurrent, x, options)
@@ -126,7 +126,7 @@ def chunk_lightning_attn(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     **options: Any,
-) -> Any:
+) -> Result:
     """Compute fla's Lightning attention: `chunk_simple_gla` with g_gamma_h = -8 h / H (1 - layer_idx / num_layers)."""
     H = q.shape[2]
     g_gamma = -(8 / H * (1 - layer_idx / num_layers)) * torch.arange(H, dtype=torch.float32, device=q.device)
@@ -143,7 +143,7 @@ def chunk_retention(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     **options: Any,
-) -> Any:
+) -> Result:
     """Compute RetNet's retention: `chunk_simple_gla` with the decay 1 - 2^(-5 - h) of head h (arXiv 2307.08621)."""
     heads = torch.arange(q.shape[2], dtype=torch.float32, device=q.device)
     options |= {"g_gamma": torch.log1p(-(2.0 ** (-5.0 - heads))), "scale": scale, "initial_state": initial_state}
@@ -175,7 +175,7 @@ def simple_gla_step(
         torch.Size([1, 1, 2, 64])
     """
     gates = Gates(use_gate_in_kernel, A_log, dt_bias)
-    x = StepInputs(q, k, v, g, None, state, state_indices, A_log, dt_bias, scale, False, 0.0)  # type: ignore[arg-type]
+    x = StepInputs(q, k, v, g, None, state, state_indices, A_log, dt_bias, scale, False, 0.0)
     return _fla.step("simple_gla_step", _draft if output_states else _step, x, gates)
 
 

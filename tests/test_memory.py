@@ -40,7 +40,9 @@ def test_recurrences(T, dtype):
         *gla, beta = recurrence_inputs(2, T, H, HV, K, V, dtype)
         state = inside_nan(2, HV, K, V)
         for rule in (kernels.chunk_gated_delta_rule, kernels.fused_recurrent_gated_delta_rule):
-            check_finite(lambda *x, f=rule: f(*x[:5], initial_state=x[5], output_final_state=True), *gla, beta, state)
+            check_finite(
+                lambda *x, f=rule: f(*x[:4], beta=x[4], initial_state=x[5], output_final_state=True), *gla, beta, state
+            )
         for rule in (kernels.chunk_simple_gla, kernels.fused_recurrent_simple_gla):
             check_finite(lambda *x, f=rule: f(*x[:4], initial_state=x[4], output_final_state=True), *gla, state)
 
