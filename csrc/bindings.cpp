@@ -21,6 +21,7 @@ void bind_kernels(py::module_& m) {
   def_kernel(m, "gated_delta_chunk_fwd", device::gated_delta_chunk_fwd);
   def_kernel(m, "gated_delta_chunk_bwd", device::gated_delta_chunk_bwd);
   def_kernel(m, "gated_delta_step", device::gated_delta_step);
+  def_kernel(m, "commit_states", device::commit_states);
   def_kernel(m, "hype_attention_fwd", device::hype_attention_fwd);
   def_kernel(m, "hype_attention_bwd", device::hype_attention_bwd);
   def_kernel(m, "hype_attention_decode", device::hype_attention_decode);

@@ -26,6 +26,9 @@ inline Fields<GatedDeltaFwdParams> fields_of() {
   using Params = GatedDeltaFwdParams;
   return gated_delta_operands<Params>() +
          Fields<Params>{FIELD(N), FIELD(cu_seqlens), FIELD(initial_state), FIELD(o), FIELD(final_state),
+                        // pool of states, checkpoints
+                        OPTIONAL(state_indices), OPTIONAL(num_slots), OPTIONAL(slot_stride),
+                        OPTIONAL(checkpoint_every), OPTIONAL(checkpoints),
                         // chunks, segments and workspace on CUDA
                         OPTIONAL(num_chunks), OPTIONAL(G), OPTIONAL(L), OPTIONAL(h), OPTIONAL(segment_chunks),
                         OPTIONAL(num_segments), OPTIONAL(transfers), OPTIONAL(segment_states),
@@ -48,9 +51,28 @@ template <>
 inline Fields<GatedDeltaStepParams> fields_of() {
   using Params = GatedDeltaStepParams;
   return gated_delta_operands<Params>() +
-         Fields<Params>{FIELD(use_qk_l2norm), FIELD(gates_in_dtype), FIELD(beta_limit),
-                        FIELD(A_log),         FIELD(dt_bias),        FIELD(num_slots),
-                        FIELD(state_indices), FIELD(state),          FIELD(o)};
+         Fields<Params>{FIELD(use_qk_l2norm),  FIELD(gates_in_dtype), FIELD(beta_limit),
+                        FIELD(A_log),          FIELD(dt_bias),        FIELD(num_slots),
+                        FIELD(state_indices),  FIELD(state),          FIELD(o),
+                        OPTIONAL(slot_stride), OPTIONAL(states)};
+}
+
+template <>
+inline Fields<CommitStatesParams> fields_of() {
+  using Params = CommitStatesParams;
+  return {FIELD(dtype),
+          FIELD(num_threads),
+          FIELD(B),
+          FIELD(T),
+          FIELD(HV),
+          FIELD(K),
+          FIELD(V),
+          FIELD(num_slots),
+          OPTIONAL(slot_stride),
+          FIELD(state_indices),
+          FIELD(num_accepted),
+          FIELD(states),
+          FIELD(state)};
 }
 
 template <>

@@ -43,7 +43,8 @@ struct GatedDeltaOperands {
   View beta;  // [B, T, HV] acc, null data without delta
 };
 
-// Chunk and recurrent forward. N = B without cu_seqlens; B = 1 with it.
+// Chunk and recurrent forward. N = B without cu_seqlens; B = 1 with it, and rows of o from cu_seqlens[N] on are
+// written as zeros.
 struct GatedDeltaFwdParams : GatedDeltaOperands {
   int64_t N;
   const int64_t* cu_seqlens;  // [N + 1] or null
@@ -51,6 +52,15 @@ struct GatedDeltaFwdParams : GatedDeltaOperands {
   // outputs
   void* o;            // [B, T, HV, V] dtype
   void* final_state;  // [N, HV, K, V] acc
+  // With state_indices, initial_state and final_state are one pool [num_slots, HV, K, V] that is updated in
+  // place. A negative index skips its sequence: o is zero, no state is read or written.
+  Indices state_indices;     // [N] slot of each sequence; null data: no pool
+  int64_t num_slots;         // of the pool
+  int64_t slot_stride;       // elements between slots, each of which is contiguous; 0: HV K V
+  int64_t checkpoint_every;  // a multiple of 64; 0: no checkpoints
+  void* checkpoints;         // [B, T / checkpoint_every, HV, K, V] acc: the state after every
+                             // checkpoint_every tokens. Sequence n of packed ones begins at row
+                             // cu_seqlens[n] / checkpoint_every; rows of no sequence are not written
   // of NT chunks of 64 tokens on CUDA: what the backward reads too (h alone is null where none is wanted)
   int64_t num_chunks;  // NT, with cu_seqlens the most that there may be
   float* G;            // [NT, HV, 64] running sum of max(g, -50) log2(e) inside the chunk
@@ -68,6 +78,7 @@ struct GatedDeltaFwdParams : GatedDeltaOperands {
   void* P;                   // [NT, HV, 64, 64] dtype, scale (Q K^T) . Gamma
 };
 
+// Rows of dq, dk, dv, dg and dbeta from cu_seqlens[N] on are written as zeros.
 struct GatedDeltaBwdParams : GatedDeltaOperands {
   int64_t N;
   // inputs, as in the forward
@@ -97,12 +108,13 @@ struct GatedDeltaBwdParams : GatedDeltaOperands {
   void* dinitial_state;  // [N, HV, K, V] acc
 };
 
-// Decode: T tokens (usually one) per sequence, the state updated in place.
+// Decode: T tokens (usually one) per sequence, the state updated in place, or with `states` left as it is.
 struct GatedDeltaStepParams : GatedDeltaOperands {
   bool use_qk_l2norm;
   bool gates_in_dtype;  // g and beta are dtype, not acc
   int64_t num_slots;
-  double beta_limit;  // 0: beta is beta; else beta is a logit, which means beta_limit sigmoid(logit)
+  int64_t slot_stride;  // elements between slots, each of which is contiguous; 0: HV K V
+  double beta_limit;    // 0: beta is beta; else beta is a logit, which means beta_limit sigmoid(logit)
   // inputs
   const void* A_log;      // [HV] acc, or null; with it, g means -exp(A_log) softplus(g + dt_bias)
   const void* dt_bias;    // [HV] acc, or null for 0
@@ -110,7 +122,22 @@ struct GatedDeltaStepParams : GatedDeltaOperands {
   // in place
   void* state;  // [num_slots, HV, K, V] acc
   // outputs
-  void* o;  // [B, T, HV, V] dtype
+  void* o;       // [B, T, HV, V] dtype
+  void* states;  // [B, T, HV, K, V] acc, the state after each token; or null. Zero for skipped sequences
+};
+
+// After draft tokens: slot of sequence b := states[b, num_accepted[b] - 1]. A slot is left as it is where
+// num_accepted is 0 or where either number is out of range.
+struct CommitStatesParams {
+  DType dtype;  // of the states: float32 or float64
+  int64_t num_threads, B, T, HV, K, V;
+  int64_t num_slots, slot_stride;  // as in GatedDeltaStepParams
+  // inputs
+  Indices state_indices;  // [B] slot of each sequence, negative = skip it; null data = slot b
+  Indices num_accepted;   // [B] in [0, T]
+  const void* states;     // [B, T, HV, K, V]
+  // in place
+  void* state;  // [num_slots, HV, K, V]
 };
 
 // ---- HyPE attention ----

@@ -21,20 +21,39 @@ def chunk_gated_delta_rule(
     output_final_state=False,
     use_qk_l2norm_in_kernel=False,
     cu_seqlens=None,
+    **serving,
 ):
-    """S_t = e^{g_t} (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T ;  o_t = scale S_t^T q_t."""
+    """S_t = e^{g_t} (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T ;  o_t = scale S_t^T q_t.
+
+    serving: state_indices and checkpoint_every, as in `_recurrence`.
+    """
     if use_qk_l2norm_in_kernel:
         q, k = l2norm(q), l2norm(k)
-    return _recurrence(q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens)
+    return _recurrence(q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens, **serving)
 
 
 def chunk_simple_gla(
-    q, k, v, g=None, g_gamma=None, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None
+    q, k, v, g=None, g_gamma=None, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None, **serving
 ):
-    """S_t = e^{g_t} S_{t-1} + k_t v_t^T ;  o_t = scale S_t^T q_t. `g_gamma` [HV] is a `g` constant in t."""
+    """S_t = e^{g_t} S_{t-1} + k_t v_t^T ;  o_t = scale S_t^T q_t. `g_gamma` [HV] is a `g` constant in t.
+
+    serving: state_indices and checkpoint_every, as in `_recurrence`.
+    """
     if g is None:
         g = v.new_zeros(v.shape[:3]) if g_gamma is None else g_gamma.expand(v.shape[:3])
-    return _recurrence(q, k, v, g, None, scale, initial_state, output_final_state, cu_seqlens)
+    return _recurrence(q, k, v, g, None, scale, initial_state, output_final_state, cu_seqlens, **serving)
+
+
+def commit_states(state, states, num_accepted, state_indices=None):
+    """Slot of sequence b := states[b, num_accepted[b] - 1], in place; unchanged where num_accepted[b] = 0.
+
+    states [B, T, HV, K, V]: the state after each of T draft tokens, as the recurrence returns it for
+    checkpoint_every = 1. state [slots, HV, K, V]; the slot is state_indices[b] (negative: none), else b.
+    """
+    slots = range(len(states)) if state_indices is None else state_indices.tolist()
+    for b, (slot, accepted) in enumerate(zip(slots, num_accepted.tolist(), strict=True)):
+        if slot >= 0 and accepted > 0:
+            state[slot] = states[b, accepted - 1]
 
 
 def hype_attention(q, k, v, *, logit_scale_base=None, gate=None, scale=None, query_offset=0, cu_seqlens=None):
@@ -95,23 +114,56 @@ def l2norm(x, eps=1e-6):
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
 
 
-def _recurrence(q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens):
+def _recurrence(
+    q,
+    k,
+    v,
+    g,
+    beta,
+    scale,
+    initial_state,
+    output_final_state,
+    cu_seqlens,
+    state_indices=None,
+    checkpoint_every=None,
+):
+    """Return (o, final_state or None), with checkpoint_every (o, final_state or None, checkpoints).
+
+    cu_seqlens may end before T: the rest of o is zero.
+    state_indices [N]: initial_state is a pool [slots, HV, K, V] in which sequence n's state is updated in place at slot
+    state_indices[n]; negative: the sequence is skipped and its o is zero. The pool is also final_state.
+    checkpoints [B, T // checkpoint_every, HV, K, V]: the state after every checkpoint_every tokens of each sequence;
+    sequence n of packed ones begins at row cu_seqlens[n] // checkpoint_every, all other rows are zero.
+    """
     (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
     scale = K**-0.5 if scale is None else scale
     q, k = (x.repeat_interleave(HV // H, dim=2) for x in (q, k))
     spans = [(0, T)] if cu_seqlens is None else list(zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:], strict=False))
-    N = B * len(spans)
+    N, every = B * len(spans), checkpoint_every or T + 1
     state = q.new_zeros(N, HV, K, V) if initial_state is None else initial_state.to(q.dtype)
-    o, final_states = [], []
+    used = torch.ones(N, 1, 1, 1, dtype=torch.bool, device=q.device)
+    if state_indices is not None:
+        used = (state_indices >= 0).view(N, 1, 1, 1)
+        state = torch.where(used, state[state_indices.clamp(min=0).long()], 0)
+    o, final_states, checkpoints = [], [], q.new_zeros(B, T // every, HV, K, V)
     for n, (start, stop) in enumerate(spans):
-        S = state if cu_seqlens is None else state[n : n + 1]
+        which = slice(None) if cu_seqlens is None else slice(n, n + 1)
+        S = state[which]
         for t in range(start, stop):
             S = S * g[:, t, :, None, None].exp()
             write = v[:, t]
             if beta is not None:
                 write = beta[:, t, :, None] * (write - torch.einsum("bhk,bhkv->bhv", k[:, t], S))
             S = S + torch.einsum("bhk,bhv->bhkv", k[:, t], write)
-            o.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], S))
+            o.append(torch.where(used[which, 0], scale * torch.einsum("bhk,bhkv->bhv", q[:, t], S), 0))
+            if (t + 1 - start) % every == 0:
+                checkpoints[:, start // every + (t + 1 - start) // every - 1] = torch.where(used[which], S.detach(), 0)
         final_states.append(S)
+    o += [torch.zeros_like(v[:, 0])] * (T - len(o))
     o = torch.stack(o, dim=1) if o else torch.zeros_like(v)
-    return o, torch.cat(final_states) if output_final_state else None
+    final_state = torch.cat(final_states) if final_states else state
+    if state_indices is not None:
+        initial_state[state_indices[used.flatten()].long()] = final_state[used.flatten()].to(initial_state.dtype)
+        final_state = initial_state
+    results = o, final_state if output_final_state else None
+    return results if checkpoint_every is None else (*results, checkpoints)

@@ -43,6 +43,28 @@ Sequence sequence(const Params& p, int64_t n) {
   return {0, p.cu_seqlens[n], p.cu_seqlens[n + 1] - p.cu_seqlens[n]};
 }
 
+// Offset of sequence n's state [HV, K, V] in a pool, or among the states of all sequences; negative: skip it.
+template <class Params>
+int64_t state_offset(const Params& p, int64_t n) {
+  const int64_t slot = p.state_indices.data == nullptr ? n : index_at(p.state_indices, n);
+  return slot * (p.slot_stride == 0 ? p.HV * p.K * p.V : p.slot_stride);
+}
+
+// Zeroes columns [start, start + width) of a value head in a sequence's rows of o.
+template <class Element, class Params>
+void zero_output(const Params& p, const Sequence& seq, int64_t head, int64_t start, int64_t width) {
+  Element* o = static_cast<Element*>(p.o) + ((seq.batch * p.T + seq.start) * p.HV + head) * p.V + start;
+  for (int64_t t = 0; t < seq.length; ++t) std::fill_n(o + t * p.HV * p.V, width, Element(0.0f));
+}
+
+// Zeroes the rows of a packed output [1, T, width] that belong to no sequence.
+template <class Element, class Params>
+void zero_tail(const Params& p, void* output, int64_t width) {
+  if (p.cu_seqlens == nullptr || output == nullptr) return;
+  const int64_t end = p.cu_seqlens[p.N];
+  std::fill_n(static_cast<Element*>(output) + end * width, (p.T - end) * width, Element(0.0f));
+}
+
 template <class Element>
 inline Element* row(const View& x, int64_t b, int64_t t, int64_t head) {
   return static_cast<Element*>(x.data) + b * x.batch + t * x.token + head * x.head;
@@ -222,21 +244,16 @@ ColumnSplit split_columns(int64_t heads, int64_t V, int64_t num_threads) {
   return {blocks, columns, heads * blocks};
 }
 
-// The slice of final_state that starts at column `start` of head `head` (counted over all sequences), after
-// the initial state or zeros were written into it.
+// Where the state after the first `tokens` tokens of a sequence is to be stored, from column `start` of a value
+// head on; null where no checkpoint is due.
 template <class T>
-T* initial_slice(const GatedDeltaFwdParams& p, int64_t head, int64_t start, int64_t width) {
-  const int64_t offset = head * p.K * p.V + start;
-  T* S = static_cast<T*>(p.final_state) + offset;
-  const T* initial = p.initial_state == nullptr ? nullptr : static_cast<const T*>(p.initial_state) + offset;
-  for (int64_t i = 0; i < p.K; ++i) {
-    if (initial == nullptr) {
-      std::fill_n(S + i * p.V, width, T(0));
-    } else {
-      std::copy_n(initial + i * p.V, width, S + i * p.V);
-    }
-  }
-  return S;
+T* checkpoint(const GatedDeltaFwdParams& p, const Sequence& seq, int64_t head, int64_t start,
+              int64_t tokens) {
+  static_assert(64 % kMaxChunk == 0);  // checkpoints are at ends of chunks
+  const int64_t every = p.checkpoint_every;
+  if (every == 0 || tokens % every != 0) return nullptr;
+  const int64_t row = seq.batch * (p.T / every) + seq.start / every + tokens / every - 1;
+  return static_cast<T*>(p.checkpoints) + (row * p.HV + head) * p.K * p.V + start;
 }
 
 }  // namespace hypenet::cpu::gated_delta

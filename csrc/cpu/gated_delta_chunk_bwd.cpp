@@ -463,6 +463,9 @@ template <class Element, bool kDelta>
 Status backward(const GatedDeltaBwdParams& p) {
   using T = acc_t<Element>;
   const int64_t tasks = p.N * p.H;
+  for (void* x : {p.dq, p.dk}) zero_tail<Element>(p, x, p.H * p.K);
+  zero_tail<Element>(p, p.dv, p.HV * p.V);
+  for (void* x : {p.dg, p.dbeta}) zero_tail<T>(p, x, p.HV);
   if (tasks == 0 || p.HV == 0) return nullptr;
   const Cut cut = cut_sequences(p, tasks);
   const double work = 10.0 * p.B * p.T * p.HV * p.K * p.V;

@@ -91,12 +91,17 @@ class Task {
       load_chunk(t, c);
       form_products(c);
       for (int64_t i = 0; i < panels_; ++i) advance_panel(t, c, i);
+      store_state(checkpoint<T>(p_, s_.seq, s_.head, s_.v_start, t + c - s_.seq.start));
     }
-    for (int64_t i = 0; i < panels_; ++i)
-      store_rows(K_, panel_width(i), state(i), kPanel<T>, final_state + i * kPanel<T>, p_.V);
+    store_state(final_state);
   }
 
  private:
+  void store_state(T* to) const {
+    if (to == nullptr) return;
+    for (int64_t i = 0; i < panels_; ++i)
+      store_rows(K_, panel_width(i), state(i), kPanel<T>, to + i * kPanel<T>, p_.V);
+  }
   T* state(int64_t i) const { return x_.state + i * K_ * kPanel<T>; }
   int64_t panel_width(int64_t i) const { return std::min(kPanel<T>, s_.width - i * kPanel<T>); }
   const Element* v_row(int64_t t, int64_t i) const {
@@ -215,13 +220,17 @@ Status forward(const GatedDeltaFwdParams& p) {
   Arena<T> count;
   Tiles<Factor, T>(count, C, p.K, panels);
   const ThreadBlocks<T> workspace(threads, count.used());
+  zero_tail<Element>(p, p.o, p.HV * p.V);
   for_each_task(split.tasks, threads, [&](int64_t task, int64_t thread) {
     Arena<T> arena(workspace.thread(thread));
     Tiles<Factor, T> tiles(arena, C, p.K, panels);
-    const int64_t head = task / split.blocks, start = task % split.blocks * split.columns;
-    const int64_t width = std::min(split.columns, p.V - start), offset = head * p.K * p.V + start;
+    const int64_t n = task / split.blocks / p.HV, head = task / split.blocks % p.HV;
+    const int64_t start = task % split.blocks * split.columns, width = std::min(split.columns, p.V - start);
+    const Sequence seq = sequence(p, n);
+    const int64_t of_sequence = state_offset(p, n), offset = of_sequence + head * p.K * p.V + start;
+    if (of_sequence < 0) return zero_output<Element>(p, seq, head, start, width);
     const T* initial_state = static_cast<const T*>(p.initial_state);
-    Task<Element, kDelta>(p, Slice{sequence(p, head / p.HV), head % p.HV, start, width}, C, tiles)
+    Task<Element, kDelta>(p, Slice{seq, head, start, width}, C, tiles)
         .run(initial_state == nullptr ? nullptr : initial_state + offset,
              static_cast<T*>(p.final_state) + offset);
   });

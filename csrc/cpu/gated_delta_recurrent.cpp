@@ -126,9 +126,23 @@ struct Slice {
   int64_t head, start, width;
 };
 
-// Params: of the forward or of the step.
-template <class Element, bool kDelta, class Params, class T>
-void advance_tokens(const Params& p, const Slice& s, bool use_qk_l2norm, T* S, Token<T>& x) {
+// Columns of a state, or zeros for null, to another place.
+template <class T, class Params>
+void copy_state(const Params& p, int64_t width, const T* from, T* to) {
+  if (from == to) return;
+  for (int64_t i = 0; i < p.K; ++i) {
+    if (from == nullptr) {
+      std::fill_n(to + i * p.V, width, T(0));
+    } else {
+      std::copy_n(from + i * p.V, width, to + i * p.V);
+    }
+  }
+}
+
+// Params: of the forward or of the step. S = next(S, n) after n tokens is the state that goes on.
+template <class Element, bool kDelta, class Params, class T, class Next>
+void advance_tokens(const Params& p, const Slice& s, bool use_qk_l2norm, T* S, Token<T>& x,
+                    const Next& next) {
   const int64_t b = s.seq.batch, key_head = s.head / (p.HV / p.H);
   x.scale = T(p.scale);
   for (int64_t t = s.seq.start; t < s.seq.start + s.seq.length; ++t) {
@@ -146,6 +160,7 @@ void advance_tokens(const Params& p, const Slice& s, bool use_qk_l2norm, T* S, T
     advance<kDelta, kMaxVecs>(x, p.K, S, p.V, s.width);
     store_rows(1, s.width, x.o, 0,
                static_cast<Element*>(p.o) + ((b * p.T + t) * p.HV + s.head) * p.V + s.start, 0);
+    S = next(S, t + 1 - s.seq.start);
   }
 }
 
@@ -171,9 +186,20 @@ void for_each_slice(const Params& p, int64_t N, const Run& run) {
 template <class Element, bool kDelta>
 Status recurrent_forward(const GatedDeltaFwdParams& p) {
   using T = acc_t<Element>;
+  zero_tail<Element>(p, p.o, p.HV * p.V);
   for_each_slice<T>(p, p.N, [&](int64_t n, int64_t head, int64_t start, int64_t width, Token<T>& token) {
-    T* S = initial_slice<T>(p, n * p.HV + head, start, width);
-    advance_tokens<Element, kDelta>(p, Slice{sequence(p, n), head, start, width}, false, S, token);
+    const Sequence seq = sequence(p, n);
+    const int64_t of_sequence = state_offset(p, n), offset = of_sequence + head * p.K * p.V + start;
+    if (of_sequence < 0) return zero_output<Element>(p, seq, head, start, width);
+    T* S = static_cast<T*>(p.final_state) + offset;
+    copy_state(p, width,
+               p.initial_state == nullptr ? nullptr : static_cast<const T*>(p.initial_state) + offset, S);
+    advance_tokens<Element, kDelta>(p, Slice{seq, head, start, width}, false, S, token,
+                                    [&](T* state, int64_t n) {
+                                      if (T* to = checkpoint<T>(p, seq, head, start, n); to != nullptr)
+                                        copy_state(p, width, state, to);
+                                      return state;
+                                    });
   });
   return nullptr;
 }
@@ -182,14 +208,27 @@ template <class Element, bool kDelta>
 Status step(const GatedDeltaStepParams& p) {
   using T = acc_t<Element>;
   for_each_slice<T>(p, p.B, [&](int64_t b, int64_t head, int64_t start, int64_t width, Token<T>& token) {
-    const int64_t slot = p.state_indices.data == nullptr ? b : index_at(p.state_indices, b);
-    if (slot < 0) {
-      Element* o = static_cast<Element*>(p.o) + (b * p.T * p.HV + head) * p.V + start;
-      for (int64_t t = 0; t < p.T; ++t) std::fill_n(o + t * p.HV * p.V, width, Element(0.0f));
-      return;
+    const Sequence seq{b, 0, p.T};
+    const int64_t of_sequence = state_offset(p, b), in_sequence = head * p.K * p.V + start;
+    const auto state_after = [&](int64_t n) {
+      return static_cast<T*>(p.states) + (b * p.T + n - 1) * p.HV * p.K * p.V + in_sequence;
+    };
+    if (of_sequence < 0) {
+      for (int64_t n = 1; p.states != nullptr && n <= p.T; ++n)
+        copy_state<T>(p, width, nullptr, state_after(n));
+      return zero_output<Element>(p, seq, head, start, width);
     }
-    T* S = static_cast<T*>(p.state) + (slot * p.HV + head) * p.K * p.V + start;
-    advance_tokens<Element, kDelta>(p, Slice{{b, 0, p.T}, head, start, width}, p.use_qk_l2norm, S, token);
+    // With `states`, each token's state is updated in the place of the next one's.
+    const auto next = [&](const T* state, int64_t n) {
+      T* to = state_after(n + 1);
+      copy_state(p, width, state, to);
+      return to;
+    };
+    T* S = static_cast<T*>(p.state) + of_sequence + in_sequence;
+    if (p.states != nullptr && p.T > 0) S = next(S, 0);
+    advance_tokens<Element, kDelta>(
+        p, Slice{seq, head, start, width}, p.use_qk_l2norm, S, token,
+        [&](T* state, int64_t n) { return p.states == nullptr || n == p.T ? state : next(state, n); });
   });
   return nullptr;
 }

@@ -9,6 +9,7 @@ Status gated_delta_chunk_fwd(const GatedDeltaFwdParams& params);
 Status gated_delta_chunk_bwd(const GatedDeltaBwdParams& params);
 Status gated_delta_recurrent_fwd(const GatedDeltaFwdParams& params);
 Status gated_delta_step(const GatedDeltaStepParams& params);
+Status commit_states(const CommitStatesParams& params);
 Status hype_attention_fwd(const HypeAttentionFwdParams& params);
 Status hype_attention_bwd(const HypeAttentionBwdParams& params);
 Status hype_attention_decode(const HypeAttentionDecodeParams& params);

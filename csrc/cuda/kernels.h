@@ -18,6 +18,7 @@ constexpr int64_t kAttentionHeadDims[] = {64, 128, 256};
 Status gated_delta_chunk_fwd(const GatedDeltaFwdParams& params, Stream stream);
 Status gated_delta_chunk_bwd(const GatedDeltaBwdParams& params, Stream stream);
 Status gated_delta_step(const GatedDeltaStepParams& params, Stream stream);
+Status commit_states(const CommitStatesParams& params, Stream stream);
 
 Status hype_attention_fwd(const HypeAttentionFwdParams& params, Stream stream);
 Status hype_attention_bwd(const HypeAttentionBwdParams& params, Stream stream);
