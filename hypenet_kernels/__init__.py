@@ -16,6 +16,7 @@ from hypenet_kernels.simple_gla import (
     fused_recurrent_simple_gla,
     simple_gla_step,
 )
+from hypenet_kernels.states import commit_states
 
 __all__ = [
     "__version__",
@@ -24,6 +25,7 @@ __all__ = [
     "chunk_lightning_attn",
     "chunk_retention",
     "chunk_simple_gla",
+    "commit_states",
     "fused_recurrent_gated_delta_rule",
     "fused_recurrent_gdn",
     "fused_recurrent_simple_gla",

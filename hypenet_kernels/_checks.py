@@ -129,6 +129,12 @@ def cu_seqlens(op: str, x: Tensor, q: Tensor, whole: bool = True) -> None:
             fail(ValueError, op, "cu_seqlens", f"rise from 0 {end} T = {T} without falling", bounds)
 
 
+def pool(op: str, name: str, x: Tensor) -> None:
+    """Check that states [slots, HV, K, V] can be updated in place: any stride from slot to slot, each contiguous."""
+    if not x[:1].is_contiguous() or (x.shape[0] > 1 and x.stride(0) < x.shape[1:].numel()):
+        fail(ValueError, op, name, "have contiguous slots that do not overlap", f"strides {list(x.stride())}")
+
+
 def slots(op: str, state_indices: Tensor, num_slots: int) -> None:
     """Check the values of state_indices: below num_slots, and none twice; negative ones skip their sequence."""
     values = state_indices.tolist()

@@ -25,6 +25,7 @@ CUDA_OPS = {  # the ops that have a CUDA kernel, and for which dtypes
     "simple_gla_step": (torch.float32, *HALF),
     "hype_attention": HALF,
     "hype_attention_decode": HALF,
+    "commit_states": (torch.float32,),
 }
 ABSENT = (0, 0, 0, 0)  # the View of an optional tensor that was not given
 

@@ -135,11 +135,7 @@ def _check_pool(op: str, name: str, pool: Tensor | None, x: Inputs | StepInputs)
     _checks.rank(op, name, pool, "slots HV K V")
     slots = pool.shape[0] if x.state_indices is not None else x.q.shape[0]
     _check_state(op, name, pool, x, slots)
-    size = pool.shape[1:].numel()
-    if not pool[:1].is_contiguous() or (slots > 1 and pool.stride(0) < size):
-        _checks.fail(
-            ValueError, op, name, "have contiguous slots that do not overlap", f"strides {list(pool.stride())}"
-        )
+    _checks.pool(op, name, pool)
 
 
 def allocate(x: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -84,6 +84,15 @@ def _step(op: Callable[..., Any], names: tuple[str, ...]) -> Run:
     return run
 
 
+def _commit(op: Callable[..., Any]) -> Run:
+    def run(x: Values) -> Any:
+        state = x["state"].clone()
+        op(state, torch.stack([2 * state, 3 * state], dim=1), torch.tensor([2, 1], device=state.device))
+        return state
+
+    return run
+
+
 def _attention(op: Callable[..., Any]) -> Run:
     options = {"logit_scale_base": 100.0}
     return lambda x: op(x["query"], x["k"], x["v"][:, :, ::2], gate=x["gate"], **options)
@@ -129,5 +138,6 @@ CASES: dict[str, tuple[Run, Run, tuple[str, ...]]] = {
         _attention(reference.hype_attention),
         ("query", "k", "v", "gate"),
     ),
+    "commit_states": (_commit(kernels.commit_states), _commit(reference.commit_states), ()),
     "hype_attention_decode": (_decode(kernels.hype_attention_decode), _decode(reference.hype_attention_decode), ()),
 }

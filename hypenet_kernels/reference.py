@@ -20,7 +20,13 @@ def chunk_gated_delta_rule(
     initial_state=None,
     output_final_state=False,
     use_qk_l2norm_in_kernel=False,
+    use_beta_sigmoid_in_kernel=False,
+    allow_neg_eigval=False,
     cu_seqlens=None,
+    *,
+    use_gate_in_kernel=False,
+    A_log=None,
+    dt_bias=None,
     **serving,
 ):
     """S_t = e^{g_t} (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T ;  o_t = scale S_t^T q_t.
@@ -29,6 +35,10 @@ def chunk_gated_delta_rule(
     """
     if use_qk_l2norm_in_kernel:
         q, k = l2norm(q), l2norm(k)
+    if use_gate_in_kernel:
+        g = log_decay(g, A_log, 0.0 if dt_bias is None else dt_bias)
+    if use_beta_sigmoid_in_kernel:
+        beta = (2 if allow_neg_eigval else 1) * beta.sigmoid()
     return _recurrence(q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens, **serving)
 
 
@@ -105,7 +115,7 @@ def hype_attention_decode(
 
 
 def log_decay(a, A_log, dt_bias=0.0):
-    """What use_gate_in_kernel makes of g: -e^A_log softplus(a + dt_bias). a [B, T, HV]; A_log, dt_bias [HV]."""
+    """Return what use_gate_in_kernel makes of g: -e^A_log softplus(a + dt_bias). a [B, T, HV]; A_log, dt_bias [HV]."""
     return -A_log.exp() * torch.nn.functional.softplus(a + dt_bias)
 
 
