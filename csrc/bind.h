@@ -94,6 +94,7 @@ Params params_from(const py::dict& values, const Fields<Params>& fields, const s
   Params params{};
   size_t num_found = 0;
   for (const auto& field : fields) {
+    if (field.optional && num_found == values.size()) break;  // they come last
     PyObject* value = PyDict_GetItemWithError(values.ptr(), field.name);
     if (value == nullptr) {
       if (field.optional) continue;

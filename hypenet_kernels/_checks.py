@@ -15,6 +15,7 @@ from hypenet_kernels import _native, _ops
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CPU_FLOATS = (torch.float64, torch.float32, torch.bfloat16)
+STRIDED = torch.strided
 LONGEST = 12  # values of a list that a message shows
 
 
@@ -45,7 +46,7 @@ def tensors(op: str, required: Mapping[str, Any], optional: Mapping[str, Any]) -
                 tensor(op, name, x)
             if x.device != device:
                 fail(ValueError, op, name, f"be on {first}'s device {device}", x.device)
-            if x.layout != torch.strided:
+            if x.layout is not STRIDED:
                 fail(TypeError, op, name, "be a dense tensor (layout torch.strided)", x.layout)
     if not (q.is_cpu or q.is_meta or q.is_cuda):
         fail(NotImplementedError, op, first, "be on cpu or meta or cuda (nothing else is built)", device)
@@ -131,6 +132,8 @@ def cu_seqlens(op: str, x: Tensor, q: Tensor, whole: bool = True) -> None:
 
 def pool(op: str, name: str, x: Tensor) -> None:
     """Check that states [slots, HV, K, V] can be updated in place: any stride from slot to slot, each contiguous."""
+    if x.is_contiguous():
+        return
     if not x[:1].is_contiguous() or (x.shape[0] > 1 and x.stride(0) < x.shape[1:].numel()):
         fail(ValueError, op, name, "have contiguous slots that do not overlap", f"strides {list(x.stride())}")
 
@@ -171,6 +174,7 @@ def no_grad(
             f"{op}: forward-mode derivatives and torch.func transforms are not built for this call"
         )
     if torch.is_grad_enabled():
-        for name, x in {**required, **optional}.items():
-            if x is not None and x.requires_grad:
-                fail(ValueError, op, name, f"not require grad {when}", True)
+        for arguments in (required, optional):
+            for name, x in arguments.items():
+                if x is not None and x.requires_grad:
+                    fail(ValueError, op, name, f"not require grad {when}", True)

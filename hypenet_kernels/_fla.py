@@ -69,10 +69,8 @@ def refuse(op: str, **arguments: Any) -> None:
             _checks.fail(NotImplementedError, op, name, "be None (nothing else is built)", value)
 
 
-def check_interval(op: str, checkpoint_every: int | None) -> int:
-    """Return checkpoint_every, 0 for None."""
-    if checkpoint_every is None:
-        return 0
+def check_interval(op: str, checkpoint_every: int) -> int:
+    """Check and return checkpoint_every."""
     if checkpoint_every <= 0 or checkpoint_every % cuda.CHUNK:
         _checks.fail(ValueError, op, "checkpoint_every", f"be a positive multiple of {cuda.CHUNK}", checkpoint_every)
     return checkpoint_every
@@ -96,7 +94,7 @@ def run(rule: Rule, operators: Operators, x: Inputs, options: Options) -> Result
     """
     op, gates = rule.op, options.gates
     _check_tensors(rule, x, gates)
-    q, k, v, g, beta, initial_state = x[:6]
+    q, k, v, g, beta, initial_state, cu_seqlens = x[:7]
     dtype = v.dtype if rule.sequential else q.dtype
     if not q.dtype == k.dtype == v.dtype:
         q, k, v = _promoted(op, q, k, v)
@@ -104,18 +102,25 @@ def run(rule: Rule, operators: Operators, x: Inputs, options: Options) -> Result
         q, k = l2norm(q), l2norm(k)
     if gates is not None:
         g, beta = _activated(op, gates, x)
-    g = _gate(rule, "g", g, q, v)
+    g = _gate(op, "g", g, q, v)
     if rule.delta:
-        beta = _gate(rule, "beta", beta, q, v)
+        beta = _gate(op, "beta", beta, q, v)
     if initial_state is not None:
         if x.state_indices is None:
             initial_state = accumulated(op, "initial_state", initial_state, q)
         initial_state = initial_state.mT if options.state_v_first else initial_state
-    scale = default_scale(q, x.scale)
-    x = Inputs(q, k, v, g, beta, initial_state, x.cu_seqlens, scale, 0, x.checkpoint_every, x.state_indices)
+    tensors, scale = (q, k, v, g, beta, initial_state), default_scale(q, x.scale)
+    segment_chunks = 0
     if options.split_sequence:
-        x = x._replace(segment_chunks=_segment_chunks(op, x))
-    o, final_state, *checkpoints = _call(op, operators, x)
+        segment_chunks = _segment_chunks(op, Inputs(*tensors, cu_seqlens, scale, 0))
+    if x.state_indices is None and x.checkpoint_every == 0:
+        operator = operators.differentiable if _checks.wants_gradient(*tensors) else operators.inference
+        o, final_state, *_ = operator(*tensors, cu_seqlens, scale, segment_chunks)
+        checkpoints: Any = ()
+    else:
+        o, final_state, *checkpoints = _serve(
+            op, operators, Inputs(*tensors, cu_seqlens, scale, segment_chunks, x.checkpoint_every, x.state_indices)
+        )
     if o.dtype != dtype:
         o = o.to(dtype)
     if options.state_v_first:
@@ -124,30 +129,26 @@ def run(rule: Rule, operators: Operators, x: Inputs, options: Options) -> Result
 
 
 def _check_tensors(rule: Rule, x: Inputs, gates: Gates | None) -> None:
-    """Check kinds and devices of all tensors, and the ranks that the code here relies on."""
+    """Check kinds and devices of all tensors."""
     required: dict[str, Any] = {"q": x.q, "k": x.k, "v": x.v}
-    optional: dict[str, Any] = {name: getattr(x, name) for name in ("initial_state", "cu_seqlens", "state_indices")}
-    given = {"g": x.g, "beta": x.beta} if rule.delta else {"g": x.g}
-    (optional if rule.optional_gates else required).update(given)
+    optional: dict[str, Any] = {"initial_state": x.initial_state, "cu_seqlens": x.cu_seqlens}
+    given = optional if rule.optional_gates else required
+    given["g"] = x.g
+    if rule.delta:
+        given["beta"] = x.beta
+    if x.state_indices is not None:
+        optional["state_indices"] = x.state_indices
     if gates is not None:
         _check_gates(rule.op, gates)
         if gates.use_gate:  # else A_log and dt_bias are ignored, as fla does
             optional |= {"A_log": gates.A_log, "dt_bias": gates.dt_bias}
     _checks.tensors(rule.op, required, optional)
-    _checks.rank(rule.op, "q", x.q, "B T H K")
 
 
-def _call(op: str, operators: Operators, x: Inputs) -> tuple[Any, ...]:
-    """Call the form of the op that x asks for; return o, final_state (the pool, if there is one) and checkpoints."""
-    serving = x.state_indices is not None or x.checkpoint_every != 0
-    if not serving:
-        if _checks.wants_gradient(*x[:6]):
-            o, final_state, _ = operators.differentiable(*x[:9])
-            return o, final_state
-        return tuple(operators.inference(*x[:9]))
-    names = ("q", "k", "v", "g", "beta", "initial_state")
+def _serve(op: str, operators: Operators, x: Inputs) -> tuple[Any, ...]:
+    """Call an op with a pool of states or checkpoints; return o, final_state (the pool if any) and checkpoints."""
     what = "with state_indices or checkpoint_every (they have no backward; use torch.no_grad())"
-    _checks.no_grad(op, dict(zip(names, x, strict=False)), {}, what)
+    _checks.no_grad(op, dict(zip(Inputs._fields[:6], x, strict=False)), {}, what)
     if x.state_indices is None:
         return tuple(operators.checkpointed(*x[:10]))
     if x.initial_state is None:
@@ -156,7 +157,7 @@ def _call(op: str, operators: Operators, x: Inputs) -> tuple[Any, ...]:
     return (o, x.initial_state, checkpoints) if x.checkpoint_every else (o, x.initial_state)
 
 
-def step(op: str, operator: Function, x: StepInputs, gates: Gates) -> Any:
+def step(op: str, operator: Function, x: StepInputs, gates: Gates | None) -> Any:
     """Run a public decode step. x: the arguments as they were passed; beta_limit has no meaning yet."""
     required: dict[str, Any] = {"q": x.q, "k": x.k, "v": x.v, "g": x.g, "state": x.state}
     if op == "gated_delta_step":
@@ -164,16 +165,19 @@ def step(op: str, operator: Function, x: StepInputs, gates: Gates) -> Any:
     optional = {"state_indices": x.state_indices, "A_log": x.A_log, "dt_bias": x.dt_bias}
     _checks.tensors(op, required, optional)
     _checks.no_grad(op, required, optional)
-    _check_gates(op, gates)
-    if not gates.use_gate and (x.A_log is not None or x.dt_bias is not None):
+    if gates is not None:
+        _check_gates(op, gates)
+    if (x.A_log is not None or x.dt_bias is not None) and (gates is None or not gates.use_gate):
         name, y = ("dt_bias", x.dt_bias) if x.A_log is None else ("A_log", x.A_log)
         _checks.fail(ValueError, op, name, "be left out without use_gate_in_kernel", y)
     q, g, beta = x.q, x.g, x.beta
     if g.dtype != q.dtype or (beta is not None and beta.dtype != q.dtype):
         g, beta = accumulated(op, "g", g, q), accumulated(op, "beta", beta, q)
-    A_log, dt_bias = accumulated(op, "A_log", x.A_log, q), accumulated(op, "dt_bias", x.dt_bias, q)
-    scale, norm = default_scale(q, x.scale), x.use_qk_l2norm
-    return operator(q, x.k, x.v, g, beta, x.state, x.state_indices, A_log, dt_bias, scale, norm, gates.beta_limit)
+    scale, limit, A_log, dt_bias = default_scale(q, x.scale), 0.0, None, None
+    if gates is not None:
+        limit = gates.beta_limit
+        A_log, dt_bias = accumulated(op, "A_log", x.A_log, q), accumulated(op, "dt_bias", x.dt_bias, q)
+    return operator(q, x.k, x.v, g, beta, x.state, x.state_indices, A_log, dt_bias, scale, x.use_qk_l2norm, limit)
 
 
 def run_reversed(rule: Rule, operators: Operators, x: Inputs, options: Options) -> Result:
@@ -211,12 +215,12 @@ def _promoted(op: str, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) for x in tensors)
 
 
-def _gate(rule: Rule, name: str, x: Tensor | None, q: Tensor, v: Tensor) -> Tensor:
+def _gate(op: str, name: str, x: Any, q: Tensor, v: Tensor) -> Any:
     """Return g or beta in the accumulation type; if None, what that means: no decay, beta = 1."""
     if x is None:
         value = 0.0 if name == "g" else 1.0
         return v.new_full((), value, dtype=_native.accumulator(q.dtype)).expand(v.shape[:3])
-    return accumulated(rule.op, name, x, q)
+    return accumulated(op, name, x, q)
 
 
 def _activated(op: str, gates: Gates, x: Inputs) -> tuple[Tensor, Tensor | None]:
@@ -248,7 +252,7 @@ def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def default_scale(q: Tensor, scale: Any) -> float:
-    return max(1, q.shape[-1]) ** -0.5 if scale is None else float(scale)
+    return max(1, q.shape[-1] if q.dim() else 1) ** -0.5 if scale is None else float(scale)
 
 
 def accumulated(op: str, name: str, x: Any, q: Tensor) -> Any:

@@ -152,7 +152,7 @@ def rows(x: Tensor, width: int) -> Tensor:
     Returns x itself where it is so already. Zeros change no product, and no output but their own.
     """
     if not on_cuda(x):
-        return dense_last(x)
+        return x if x.is_contiguous() else dense_last(x)
     x = padded(x, width)
     step = 16 // x.element_size()
     strides = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]

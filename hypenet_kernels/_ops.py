@@ -54,19 +54,26 @@ def define_differentiable(
         )
         for suffix, results in forms.items()
     )
-    apply = _autograd_function(name, saving, *gradient).apply
-    _library.impl(name, apply, "Autograd")
+    setup_context, backward = gradient
 
-    def differentiable(*inputs: Any) -> Any:
-        # torch.func transforms an autograd.Function only outside of the dispatcher.
-        return apply(*inputs) if transformed() else operator(*inputs)
+    def forward(ctx: Any, *given: Any) -> Any:
+        results = saving(*given)
+        setup_context(ctx, given, results)
+        return results
+
+    _library.impl(name, _autograd_function(name, forward=forward, backward=backward).apply, "Autograd")
+    transformable = _autograd_function(name, forward=saving, setup_context=setup_context, backward=backward)
+
+    def differentiable(*given: Any) -> Any:
+        # torch.func transforms a Function with setup_context, which is slow, and only outside of the dispatcher.
+        return transformable.apply(*given) if transformed() else operator(*given)
 
     return inference, differentiable
 
 
 def transformed() -> bool:
     """Whether a call is under a transform of torch.func."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
 
 
 def differentiable_once(backward: OpOverload, message: str) -> Function:
@@ -76,30 +83,31 @@ def differentiable_once(backward: OpOverload, message: str) -> Function:
     graph, and a loss with other terms gets a wrong gradient without a word.
     """
 
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        return backward(*inputs)
+
     def refuse(ctx: Any, *gradients: Any) -> NoReturn:
         raise NotImplementedError(message)
 
     def keep_nothing(ctx: Any, inputs: Any, output: Any) -> None:
         pass
 
-    second = _autograd_function(backward.name(), backward, keep_nothing, refuse)
+    name = backward.name()
+    second = _autograd_function(name, forward=forward, backward=refuse)
+    transformable = _autograd_function(name, forward=backward, setup_context=keep_nothing, backward=refuse)
 
     def run(*inputs: Any) -> Any:
-        return second.apply(*inputs) if torch.is_grad_enabled() else backward(*inputs)
+        if not torch.is_grad_enabled():
+            return backward(*inputs)
+        return (transformable if transformed() else second).apply(*inputs)
 
     return run
 
 
-def _autograd_function(name: str, forward: Function, setup_context: Function, backward: Function) -> Any:
+def _autograd_function(name: str, **methods: Function) -> Any:
     def refuse(ctx: Any, *arguments: Any) -> NoReturn:
         op = name.partition("::")[2] or name
         raise NotImplementedError(f"{op}: forward-mode derivatives (jvp) and vmap are not built")
 
-    methods = {
-        "forward": forward,
-        "setup_context": setup_context,
-        "backward": backward,
-        "jvp": refuse,
-        "vmap": refuse,
-    }
+    methods |= {"jvp": refuse, "vmap": refuse}
     return type(name, (torch.autograd.Function,), {key: staticmethod(method) for key, method in methods.items()})

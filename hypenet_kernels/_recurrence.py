@@ -140,16 +140,15 @@ def _check_pool(op: str, name: str, pool: Tensor | None, x: Inputs | StepInputs)
 
 def allocate(x: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return uninitialised (o, final_state, checkpoints); checkpoints: None where none are wanted."""
-    wide, (_, HV, K, V) = _native.accumulator(x.q.dtype), x.state_shape
-    o = x.q.new_empty(x.v.shape)
+    (B, T, _, K), (_, _, HV, V), wide = x.q.shape, x.v.shape, _native.accumulator(x.q.dtype)
+    o = x.q.new_empty(B, T, HV, V)
     if x.state_indices is None:
-        final_state = x.q.new_empty(x.state_shape, dtype=wide)
+        final_state = x.q.new_empty(x.num_sequences, HV, K, V, dtype=wide)
     else:
         assert x.initial_state is not None  # a pool, which `check` has seen
         final_state = x.initial_state
     if x.checkpoint_every == 0:
         return o, final_state, None
-    B, T = x.q.shape[:2]
     new = x.q.new_empty if x.cu_seqlens is None else x.q.new_zeros  # packed sequences do not fill all of them
     return o, final_state, new(B, T // x.checkpoint_every, HV, K, V, dtype=wide)
 
@@ -176,9 +175,15 @@ def _forward(rule: Rule, save: bool, *arguments: Any) -> Any:
     o, final_state, checkpoints = allocate(x)
     if on_cuda and rule.sequential and _as_steps(x, save):
         return _steps(op, x, o, final_state)
-    K, V = _dims(op, x)
-    q, k, v = _native.rows(x.q, K), _native.rows(x.k, K), _native.rows(x.v, V)
-    bounds, wide_o = _native.bounds(x.cu_seqlens), _native.buffer(o, V)
+    if on_cuda:
+        K, V = cuda.padded_dims(op, x.q, x.v)
+        q, k, v = _native.rows(x.q, K), _native.rows(x.k, K), _native.rows(x.v, V)
+        wide_o, wide_state = _native.buffer(o, V), _native.buffer(final_state, K, V)
+    else:
+        K, V = x.q.shape[3], x.v.shape[3]
+        q, k, v = _native.dense_last(x.q), _native.dense_last(x.k), _native.dense_last(x.v)
+        wide_o, wide_state = o, final_state
+    bounds = None if x.cu_seqlens is None else _native.bounds(x.cu_seqlens)
     fields = {
         **_operands(x, q, k, v),
         "N": x.num_sequences,
@@ -187,30 +192,36 @@ def _forward(rule: Rule, save: bool, *arguments: Any) -> Any:
     }
     if x.state_indices is None:
         initial_state = None if x.initial_state is None else _native.padded(x.initial_state, K, V).contiguous()
-        wide_state, slots = _native.buffer(final_state, K, V), None
     else:
         _check_slots(op, x, K, V)
-        initial_state, wide_state, slots = final_state, final_state, x.state_indices.contiguous()
+        initial_state, slots = final_state, x.state_indices.contiguous()
         fields["state_indices"] = _native.indices(slots)
         fields["num_slots"], fields["slot_stride"] = final_state.shape[0], final_state.stride(0)
     fields["initial_state"], fields["final_state"] = _native.pointer(initial_state), _native.pointer(wide_state)
     if checkpoints is not None:
         wide = _native.buffer(checkpoints, K, V)
         fields["checkpoint_every"], fields["checkpoints"] = x.checkpoint_every, _native.pointer(wide)
-    saved: Any = () if save else None
-    if on_cuda:
-        workspace = cuda.forward_workspace(x, K, V, save)
-        fields |= cuda.fields(x, workspace)
-        saved = workspace.saved if save else None
-    _native.kernel(op, "gated_delta_chunk_fwd" if on_cuda else rule.kernel, x.q.device)(fields)
+    if not on_cuda:
+        _native.kernel(op, rule.kernel, x.q.device)(fields)
+        return _results(x, o, final_state, checkpoints, () if save else None)
+    workspace = cuda.forward_workspace(x, K, V, save)
+    _native.kernel(op, "gated_delta_chunk_fwd", x.q.device)(fields | cuda.fields(x, workspace))
     if checkpoints is not None:
         checkpoints = _native.narrowed(wide, checkpoints)
-    return _results(x, _native.narrowed(wide_o, o), _native.narrowed(wide_state, final_state), checkpoints, saved)
+    o, final_state = _native.narrowed(wide_o, o), _native.narrowed(wide_state, final_state)
+    return _results(x, o, final_state, checkpoints, workspace.saved if save else None)
 
 
 def _dims(op: str, x: Inputs) -> tuple[int, int]:
     """Return K and V as the kernels take them."""
     return cuda.padded_dims(op, x.q, x.v) if _native.on_cuda(x.q) else (x.q.shape[3], x.v.shape[3])
+
+
+def _read(x: Inputs, K: int, V: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k and v as the kernels read them."""
+    if _native.on_cuda(x.q):
+        return _native.rows(x.q, K), _native.rows(x.k, K), _native.rows(x.v, V)
+    return _native.dense_last(x.q), _native.dense_last(x.k), _native.dense_last(x.v)
 
 
 def _check_slots(op: str, x: Inputs, K: int, V: int) -> None:
@@ -244,20 +255,22 @@ def _backward_fake(op: str, do: Tensor, dfinal_state: Tensor | None, saved: list
     _check_state(op, "dfinal_state", dfinal_state, x, x.num_sequences)
     dq, dk, dv, dg = (_native.empty_like(y) for y in (x.q, x.k, x.v, x.g))
     dbeta = x.g.new_empty(0) if x.beta is None else _native.empty_like(x.beta)
-    return dq, dk, dv, dg, dbeta, x.q.new_empty(x.state_shape, dtype=_native.accumulator(x.q.dtype))
+    N, HV, K, V = x.state_shape
+    return dq, dk, dv, dg, dbeta, x.q.new_empty(N, HV, K, V, dtype=_native.accumulator(x.q.dtype))
 
 
 def _backward(op: str, do: Tensor, dfinal_state: Tensor | None, saved: list[Tensor], *arguments: Any) -> Any:
     gradients = _backward_fake(op, do, dfinal_state, saved, *arguments)
     x, on_cuda = Inputs(*arguments), _native.on_cuda(do)
     K, V = _dims(op, x)
-    q, k, v, do = (_native.rows(y, n) for y, n in ((x.q, K), (x.k, K), (x.v, V), (do, V)))
+    (q, k, v), do = _read(x, K, V), _native.rows(do, V)
     initial_state, bounds = _native.contiguous(x.initial_state), _native.bounds(x.cu_seqlens)
     if dfinal_state is not None:
         dfinal_state = _native.padded(dfinal_state, K, V).contiguous()
-    sizes = (K,), (K,), (V,), (), (), (K, V)
-    buffers = [_native.buffer(y, *size) if size else y for y, size in zip(gradients, sizes, strict=True)]
-    names = "dq", "dk", "dv", "dg", "dbeta", "dinitial_state"
+    buffers, names = gradients, ("dq", "dk", "dv", "dg", "dbeta", "dinitial_state")
+    if on_cuda:
+        sizes = (K,), (K,), (V,), (), (), (K, V)
+        buffers = tuple(_native.buffer(y, *size) if size else y for y, size in zip(gradients, sizes, strict=True))
     fields = {
         **_operands(x, q, k, v),
         "N": x.num_sequences,
@@ -269,10 +282,12 @@ def _backward(op: str, do: Tensor, dfinal_state: Tensor | None, saved: list[Tens
     }
     if x.beta is None:
         fields["dbeta"] = 0
-    if on_cuda:
-        workspace = cuda.backward_workspace(op, x, K, V, cuda.Saved(*saved))
-        fields |= cuda.fields(x, workspace)
-    _native.kernel(op, "gated_delta_chunk_bwd", x.q.device)(fields)
+    kernel = _native.kernel(op, "gated_delta_chunk_bwd", x.q.device)
+    if not on_cuda:
+        kernel(fields)
+        return gradients
+    workspace = cuda.backward_workspace(op, x, K, V, cuda.Saved(*saved))
+    kernel(fields | cuda.fields(x, workspace))
     return tuple(_native.narrowed(wide, y) for wide, y in zip(buffers, gradients, strict=True))
 
 
@@ -297,17 +312,22 @@ def _differentiate(backward: _ops.Function, ctx: Any, do: Tensor | None, dfinal_
 
 
 def _step_fake(op: str, draft: bool, *arguments: Any) -> Any:
-    x = StepInputs(*arguments)
+    return _step_results(op, StepInputs._make(arguments), draft)
+
+
+def _step_results(op: str, x: StepInputs, draft: bool) -> Any:
+    """Check the arguments of a step; return uninitialised o, for draft tokens (o, states)."""
     check_operands(op, x.q, x.k, x.v, x.g, x.beta, _gate_dtype(x))
     _check_pool(op, "state", x.state, x)
     if x.state_indices is not None:
         _checks.indices(op, "state_indices", x.state_indices, x.q.shape[0])
+    (B, T, _, K), (_, _, HV, V) = x.q.shape, x.v.shape
     for name, y in (("A_log", x.A_log), ("dt_bias", x.dt_bias)):
         if y is not None:
-            _checks.shape(op, name, y, x.v.shape[2:3])
+            _checks.shape(op, name, y, (HV,))
             _checks.dtype(op, name, y, (_native.accumulator(x.q.dtype),))
-    o = x.q.new_empty(x.v.shape)
-    return (o, x.state.new_empty(*x.v.shape[:3], x.q.shape[3], x.v.shape[3])) if draft else o
+    o = x.q.new_empty(B, T, HV, V)
+    return (o, x.state.new_empty(B, T, HV, K, V)) if draft else o
 
 
 def _gate_dtype(x: StepInputs) -> torch.dtype:
@@ -315,9 +335,10 @@ def _gate_dtype(x: StepInputs) -> torch.dtype:
 
 
 def _step(op: str, draft: bool, *arguments: Any) -> Any:
-    results = _step_fake(op, draft, *arguments)
+    x = StepInputs._make(arguments)
+    results = _step_results(op, x, draft)
     o, states = results if draft else (results, None)
-    _launch_step(op, StepInputs(*arguments), o, states)
+    _launch_step(op, x, o, states)
     return results
 
 
@@ -330,7 +351,7 @@ def _launch_step(op: str, x: StepInputs, o: Tensor, states: Tensor | None) -> No
             _checks.fail(NotImplementedError, op, "q", rule, K)
     elif x.state_indices is not None:
         _checks.slots(op, x.state_indices, x.state.shape[0])
-    q, k, v = map(_native.dense_last, (x.q, x.k, x.v))
+    q, k, v = _native.dense_last(x.q), _native.dense_last(x.k), _native.dense_last(x.v)
     state_indices, A_log, dt_bias = map(_native.contiguous, (x.state_indices, x.A_log, x.dt_bias))
     fields = {
         **_operands(x, q, k, v),

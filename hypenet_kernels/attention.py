@@ -85,8 +85,8 @@ def hype_attention(
         torch.Size([1, 10, 8, 64])
     """
     _checks.tensors(OP, {"q": q, "k": k, "v": v}, {"gate": gate, "cu_seqlens": cu_seqlens})
-    x = Inputs(q, k, v, gate, cu_seqlens, logit_scale_base, _default_scale(q, scale), query_offset)
-    o: Tensor = _differentiable(*x)[0] if _checks.wants_gradient(q, k, v, gate) else _inference(*x)
+    arguments = (q, k, v, gate, cu_seqlens, logit_scale_base, _default_scale(q, scale), query_offset)
+    o: Tensor = _differentiable(*arguments)[0] if _checks.wants_gradient(q, k, v, gate) else _inference(*arguments)
     return o
 
 
@@ -133,7 +133,7 @@ def hype_attention_decode(
     _checks.tensors(DECODE_OP, required, optional)
     _checks.no_grad(DECODE_OP, required, optional)
     scale = _default_scale(q, scale)
-    o: Tensor = _decode_op(*DecodeInputs(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base, scale))
+    o: Tensor = _decode_op(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base, scale)
     return o
 
 
@@ -205,7 +205,11 @@ def _check_lengths(x: DecodeInputs) -> None:
 
 
 def _forward_fake(save: bool, *arguments: Any) -> Any:
-    x = Inputs(*arguments)
+    return _results(Inputs._make(arguments), save)
+
+
+def _results(x: Inputs, save: bool) -> Any:
+    """Check the arguments; return uninitialised o, with `save` (o, o_ungated or an empty tensor, lse)."""
     _check(x)
     o = _native.empty_like(x.q)
     return (o, x.q.new_empty(0) if x.gate is None else torch.empty_like(o), _new_lse(x.q)) if save else o
@@ -217,14 +221,16 @@ def _new_lse(q: Tensor) -> Tensor:
 
 
 def _forward(save: bool, *arguments: Any) -> Any:
-    x, results = Inputs(*arguments), _forward_fake(save, *arguments)
+    x = Inputs._make(arguments)
+    results = _results(x, save)
     o, o_ungated, lse = results if save else (results, None, _new_lse(x.q) if _native.on_cuda(x.q) else None)
     if o.numel() == 0:
         return results
-    width, bounds = _built_width(x.q), _native.bounds(x.cu_seqlens)
-    q, k, v = (_native.rows(y, width) for y in x[:3])
+    width = _built_width(x.q) if _native.on_cuda(x.q) else x.q.shape[3]
+    bounds = None if x.cu_seqlens is None else _native.bounds(x.cu_seqlens)
+    q, k, v = _native.rows(x.q, width), _native.rows(x.k, width), _native.rows(x.v, width)
     gate = None if x.gate is None else _native.rows(x.gate, width)
-    wide_o = _native.buffer(o, width)
+    wide_o = o if width == x.q.shape[3] else _native.buffer(o, width)
     wide_ungated = None if x.gate is None or o_ungated is None else _native.buffer(o_ungated, width)
     fields = {
         **_operands(x, q, k, v, gate),
@@ -234,6 +240,8 @@ def _forward(save: bool, *arguments: Any) -> Any:
         "lse": _native.pointer(lse),
     }
     _native.kernel(OP, "hype_attention_fwd", x.q.device)(fields)
+    if wide_o is o:
+        return results
     o = _native.narrowed(wide_o, o)
     if wide_ungated is not None and o_ungated is not None:
         o_ungated = _native.narrowed(wide_ungated, o_ungated)
@@ -241,7 +249,7 @@ def _forward(save: bool, *arguments: Any) -> Any:
 
 
 def _backward_fake(do: Tensor, o_ungated: Tensor, lse: Tensor, *arguments: Any) -> Any:
-    x, op = Inputs(*arguments), f"{OP}_bwd"
+    x, op = Inputs._make(arguments), f"{OP}_bwd"
     _check(x)
     _checks.like(op, "do", do, "q", x.q)
     _checks.like(op, "o_ungated", o_ungated, "q", x.q)
@@ -252,7 +260,7 @@ def _backward_fake(do: Tensor, o_ungated: Tensor, lse: Tensor, *arguments: Any) 
 
 
 def _backward(do: Tensor, o_ungated: Tensor, lse: Tensor, *arguments: Any) -> Any:
-    x, gradients = Inputs(*arguments), _backward_fake(do, o_ungated, lse, *arguments)
+    x, gradients = Inputs._make(arguments), _backward_fake(do, o_ungated, lse, *arguments)
     if x.q.numel() == 0:
         return tuple(y.zero_() for y in gradients)
     width, bounds, on_cuda = _built_width(x.q), _native.bounds(x.cu_seqlens), _native.on_cuda(x.q)
@@ -290,14 +298,16 @@ def _built_width(q: Tensor) -> int:
 
 
 def _decode_fake(*arguments: Any) -> Tensor:
-    x = DecodeInputs(*arguments)
+    x = DecodeInputs._make(arguments)
     _check_decode(x)
     return _native.empty_like(x.q)
 
 
 def _decode(*arguments: Any) -> Tensor:
     """What the values of cache_seqlens break raises on the CPU; on CUDA it gives a sequence o = NaN."""
-    x, o = DecodeInputs(*arguments), _decode_fake(*arguments)
+    x = DecodeInputs._make(arguments)
+    _check_decode(x)
+    o = _native.empty_like(x.q)
     (B, T, H, D), capacity = x.q.shape, x.k_cache.shape[1]
     partial: tuple[Tensor, ...] = ()
     if not _native.on_cuda(x.q):
@@ -313,7 +323,8 @@ def _decode(*arguments: Any) -> Tensor:
     if o.numel() == 0:
         return o
     q = _native.dense_last(x.q)
-    k, v, gate = (None if y is None else _native.dense_last(y) for y in (x.k, x.v, x.gate))
+    k, v = (x.k, x.v) if x.k is None or x.v is None else (_native.dense_last(x.k), _native.dense_last(x.v))
+    gate = None if x.gate is None else _native.dense_last(x.gate)
     lengths = x.cache_seqlens.contiguous()
     fields = {
         **_operands(x, q, k, v, gate),

@@ -101,8 +101,10 @@ def chunk_gated_delta_rule(
         state_v_first = _fla.legacy(op, legacy, state_v_first, CHUNK_SIZES)
     if cp_context is not None:
         _fla.refuse(op, cp_context=cp_context)
-    gates = Gates(use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval)
-    every = _fla.check_interval(op, checkpoint_every)
+    gates = None
+    if use_gate_in_kernel or use_beta_sigmoid_in_kernel or allow_neg_eigval:
+        gates = Gates(use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    every = 0 if checkpoint_every is None else _fla.check_interval(op, checkpoint_every)
     x = Inputs(q, k, v, g, beta, initial_state, cu_seqlens, scale, 0, every, state_indices)
     options = Options(output_final_state, state_v_first, use_qk_l2norm_in_kernel, split_sequence, gates)
     return _fla.run(_CHUNK, _chunk, x, options)
@@ -150,8 +152,10 @@ def fused_recurrent_gated_delta_rule(
         state_v_first = _fla.legacy(op, legacy, state_v_first, CHUNK_SIZES)
     if gk is not None or gv is not None:
         _fla.refuse(op, gk=gk, gv=gv)
-    gates = Gates(use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval)
-    every = _fla.check_interval(op, checkpoint_every)
+    gates = None
+    if use_gate_in_kernel or use_beta_sigmoid_in_kernel or allow_neg_eigval:
+        gates = Gates(use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    every = 0 if checkpoint_every is None else _fla.check_interval(op, checkpoint_every)
     x = Inputs(q, k, v, g, beta, initial_state, cu_seqlens, scale, 0, every, state_indices)
     options = Options(output_final_state, state_v_first, use_qk_l2norm_in_kernel, False, gates)
     return _fla.run(_RECURRENT, _recurrent, x, options)
@@ -202,7 +206,9 @@ def gated_delta_step(
         >>> gated_delta_step(q, k, v, g, torch.ones(1, 1, 4), state, use_qk_l2norm_in_kernel=True).shape
         torch.Size([1, 1, 4, 64])
     """
-    gates = Gates(use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    gates = None
+    if use_gate_in_kernel or use_beta_sigmoid_in_kernel or allow_neg_eigval:
+        gates = Gates(use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval)
     x = StepInputs(q, k, v, g, beta, state, state_indices, A_log, dt_bias, scale, use_qk_l2norm_in_kernel, 0.0)
     return _fla.step("gated_delta_step", _draft if output_states else _step, x, gates)
 

@@ -67,7 +67,7 @@ def chunk_simple_gla(
     op = _CHUNK.op
     if legacy:
         state_v_first = _fla.legacy(op, legacy, state_v_first, CHUNK_SIZES)
-    every = _fla.check_interval(op, checkpoint_every)
+    every = 0 if checkpoint_every is None else _fla.check_interval(op, checkpoint_every)
     g = _decay(op, q, v, g, g_gamma)
     x = Inputs(q, k, v, g, None, initial_state, cu_seqlens, scale, 0, every, state_indices)
     return _fla.run(_CHUNK, _chunk, x, Options(output_final_state, state_v_first, False, split_sequence))
@@ -104,7 +104,7 @@ def fused_recurrent_simple_gla(
     op = _RECURRENT.op
     if legacy:
         state_v_first = _fla.legacy(op, legacy, state_v_first, CHUNK_SIZES)
-    every = _fla.check_interval(op, checkpoint_every)
+    every = 0 if checkpoint_every is None else _fla.check_interval(op, checkpoint_every)
     g = _decay(op, q, v, g, g_gamma)
     x = Inputs(q, k, v, g, None, initial_state, cu_seqlens, scale, 0, every, state_indices)
     options = Options(output_final_state, state_v_first)
@@ -174,7 +174,7 @@ def simple_gla_step(
         >>> simple_gla_step(q, q, q, torch.zeros(1, 1, 2), state).shape
         torch.Size([1, 1, 2, 64])
     """
-    gates = Gates(use_gate_in_kernel, A_log, dt_bias)
+    gates = Gates(True, A_log, dt_bias) if use_gate_in_kernel else None
     x = StepInputs(q, k, v, g, None, state, state_indices, A_log, dt_bias, scale, False, 0.0)
     return _fla.step("simple_gla_step", _draft if output_states else _step, x, gates)
 
