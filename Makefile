@@ -41,7 +41,7 @@ test-asan: $(INSTALLED)
 	$(SANITIZED) -m pytest -k "not compile and not opcheck and not gradcheck and not thousand" $(KERNEL_TESTS)
 
 clean:
-	rm -rf build hypenet.egg-info hypenet_kernels/*.so hypenet_kernels/_build.json $(INSTALLED)
+	rm -rf build .mypy_cache hypenet.egg-info hypenet_kernels/*.so hypenet_kernels/_build.json $(INSTALLED)
 
 # Editable, so that tests and demo see the checkout; without build isolation, so that a rebuild needs no network.
 $(INSTALLED): $(SOURCES) | $(PYTHON_IN_VENV)

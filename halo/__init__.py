@@ -1,1 +1,5 @@
-"""The conversion of a Qwen3 Transformer into a HypeNet: transfer, align, select, distil, fine-tune, scale, evaluate."""
+"""The conversion of a Qwen3 Transformer into a HypeNet: transfer, align, select, distill, finetune, scale, evaluate."""
+
+from hypenet_cli.extras import version
+
+__version__ = version()

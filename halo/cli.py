@@ -7,10 +7,8 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-try:
-    from halo.config import STAGE_HELP, HaloError, load_config
-except ModuleNotFoundError as error:
-    raise SystemExit(f"halo: needs {error.name}; install with: pip install 'hypenet[halo]'") from None
+from halo import __version__
+from halo.config import STAGE_HELP, HaloError, load_config
 
 
 class OneLineErrors(TyperGroup):
@@ -36,6 +34,22 @@ app = typer.Typer(
 ConfigOption = Annotated[str, typer.Option("--config", help="a YAML file, or the name of a shipped one")]
 OutOption = Annotated[Path | None, typer.Option("--out", help="directory of the results, in place of the file's")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="change one key, such as distill.steps=100")]
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and exit, if `--version` was given."""
+    if wanted:
+        typer.echo(f"halo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Define the options that precede a command; what they do is in their callbacks."""
 
 
 @app.command()
@@ -100,7 +114,3 @@ def _report(out: Path) -> None:
 
     write = write_demo_report if (out / RESULTS).is_file() else write_report
     say(f"report     {write(out)}")
-
-
-if __name__ == "__main__":
-    app()
