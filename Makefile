@@ -26,6 +26,7 @@ bench: $(INSTALLED)
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 
 # The kernels under AddressSanitizer and UBSan, in a build of their own. -P keeps the checkout's own modules out of it. Left

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -10,11 +10,14 @@ from typer.core import TyperGroup
 from halo import __version__
 from halo.config import STAGE_HELP, HaloError, load_config
 
+if TYPE_CHECKING:
+    from halo.conversion import Conversion
+
 
 class OneLineErrors(TyperGroup):
     """A mistake of the user's is one line on standard error and exit code 2, not a traceback."""
 
-    def main(self, *args, **options):
+    def main(self, *args: Any, **options: Any) -> Any:
         try:
             return super().main(*args, **options)
         except HaloError as error:
@@ -90,7 +93,7 @@ for _name in STAGE_HELP:
     _add_stage(_name)
 
 
-def _conversion(config: str, out: Path | None, changes: list[str] | None):
+def _conversion(config: str, out: Path | None, changes: list[str] | None) -> "Conversion":
     overrides = [*(changes or ()), *([f"out={out}"] if out else ())]
     checked = load_config(config, tuple(overrides))
     # Imported late: `halo --help` and a mistake in the file should not wait for torch.

@@ -5,9 +5,10 @@ value as its default; the files in halo/configs/ say where they differ.
 """
 
 import re
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
@@ -64,7 +65,7 @@ class TrainingSettings(Settings):
     needle_ratio: float | None = Field(None, ge=0, le=1, description="in place of data.needle_ratio, for this stage")
 
     @model_validator(mode="after")
-    def _micro_batch_divides(self):
+    def _micro_batch_divides(self) -> Self:
         if self.micro_batch and self.batch % self.micro_batch:
             raise ValueError(f"micro_batch must divide batch ({self.batch})")
         return self
@@ -134,7 +135,7 @@ class ScaleSettings(Settings):
     needle_ratio: float = Field(0.0, ge=0, le=1, description="share of the documents that are recall episodes")
 
     @model_validator(mode="after")
-    def _bases_above_one(self):
+    def _bases_above_one(self) -> Self:
         for base in self.grid:
             if base is not None and base <= 1:
                 raise ValueError(f"grid must hold numbers above 1 or null, got {base}")
@@ -223,7 +224,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     tree[name] = yaml.safe_load(value)
 
 
-def _explain(error: dict[str, Any]) -> str:
+def _explain(error: Mapping[str, Any]) -> str:
     """`key: rule, got value` for one of pydantic's errors."""
     parts = [str(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained-"))]
     key, value = ".".join(parts) or "config", error["input"]

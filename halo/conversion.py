@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
-from torch import nn
+from transformers import Qwen3ForCausalLM
 
 from halo import models, plan
 from halo.config import STAGE_HELP, Config, HaloError
@@ -22,11 +23,12 @@ from halo.journal import Journal
 from halo.progress import StageProgress, say, warn
 from halo.stages.align import Align
 from halo.stages.distill import Distill
-from halo.stages.evaluate import evaluate
+from halo.stages.evaluate import Labelled, evaluate
 from halo.stages.finetune import Finetune
 from halo.stages.scale import choose_scale
 from halo.stages.select import measure_swaps
 from halo.trainer import CHECKPOINT, METRICS, Stage, train, write_atomically
+from hypenet import HypeNetForCausalLM
 
 STAGES = tuple(STAGE_HELP)
 DONE = "done.json"
@@ -38,7 +40,7 @@ RESULTS = "results.json"
 class Conversion:
     """Runs stages of `config`. Teacher, tokenizer and data are loaded once, when first needed."""
 
-    def __init__(self, config: Config, like: "Conversion | None" = None):
+    def __init__(self, config: Config, like: "Conversion | None" = None) -> None:
         """`like`: a conversion with the same teacher, data and seed, whose loaded ones are used."""
         self.config = config
         self.out = config.out
@@ -89,12 +91,12 @@ class Conversion:
 
     def directory(self, stage: str) -> Path:
         """Where a stage's result is."""
-        if stage == "align" and self.config.aligned is not None:
+        if stage == "align" and self._aligned is not None:
             return self._aligned
         return self.out / stage
 
     @cached_property
-    def teacher(self) -> nn.Module:
+    def teacher(self) -> Qwen3ForCausalLM:
         return models.load_teacher(self.config.teacher, self.device)
 
     @cached_property
@@ -103,9 +105,11 @@ class Conversion:
         return Corpus(self.config.data, tokenizer, self.config.seed, self.out / "data")
 
     @property
-    def _aligned(self) -> Path:
+    def _aligned(self) -> Path | None:
         """Another conversion's align directory, given itself or by its parent."""
         path = self.config.aligned
+        if path is None:
+            return None
         return path / "align" if (path / "align" / DONE).is_file() else path
 
     @property
@@ -113,7 +117,7 @@ class Conversion:
         """The softmax layers chosen by the select stage."""
         return json.loads((self.directory("select") / SELECTION).read_text())["layers"]
 
-    def converted(self) -> nn.Module:
+    def converted(self) -> HypeNetForCausalLM:
         """The finished model."""
         return models.load_hypenet(self.out / "model", self.device)
 
@@ -131,7 +135,7 @@ class Conversion:
         settings, seed = self.config.select, self.config.seed
         num_layers = self.teacher.config.num_hidden_layers
         keep = settings.keep or max(1, num_layers // 4)
-        record: dict = {"num_layers": num_layers, "score": settings.score}
+        record: dict[str, Any] = {"num_layers": num_layers, "score": settings.score}
         if settings.layers is not None:
             if not settings.layers or max(settings.layers) >= num_layers:
                 raise HaloError(f"select.layers: must be layers below {num_layers}, got {settings.layers}")
@@ -143,9 +147,10 @@ class Conversion:
         else:
             twins = models.load_hypenet(self.directory("align"), self.device)
             with StageProgress("select", num_layers) as progress:
-                report = lambda done: progress.update(done, "layers swapped")  # noqa: E731
                 journal = self._journal("select")
-                measured = measure_swaps(self.teacher, twins, self.corpus, settings, journal, report)
+                measured = measure_swaps(
+                    self.teacher, twins, self.corpus, settings, journal, lambda n: progress.update(n, "layers swapped")
+                )
             rule = plan.ScoreRule(settings.score, settings.language_weight, settings.eps)
             chosen = plan.choose(measured, keep, rule, settings.bootstrap, settings.stable_share, seed)
             record |= _selection_record(measured, chosen)
@@ -174,8 +179,13 @@ class Conversion:
         student = models.load_hypenet(self.directory("finetune"), self.device)
         grid = self.config.scale.grid
         with StageProgress("scale", len(grid)) as progress:
-            report = lambda done: progress.update(done, "bases tried")  # noqa: E731
-            rows = choose_scale(student, self.corpus, self.config.scale, self._journal("scale"), report)
+            rows = choose_scale(
+                student,
+                self.corpus,
+                self.config.scale,
+                self._journal("scale"),
+                lambda n: progress.update(n, "bases tried"),
+            )
         best, second = rows[0], rows[1] if len(rows) > 1 else None
         if second and second["advantage_error"] is not None and second["advantage"] < 2 * second["advantage_error"]:
             warn(
@@ -191,7 +201,10 @@ class Conversion:
         settings = self.config.eval
         student = self.converted()
         chosen = student.config.attn_logits_scaling
-        labelled = [("teacher", self.teacher, None), ("converted", student, chosen)]
+        labelled: list[Labelled] = [
+            ("teacher", self.teacher, None),
+            ("converted", student, chosen),
+        ]
         if chosen is not None:
             labelled.append(("converted, no scale", student, None))
         rows = evaluate(labelled, self.corpus, settings, self._journal("eval"))
@@ -206,11 +219,11 @@ class Conversion:
     def _journal(self, stage: str) -> Journal:
         return Journal(self.directory(stage) / METRICS, self._settings(stage))
 
-    def _settings(self, stage: str) -> dict:
+    def _settings(self, stage: str) -> dict[str, Any]:
         """All settings that a stage's result depends on, its own and those of the stages before it."""
         config = self.config
         shared = {"teacher": config.teacher, "mixer": config.mixer, "seed": config.seed, "precision": config.precision}
-        settings = {**shared, "data": config.data.model_dump(mode="json")}
+        settings: dict[str, Any] = {**shared, "data": config.data.model_dump(mode="json")}
         if config.aligned is not None:
             settings["aligned"] = str(config.aligned)
         for name in STAGES[: STAGES.index(stage) + 1]:
@@ -219,7 +232,7 @@ class Conversion:
                 settings[name] = section.model_dump(mode="json")
         return settings
 
-    def _check_settings(self, directory: Path, settings: dict) -> None:
+    def _check_settings(self, directory: Path, settings: dict[str, Any]) -> None:
         made_with = json.loads((directory / DONE).read_text())["settings"]
         difference = _first_difference(made_with, settings)
         if difference:
@@ -240,7 +253,7 @@ class Conversion:
         self._check_settings(directory, settings)
 
 
-def _selection_record(measured: plan.Measurements, chosen: plan.Plan) -> dict:
+def _selection_record(measured: plan.Measurements, chosen: plan.Plan) -> dict[str, Any]:
     drops = plan.measure_drops(measured)
     columns = {key: value.tolist() for key, value in asdict(drops).items()}
     columns |= {"score_value": chosen.scores.tolist(), "score_error": chosen.score_error.tolist()}
@@ -258,7 +271,7 @@ def _selection_record(measured: plan.Measurements, chosen: plan.Plan) -> dict:
     }
 
 
-def _first_difference(old: dict, new: dict, prefix: str = "") -> str | None:
+def _first_difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str | None:
     for key in [*old, *(key for key in new if key not in old)]:
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
@@ -270,7 +283,7 @@ def _first_difference(old: dict, new: dict, prefix: str = "") -> str | None:
     return None
 
 
-def _write_json(path: Path, record: dict) -> None:
+def _write_json(path: Path, record: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda partial: partial.write_text(json.dumps(record, indent=1)))
 

@@ -11,18 +11,23 @@ import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
+from transformers import PreTrainedTokenizerBase
 
 from halo.config import DataSettings, HaloError
 from halo.evaluation.needle import NeedleTask
 from halo.sources import StreamedText, is_held_out, open_source
+
+if TYPE_CHECKING:
+    import datasets
 
 MAX_NEEDLES = 8
 
@@ -58,14 +63,16 @@ class Batch:
 class TokenStore:
     """Tokenised documents: tokens int32 [total], offsets int64 [documents + 1]; each document ends in EOS."""
 
-    def __init__(self, tokens: np.ndarray, offsets: np.ndarray):
+    def __init__(self, tokens: np.ndarray, offsets: np.ndarray) -> None:
         self.tokens, self.offsets = tokens, offsets
 
     @classmethod
-    def build(cls, texts: Iterable[str], tokenizer) -> "TokenStore":
-        pieces, lengths, waiting = [], [], []
+    def build(cls, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> "TokenStore":
+        pieces: list[np.ndarray] = []
+        lengths: list[int] = []
+        waiting: list[str] = []
 
-        def encode():
+        def encode() -> None:
             for ids in tokenizer(waiting, add_special_tokens=False, verbose=False)["input_ids"] if waiting else []:
                 pieces.append(np.array([*ids, tokenizer.eos_token_id], dtype=np.int32))
                 lengths.append(len(ids) + 1)
@@ -80,7 +87,9 @@ class TokenStore:
         return cls(tokens, np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64))
 
     @classmethod
-    def cached(cls, directory: Path, texts: Callable[[], Iterable[str]], tokenizer) -> "TokenStore":
+    def cached(
+        cls, directory: Path, texts: Callable[[], Iterable[str]], tokenizer: PreTrainedTokenizerBase
+    ) -> "TokenStore":
         """The store saved under `directory`, made from `texts()` if it is not there."""
         if not (directory / "offsets.npy").is_file():
             store = cls.build(texts(), tokenizer)
@@ -99,7 +108,7 @@ class TokenStore:
 class PackedOrder:
     """One epoch over a store: documents in seeded order, laid end to end, cut into chunks, chunks in seeded order."""
 
-    def __init__(self, store: TokenStore, length: int, seed: int, epoch: int):
+    def __init__(self, store: TokenStore, length: int, seed: int, epoch: int) -> None:
         rng = np.random.default_rng([seed, epoch])
         self.store, self.length = store, length
         self.documents = rng.permutation(len(store))
@@ -132,7 +141,7 @@ class PackedOrder:
 class ChunkStream(IterableDataset):
     """Endless batches; `state_dict` and `load_state_dict` hold the position. Subclasses say what the next chunk is."""
 
-    def __init__(self, length: int, batch: int, seed: int, needle_ratio: float, episode: EpisodeMaker | None):
+    def __init__(self, length: int, batch: int, seed: int, needle_ratio: float, episode: EpisodeMaker | None) -> None:
         if needle_ratio and episode is None:
             raise ValueError("ChunkStream: episode must be given with needle_ratio > 0")
         self.length, self.batch, self.seed = length, batch, seed
@@ -156,7 +165,7 @@ class ChunkStream(IterableDataset):
     def _sample(self) -> tuple[np.ndarray, np.ndarray]:
         number = self.samples
         self.samples += 1
-        if self.needle_ratio and random.Random(f"{self.seed}:{number}").random() < self.needle_ratio:
+        if self.episode is not None and random.Random(f"{self.seed}:{number}").random() < self.needle_ratio:
             return self.episode(number, self.length), np.zeros(self.length, np.int32)
         return self.next_chunk()
 
@@ -164,23 +173,23 @@ class ChunkStream(IterableDataset):
 class StoredChunks(ChunkStream):
     """Chunks of a TokenStore, epoch after epoch."""
 
-    def __init__(self, store: TokenStore, **options):
+    def __init__(self, store: TokenStore, **options: Any) -> None:
         super().__init__(**options)
         self.store, self.position, self.epoch = store, 0, 0
         self.order = PackedOrder(store, self.length, self.seed, 0)
         if not len(self.order):
             raise HaloError(f"data: must hold at least one chunk of {self.length} tokens, got {len(store.tokens)}")
 
-    def next_chunk(self):
+    def next_chunk(self) -> tuple[np.ndarray, np.ndarray]:
         if self.position == len(self.order):
             self._start_epoch(self.epoch + 1)
         self.position += 1
         return self.order.chunk(self.position - 1)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"position": self.position, "epoch": self.epoch}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self._start_epoch(state["epoch"])
         self.position = state["position"]
@@ -196,7 +205,13 @@ class StreamedChunks(ChunkStream):
     `rows`: a datasets.IterableDataset. Its own shuffle buffer would be refilled, not restored, on resume.
     """
 
-    def __init__(self, rows, encode: Callable[[dict], list[int] | None], shuffle_buffer: int, **options):
+    def __init__(
+        self,
+        rows: "datasets.IterableDataset",
+        encode: Callable[[dict[str, Any]], list[int] | None],
+        shuffle_buffer: int,
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
         self.rows, self.encode, self.shuffle_buffer = rows, encode, shuffle_buffer
         self.rng = np.random.default_rng(self.seed)
@@ -204,7 +219,7 @@ class StreamedChunks(ChunkStream):
         self.left_ids, self.left_documents = np.zeros(0, np.int64), np.zeros(0, np.int32)
         self.chunks = self._pack()
 
-    def next_chunk(self):
+    def next_chunk(self) -> tuple[np.ndarray, np.ndarray]:
         while len(self.buffer) < self.shuffle_buffer:
             self.buffer.append(next(self.chunks))
         slot = int(self.rng.integers(len(self.buffer)))
@@ -212,11 +227,11 @@ class StreamedChunks(ChunkStream):
         self.buffer.pop()
         return chosen
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         arrays = {"left_ids": self.left_ids, "left_documents": self.left_documents, "buffer": list(self.buffer)}
         return super().state_dict() | arrays | {"rows": self.rows.state_dict(), "rng": self.rng.bit_generator.state}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.left_ids, self.left_documents = state["left_ids"], state["left_documents"]
         self.buffer = list(state["buffer"])
@@ -224,7 +239,7 @@ class StreamedChunks(ChunkStream):
         self.rows.load_state_dict(state["rows"])
         self.chunks = self._pack()
 
-    def _pack(self):
+    def _pack(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         while True:
             empty = True
             for row in self.rows:
@@ -247,7 +262,9 @@ class StreamedChunks(ChunkStream):
 class Corpus:
     """The data of one conversion: training batches, and held-out text that training never sees."""
 
-    def __init__(self, settings: DataSettings, tokenizer, seed: int = 0, cache: Path | None = None):
+    def __init__(
+        self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int = 0, cache: Path | None = None
+    ) -> None:
         if tokenizer.eos_token_id is None:
             raise HaloError("teacher: its tokenizer must have an EOS token to end documents with, got none")
         self.settings, self.tokenizer, self.seed, self.cache = settings, tokenizer, seed, cache
@@ -261,10 +278,18 @@ class Corpus:
         ratio = self.settings.needle_ratio if needle_ratio is None else needle_ratio
         seed = self.seed + 1000 * offset
         episode = self.episodes(seed) if ratio else None
-        options = {"length": length, "batch": batch, "seed": seed, "needle_ratio": ratio, "episode": episode}
+        options: dict[str, Any] = {
+            "length": length,
+            "batch": batch,
+            "seed": seed,
+            "needle_ratio": ratio,
+            "episode": episode,
+        }
+        options["episode"] = episode
         if isinstance(self.source, StreamedText):
             rows = self.source.rows(shuffle_seed=seed)
-            stream = StreamedChunks(rows, self._encode_row, self.settings.shuffle_buffer, **options)
+            encode = partial(self._encode_row, self.source)
+            stream: ChunkStream = StreamedChunks(rows, encode, self.settings.shuffle_buffer, **options)
         else:
             stream = StoredChunks(self.store(held_out=False), **options)
         with warnings.catch_warnings():
@@ -322,8 +347,8 @@ class Corpus:
         parts = [self.source.fingerprint(), vocabulary, self.settings.model_dump_json()]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
-    def _encode_row(self, row: dict) -> list[int] | None:
-        text = self.source.text(row)
+    def _encode_row(self, source: StreamedText, row: dict[str, Any]) -> list[int] | None:
+        text = source.text(row)
         if not text or is_held_out(text, self.settings.held_out):
             return None
         return [

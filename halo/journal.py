@@ -1,7 +1,7 @@
 """Finished pieces of a measurement, one JSON line each, so that a killed run takes up after the last of them."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ class Journal:
     The first line holds the settings that the pieces belong to; pieces of other settings are refused.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any]):
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
         self.pieces: dict[str, Any] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ class Journal:
         return self.pieces[key]
 
 
-def _whole_lines(path: Path):
+def _whole_lines(path: Path) -> Iterator[Any]:
     for line in path.read_text().splitlines():
         try:
             yield json.loads(line)

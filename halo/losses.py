@@ -5,6 +5,9 @@ if given, `vocab_chunk` entries) at a time, in fp32 (fp64 for fp64 inputs); grad
 so neither model's [N, V] tensor is ever stored.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -75,7 +78,15 @@ def mixer_mse(outputs: list[Tensor], targets: list[Tensor]) -> Tensor:
 
 class _LinearKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h_ND, weight, teacher_ND, teacher_weight, token_chunk, vocab_chunk):
+    def forward(
+        ctx: Any,
+        h_ND: Tensor,
+        weight: Tensor,
+        teacher_ND: Tensor,
+        teacher_weight: Tensor,
+        token_chunk: int,
+        vocab_chunk: int | None,
+    ) -> Tensor:
         grads = _Gradients(ctx, h_ND, weight, 1.0 / max(h_ND.shape[0], 1))
         total = _wide(h_ND).new_zeros(())
         with torch.autocast(h_ND.device.type, enabled=False):
@@ -92,13 +103,15 @@ class _LinearKL(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return (*_scaled(ctx, grad), None, None, None, None)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h_ND, weight, labels, token_chunk, vocab_chunk):
+    def forward(
+        ctx: Any, h_ND: Tensor, weight: Tensor, labels: Tensor, token_chunk: int, vocab_chunk: int | None
+    ) -> Tensor:
         grads = _Gradients(ctx, h_ND, weight, 1.0 / max(int((labels != IGNORE).sum()), 1))
         total = _wide(h_ND).new_zeros(())
         with torch.autocast(h_ND.device.type, enabled=False):
@@ -116,14 +129,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return (*_scaled(ctx, grad), None, None, None)
 
 
 class _Gradients:
     """Sums d_hidden and d_weight over the pieces; the loss and both are multiplied by `scale` at the end."""
 
-    def __init__(self, ctx, h_ND: Tensor, weight: Tensor, scale: float):
+    def __init__(self, ctx: Any, h_ND: Tensor, weight: Tensor, scale: float) -> None:
         self.needed = any(ctx.needs_input_grad[:2])
         self.scale = scale
         self.dtypes = h_ND.dtype, weight.dtype
@@ -137,20 +150,20 @@ class _Gradients:
         self.d_hidden[rows].addmm_(d_logits, self.weight[columns].to(d_logits.dtype))
         self.d_weight[columns].addmm_(d_logits.T, h)
 
-    def finish(self, ctx, total: Tensor) -> Tensor:
+    def finish(self, ctx: Any, total: Tensor) -> Tensor:
         if self.needed:
             d_hidden, d_weight = self.d_hidden.mul_(self.scale), self.d_weight.mul_(self.scale)
             ctx.save_for_backward(d_hidden.to(self.dtypes[0]), d_weight.to(self.dtypes[1]))
         return total * self.scale
 
 
-def _scaled(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _scaled(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     d_hidden, d_weight = ctx.saved_tensors
     need_hidden, need_weight = ctx.needs_input_grad[:2]
     return d_hidden * grad if need_hidden else None, d_weight * grad if need_weight else None
 
 
-def _log_softmax_pieces(h: Tensor, weight: Tensor, vocab_chunk: int | None):
+def _log_softmax_pieces(h: Tensor, weight: Tensor, vocab_chunk: int | None) -> Iterator[tuple[slice, Tensor]]:
     """(columns, log softmax(h @ weight^T)[:, columns]) piece by piece; several pieces cost the logits twice."""
     pieces = list(_spans(weight.shape[0], vocab_chunk or weight.shape[0]))
     if len(pieces) == 1:
@@ -167,5 +180,5 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _spans(total: int, size: int):
+def _spans(total: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, total)) for start in range(0, total, size))

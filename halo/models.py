@@ -9,15 +9,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, Qwen3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3ForCausalLM,
+)
 
-import hypenet
 from halo.config import HaloError
 from halo.data import Batch
+from hypenet import HypeNetForCausalLM, MixerContext, from_qwen3
 from hypenet.conversion import check_teacher
+from hypenet.mixers import Mixer
 
 
 @dataclass
@@ -29,14 +38,16 @@ class AttentionCall:
     position_embeddings: tuple[Tensor, Tensor]
 
 
-def load_teacher(name: str, device: torch.device) -> nn.Module:
+def load_teacher(name: str, device: torch.device) -> Qwen3ForCausalLM:
     """The Qwen3ForCausalLM in fp32 of a directory, a Hugging Face name, or "demo": the one that ships."""
     with _teacher_errors(name):
         check_teacher(_qwen3_config(name))
-        return Qwen3ForCausalLM.from_pretrained(_teacher_path(name), dtype=torch.float32).to(device)
+        teacher = Qwen3ForCausalLM.from_pretrained(_teacher_path(name), dtype=torch.float32)
+    teacher.to(device)  # type: ignore[arg-type]  # transformers wraps Module.to without its types
+    return teacher
 
 
-def load_tokenizer(name: str):
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a teacher."""
     with _teacher_errors(name):
         vocabulary = _qwen3_config(name).vocab_size
@@ -48,39 +59,49 @@ def load_tokenizer(name: str):
     return tokenizer
 
 
-def load_hypenet(directory: Path, device: torch.device) -> nn.Module:
+def load_hypenet(directory: Path, device: torch.device) -> HypeNetForCausalLM:
     """A HypeNet of an earlier stage, in fp32."""
-    return hypenet.HypeNetForCausalLM.from_pretrained(directory, dtype=torch.float32).to(device)
+    model = HypeNetForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model.to(device)  # type: ignore[arg-type]
+    return model
 
 
-def make_twins(teacher: nn.Module, mixer: str) -> nn.Module:
+def make_twins(teacher: Qwen3ForCausalLM, mixer: str) -> HypeNetForCausalLM:
     """The weight transfer (HALO, 4.1): a HypeNet whose every layer is the recurrent twin of the teacher's."""
-    return hypenet.from_qwen3(teacher, keep_layers=[], mixer=mixer)
+    return from_qwen3(teacher, keep_layers=[], mixer=mixer)
 
 
-def make_student(teacher: nn.Module, twins: nn.Module, layers: list[int], mixer: str, gate_init: str) -> nn.Module:
+def make_student(
+    teacher: Qwen3ForCausalLM, twins: HypeNetForCausalLM, layers: list[int], mixer: str, gate_init: str
+) -> HypeNetForCausalLM:
     """The hybrid of stage 2: attention (no position encoding, gated) in `layers`, the twins' own mixers elsewhere."""
     aligned = {layer: twin for layer, twin in enumerate(mixers(twins)) if layer not in layers}
-    return hypenet.from_qwen3(teacher, keep_layers=layers, mixer=mixer, mixers=aligned, gate_init=gate_init)
+    return from_qwen3(teacher, keep_layers=layers, mixer=mixer, mixers=aligned, gate_init=gate_init)
 
 
-def mixers(model: nn.Module) -> list[nn.Module]:
+def mixers(model: HypeNetForCausalLM) -> list[Mixer]:
     """The token mixer of every layer of a HypeNet."""
-    return [layer.self_attn for layer in model.model.layers]
+    return [cast(Mixer, layer.self_attn) for layer in model.model.layers]
 
 
-def run_mixer(mixer: nn.Module, x_BTD: Tensor, position_embeddings, cu_seqlens: Tensor | None = None) -> Tensor:
+def run_mixer(
+    mixer: nn.Module,
+    x_BTD: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
     """A mixer of a HypeNet on its own."""
-    return mixer(x_BTD, hypenet.MixerContext(position_embeddings=position_embeddings, cu_seqlens=cu_seqlens))
+    return mixer(x_BTD, MixerContext(position_embeddings=position_embeddings, cu_seqlens=cu_seqlens))
 
 
-def hidden_states(model: nn.Module, batch: Batch, isolate_documents: bool = False) -> Tensor:
+def hidden_states(model: PreTrainedModel, batch: Batch, isolate_documents: bool = False) -> Tensor:
     """The last hidden states, after the final norm [B, T, D].
 
     Isolated documents run as one packed sequence whose positions restart with every document; both model classes keep
     such documents apart.
     """
-    ids, options = batch.input_ids, {}
+    ids = batch.input_ids
+    options: dict[str, Tensor] = {}
     if isolate_documents:
         ids = ids.view(1, -1)
         options["position_ids"] = document_positions(batch)
@@ -97,11 +118,11 @@ def document_positions(batch: Batch) -> Tensor:
 
 
 @contextmanager
-def recorded_attention(teacher: nn.Module) -> Iterator[list[AttentionCall]]:
+def recorded_attention(teacher: Qwen3ForCausalLM) -> Iterator[list[AttentionCall]]:
     """Inside, a forward of the teacher leaves one AttentionCall a layer in the list."""
     calls: list[AttentionCall] = []
 
-    def record(module, args, kwargs, output):
+    def record(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         calls.append(AttentionCall(x, output[0], kwargs["position_embeddings"]))
 
@@ -114,7 +135,7 @@ def recorded_attention(teacher: nn.Module) -> Iterator[list[AttentionCall]]:
 
 
 @contextmanager
-def swapped(teacher: nn.Module, twins: nn.Module, layer: int) -> Iterator[None]:
+def swapped(teacher: Qwen3ForCausalLM, twins: HypeNetForCausalLM, layer: int) -> Iterator[None]:
     """Inside, layer `layer` of the teacher runs on its recurrent twin; nothing is copied."""
     block = teacher.model.layers[layer]
     original = block.self_attn
@@ -125,7 +146,7 @@ def swapped(teacher: nn.Module, twins: nn.Module, layer: int) -> Iterator[None]:
         block.self_attn = original
 
 
-def set_logit_scale_base(model: nn.Module, base: float | None) -> None:
+def set_logit_scale_base(model: PreTrainedModel, base: float | None) -> None:
     """The `a` of the HyPE scale of a HypeNet's softmax layers; None for no scale."""
     model.config.attn_logits_scaling = None if base is None else f"hype {base:g}"
 
@@ -133,11 +154,18 @@ def set_logit_scale_base(model: nn.Module, base: float | None) -> None:
 class _TwinAttention(nn.Module):
     """A recurrent mixer in the calling convention of Qwen3Attention, for a forward without cache or padding."""
 
-    def __init__(self, mixer: nn.Module):
+    def __init__(self, mixer: nn.Module) -> None:
         super().__init__()
         self.mixer = mixer
 
-    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
         if past_key_values is not None:
             raise NotImplementedError("swapped: the cache must be off, got past_key_values")
         return run_mixer(self.mixer, hidden_states, position_embeddings), None
@@ -147,7 +175,7 @@ def _teacher_path(name: str) -> str:
     return str(resources.files("halo") / "demo" / "teacher") if name == "demo" else name
 
 
-def _qwen3_config(name: str):
+def _qwen3_config(name: str) -> PreTrainedConfig:
     is_path = name.startswith((".", "/")) or name.count("/") > 1
     if is_path and not Path(name).is_dir():
         raise HaloError(f"teacher: must be an existing directory or a Hugging Face name, got {name}")

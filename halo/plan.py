@@ -32,7 +32,7 @@ class Measurements:
     swapped_recall: np.ndarray
     swapped_loss: np.ndarray
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         layers = self.swapped_recall.shape[0]
         if self.swapped_recall.shape != (layers, *self.recall.shape) or self.recall.ndim != 1:
             raise ValueError(
@@ -134,7 +134,9 @@ def paper_scores(recall: np.ndarray, language: np.ndarray, eps: float) -> np.nda
     return (recall.max() - recall) / (language.max() - language + eps)
 
 
-def _warnings(measured, rule, layers, kept, stable_share) -> list[str]:
+def _warnings(
+    measured: Measurements, rule: ScoreRule, layers: list[int], kept: np.ndarray, stable_share: float
+) -> list[str]:
     warnings = []
     unsure = [layer for layer in layers if kept[layer] < stable_share]
     if unsure:

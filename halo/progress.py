@@ -2,9 +2,10 @@
 
 import sys
 import time
+from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 console = Console(highlight=False)
 LINE_SECONDS = 10.0
@@ -13,12 +14,13 @@ LINE_SECONDS = 10.0
 class StageProgress:
     """A context manager; `update(step, loss, tokens_per_second)` after each reported step."""
 
-    def __init__(self, name: str, total: int):
+    def __init__(self, name: str, total: int) -> None:
         self.name, self.total = name, total
-        self.bar = self.task = None
+        self.bar: Progress | None = None
+        self.task = TaskID(0)
         self.last_line = time.monotonic()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         if console.is_terminal:
             columns = (TextColumn("{task.description:10}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
             self.bar = Progress(*columns, TextColumn("{task.fields[note]}"), TimeRemainingColumn(), console=console)
@@ -26,7 +28,7 @@ class StageProgress:
             self.bar.start()
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: Any) -> None:
         if self.bar:
             self.bar.stop()
 

@@ -65,8 +65,8 @@ def plot_evaluation(rows: list[dict], training_length: int, path: Path) -> None:
         for axes, key in zip(panels, ("recall", "bits_per_byte"), strict=True):
             points = [(row["length"], row[key], row[f"{key}_error"] or 0) for row in own if row[key] is not None]
             if points:
-                lengths, values, errors = zip(*points, strict=True)
-                axes.errorbar(lengths, values, yerr=errors, marker=marker, capsize=2, label=label)
+                places, values, errors = zip(*points, strict=True)
+                axes.errorbar(places, values, yerr=errors, marker=marker, capsize=2, label=label)
     lengths = sorted({row["length"] for row in rows})
     for axes, title in zip(panels, ("needle recall", "bits per byte on held-out text"), strict=True):
         axes.set_xscale("log", base=2)

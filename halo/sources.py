@@ -9,16 +9,20 @@ import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from halo.config import DataSettings, HaloError
 from halo.demo import corpus
+
+if TYPE_CHECKING:
+    import datasets
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
 # Of a streamed dataset, so many documents of each side of the split are read for evaluation and for episodes.
 STREAMED_DOCUMENTS = 500
 
 
-def open_source(settings: DataSettings):
+def open_source(settings: DataSettings) -> "Source":
     """The source that `settings.source` names; HaloError if there is none."""
     path = Path(settings.source)
     if settings.source == "stdlib":
@@ -38,7 +42,7 @@ def is_held_out(text: str, share: float) -> bool:
 class LocalText:
     """A file, or all text files under a directory in name order; JSONL by its suffix."""
 
-    def __init__(self, settings: DataSettings, path: Path):
+    def __init__(self, settings: DataSettings, path: Path) -> None:
         self.settings, self.path = settings, path
         below = () if path.is_file() else sorted(path.rglob("*"))
         self.files = [file for file in below if file.suffix in TEXT_SUFFIXES and file.is_file()]
@@ -73,11 +77,11 @@ class LocalText:
 class StreamedText:
     """A Hugging Face dataset, read as it downloads."""
 
-    def __init__(self, settings: DataSettings):
+    def __init__(self, settings: DataSettings) -> None:
         self.settings = settings
         self.rows(shuffle_seed=0)
 
-    def rows(self, shuffle_seed: int):
+    def rows(self, shuffle_seed: int) -> "datasets.IterableDataset":
         import datasets
 
         name, subset = self.settings.source, self.settings.subset
@@ -101,7 +105,7 @@ class StreamedText:
                 if found == STREAMED_DOCUMENTS:
                     return
 
-    def text(self, row: dict) -> str:
+    def text(self, row: dict[str, Any]) -> str:
         if not isinstance(row.get(self.settings.field), str):
             columns = ", ".join(sorted(row))
             raise HaloError(f"data.field: must name a column of text, one of {columns}, got {self.settings.field}")
@@ -123,3 +127,6 @@ class StandardLibrary:
             for text in self.texts(held_out):
                 digest.update(text.encode())
         return digest.hexdigest()
+
+
+Source = LocalText | StreamedText | StandardLibrary

@@ -9,13 +9,15 @@ import math
 import os
 import random
 import time
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from halo.config import HaloError, TrainingSettings
 from halo.data import Batch
@@ -24,12 +26,16 @@ from halo.progress import StageProgress, say
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
 
+Autocast = AbstractContextManager[Any]
+
 
 class Stage(Protocol):
     """A dataclass of what the stage needs, and these."""
 
-    name: str
-    settings: TrainingSettings
+    name: ClassVar[str]
+
+    @property
+    def settings(self) -> TrainingSettings: ...
 
     def build(self) -> nn.Module:
         """Builds and freezes; the trainable parameters of the returned module are trained and checkpointed."""
@@ -41,7 +47,14 @@ class Stage(Protocol):
         """Which parameters share one clipped gradient norm."""
 
 
-def train(stage: Stage, batches, directory: Path, device: torch.device, precision: str = "fp32", seed: int = 0):
+def train(
+    stage: Stage,
+    batches: StatefulDataLoader,
+    directory: Path,
+    device: torch.device,
+    precision: str = "fp32",
+    seed: int = 0,
+) -> nn.Module:
     """Runs all steps of a stage and returns the trained module.
 
     `batches` is a StatefulDataLoader of Batch. `directory` receives metrics.jsonl and, while the stage is not finished,
@@ -58,7 +71,7 @@ def train(stage: Stage, batches, directory: Path, device: torch.device, precisio
         trained, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
     )
     start, elapsed = _resume(stage, directory, module, optimizer, batches)
-    autocast = nullcontext() if precision == "fp32" else torch.autocast(device.type, torch.bfloat16)
+    autocast: Autocast = nullcontext() if precision == "fp32" else torch.autocast(device.type, torch.bfloat16)
     source = iter(batches)
     last_step, last_time = start, time.monotonic()
     began = last_time - elapsed
@@ -74,7 +87,7 @@ def train(stage: Stage, batches, directory: Path, device: torch.device, precisio
             optimizer.zero_grad(set_to_none=True)
             done = step + 1
             if done % settings.log_every == 0 or done == settings.steps or done == 1:
-                record = {"step": done, "lr": rate, "grad_norm": float(norms.max())}
+                record: dict[str, Any] = {"step": done, "lr": rate, "grad_norm": float(norms.max())}
                 record |= {key: value.tolist() for key, value in logged.items()}
                 _check_finite(stage, record)
                 now = time.monotonic()
@@ -98,7 +111,7 @@ def learning_rate(step: int, settings: TrainingSettings) -> float:
     return settings.final_learning_rate + 0.5 * drop * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def write_atomically(path: Path, write) -> None:
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Calls `write(path)` on a neighbour of `path` and renames: after a kill there is the old file or the new one."""
     partial = path.with_name(path.name + ".partial")
     write(partial)
@@ -107,7 +120,7 @@ def write_atomically(path: Path, write) -> None:
     os.replace(partial, path)
 
 
-def _backward(stage: Stage, batch: Batch, micro_batch: int | None, autocast) -> dict[str, Tensor]:
+def _backward(stage: Stage, batch: Batch, micro_batch: int | None, autocast: Autocast) -> dict[str, Tensor]:
     """Gradients of the mean over micro-batches; returns the mean of what the stage logs."""
     parts = batch.split(micro_batch)
     sums: dict[str, Tensor] = {}
@@ -133,7 +146,15 @@ def _check_finite(stage: Stage, record: dict[str, Any]) -> None:
         )
 
 
-def _save(stage, directory, module, optimizer, batches, done: int, elapsed: float) -> None:
+def _save(
+    stage: Stage,
+    directory: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: StatefulDataLoader,
+    done: int,
+    elapsed: float,
+) -> None:
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     state = {
         "settings": stage.settings.model_dump(mode="json"),
@@ -151,7 +172,13 @@ def _save(stage, directory, module, optimizer, batches, done: int, elapsed: floa
     write_atomically(directory / CHECKPOINT, lambda path: torch.save(state, path))
 
 
-def _resume(stage, directory, module, optimizer, batches) -> tuple[int, float]:
+def _resume(
+    stage: Stage,
+    directory: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: StatefulDataLoader,
+) -> tuple[int, float]:
     """Restores the last checkpoint, if any; returns the number of finished steps and the seconds they took."""
     path = directory / CHECKPOINT
     if not path.is_file():

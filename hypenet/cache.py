@@ -5,6 +5,8 @@ sequence sees does not depend on the batch it is in. B batch, HK key-value heads
 and columns.
 """
 
+from typing import Any, NoReturn
+
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
@@ -18,22 +20,25 @@ class SoftmaxCacheLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def reserve(self, k: torch.Tensor, batch: int, capacity: int) -> None:
+    keys: torch.Tensor | None
+    values: torch.Tensor | None
+
+    def reserve(self, k: torch.Tensor, batch: int, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Room for `capacity` tokens in each of `batch` sequences, with the heads and dtype of k [..., HK, D]."""
-        if self.keys is not None and self.keys.shape[1] >= capacity:
-            return
         present = 0 if self.keys is None else self.keys.shape[1]
+        if self.keys is not None and self.values is not None and present >= capacity:
+            return self.keys, self.values
         capacity = max(capacity, 2 * present)
-        grown = [k.new_empty(batch, capacity, *k.shape[-2:]) for _ in range(2)]
-        if self.keys is not None:
-            for new, old in zip(grown, (self.keys, self.values), strict=True):
-                new[:, :present] = old
-        self.keys, self.values = grown
+        keys, values = (k.new_empty(batch, capacity, *k.shape[-2:]) for _ in range(2))
+        if self.keys is not None and self.values is not None:
+            keys[:, :present], values[:, :present] = self.keys, self.values
+        self.keys, self.values = keys, values
         self.is_initialized = True
+        return keys, values
 
     def resize_batch(self, index: torch.Tensor, length: int) -> None:
         """Row b becomes what row index[b] was; only the first `length` tokens carry anything."""
-        if self.keys is None:
+        if self.keys is None or self.values is None:
             return
         if index.shape[0] == self.keys.shape[0]:
             self.keys[:, :length] = self.keys[:, :length].index_select(0, index)
@@ -45,21 +50,21 @@ class SoftmaxCacheLayer(CacheLayerMixin):
         pass  # lengths of zero make the old content unreachable
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self._refuse("lazy_initialization")
+        self._reject("lazy_initialization")
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> None:
-        self._refuse("update")
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> NoReturn:
+        self._reject("update")
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        self._refuse("get_mask_sizes")
+    def get_mask_sizes(self, query_length: int) -> NoReturn:
+        self._reject("get_mask_sizes")
 
-    def get_seq_length(self) -> int:
-        self._refuse("get_seq_length")
+    def get_seq_length(self) -> NoReturn:
+        self._reject("get_seq_length")
 
     def get_max_length(self) -> int:
         return -1
 
-    def _refuse(self, method: str) -> None:
+    def _reject(self, method: str) -> NoReturn:
         raise NotImplementedError(f"{type(self).__name__}: {method} is not offered by one layer, ask the HypeNetCache")
 
 
@@ -70,12 +75,14 @@ class RecurrentCacheLayer(LinearAttentionLayer):
     writing the recurrent state marks it.
     """
 
+    device: torch.device | None  # type: ignore[assignment]  # the base class sets None
+
     @property
     def state(self) -> torch.Tensor | None:
         """The state, or None before the first token."""
         return self.recurrent_states[0] if self.has_previous_state[0] else None
 
-    def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs) -> torch.Tensor:
+    def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs: Any) -> torch.Tensor:
         self.device = recurrent_states.device
         self.has_previous_state[state_idx] = True
         return super().update_recurrent_state(recurrent_states.detach(), state_idx, **kwargs)
@@ -103,9 +110,10 @@ class HypeNetCache(Cache):
         ragged: Whether the lengths may differ.
     """
 
+    layers: list[SoftmaxCacheLayer | RecurrentCacheLayer]  # type: ignore[assignment]  # narrower than in Cache
+
     def __init__(self, config: HypeNetConfig, capacity: int = 0) -> None:
-        layers = [SoftmaxCacheLayer() if mixer == SOFTMAX else RecurrentCacheLayer() for mixer in config.mixer_types]
-        super().__init__(layers=layers)
+        super().__init__(layers=[SoftmaxCacheLayer() if x == SOFTMAX else RecurrentCacheLayer() for x in config.mixers])
         self.capacity = capacity
         self.lengths: torch.Tensor | None = None
         self.max_length = 0
@@ -125,16 +133,30 @@ class HypeNetCache(Cache):
     def advance(self, columns: int, tokens: torch.Tensor | int, longest: int, ragged: bool) -> None:
         """Called by the model after its layers ran: `columns` of input held `tokens` (a number, or one for each
         sequence, at most `longest`) real tokens."""
+        assert self.lengths is not None, "prepare() comes first"
         self.lengths += tokens
         self.max_length += longest
         self.ragged |= ragged
         self._columns += columns
 
-    def reserve(self, layer_idx: int, k: torch.Tensor, new_tokens: int) -> SoftmaxCacheLayer:
+    def reserve(self, layer_idx: int, k: torch.Tensor, new_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The buffers of a softmax layer, with room for `new_tokens` more in each sequence; k [..., HK, D]."""
         layer = self.layers[layer_idx]
-        layer.reserve(k, self.batch_size, max(self.max_length + new_tokens, self.capacity if layer.keys is None else 0))
-        return layer
+        assert isinstance(layer, SoftmaxCacheLayer)
+        capacity = max(self.max_length + new_tokens, self.capacity if layer.keys is None else 0)
+        return layer.reserve(k, self.batch_size, capacity)
+
+    def state(self, layer_idx: int) -> torch.Tensor | None:
+        """The state of a recurrent layer, or None before the first token."""
+        layer = self.layers[layer_idx]
+        assert isinstance(layer, RecurrentCacheLayer)
+        return layer.state
+
+    def store_state(self, layer_idx: int, state: torch.Tensor) -> None:
+        """Keeps `state` as the state of a recurrent layer."""
+        layer = self.layers[layer_idx]
+        assert isinstance(layer, RecurrentCacheLayer)
+        layer.update_recurrent_state(state)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of input seen so far, padding included: what transformers calls the length of a cache."""
@@ -145,13 +167,10 @@ class HypeNetCache(Cache):
 
     def nbytes(self) -> int:
         """Bytes of all buffers, unused capacity included."""
-        tensors = [self.lengths] if self.lengths is not None else []
+        tensors = [self.lengths]
         for layer in self.layers:
-            if isinstance(layer, RecurrentCacheLayer):
-                tensors += [layer.state] if layer.state is not None else []
-            elif layer.keys is not None:
-                tensors += [layer.keys, layer.values]
-        return sum(x.nbytes for x in tensors)
+            tensors += [layer.state] if isinstance(layer, RecurrentCacheLayer) else [layer.keys, layer.values]
+        return sum(x.nbytes for x in tensors if x is not None)
 
     @property
     def batch_size(self) -> int:
@@ -201,7 +220,7 @@ class HypeNetCache(Cache):
         sequences differ in length (which columns were padding is not stored).
         """
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(self._columns - tokens_to_remove, 0)
-        if removed == 0 or self._columns == 0:
+        if removed == 0 or self._columns == 0 or self.lengths is None:
             return
         recurrent = [i for i, layer in enumerate(self.layers) if isinstance(layer, RecurrentCacheLayer)]
         if recurrent:

@@ -1,6 +1,6 @@
 """The configuration of a HypeNet: a Qwen3 decoder whose layers are softmax attention or a linear recurrence."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from transformers import PreTrainedConfig
@@ -106,14 +106,19 @@ class HypeNetConfig(PreTrainedConfig):
         self.layer_types = [LAYER_TYPES[mixer] for mixer in self.mixer_types]
 
     @property
+    def mixers(self) -> list[str]:
+        """The kind of every layer: `mixer_types`, which is a list once the configuration is made."""
+        return cast(list[str], self.mixer_types)
+
+    @property
     def softmax_layers(self) -> list[int]:
         """Indices of the layers that are softmax attention."""
-        return [i for i, mixer in enumerate(self.mixer_types) if mixer == SOFTMAX]
+        return [i for i, mixer in enumerate(self.mixers) if mixer == SOFTMAX]
 
     @property
     def recurrent_layers(self) -> list[int]:
         """Indices of the layers that are a linear recurrence."""
-        return [i for i, mixer in enumerate(self.mixer_types) if mixer != SOFTMAX]
+        return [i for i, mixer in enumerate(self.mixers) if mixer != SOFTMAX]
 
     @property
     def logit_scale_base(self) -> float | None:
@@ -125,26 +130,38 @@ class HypeNetConfig(PreTrainedConfig):
         """The constant that multiplies the attention logits, 1 unless `attn_logits_scaling` is a number."""
         return parse_logits_scaling(self.attn_logits_scaling)[1]
 
+    def head_sizes(self, mixer: str) -> tuple[int, int, int]:
+        """Return (query heads, key-value heads, head dimension) of the layers of kind `mixer`."""
+        sizes = {
+            SOFTMAX: (self.num_attention_heads, self.num_key_value_heads, self.head_dim),
+            LIGHTNING: (self.lightning_nh, self.lightning_nkv, self.lightning_head_dim),
+            GDN: (self.gdn_nh, self.gdn_nkv, self.head_dim),
+        }
+        return cast(tuple[int, int, int], sizes[mixer])
+
     def cache_bytes_per_token(self, dtype: torch.dtype = torch.bfloat16) -> int:
         """Bytes by which the cache of one sequence grows for each token: keys and values of the softmax layers."""
-        return len(self.softmax_layers) * 2 * self.num_key_value_heads * self.head_dim * dtype.itemsize
+        _, kv_heads, head_dim = self.head_sizes(SOFTMAX)
+        return len(self.softmax_layers) * 2 * kv_heads * head_dim * dtype.itemsize
 
     def state_bytes(self) -> int:
         """Bytes of the recurrent states of one sequence, in float32, whatever its length."""
+        lightning_heads, _, lightning_dim = self.head_sizes(LIGHTNING)
+        gdn_heads, _, gdn_dim = self.head_sizes(GDN)
         sizes = {
             SOFTMAX: 0,
-            LIGHTNING: self.lightning_nh * self.lightning_head_dim**2,
-            GDN: self.gdn_nh * self.head_dim * int(self.head_dim * self.gdn_expand_v),
+            LIGHTNING: lightning_heads * lightning_dim**2,
+            GDN: gdn_heads * gdn_dim * int(gdn_dim * self.gdn_expand_v),
         }
-        return torch.float32.itemsize * sum(sizes[mixer] for mixer in self.mixer_types)
+        return torch.float32.itemsize * sum(sizes[mixer] for mixer in self.mixers)
 
     def _resolve_mixer_types(self) -> list[str]:
         if self.mixer_types is not None:
             mixers = [MIXER_ALIASES.get(mixer, mixer) for mixer in self.mixer_types]
             mixers = mixers or [SOFTMAX] * self.num_hidden_layers
         elif self.layer_types is not None:
-            names = {"full_attention": SOFTMAX, "linear_attention": LIGHTNING}
-            mixers = [names.get(layer, layer) for layer in self.layer_types]
+            kinds = {"full_attention": SOFTMAX, "linear_attention": LIGHTNING}
+            mixers = [kinds.get(layer, layer) for layer in self.layer_types]
         else:
             mixers = [SOFTMAX if i % 4 == 0 else LIGHTNING for i in range(self.num_hidden_layers)]
         for i, mixer in enumerate(mixers):

@@ -48,12 +48,13 @@ class MixerContext:
 
     def state(self, layer_idx: int) -> torch.Tensor | None:
         """The recurrent state that layer `layer_idx` starts from, [sequences, H, K, V] or None."""
-        return None if self.cache is None else self.cache.layers[layer_idx].state
+        return None if self.cache is None else self.cache.state(layer_idx)
 
     def store_state(self, layer_idx: int, state: torch.Tensor | None) -> None:
         """Keeps the recurrent state after the last token, if there is a cache."""
         if self.cache is not None:
-            self.cache.layers[layer_idx].update_recurrent_state(state)
+            assert state is not None
+            self.cache.store_state(layer_idx, state)
 
 
 class Packing:

@@ -6,14 +6,14 @@ Source: arXiv 2601.22156, sections 3 and 4. No training happens here.
 import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig, Qwen3Config, Qwen3ForCausalLM
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from hypenet.configuration_hypenet import MIXER_ALIASES, SOFTMAX, HypeNetConfig
 from hypenet.mixers import MIXERS, Mixer
-from hypenet.modeling_hypenet import HypeNetForCausalLM
+from hypenet.modeling_hypenet import HypeNetForCausalLM, rotary_embedding
 
 QWEN3_FIELDS = (
     "vocab_size",
@@ -41,7 +41,7 @@ def config_from_qwen3(
     keep_layers: Iterable[int],
     mixer: str = "lightning",
     logit_scale_base: float | None = None,
-    **options,
+    **options: Any,
 ) -> HypeNetConfig:
     """The configuration of a HypeNet that can take a Qwen3's weights.
 
@@ -60,7 +60,7 @@ def config_from_qwen3(
     if MIXER_ALIASES.get(mixer, mixer) not in MIXERS:
         raise ValueError(f"from_qwen3: mixer must be one of {[*MIXER_ALIASES, *MIXERS]}, got {mixer!r}")
     fields = {name: getattr(teacher, name) for name in QWEN3_FIELDS}
-    fields["rope_parameters"] = dict(teacher.rope_parameters)
+    fields["rope_parameters"] = dict(cast(dict[str, Any], teacher.rope_parameters))
     fields["mixer_types"] = [SOFTMAX if i in keep else mixer for i in range(teacher.num_hidden_layers)]
     if logit_scale_base is not None:
         fields["attn_logits_scaling"] = f"hype {logit_scale_base:g}"
@@ -75,7 +75,7 @@ def from_qwen3(
     *,
     mixers: Mapping[int, Mixer] | None = None,
     gate_init: str = "random",
-    **options,
+    **options: Any,
 ) -> HypeNetForCausalLM:
     """A HypeNet with a Qwen3's weights: softmax layers lose their positions and gain a gate, recurrent layers get the
     teacher's projections with key and value heads cloned to one for each query head; everything else is copied, an
@@ -104,10 +104,10 @@ def from_qwen3(
         given = None if mixers is None else mixers.get(i)
         if given is None:
             attention = teacher.model.layers[i].self_attn
-            given = MIXERS[config.mixer_types[i]].from_qwen3(attention, config, i, gate_init=gate_init)
-        elif (given.mixer_type, given.layer_idx) != (config.mixer_types[i], i):
+            given = MIXERS[config.mixers[i]].from_qwen3(attention, config, i, gate_init=gate_init)
+        elif (given.mixer_type, given.layer_idx) != (config.mixers[i], i):
             raise ValueError(
-                f"from_qwen3: mixers[{i}] must be of kind {config.mixer_types[i]!r} for layer {i}, "
+                f"from_qwen3: mixers[{i}] must be of kind {config.mixers[i]!r} for layer {i}, "
                 f"got {given.mixer_type!r} for layer {given.layer_idx}"
             )
         layer.self_attn = given
@@ -120,10 +120,9 @@ def check_teacher(config: PreTrainedConfig | None) -> None:
     model_type = getattr(config, "model_type", type(config).__name__)
     if model_type != "qwen3":
         raise ValueError(f"from_qwen3: teacher must be a Qwen3 language model (model_type 'qwen3'), got {model_type!r}")
-    if set(config.layer_types) != {"full_attention"}:
-        raise ValueError(
-            f"from_qwen3: teacher must have full attention in every layer, got {sorted(set(config.layer_types))}"
-        )
+    layers = set(getattr(config, "layer_types", ()))
+    if layers != {"full_attention"}:
+        raise ValueError(f"from_qwen3: teacher must have full attention in every layer, got {sorted(layers)}")
 
 
 def _copy_backbone(student: HypeNetForCausalLM, teacher: Qwen3ForCausalLM) -> None:
@@ -139,4 +138,4 @@ def _copy_backbone(student: HypeNetForCausalLM, teacher: Qwen3ForCausalLM) -> No
         )
     student.tie_weights()
     with torch.device(teacher.device):
-        student.model.rotary_emb = Qwen3RotaryEmbedding(student.config)
+        student.model.rotary_emb = rotary_embedding(student.config)

@@ -5,7 +5,8 @@ B batch, T tokens, C hidden size, H heads, D head dimension, K and V rows and co
 """
 
 import math
-from typing import Self
+from collections.abc import Callable
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -51,8 +52,6 @@ class Mixer(nn.Module):
         self,
         config: HypeNetConfig,
         layer_idx: int,
-        heads: tuple[int, int],
-        head_dim: int,
         *,
         bias: bool,
         use_qk_norm: bool,
@@ -61,8 +60,8 @@ class Mixer(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.num_heads, self.num_kv_heads = heads
-        self.head_dim = head_dim
+        self.num_heads, self.num_kv_heads, self.head_dim = config.head_sizes(self.mixer_type)
+        head_dim = self.head_dim
         self.use_rope = use_rope
         width, kv_width = self.num_heads * head_dim, self.num_kv_heads * head_dim
         self.q_proj = nn.Linear(config.hidden_size, width, bias=bias)
@@ -72,14 +71,15 @@ class Mixer(nn.Module):
         self.q_norm = HypeNetRMSNorm(head_dim, config.rms_norm_eps) if use_qk_norm else None
         self.k_norm = HypeNetRMSNorm(head_dim, config.rms_norm_eps) if use_qk_norm else None
 
-    def qkv(self, x_BTC: torch.Tensor, context: MixerContext) -> tuple[torch.Tensor, ...]:
+    def qkv(self, x_BTC: torch.Tensor, context: MixerContext) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q [B, T, H, D] and k, v [B, T, HK, D], normalised and rotated as this mixer does it, all of one dtype."""
         q, k, v = (proj(x_BTC).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = self.activate(q), self.activate(k), self.activate(v)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.use_rope:
-            q, k = rotate(q, *context.position_embeddings), rotate(k, *context.position_embeddings)
+            cos, sin = cast(tuple[torch.Tensor, torch.Tensor], context.position_embeddings)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return q.to(v.dtype), k.to(v.dtype), v
 
     def activate(self, x: torch.Tensor) -> torch.Tensor:
@@ -106,9 +106,9 @@ class Mixer(nn.Module):
         """
         if gate_init not in GATE_INITS:
             raise ValueError(f"from_qwen3: gate_init must be one of {GATE_INITS}, got {gate_init!r}")
-        weight = attention.q_proj.weight
+        weight = attention.get_parameter("q_proj.weight")
         with torch.device(weight.device):
-            mixer = cls(config, layer_idx).to(weight.dtype)
+            mixer = cast(Callable[[HypeNetConfig, int], Self], cls)(config, layer_idx).to(weight.dtype)
         mixer.copy_projections(attention)
         mixer.init_gate(gate_init)
         return mixer
@@ -137,11 +137,11 @@ class Mixer(nn.Module):
                 parameter.zero_()
             self.o_proj.weight.mul_(2)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         # Decays lose their meaning in half precision, so these tensors only change device there.
         kept = [getattr(self, name) for name in self.full_precision]
 
-        def keep_precision(x):
+        def keep_precision(x: torch.Tensor) -> torch.Tensor:
             y = fn(x)
             half = y.dtype in (torch.bfloat16, torch.float16)
             return x.to(y.device) if half and any(x is tensor for tensor in kept) else y
@@ -161,8 +161,6 @@ class SoftmaxAttention(Mixer):
         super().__init__(
             config,
             layer_idx,
-            (config.num_attention_heads, config.num_key_value_heads),
-            config.head_dim,
             bias=config.attention_bias,
             use_qk_norm=True,
             use_rope=config.attn_use_rope,
@@ -176,20 +174,22 @@ class SoftmaxAttention(Mixer):
         o = self.attend(q, k, v, gate, context)
         return self.o_proj(o.flatten(-2))
 
-    def attend(self, q, k, v, gate, context: MixerContext) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.Tensor | None, context: MixerContext
+    ) -> torch.Tensor:
         """Attention of the new tokens over the cache and themselves; appends k and v to the cache. [B, T, H, D]"""
-        options = {
+        options: dict[str, Any] = {
             "scale": self.head_dim**-0.5 * self.config.logit_scale_constant,
             "logit_scale_base": self.config.logit_scale_base,
         }
         if context.cache is None:
             return hype_attention(q, k, v, gate=gate, cu_seqlens=context.cu_seqlens, **options)
-        stored = context.cache.reserve(self.layer_idx, k, context.longest)
+        keys, values = context.cache.reserve(self.layer_idx, k, context.longest)
         if context.step:
             lengths = context.cache.lengths
-            return hype_attention_decode(q, stored.keys, stored.values, lengths, k=k, v=v, gate=gate, **options)
+            return hype_attention_decode(q, keys, values, lengths, k=k, v=v, gate=gate, **options)
         start, stop = context.past, context.past + k.shape[1]
-        for buffer, new in ((stored.keys, k.detach()), (stored.values, v.detach())):
+        for buffer, new in ((keys, k.detach()), (values, v.detach())):
             if context.slots is None:
                 buffer[:, start:stop] = new
             else:
@@ -197,14 +197,14 @@ class SoftmaxAttention(Mixer):
         if context.past == 0:
             return hype_attention(q, k, v, gate=gate, cu_seqlens=context.cu_seqlens, **options)
         if context.cu_seqlens is None:
-            keys, values = stored.keys[:, :stop], stored.values[:, :stop]
-            return hype_attention(q, keys, values, gate=gate, query_offset=start, **options)
+            return hype_attention(q, keys[:, :stop], values[:, :stop], gate=gate, query_offset=start, **options)
+        assert context.spans is not None
         o = torch.empty_like(q)
         for b, (first, last, length) in enumerate(context.spans):
-            keys, values = (x[b : b + 1, : length + last - first] for x in (stored.keys, stored.values))
+            own_keys, own_values = (x[b : b + 1, : length + last - first] for x in (keys, values))
             own_gate = None if gate is None else gate[:, first:last]
             o[:, first:last] = hype_attention(
-                q[:, first:last], keys, values, gate=own_gate, query_offset=length, **options
+                q[:, first:last], own_keys, own_values, gate=own_gate, query_offset=length, **options
             )
         return o
 
@@ -223,21 +223,19 @@ class LightningAttention(Mixer):
 
     mixer_type = LIGHTNING
     full_precision = ("log_decay",)
+    log_decay: torch.Tensor
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
-        heads, head_dim, bias = config.lightning_nh, config.lightning_head_dim, config.attention_bias
         super().__init__(
             config,
             layer_idx,
-            (heads, config.lightning_nkv),
-            head_dim,
-            bias=bias,
+            bias=config.attention_bias,
             use_qk_norm=config.lightning_use_qk_norm,
             use_rope=config.lightning_use_rope,
         )
-        width = heads * head_dim
-        self.scale = {"1/sqrt(d)": head_dim**-0.5, "1/d": 1 / head_dim, "1": 1.0}[config.lightning_scale]
-        self.register_buffer("log_decay", alibi_log_decay(heads), persistent=False)
+        width, bias = self.num_heads * self.head_dim, config.attention_bias
+        self.scale = {"1/sqrt(d)": self.head_dim**-0.5, "1/d": 1 / self.head_dim, "1": 1.0}[config.lightning_scale]
+        self.register_buffer("log_decay", alibi_log_decay(self.num_heads), persistent=False)
         self.o_norm = HypeNetRMSNorm(width, config.rms_norm_eps) if config.lightning_use_output_norm else None
         self.z_proj = nn.Linear(config.hidden_size, width, bias=bias) if config.lightning_use_output_gate else None
 
@@ -283,24 +281,21 @@ class GatedDeltaNet(Mixer):
     full_precision = ("A_log", "dt_bias")
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
-        heads = config.gdn_nh
         if config.gdn_expand_v != 1:
             raise NotImplementedError(f"GatedDeltaNet: gdn_expand_v must be 1, got {config.gdn_expand_v}")
         super().__init__(
             config,
             layer_idx,
-            (heads, config.gdn_nkv),
-            config.head_dim,
             bias=False,
             use_qk_norm=config.gdn_use_qk_norm,
             use_rope=config.gdn_use_rope,
         )
+        heads, width = self.num_heads, self.num_heads * self.head_dim
         self.a_proj = nn.Linear(config.hidden_size, heads, bias=False)
         self.b_proj = nn.Linear(config.hidden_size, heads, bias=False)
         self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.empty(heads, dtype=torch.float32))
-        self.o_norm = HypeNetRMSNorm(config.head_dim, config.rms_norm_eps)
-        width = heads * config.head_dim
+        self.o_norm = HypeNetRMSNorm(self.head_dim, config.rms_norm_eps)
         self.g_proj = nn.Linear(config.hidden_size, width, bias=False) if config.gdn_use_gate else None
         A_log, dt_bias = self.initial_decay()
         self.A_log.data.copy_(A_log)
@@ -357,7 +352,9 @@ class GatedDeltaNet(Mixer):
             )
 
 
-MIXERS = {mixer.mixer_type: mixer for mixer in (SoftmaxAttention, LightningAttention, GatedDeltaNet)}
+MIXERS: dict[str, type[SoftmaxAttention] | type[LightningAttention] | type[GatedDeltaNet]] = {
+    mixer.mixer_type: mixer for mixer in (SoftmaxAttention, LightningAttention, GatedDeltaNet)
+}
 
 
 def alibi_log_decay(heads: int) -> torch.Tensor:

@@ -5,12 +5,13 @@ differ, the code, so that published checkpoints mean what they meant. B batch, T
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Qwen3Config
 from transformers import initialization as init
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RotaryEmbedding
@@ -34,7 +35,7 @@ class HypeNetDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
         super().__init__()
-        self.self_attn = MIXERS[config.mixer_types[layer_idx]](config, layer_idx)
+        self.self_attn: Mixer = MIXERS[config.mixers[layer_idx]](config, layer_idx)
         self.mlp = Qwen3MLP(config)
         self.input_layernorm = HypeNetRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = HypeNetRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -49,9 +50,9 @@ class HypeNetPreTrainedModel(PreTrainedModel):
     config_class = HypeNetConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["HypeNetDecoderLayer"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["A_log", "dt_bias"]
+    _no_split_modules = ["HypeNetDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
     # A recurrent state cannot be rolled back, which assisted generation would need.
     _is_stateful = True
 
@@ -73,7 +74,7 @@ class HypeNetModel(HypeNetPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(HypeNetDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = HypeNetRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = Qwen3RotaryEmbedding(config)
+        self.rotary_emb = rotary_embedding(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -82,7 +83,7 @@ class HypeNetModel(HypeNetPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: HypeNetCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -146,9 +147,9 @@ class HypeNetModel(HypeNetPreTrainedModel):
         """Puts `mixer` into layer `layer_idx`, notes its kind in the configuration, and returns the former mixer."""
         if mixer.layer_idx != layer_idx:
             raise ValueError(f"swap_mixer: mixer must be for layer {layer_idx}, got one for layer {mixer.layer_idx}")
-        layer = self.layers[layer_idx]
+        layer = cast(HypeNetDecoderLayer, self.layers[layer_idx])
         former, layer.self_attn = layer.self_attn, mixer
-        mixers = list(self.config.mixer_types)
+        mixers = list(self.config.mixers)
         mixers[layer_idx] = mixer.mixer_type
         self.config.set_mixer_types(mixers)
         return former
@@ -166,7 +167,9 @@ class HypeNetModel(HypeNetPreTrainedModel):
         # Recomputing a layer in the backward pass would write to the cache a second time.
         return HypeNetCache(self.config) if use_cache and not checkpointing else None
 
-    def _split_documents(self, x_BTC, position_ids):
+    def _split_documents(
+        self, x_BTC: torch.Tensor, position_ids: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Packed documents told apart by their positions: ([1, B T, C], [1, B T], cu_seqlens), or nothing changed."""
         unchanged = x_BTC, position_ids, None
         if position_ids is None or x_BTC.shape[1] == 0 or torch.compiler.is_compiling():
@@ -175,14 +178,22 @@ class HypeNetModel(HypeNetPreTrainedModel):
         cu_seqlens = document_starts(position_ids)
         return unchanged if cu_seqlens is None else (x_BTC.flatten(0, 1)[None], position_ids.reshape(1, -1), cu_seqlens)
 
-    def _plan_documents(self, x_BTC, position_ids, cu_seqlens) -> MixerContext:
+    def _plan_documents(
+        self, x_BTC: torch.Tensor, position_ids: torch.Tensor | None, cu_seqlens: torch.Tensor
+    ) -> MixerContext:
         if x_BTC.shape[0] != 1:
             raise ValueError(f"HypeNetModel: input_ids must have a batch of 1 with cu_seqlens, got {x_BTC.shape[0]}")
         if position_ids is None:
             position_ids = packed_positions(cu_seqlens, x_BTC.shape[1])
         return MixerContext(self.rotary_emb(x_BTC, position_ids), cu_seqlens)
 
-    def _plan(self, x_BTC, attention_mask, position_ids, cache) -> tuple[MixerContext, Packing | None]:
+    def _plan(
+        self,
+        x_BTC: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: HypeNetCache | None,
+    ) -> tuple[MixerContext, Packing | None]:
         """How the layers run: on the [B, T] batch as it is, one in-place step, or packed if there is padding."""
         B, T = x_BTC.shape[:2]
         past = 0 if cache is None else cache.get_seq_length()
@@ -194,43 +205,47 @@ class HypeNetModel(HypeNetPreTrainedModel):
             mask = None
         step = past > 0 and 0 < T <= MAX_STEP_TOKENS and (mask is None or T == 1)
         packing = None
-        if not step and (mask is not None or (past > 0 and cache.ragged)):
+        if not step and (mask is not None or (cache is not None and past > 0 and cache.ragged)):
             packing = Packing(x_BTC.new_ones(B, T, dtype=torch.bool) if mask is None else mask)
 
         if position_ids is None:
             order = torch.arange(T, device=x_BTC.device)[None] if mask is None else mask.cumsum(1).sub_(1).clamp_(min=0)
-            position_ids = order if past == 0 else order + cache.lengths[:, None]
+            position_ids = order
+            if cache is not None and cache.lengths is not None and past > 0:
+                position_ids = order + cache.lengths[:, None]
         context = MixerContext(cache=cache, past=past, step=step, keep=mask if step else None, longest=T)
         if packing is not None:
             position_ids = packing.pack(position_ids)
             context.cu_seqlens = packing.cu_seqlens
-            if cache is not None:
-                self._plan_packed_cache(context, packing)
+            if cache is not None and cache.lengths is not None:
+                self._plan_packed_cache(context, packing, cache.lengths)
         context.position_embeddings = self.rotary_emb(x_BTC, position_ids)
         return context, packing
 
     @staticmethod
-    def _restore(B: int, T: int, context: MixerContext, packing: Packing | None) -> Callable:
+    def _restore(
+        B: int, T: int, context: MixerContext, packing: Packing | None
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
         """The function that makes [B, T, C], zero at padding, of what a layer returns."""
         if packing is not None:
             return packing.unpack
         if context.keep is not None:
-            return lambda x: x * context.keep[..., None].to(x.dtype)
+            keep_BT1 = context.keep[..., None]
+            return lambda x: x * keep_BT1.to(x.dtype)
         return lambda x: x.view(B, T, x.shape[-1])
 
     @staticmethod
     def _advance(context: MixerContext, columns: int, packing: Packing | None) -> None:
         if context.cache is None:
             return
-        tokens = columns if packing is None else packing.counts
+        tokens: torch.Tensor | int = columns if packing is None else packing.counts
         if context.keep is not None:
             tokens = context.keep[:, 0].to(torch.int32)
         ragged = packing is not None or context.keep is not None
         context.cache.advance(columns, tokens, context.longest, ragged)
 
     @staticmethod
-    def _plan_packed_cache(context: MixerContext, packing: Packing) -> None:
-        lengths = context.cache.lengths
+    def _plan_packed_cache(context: MixerContext, packing: Packing, lengths: torch.Tensor) -> None:
         context.slots = (packing.rows, packing.order + lengths[packing.rows])
         context.longest = int(packing.counts.max())
         if context.past > 0:
@@ -241,7 +256,7 @@ class HypeNetModel(HypeNetPreTrainedModel):
 class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
     """The decoder with a language-model head, for training and `generate`."""
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: HypeNetConfig) -> None:
         super().__init__(config)
@@ -254,7 +269,7 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: HypeNetCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -294,8 +309,13 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
         return self.model.swap_mixer(layer_idx, mixer)
 
     def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    ) -> None:
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> bool:
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 "HypeNetForCausalLM.generate: cache_implementation must be None, "
@@ -303,7 +323,12 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
             )
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = HypeNetCache(self.config, capacity=max_cache_length)
-            return
-        super()._prepare_cache_for_generation(
+            return True
+        return super()._prepare_cache_for_generation(  # type: ignore[misc]  # its `self` is a protocol
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
+
+
+def rotary_embedding(config: HypeNetConfig) -> Qwen3RotaryEmbedding:
+    """The rotary embedding of a HypeNet; of a configuration it reads only what Qwen3's also has."""
+    return Qwen3RotaryEmbedding(cast(Qwen3Config, config))

@@ -71,7 +71,8 @@ def generate(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
-        network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype.value).to(device).eval()
+        network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype.value).eval()
+        network.to(device)
     except (OSError, ValueError) as error:
         raise _failure(error) from None
     inputs = tokenizer(text, return_tensors="pt").to(device)
@@ -130,7 +131,7 @@ def describe(config: "HypeNetConfig") -> dict[str, str]:
 
     with torch.device("meta"):
         network = HypeNetForCausalLM(config)
-    kinds = {kind: [i for i, mixer in enumerate(config.mixer_types) if mixer == kind] for kind in config.mixer_types}
+    kinds = {kind: [i for i, mixer in enumerate(config.mixers) if mixer == kind] for kind in config.mixers}
     softmax = [
         "rotary positions" if config.attn_use_rope else "no positions",
         "output gate" if config.attn_use_output_gate else "no gate",

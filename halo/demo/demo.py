@@ -16,7 +16,7 @@ from halo.conversion import DONE, Conversion
 from halo.journal import Journal
 from halo.progress import console, say
 from halo.report import evaluation_table, plot_evaluation, write_report
-from halo.stages.evaluate import evaluate
+from halo.stages.evaluate import Labelled, evaluate
 
 RESULTS = "demo.json"
 SELECTED, SPACED = "selected", "even"
@@ -106,7 +106,10 @@ def claims(rows: list[dict]) -> list[dict]:
 def _compare(selected: Conversion, even: Conversion) -> list[dict]:
     student, settings = selected.converted(), selected.config.eval
     chosen = student.config.attn_logits_scaling
-    models = [(TEACHER, selected.teacher, None), (CONVERTED, student, chosen)]
+    models: list[Labelled] = [
+        (TEACHER, selected.teacher, None),
+        (CONVERTED, student, chosen),
+    ]
     if chosen is not None:
         models.append((UNSCALED, student, None))
     spaced = even.converted()

@@ -14,6 +14,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from halo.demo import corpus
 from halo.evaluation.needle import NEEDLE_END, NEEDLE_LINK, NEEDLE_PREFIX, NUM_DIGITS, NeedleTask, recall, token_stream
@@ -61,7 +62,7 @@ class Recipe:
         return self.learning_rate * min(1.0, (step + 1) / self.warmup_steps)
 
 
-def model_config(tokenizer) -> Qwen3Config:
+def model_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3Config:
     return Qwen3Config(
         vocab_size=VOCAB_SIZE,
         hidden_size=128,
@@ -104,7 +105,7 @@ def train_tokenizer(documents: list[str], seed: int) -> PreTrainedTokenizerFast:
 class Batches:
     """Batch `step` of the run: tokens [B, T] and the weight of every token in the loss [B, T]."""
 
-    def __init__(self, tokenizer, stream: np.ndarray, recipe: Recipe, seed: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stream: np.ndarray, recipe: Recipe, seed: int) -> None:
         self.task = NeedleTask(tokenizer, stream)
         self.stream, self.recipe, self.seed = stream, recipe, seed
 
@@ -135,7 +136,7 @@ class Batches:
 
     def _episode(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
         room = (length - length // 8) // self.task.min_length(1, 1)
-        num_needles = rng.integers(1, min(self.recipe.max_needles, room) + 1)
+        num_needles = int(rng.integers(1, min(self.recipe.max_needles, room) + 1))
         # Every needle is queried: the more answers, the denser the signal.
         episode = self.task.episode(rng, length, num_needles, num_needles)
         weights = np.ones(length, dtype=np.float32)
@@ -145,7 +146,7 @@ class Batches:
         return episode.input_ids, weights
 
 
-def weighted_loss(model, ids_BT: torch.Tensor, weights_BT: torch.Tensor) -> torch.Tensor:
+def weighted_loss(model: Qwen3ForCausalLM, ids_BT: torch.Tensor, weights_BT: torch.Tensor) -> torch.Tensor:
     hidden_BTC = model.model(input_ids=ids_BT, use_cache=False).last_hidden_state[:, :-1]
     logits_BTV = model.lm_head(hidden_BTC).float()
     nll = F.cross_entropy(logits_BTV.flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="none")
@@ -153,7 +154,7 @@ def weighted_loss(model, ids_BT: torch.Tensor, weights_BT: torch.Tensor) -> torc
     return (nll * weights).sum() / weights.sum()
 
 
-def build_optimizer(model, recipe: Recipe) -> torch.optim.Optimizer:
+def build_optimizer(model: Qwen3ForCausalLM, recipe: Recipe) -> torch.optim.Optimizer:
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -163,7 +164,7 @@ def build_optimizer(model, recipe: Recipe) -> torch.optim.Optimizer:
 class Run:
     """One training run, kept in `run_dir`: tokenizer, checkpoint, log, snapshots."""
 
-    def __init__(self, args: argparse.Namespace, recipe: Recipe):
+    def __init__(self, args: argparse.Namespace, recipe: Recipe) -> None:
         self.args, self.recipe, self.dir = args, recipe, Path(args.run_dir)
         self.dir.mkdir(parents=True, exist_ok=True)
         self.num_steps = math.ceil(recipe.num_tokens / recipe.batch_tokens)
@@ -211,8 +212,8 @@ class Run:
                 self.snapshot(f"context{context}")
         self.checkpoint()
 
-    def evaluate(self, lengths: tuple[int, ...], num_samples: int, num_tokens: int) -> dict:
-        result = {}
+    def evaluate(self, lengths: tuple[int, ...], num_samples: int, num_tokens: int) -> dict[str, Any]:
+        result: dict[str, Any] = {}
         for length in lengths:
             batch_size = max(1, self.recipe.batch_tokens // length)
             score = recall(
@@ -239,7 +240,7 @@ class Run:
         self.model.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
 
-    def log(self, **fields) -> None:
+    def log(self, **fields: Any) -> None:
         line = {"time": round(time.time()), "step": self.step, "tokens": self.step * self.recipe.batch_tokens, **fields}
         with (self.dir / "log.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")

@@ -16,9 +16,11 @@ from all such words of the vocabulary; the keys of an episode share no word.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NUM_DIGITS = 5
 NEEDLE_PREFIX = "\nThe magic number for"
@@ -38,10 +40,13 @@ class Episode:
 class NeedleTask:
     """Episodes over one token stream. `haystack` is what `token_stream` returns."""
 
-    def __init__(self, tokenizer, haystack: np.ndarray):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, haystack: np.ndarray) -> None:
         self.haystack = haystack
         self.bos = _bos(tokenizer)
-        encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
+
+        def encode(text: str) -> list[int]:
+            return tokenizer.encode(text, add_special_tokens=False)
+
         self.prefix, self.link, self.end = encode(NEEDLE_PREFIX), encode(NEEDLE_LINK), encode(NEEDLE_END)
         self.newline = encode("\n")
         # A value follows a space, which byte-level BPE keeps with the first digit or makes a token of its own.
@@ -72,7 +77,8 @@ class NeedleTask:
         digits = rng.integers(0, 10, size=(num_needles, NUM_DIGITS))
         sentences = [self._sentence(words[i], digits[i]) for i in range(num_needles)]
 
-        pieces, needle_starts, position, cut = [[self.bos]], [], 1, 0
+        pieces: list[Any] = [[self.bos]]
+        needle_starts, position, cut = [], 1, 0
         for sentence, depth in zip(sentences, depths, strict=True):
             pieces += [text[cut:depth], sentence, self.newline]
             needle_starts.append(position + depth - cut + self._answer_offset)
@@ -97,18 +103,18 @@ class NeedleTask:
         return np.array([*self.prefix, *words, *self.link, *value, *self.end])
 
 
-def key_words(tokenizer) -> np.ndarray:
+def key_words(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """Ids of all tokens that are a space and a lower-case word."""
     words = []
     for index in range(len(tokenizer)):
-        text = tokenizer.decode([index])
+        text = str(tokenizer.decode([index]))
         word = text[1:]
         if text[:1] == " " and len(word) >= MIN_WORD_LETTERS and word.isascii() and word.isalpha() and word.islower():
             words.append(index)
     return np.array(words)
 
 
-def token_stream(tokenizer, documents: Iterable[str]) -> np.ndarray:
+def token_stream(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> np.ndarray:
     """All documents as one array of tokens, each document after a start-of-text token."""
     encoded = tokenizer(list(documents), add_special_tokens=False)["input_ids"]
     return np.concatenate([np.array([_bos(tokenizer), *ids], dtype=np.int32) for ids in encoded])
@@ -116,7 +122,7 @@ def token_stream(tokenizer, documents: Iterable[str]) -> np.ndarray:
 
 @torch.no_grad()
 def recall_per_episode(
-    model,
+    model: PreTrainedModel,
     task: NeedleTask,
     length: int,
     num_samples: int,
@@ -152,8 +158,8 @@ def recall_per_episode(
 
 
 def recall(
-    model,
-    tokenizer,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     length: int,
     num_samples: int = 50,
     seed: int = 0,
@@ -162,7 +168,7 @@ def recall(
     num_needles: int = 4,
     num_queries: int = 3,
     batch_size: int = 1,
-) -> dict:
+) -> dict[str, float]:
     """Recall at `length` tokens, its standard error over episodes (answers of one are not independent) and n answers.
 
     `haystack` is a token stream, by default the held-out corpus; everything else as in `recall_per_episode`.
@@ -177,7 +183,7 @@ def recall(
     return {"recall": float(np.mean(scores)), "stderr": stderr, "n": num_samples * num_queries}
 
 
-def _bos(tokenizer) -> int:
+def _bos(tokenizer: PreTrainedTokenizerBase) -> int:
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if bos is None:
         raise ValueError("needle: the tokenizer needs a bos or an eos token, got neither")

@@ -8,20 +8,22 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import Qwen3ForCausalLM
 
 from halo import models
 from halo.config import AlignSettings
 from halo.data import Batch
 from halo.losses import mixer_mse
+from hypenet import HypeNetForCausalLM
 
 
 @dataclass
 class Align:
     """`student` has a recurrent mixer in every layer; nothing else of it is used or changed."""
 
-    teacher: nn.Module
-    student: nn.Module
+    teacher: Qwen3ForCausalLM
+    student: HypeNetForCausalLM
     settings: AlignSettings
     isolate_documents: bool = False
     name: ClassVar[str] = "align"
@@ -32,13 +34,13 @@ class Align:
         self.mixers = nn.ModuleList(models.mixers(self.student)).requires_grad_(True).train()
         return self.mixers
 
-    def loss(self, batch: Batch):
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         losses, powers = self.layer_losses(batch)
         total = losses.sum() if self.settings.clip_scope == "layer" else losses.mean()
         detached = losses.detach()
         return total, {"loss": detached.mean(), "relative_loss": detached / powers, "layer_losses": detached}
 
-    def layer_losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def layer_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The mean squared error of every layer [L], and the mean square of what it should have given [L]."""
         with torch.no_grad(), models.recorded_attention(self.teacher) as recorded:
             models.hidden_states(self.teacher, batch, self.isolate_documents)
@@ -51,6 +53,7 @@ class Align:
         return mixer_mse(outputs, [call.y_BTD for call in recorded]), powers
 
     def clip_groups(self, module: nn.Module) -> list[list[nn.Parameter]]:
+        """Return one group for each layer, or one for all of them."""
         if self.settings.clip_scope == "all":
             return [list(module.parameters())]
-        return [list(mixer.parameters()) for mixer in module]
+        return [list(mixer.parameters()) for mixer in module.children()]

@@ -4,18 +4,20 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import Qwen3ForCausalLM
 
 from halo import models
 from halo.config import DistillSettings
 from halo.data import Batch
 from halo.losses import kl_divergence
+from hypenet import HypeNetForCausalLM
 
 
 @dataclass
 class Distill:
-    teacher: nn.Module
-    student: nn.Module
+    teacher: Qwen3ForCausalLM
+    student: HypeNetForCausalLM
     settings: DistillSettings
     isolate_documents: bool = False
     name: ClassVar[str] = "distill"
@@ -26,7 +28,7 @@ class Distill:
             self.student.activation_checkpointing_enable()
         return self.student.requires_grad_(True).train()
 
-    def loss(self, batch: Batch):
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
             teacher_BTD = models.hidden_states(self.teacher, batch, self.isolate_documents)
         student_BTD = models.hidden_states(self.student, batch, self.isolate_documents)

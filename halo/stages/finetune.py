@@ -3,17 +3,18 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from halo import models
 from halo.config import FinetuneSettings
 from halo.data import Batch
 from halo.losses import next_token_labels, next_token_loss
+from hypenet import HypeNetForCausalLM
 
 
 @dataclass
 class Finetune:
-    student: nn.Module
+    student: HypeNetForCausalLM
     settings: FinetuneSettings
     isolate_documents: bool = False
     name: ClassVar[str] = "finetune"
@@ -23,7 +24,7 @@ class Finetune:
             self.student.activation_checkpointing_enable()
         return self.student.requires_grad_(True).train()
 
-    def loss(self, batch: Batch):
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         student_BTD = models.hidden_states(self.student, batch, self.isolate_documents)
         labels = next_token_labels(batch.input_ids, batch.document_ids)
         head = self.student.get_output_embeddings().weight

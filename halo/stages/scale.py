@@ -1,10 +1,11 @@
 """Choice of the base `a` of s_t = ln(t + a) / ln(a) after training, by the loss on long held-out documents."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from halo import models
 from halo.config import ScaleSettings
@@ -14,8 +15,12 @@ from halo.stages.select import chunk_losses
 
 
 def choose_scale(
-    model: nn.Module, corpus: Corpus, settings: ScaleSettings, journal: Journal, on_progress: Callable[[int], None]
-) -> list[dict]:
+    model: PreTrainedModel,
+    corpus: Corpus,
+    settings: ScaleSettings,
+    journal: Journal,
+    on_progress: Callable[[int], None],
+) -> list[dict[str, Any]]:
     """Loss and its standard error for every base in the grid, best first; leaves the best one set in `model`.
 
     `advantage` is how much lower the best loss is, paired over documents, with its standard error.
@@ -45,9 +50,12 @@ def long_documents(corpus: Corpus, settings: ScaleSettings) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def _row(base: float | None, loss: np.ndarray, best: np.ndarray) -> dict:
+def _row(base: float | None, loss: np.ndarray, best: np.ndarray) -> dict[str, Any]:
     root = np.sqrt(max(len(loss), 1))
-    spread = lambda values: float(values.std(ddof=1) / root) if len(values) > 1 else None  # noqa: E731
+
+    def spread(values: np.ndarray) -> float | None:
+        return float(values.std(ddof=1) / root) if len(values) > 1 else None
+
     gap = loss - best
     return {
         "a": base,

@@ -5,7 +5,8 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel, Qwen3ForCausalLM
 
 from halo import models
 from halo.config import SelectSettings
@@ -14,11 +15,12 @@ from halo.evaluation.needle import NeedleTask, recall_per_episode
 from halo.journal import Journal
 from halo.losses import next_token_labels, token_losses
 from halo.plan import Measurements
+from hypenet import HypeNetForCausalLM
 
 
 def measure_swaps(
-    teacher: nn.Module,
-    twins: nn.Module,
+    teacher: Qwen3ForCausalLM,
+    twins: HypeNetForCausalLM,
     corpus: Corpus,
     settings: SelectSettings,
     journal: Journal,
@@ -49,7 +51,7 @@ def measure_swaps(
 
 
 @torch.no_grad()
-def chunk_losses(model: nn.Module, chunks: Tensor, batch: int) -> np.ndarray:
+def chunk_losses(model: PreTrainedModel, chunks: Tensor, batch: int) -> np.ndarray:
     """Mean next-token loss of each chunk [n, T] in nats, float64 [n]."""
     losses = []
     head = model.get_output_embeddings().weight
