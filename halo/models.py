@@ -25,6 +25,7 @@ from transformers import (
 from halo.config import HaloError
 from halo.data import Batch
 from hypenet import HypeNetForCausalLM, MixerContext, from_qwen3
+from hypenet.configuration_hypenet import hype_logits_scaling
 from hypenet.conversion import check_teacher
 from hypenet.mixers import Mixer
 
@@ -148,7 +149,7 @@ def swapped(teacher: Qwen3ForCausalLM, twins: HypeNetForCausalLM, layer: int) ->
 
 def set_logit_scale_base(model: PreTrainedModel, base: float | None) -> None:
     """The `a` of the HyPE scale of a HypeNet's softmax layers; None for no scale."""
-    model.config.attn_logits_scaling = None if base is None else f"hype {base:g}"
+    model.config.attn_logits_scaling = hype_logits_scaling(base)
 
 
 class _TwinAttention(nn.Module):

@@ -92,6 +92,11 @@ def read_json(path: Path) -> dict | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def every_digit(value: float) -> str:
+    """Return the shortest text that reads back as the same number."""
+    return repr(value).removesuffix(".0")
+
+
 def _training_section(out: Path, config: dict, directories: dict[str, Path]) -> str:
     metrics = {stage: lines for stage, directory in directories.items() if (lines := read_metrics(directory))}
     if not metrics:
@@ -175,7 +180,7 @@ def _scale_section(out: Path) -> str:
     record = read_json(out / "scale" / "scale.json")
     if record is None:
         return ""
-    chosen = "no scale" if record["a"] is None else f"a = {record['a']:g}"
+    chosen = "no scale" if record["a"] is None else f"a = {every_digit(record['a'])}"
     lines = [
         "## Scale\n",
         f"Chosen: {chosen}, by the loss on {record['grid'][0]['documents']} held-out documents of {record['length']} "
@@ -184,7 +189,7 @@ def _scale_section(out: Path) -> str:
         "|---:|---:|---:|",
     ]
     for row in sorted(record["grid"], key=lambda row: row["a"] or 0):
-        name = "none" if row["a"] is None else f"{row['a']:g}"
+        name = "none" if row["a"] is None else every_digit(row["a"])
         error = "" if row["advantage_error"] is None else f" ± {row['advantage_error']:.4f}"
         lines.append(f"| {name} | {row['loss']:.4f} | {row['advantage']:.4f}{error} |")
     return "\n".join([*lines, ""])

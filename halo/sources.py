@@ -26,7 +26,7 @@ def open_source(settings: DataSettings) -> "Source":
     """The source that `settings.source` names; HaloError if there is none."""
     path = Path(settings.source)
     if settings.source == "stdlib":
-        return StandardLibrary()
+        return StandardLibrary(settings)
     if path.exists():
         return LocalText(settings, path)
     if path.suffix in TEXT_SUFFIXES or path.is_absolute() or settings.source.startswith(".") or len(path.parts) > 2:
@@ -116,10 +116,13 @@ class StreamedText:
 
 
 class StandardLibrary:
-    """The text that comes with Python, with the corpus's own split."""
+    """The text that comes with Python, split by a hash of its documents' names."""
+
+    def __init__(self, settings: DataSettings) -> None:
+        self.settings = settings
 
     def texts(self, held_out: bool) -> Iterator[str]:
-        return iter(corpus.documents("heldout" if held_out else "train"))
+        return iter(corpus.documents("heldout" if held_out else "train", self.settings.held_out))
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()

@@ -211,6 +211,11 @@ class HypeNetConfig(PreTrainedConfig):
                 )
 
 
+def hype_logits_scaling(base: float | None) -> str | None:
+    """Return the `attn_logits_scaling` entry for a HyPE base, with all digits, so that it parses to the same number."""
+    return None if base is None else f"hype {repr(float(base)).removesuffix('.0')}"
+
+
 def parse_logits_scaling(value: str | float | None) -> tuple[float | None, float]:
     """(base of the HyPE scale or None, constant factor) that an `attn_logits_scaling` entry stands for.
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from transformers import AutoConfig, PreTrainedConfig, Qwen3Config, Qwen3ForCausalLM
 
-from hypenet.configuration_hypenet import MIXER_ALIASES, SOFTMAX, HypeNetConfig
+from hypenet.configuration_hypenet import MIXER_ALIASES, SOFTMAX, HypeNetConfig, hype_logits_scaling
 from hypenet.mixers import MIXERS, Mixer
 from hypenet.modeling_hypenet import HypeNetForCausalLM, rotary_embedding
 
@@ -62,8 +62,7 @@ def config_from_qwen3(
     fields = {name: getattr(teacher, name) for name in QWEN3_FIELDS}
     fields["rope_parameters"] = dict(cast(dict[str, Any], teacher.rope_parameters))
     fields["mixer_types"] = [SOFTMAX if i in keep else mixer for i in range(teacher.num_hidden_layers)]
-    if logit_scale_base is not None:
-        fields["attn_logits_scaling"] = f"hype {logit_scale_base:g}"
+    fields["attn_logits_scaling"] = hype_logits_scaling(logit_scale_base)
     return HypeNetConfig(**(fields | options))
 
 

@@ -15,7 +15,7 @@ from halo.config import STAGE_HELP, Config
 from halo.conversion import DONE, Conversion
 from halo.journal import Journal
 from halo.progress import console, say
-from halo.report import evaluation_table, plot_evaluation, write_report
+from halo.report import evaluation_table, every_digit, plot_evaluation, write_report
 from halo.stages.evaluate import Labelled, evaluate
 
 RESULTS = "demo.json"
@@ -136,7 +136,7 @@ def _markdown(record: dict) -> str:
     lines = ["# Conversion of the demo's teacher\n"]
     for label, layers in record["layers"].items():
         base = record["scale"][label]
-        scale = "no scale" if base is None else f"scale base a = {base:g}"
+        scale = "no scale" if base is None else f"scale base a = {every_digit(base)}"
         lines.append(f"- {label}: softmax attention in layers {layers}, {scale}")
     lines += ["", evaluation_table(record["rows"]), "![recall and bits per byte](demo.png)\n", "## Claims\n"]
     lines += ["| claim | measured | shown |", "|---|---|---|"]
