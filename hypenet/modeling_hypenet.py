@@ -1,7 +1,7 @@
 """HypeNet for transformers: a pre-norm decoder whose token mixers are softmax attention or a linear recurrence.
 
-Source: "Hybrid Linear Attention Done Right", arXiv 2601.22156, section 3 and appendix A; where the paper and its code
-differ, the code, so that published checkpoints mean what they meant. B batch, T tokens, C hidden size.
+Source: "Hybrid Linear Attention Done Right", arXiv 2601.22156, section 3 and appendix A. Where the paper and its code
+differ, this follows the code, so that published checkpoints give the same results. B batch, T tokens, C hidden size.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ from hypenet.mixers import MIXERS, GatedDeltaNet, HypeNetRMSNorm, LightningAtten
 
 
 class HypeNetDecoderLayer(GradientCheckpointingLayer):
-    """H = X + Mixer(RMSNorm(X)) ; Y = H + MLP(RMSNorm(H))."""
+    """One pre-norm layer: H = X + Mixer(RMSNorm(X)); Y = H + MLP(RMSNorm(H))."""
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
         super().__init__()
@@ -41,11 +41,14 @@ class HypeNetDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = HypeNetRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x_BTC: torch.Tensor, context: MixerContext) -> torch.Tensor:
+        """Apply mixer and MLP to x [B, T, C]."""
         x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), context)
         return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
 
 
 class HypeNetPreTrainedModel(PreTrainedModel):
+    """Base of the HypeNet models: what transformers needs to initialise, load and place them."""
+
     config: HypeNetConfig
     config_class = HypeNetConfig
     base_model_prefix = "model"
@@ -53,7 +56,7 @@ class HypeNetPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["HypeNetDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
-    # A recurrent state cannot be rolled back, which assisted generation would need.
+    # Assisted generation would have to roll recurrent states back.
     _is_stateful = True
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -67,7 +70,11 @@ class HypeNetPreTrainedModel(PreTrainedModel):
 
 
 class HypeNetModel(HypeNetPreTrainedModel):
-    """The decoder without the language-model head."""
+    """The decoder without the language-model head.
+
+    Args:
+        config: The model's configuration.
+    """
 
     def __init__(self, config: HypeNetConfig) -> None:
         super().__init__(config)
@@ -92,25 +99,38 @@ class HypeNetModel(HypeNetPreTrainedModel):
         output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states [B, T, C] after the final norm; zero at padding.
+        """Compute the hidden states after the final norm.
 
         Args:
-            input_ids: int64 [B, T]; or `inputs_embeds` [B, T, C].
+            input_ids: int64 [B, T].
             attention_mask: [B, T] or [B, tokens in the cache + T], 0 where a token is padding, on any side. Padding
-                costs nothing and changes nothing: each sequence gives what it gives alone.
-            position_ids: [B, T] for the rotary embedding; by default each sequence counts its real tokens. Without
-                mask and cache, positions that restart within a row separate packed documents.
-            past_key_values: What the earlier tokens left behind. A call that continues a cache is inference: no
-                gradient flows through it.
-            use_cache: Whether to make and return a cache if none is given. Default `config.use_cache`, but False while
-                training. A given cache is always used.
-            cu_seqlens: int32 [N + 1] with B = 1: N packed documents, isolated from each other. transformers' name for
-                it, `cu_seq_lens_q`, is accepted too.
+                is not computed and does not change the results of the real tokens.
+            position_ids: [B, T] for the rotary embedding; by default the real tokens of each sequence are counted.
+                Without mask and cache, positions that restart within a row separate packed documents.
+            past_key_values: Cache of the earlier tokens. A call that continues a cache computes no gradients.
+            inputs_embeds: [B, T, C], in place of `input_ids`.
+            use_cache: Whether to create and return a cache if none is given. Default `config.use_cache`, but False in
+                training mode. A given cache is always used.
+            cu_seqlens: int32 [N + 1] with B = 1: boundaries of N packed documents that do not see each other.
+                transformers' name for it, `cu_seq_lens_q`, is accepted too.
+            output_hidden_states: Whether to return the input of every layer and the output.
+            output_attentions: Must not be True.
+            kwargs: Ignored, except `cu_seq_lens_q`.
+
+        Returns:
+            last_hidden_state [B, T, C], zero at padding; past_key_values; hidden_states if requested.
+
+        Raises:
+            ValueError: If arguments contradict each other or have the wrong shape.
+            TypeError: If `past_key_values` is not a `HypeNetCache`.
+            NotImplementedError: If `output_attentions` is True.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("HypeNetModel: exactly one of input_ids and inputs_embeds must be given")
         if output_attentions:
-            raise NotImplementedError("HypeNetModel: output_attentions must be False; the kernels never form them")
+            raise NotImplementedError(
+                "HypeNetModel: output_attentions must be False (the kernels never store the weights), got True"
+            )
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         x_BTC = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -144,7 +164,18 @@ class HypeNetModel(HypeNetPreTrainedModel):
         )
 
     def swap_mixer(self, layer_idx: int, mixer: Mixer) -> Mixer:
-        """Puts `mixer` into layer `layer_idx`, notes its kind in the configuration, and returns the former mixer."""
+        """Replace the mixer of one layer and update the configuration.
+
+        Args:
+            layer_idx: Index of the layer.
+            mixer: The new mixer.
+
+        Returns:
+            The former mixer.
+
+        Raises:
+            ValueError: If `mixer` was built for another layer.
+        """
         if mixer.layer_idx != layer_idx:
             raise ValueError(f"swap_mixer: mixer must be for layer {layer_idx}, got one for layer {mixer.layer_idx}")
         layer = cast(HypeNetDecoderLayer, self.layers[layer_idx])
@@ -155,6 +186,7 @@ class HypeNetModel(HypeNetPreTrainedModel):
         return former
 
     def _cache(self, past_key_values: HypeNetCache | None, use_cache: bool | None) -> HypeNetCache | None:
+        """Return the cache to use: the one given, a new one, or None."""
         if past_key_values is not None and not isinstance(past_key_values, HypeNetCache):
             raise TypeError(
                 f"HypeNetModel: past_key_values must be a HypeNetCache, got {type(past_key_values).__name__}"
@@ -164,13 +196,17 @@ class HypeNetModel(HypeNetPreTrainedModel):
             return past_key_values
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        # Recomputing a layer in the backward pass would write to the cache a second time.
+        # Activation checkpointing recomputes layers in the backward pass, which would update the cache twice.
         return HypeNetCache(self.config) if use_cache and not checkpointing else None
 
     def _split_documents(
         self, x_BTC: torch.Tensor, position_ids: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Packed documents told apart by their positions: ([1, B T, C], [1, B T], cu_seqlens), or nothing changed."""
+        """Flatten a batch whose positions restart within a row into packed documents.
+
+        Returns:
+            (x [1, B T, C], positions [1, B T], cu_seqlens), or (x, positions, None) if no position restarts.
+        """
         unchanged = x_BTC, position_ids, None
         if position_ids is None or x_BTC.shape[1] == 0 or torch.compiler.is_compiling():
             return unchanged
@@ -181,6 +217,7 @@ class HypeNetModel(HypeNetPreTrainedModel):
     def _plan_documents(
         self, x_BTC: torch.Tensor, position_ids: torch.Tensor | None, cu_seqlens: torch.Tensor
     ) -> MixerContext:
+        """Return the context of packed documents."""
         if x_BTC.shape[0] != 1:
             raise ValueError(f"HypeNetModel: input_ids must have a batch of 1 with cu_seqlens, got {x_BTC.shape[0]}")
         if position_ids is None:
@@ -194,13 +231,13 @@ class HypeNetModel(HypeNetPreTrainedModel):
         position_ids: torch.Tensor | None,
         cache: HypeNetCache | None,
     ) -> tuple[MixerContext, Packing | None]:
-        """How the layers run: on the [B, T] batch as it is, one in-place step, or packed if there is padding."""
+        """Choose how the layers run: on the [B, T] batch, as an in-place step, or packed if there is padding."""
         B, T = x_BTC.shape[:2]
         past = 0 if cache is None else cache.get_seq_length()
         mask = new_token_mask(attention_mask, B, T, past)
         if cache is not None:
             cache.prepare(B, x_BTC.device)
-        # A single cached token is masked on the device; only for longer inputs is it asked whether there is padding.
+        # Testing for padding synchronises with the device, so a step of one token is masked on the device instead.
         if mask is not None and (past == 0 or T > 1) and bool(mask.all()):
             mask = None
         step = past > 0 and 0 < T <= MAX_STEP_TOKENS and (mask is None or T == 1)
@@ -226,7 +263,7 @@ class HypeNetModel(HypeNetPreTrainedModel):
     def _restore(
         B: int, T: int, context: MixerContext, packing: Packing | None
     ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The function that makes [B, T, C], zero at padding, of what a layer returns."""
+        """Return the function that turns a layer's output into [B, T, C], with zeros at padding."""
         if packing is not None:
             return packing.unpack
         if context.keep is not None:
@@ -236,6 +273,7 @@ class HypeNetModel(HypeNetPreTrainedModel):
 
     @staticmethod
     def _advance(context: MixerContext, columns: int, packing: Packing | None) -> None:
+        """Count the new tokens in the cache, if there is one."""
         if context.cache is None:
             return
         tokens: torch.Tensor | int = columns if packing is None else packing.counts
@@ -246,6 +284,7 @@ class HypeNetModel(HypeNetPreTrainedModel):
 
     @staticmethod
     def _plan_packed_cache(context: MixerContext, packing: Packing, lengths: torch.Tensor) -> None:
+        """Set where packed tokens are stored in the cache, and each sequence's span."""
         context.slots = (packing.rows, packing.order + lengths[packing.rows])
         context.longest = int(packing.counts.max())
         if context.past > 0:
@@ -254,7 +293,23 @@ class HypeNetModel(HypeNetPreTrainedModel):
 
 
 class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
-    """The decoder with a language-model head, for training and `generate`."""
+    """The decoder with a language-model head, for training and `generate`.
+
+    Args:
+        config: The model's configuration.
+
+    Example:
+        >>> import torch
+        >>> from hypenet import HypeNetConfig, HypeNetForCausalLM
+        >>> config = HypeNetConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, head_dim=8,
+        ...                        num_attention_heads=2, num_key_value_heads=1)
+        >>> model = HypeNetForCausalLM(config)
+        >>> ids = torch.tensor([[3, 1, 4, 1, 5]])
+        >>> model(input_ids=ids, labels=ids).logits.shape
+        torch.Size([1, 5, 64])
+        >>> model.eval().generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0).shape
+        torch.Size([1, 8])
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -277,10 +332,19 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, T, vocabulary], and with `labels` [B, T] (-100 where none) the next-token loss.
+        """Compute logits, and the next-token loss if labels are given.
 
-        `logits_to_keep` restricts the logits to the last so many tokens (0: all of them), or to the indices of a 1-D
-        tensor. The other arguments are those of `HypeNetModel.forward`.
+        Args:
+            labels: int64 [B, T], -100 where a token does not count. They are shifted here, not by the caller.
+            logits_to_keep: Number of last tokens to compute logits for, 0 for all; or a 1-D tensor of indices.
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, kwargs: As for
+                `HypeNetModel.forward`.
+
+        Returns:
+            loss (None without labels); logits [B, kept tokens, vocabulary]; past_key_values; hidden_states.
+
+        Raises:
+            ValueError, TypeError, NotImplementedError: As `HypeNetModel.forward`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -305,7 +369,7 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
         )
 
     def swap_mixer(self, layer_idx: int, mixer: Mixer) -> Mixer:
-        """See `HypeNetModel.swap_mixer`."""
+        """Replace the mixer of one layer; see `HypeNetModel.swap_mixer`."""
         return self.model.swap_mixer(layer_idx, mixer)
 
     def _prepare_cache_for_generation(
@@ -316,6 +380,7 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> bool:
+        """Give `generate` a HypeNetCache, unless the caller passed a cache or switched caching off."""
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 "HypeNetForCausalLM.generate: cache_implementation must be None, "
@@ -330,5 +395,5 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
 
 
 def rotary_embedding(config: HypeNetConfig) -> Qwen3RotaryEmbedding:
-    """The rotary embedding of a HypeNet; of a configuration it reads only what Qwen3's also has."""
+    """Return Qwen3's rotary embedding; it reads only fields that both configurations have."""
     return Qwen3RotaryEmbedding(cast(Qwen3Config, config))
