@@ -1,4 +1,4 @@
-"""The `halo` command: every stage on its own, all of them, the report, and the demo."""
+"""The `halo` command: each stage on its own, all stages, the report, and the demo."""
 
 import sys
 from pathlib import Path
@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 
 class OneLineErrors(TyperGroup):
-    """A mistake of the user's is one line on standard error and exit code 2, not a traceback."""
+    """Prints a mistake of the user's as one line on standard error, with exit code 2 and no traceback."""
 
     def main(self, *args: Any, **options: Any) -> Any:
+        """Run the command line and report a HaloError."""
         try:
             return super().main(*args, **options)
         except HaloError as error:
@@ -28,15 +29,15 @@ class OneLineErrors(TyperGroup):
 app = typer.Typer(
     name="halo",
     cls=OneLineErrors,
-    help="Convert a Qwen3 Transformer into a HypeNet: most attention layers become linear recurrences.",
+    help="Convert a Qwen3 Transformer into a HypeNet, which replaces most attention layers by linear recurrences.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-ConfigOption = Annotated[str, typer.Option("--config", help="a YAML file, or the name of a shipped one")]
-OutOption = Annotated[Path | None, typer.Option("--out", help="directory of the results, in place of the file's")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="change one key, such as distill.steps=100")]
+ConfigOption = Annotated[str, typer.Option("--config", help="YAML file, or the name of a shipped configuration.")]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Output directory; overrides `out` of the file.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override one key, such as distill.steps=100.")]
 
 
 def print_version(wanted: bool) -> None:
@@ -57,25 +58,25 @@ def main(
 
 @app.command()
 def convert(config: ConfigOption, out: OutOption = None, changes: SetOption = None) -> None:
-    """Run all stages that are not done yet, then write the report."""
+    """Run all stages that are not finished, then write the report."""
     conversion = _conversion(config, out, changes)
     conversion.run()
     _report(conversion.out)
 
 
 @app.command()
-def report(out: Annotated[Path, typer.Argument(help="directory of a conversion or of the demo")]) -> None:
-    """Write report.md and its plots from what a conversion has measured so far."""
+def report(out: Annotated[Path, typer.Argument(help="Output directory of a conversion or of the demo.")]) -> None:
+    """Write report.md and its plots from the results of a conversion so far."""
     _report(out)
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="directory of the results")] = Path("demo-output"),
+    out: Annotated[Path, typer.Option("--out", help="Output directory.")] = Path("demo-output"),
     config: ConfigOption = "demo",
     changes: SetOption = None,
 ) -> None:
-    """Convert the small teacher that ships with the package, and compare: about ten minutes on two cores."""
+    """Convert the small teacher that ships with the package and compare the result with it, in about ten minutes."""
     from halo.demo.demo import run_demo
 
     _silence_loading()
@@ -96,7 +97,7 @@ for _name in STAGE_HELP:
 def _conversion(config: str, out: Path | None, changes: list[str] | None) -> "Conversion":
     overrides = [*(changes or ()), *([f"out={out}"] if out else ())]
     checked = load_config(config, tuple(overrides))
-    # Imported late: `halo --help` and a mistake in the file should not wait for torch.
+    # Imported here so that `halo --help` and mistakes in the configuration do not wait for torch.
     from halo.conversion import Conversion
 
     _silence_loading()
@@ -104,7 +105,7 @@ def _conversion(config: str, out: Path | None, changes: list[str] | None) -> "Co
 
 
 def _silence_loading() -> None:
-    """No bars of transformers for reading and writing files between those of the stages."""
+    """Switch off transformers' progress bars for reading and writing files."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()

@@ -1,7 +1,7 @@
-"""One conversion: the order of the stages, what each needs and leaves, and what is already done.
+"""One conversion: the order of the stages, their inputs and results, and which of them are finished.
 
-Every stage owns the directory <out>/<stage>. It is finished when done.json stands there, written last; done.json holds
-the settings that made the result and those of the stages before it, so a result is never mistaken for another's.
+Each stage owns the directory <out>/<stage>. It is finished once done.json exists there, which is written last and holds
+the settings of this stage and the ones before it, so that results of other settings are never used by mistake.
 """
 
 import json
@@ -38,10 +38,14 @@ RESULTS = "results.json"
 
 
 class Conversion:
-    """Runs stages of `config`. Teacher, tokenizer and data are loaded once, when first needed."""
+    """Runs the stages of a configuration. Teacher, tokenizer and data are loaded once, when first needed.
+
+    Args:
+        config: The configuration.
+        like: A conversion with the same teacher, data and seed; its loaded objects are reused.
+    """
 
     def __init__(self, config: Config, like: "Conversion | None" = None) -> None:
-        """`like`: a conversion with the same teacher, data and seed, whose loaded ones are used."""
         self.config = config
         self.out = config.out
         self.device = _device(config.device)
@@ -60,12 +64,16 @@ class Conversion:
         }
 
     def run(self) -> None:
-        """All stages, those that are done skipped."""
+        """Run all stages that are not finished."""
         for stage in STAGES:
             self.run_stage(stage)
 
     def run_stage(self, stage: str) -> None:
-        """One stage; the one before it must be done."""
+        """Run one stage, unless it is finished.
+
+        Raises:
+            HaloError: If the stage before it is not finished, or if a result was made with other settings.
+        """
         if stage in ("transfer", "align") and self.config.aligned is not None:
             say(f"{stage:10} taken from {self._aligned}")
             return
@@ -78,7 +86,7 @@ class Conversion:
         before = STAGES.index(stage) - 1
         if before >= 0:
             self._require(STAGES[before])
-        _ = self.corpus  # Data that is not there should not be found missing hours later.
+        _ = self.corpus  # Report missing data now, not hours later.
         directory.mkdir(parents=True, exist_ok=True)
         plain = self.config.model_dump(mode="json")
         self.out.joinpath("config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
@@ -90,23 +98,25 @@ class Conversion:
         say(f"{stage:10} done in {record['seconds']:.0f} s -> {directory}")
 
     def directory(self, stage: str) -> Path:
-        """Where a stage's result is."""
+        """Return the directory of a stage's result."""
         if stage == "align" and self._aligned is not None:
             return self._aligned
         return self.out / stage
 
     @cached_property
     def teacher(self) -> Qwen3ForCausalLM:
+        """The teacher, in fp32."""
         return models.load_teacher(self.config.teacher, self.device)
 
     @cached_property
     def corpus(self) -> Corpus:
+        """The training and held-out data."""
         tokenizer = models.load_tokenizer(self.config.teacher)
         return Corpus(self.config.data, tokenizer, self.config.seed, self.out / "data")
 
     @property
     def _aligned(self) -> Path | None:
-        """Another conversion's align directory, given itself or by its parent."""
+        """The align directory of another conversion if `config.aligned` names it or its parent, else None."""
         path = self.config.aligned
         if path is None:
             return None
@@ -114,11 +124,11 @@ class Conversion:
 
     @property
     def layers(self) -> list[int]:
-        """The softmax layers chosen by the select stage."""
+        """The softmax layers that the select stage chose."""
         return json.loads((self.directory("select") / SELECTION).read_text())["layers"]
 
     def converted(self) -> HypeNetForCausalLM:
-        """The finished model."""
+        """Load the final model."""
         return models.load_hypenet(self.out / "model", self.device)
 
     def _transfer(self) -> None:
@@ -169,7 +179,7 @@ class Conversion:
         student.save_pretrained(self.directory("distill"))
 
     def _finetune(self) -> None:
-        # The long sequences need the memory more.
+        # Free the teacher's memory for the long sequences.
         self.__dict__.pop("teacher", None)
         student = models.load_hypenet(self.directory("distill"), self.device)
         self._train(Finetune(student, self.config.finetune, self.config.data.isolate_documents))
@@ -189,7 +199,7 @@ class Conversion:
         best, second = rows[0], rows[1] if len(rows) > 1 else None
         if second and second["advantage_error"] is not None and second["advantage"] < 2 * second["advantage_error"]:
             warn(
-                f"the base of the scale is not settled: a = {best['a']} is better than a = {second['a']} by "
+                f"the choice of the scale's base is not certain: a = {best['a']} is better than a = {second['a']} by "
                 f"{second['advantage']:.4f} +- {second['advantage_error']:.4f} nats; measure more documents"
             )
         say(f"{'scale':10} a = {best['a']}, loss {best['loss']:.4f}")
@@ -220,7 +230,7 @@ class Conversion:
         return Journal(self.directory(stage) / METRICS, self._settings(stage))
 
     def _settings(self, stage: str) -> dict[str, Any]:
-        """All settings that a stage's result depends on, its own and those of the stages before it."""
+        """Return all settings that a stage's result depends on: its own and those of the stages before it."""
         config = self.config
         shared = {"teacher": config.teacher, "mixer": config.mixer, "seed": config.seed, "precision": config.precision}
         settings: dict[str, Any] = {**shared, "data": config.data.model_dump(mode="json")}

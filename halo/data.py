@@ -1,8 +1,8 @@
-"""Text to batches: read, tokenise, pack into chunks of fixed length, shuffle under a seed, resume at the next batch.
+"""From text to batches: tokenise, pack into chunks of fixed length, shuffle under a seed, resume at the next batch.
 
-A chunk is `length` tokens of documents laid end to end, each closed by the tokenizer's EOS; `document_ids` counts the
-documents inside a chunk, so a stage can keep them apart. Training chunks may be mixed with recall episodes. A batch
-depends on nothing but the settings, the seed and the number of batches before it.
+A chunk is `length` tokens of concatenated documents, each ending in the tokenizer's EOS; `document_ids` numbers the
+documents inside a chunk, so that a stage can keep them apart. Training chunks may be mixed with recall episodes. A
+batch depends only on the settings, the seed and the number of batches before it.
 """
 
 import hashlib
@@ -37,23 +37,24 @@ EpisodeMaker = Callable[[int, int], np.ndarray]
 
 @dataclass
 class Batch:
-    """input_ids int64 [B, T]; document_ids int32 [B, T], not decreasing along T."""
+    """Token ids int64 [B, T], and for each token the number of its document in the row, int32 [B, T]."""
 
     input_ids: Tensor
     document_ids: Tensor
 
     def to(self, device: torch.device) -> "Batch":
+        """Copy to a device."""
         return Batch(self.input_ids.to(device), self.document_ids.to(device))
 
     def split(self, size: int | None) -> list["Batch"]:
-        """Pieces of `size` sequences."""
+        """Split into batches of `size` sequences; None does not split."""
         if size is None or size >= self.input_ids.shape[0]:
             return [self]
         pairs = zip(self.input_ids.split(size), self.document_ids.split(size), strict=True)
         return [Batch(ids, documents) for ids, documents in pairs]
 
     def cu_seqlens(self) -> Tensor:
-        """int32 [documents + 1]: where documents start in the flattened batch, and its length."""
+        """Return int32 [documents + 1]: where documents start in the flattened batch, and its length."""
         starts = torch.ones_like(self.document_ids, dtype=torch.bool)
         starts[:, 1:] = self.document_ids[:, 1:] != self.document_ids[:, :-1]
         offsets = starts.flatten().nonzero()[:, 0]
@@ -61,13 +62,19 @@ class Batch:
 
 
 class TokenStore:
-    """Tokenised documents: tokens int32 [total], offsets int64 [documents + 1]; each document ends in EOS."""
+    """Tokenised documents, each ending in EOS.
+
+    Args:
+        tokens: All documents one after the other, int32 [total].
+        offsets: Where each starts, and the total, int64 [documents + 1].
+    """
 
     def __init__(self, tokens: np.ndarray, offsets: np.ndarray) -> None:
         self.tokens, self.offsets = tokens, offsets
 
     @classmethod
     def build(cls, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> "TokenStore":
+        """Tokenise documents."""
         pieces: list[np.ndarray] = []
         lengths: list[int] = []
         waiting: list[str] = []
@@ -90,7 +97,7 @@ class TokenStore:
     def cached(
         cls, directory: Path, texts: Callable[[], Iterable[str]], tokenizer: PreTrainedTokenizerBase
     ) -> "TokenStore":
-        """The store saved under `directory`, made from `texts()` if it is not there."""
+        """Load the store from `directory`; if it is not there, build it from `texts()` and save it."""
         if not (directory / "offsets.npy").is_file():
             store = cls.build(texts(), tokenizer)
             directory.mkdir(parents=True, exist_ok=True)
@@ -102,11 +109,18 @@ class TokenStore:
         return len(self.offsets) - 1
 
     def document(self, index: int) -> np.ndarray:
+        """Return the tokens of one document."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
 
 class PackedOrder:
-    """One epoch over a store: documents in seeded order, laid end to end, cut into chunks, chunks in seeded order."""
+    """One epoch over a store: documents are shuffled and concatenated, cut into chunks, and the chunks are shuffled.
+
+    Args:
+        store: The documents.
+        length: Tokens per chunk.
+        seed, epoch: Determine both orders.
+    """
 
     def __init__(self, store: TokenStore, length: int, seed: int, epoch: int) -> None:
         rng = np.random.default_rng([seed, epoch])
@@ -114,7 +128,7 @@ class PackedOrder:
         self.documents = rng.permutation(len(store))
         self.ends = np.cumsum(np.diff(store.offsets)[self.documents])
         total = int(self.ends[-1]) if len(store) else 0
-        # A new start each epoch, so that chunks are not cut at the same places again.
+        # Start at another offset each epoch, so that documents are not cut at the same places again.
         self.shift = int(rng.integers(length)) if total >= 2 * length else 0
         self.chunks = rng.permutation((total - self.shift) // length)
 
@@ -122,7 +136,7 @@ class PackedOrder:
         return len(self.chunks)
 
     def chunk(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and document ids [length] of the index-th chunk of this epoch."""
+        """Return token ids and document ids, each [length], of the chunk number `index` of this epoch."""
         start = self.shift + int(self.chunks[index]) * self.length
         ids, documents = np.empty(self.length, np.int64), np.empty(self.length, np.int32)
         slot, filled = int(np.searchsorted(self.ends, start, side="right")), 0
@@ -139,7 +153,15 @@ class PackedOrder:
 
 
 class ChunkStream(IterableDataset):
-    """Endless batches; `state_dict` and `load_state_dict` hold the position. Subclasses say what the next chunk is."""
+    """An endless stream of batches whose position can be saved; subclasses provide `next_chunk`.
+
+    Args:
+        length: Tokens per sequence.
+        batch: Sequences per batch.
+        seed: Determines which samples are episodes, and the order of chunks.
+        needle_ratio: Share of the samples that are recall episodes.
+        episode: Makes the episodes; needed if `needle_ratio` > 0.
+    """
 
     def __init__(self, length: int, batch: int, seed: int, needle_ratio: float, episode: EpisodeMaker | None) -> None:
         if needle_ratio and episode is None:
@@ -154,12 +176,15 @@ class ChunkStream(IterableDataset):
             yield Batch(torch.from_numpy(np.stack(ids)), torch.from_numpy(np.stack(documents)))
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the position in the stream."""
         return {"samples": self.samples}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue at a position that `state_dict` returned."""
         self.samples = state["samples"]
 
     def next_chunk(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return token ids int64 and document ids int32, each [length], of the next chunk of text."""
         raise NotImplementedError
 
     def _sample(self) -> tuple[np.ndarray, np.ndarray]:
@@ -171,7 +196,7 @@ class ChunkStream(IterableDataset):
 
 
 class StoredChunks(ChunkStream):
-    """Chunks of a TokenStore, epoch after epoch."""
+    """Chunks of a TokenStore, epoch after epoch; `options` are those of ChunkStream."""
 
     def __init__(self, store: TokenStore, **options: Any) -> None:
         super().__init__(**options)
@@ -200,9 +225,15 @@ class StoredChunks(ChunkStream):
 
 
 class StreamedChunks(ChunkStream):
-    """Chunks of a streamed dataset, shuffled through a buffer of chunks that is part of the saved position.
+    """Chunks of a streamed dataset, shuffled through a buffer that is part of the saved position.
 
-    `rows`: a datasets.IterableDataset. Its own shuffle buffer would be refilled, not restored, on resume.
+    The shuffle buffer of `datasets` is not used, because it would be refilled instead of restored on resume.
+
+    Args:
+        rows: The dataset.
+        encode: Returns the tokens of a row, or None to skip it.
+        shuffle_buffer: Chunks in the buffer.
+        options: Those of ChunkStream.
     """
 
     def __init__(
@@ -260,7 +291,17 @@ class StreamedChunks(ChunkStream):
 
 
 class Corpus:
-    """The data of one conversion: training batches, and held-out text that training never sees."""
+    """The data of one conversion: training batches, and held-out text that training never sees.
+
+    Args:
+        settings: The section `data` of the configuration.
+        tokenizer: The teacher's tokenizer, which must have an EOS token.
+        seed: Seed of all orders and episodes.
+        cache: Directory for tokenised documents; None keeps them in memory.
+
+    Raises:
+        HaloError: If the tokenizer has no EOS token or the source cannot be read.
+    """
 
     def __init__(
         self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int = 0, cache: Path | None = None
@@ -274,7 +315,14 @@ class Corpus:
     def batches(
         self, length: int, batch: int, needle_ratio: float | None = None, offset: int = 0
     ) -> StatefulDataLoader:
-        """Endless training batches. `offset` gives each stage its own order and episodes under one seed."""
+        """Return an endless loader of training batches.
+
+        Args:
+            length: Tokens per sequence.
+            batch: Sequences per batch.
+            needle_ratio: Share of recall episodes; None for the configured one.
+            offset: The number of the stage, which gives each stage its own order and episodes.
+        """
         ratio = self.settings.needle_ratio if needle_ratio is None else needle_ratio
         seed = self.seed + 1000 * offset
         episode = self.episodes(seed) if ratio else None
@@ -293,12 +341,17 @@ class Corpus:
         else:
             stream = StoredChunks(self.store(held_out=False), **options)
         with warnings.catch_warnings():
-            # torchdata's own use of a torch function that warns.
+            # torchdata calls a deprecated function of torch.
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
             return StatefulDataLoader(stream, batch_size=None, num_workers=0)
 
     def episodes(self, seed: int, held_out: bool = False) -> EpisodeMaker:
-        """Recall episodes with 1 to MAX_NEEDLES needles, as many as fit, every one asked for."""
+        """Return a function that makes recall episodes with 1 to MAX_NEEDLES needles, each of which is queried.
+
+        Args:
+            seed: Together with the sample's number, determines an episode.
+            held_out: Whether the text around the needles is held-out text.
+        """
         task = NeedleTask(self.tokenizer, self.store(held_out).tokens)
         cost = task.needle_length + task.query_length
 
@@ -310,14 +363,22 @@ class Corpus:
         return make
 
     def held_out_chunks(self, count: int, length: int) -> Tensor:
-        """int64 [n, length] of packed held-out text, n <= count chosen under the seed."""
+        """Return up to `count` random chunks of packed held-out text, int64 [n, length].
+
+        Raises:
+            HaloError: If there are fewer than two chunks.
+        """
         order = PackedOrder(self.store(held_out=True), length, self.seed, 0)
         if len(order) < 2:
             raise HaloError(f"data.held_out: must leave at least two chunks of {length} tokens, got {len(order)}")
         return torch.from_numpy(np.stack([order.chunk(i)[0] for i in range(min(count, len(order)))]))
 
     def held_out_documents(self, count: int, length: int) -> Tensor:
-        """int64 [n, length]: the beginnings of n <= count held-out documents that are long enough."""
+        """Return the first `length` tokens of up to `count` held-out documents that have as many, int64 [n, length].
+
+        Raises:
+            HaloError: If no document is long enough.
+        """
         store = self.store(held_out=True)
         sizes = np.diff(store.offsets)
         long_enough = np.flatnonzero(sizes >= length)
@@ -328,11 +389,11 @@ class Corpus:
         return torch.from_numpy(np.stack([store.document(i)[:length].astype(np.int64) for i in chosen]))
 
     def held_out_texts(self) -> Iterator[str]:
-        """The held-out documents as text."""
+        """Yield the held-out documents as text."""
         return self.source.texts(held_out=True)
 
     def store(self, held_out: bool) -> TokenStore:
-        """The tokenised documents of one side of the split; of a streamed dataset, the first of them."""
+        """Return the tokenised documents of one side of the split; for a streamed dataset, only the first ones."""
         if held_out not in self._stores:
             texts = lambda: self.source.texts(held_out)  # noqa: E731
             if self.cache is None:

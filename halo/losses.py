@@ -1,8 +1,8 @@
-"""The three losses of the conversion. Shapes: B T tokens, D hidden size, V vocabulary, N = B * T.
+"""The three losses of the conversion. Shapes: B sequences, T tokens, D hidden size, V vocabulary, N = B * T.
 
-Losses over the vocabulary start from hidden states and the head's weight. Logits exist for `token_chunk` tokens (and,
-if given, `vocab_chunk` entries) at a time, in fp32 (fp64 for fp64 inputs); gradients are formed while a piece exists,
-so neither model's [N, V] tensor is ever stored.
+Losses over the vocabulary take hidden states and the head's weight. They compute the logits of `token_chunk` tokens
+(and of `vocab_chunk` entries, if given) at a time, in fp32 (fp64 for fp64 inputs), and the gradients together with
+them, so that no [N, V] tensor is ever stored.
 """
 
 from collections.abc import Iterator
@@ -23,9 +23,21 @@ def kl_divergence(
     token_chunk: int = 1024,
     vocab_chunk: int | None = None,
 ) -> Tensor:
-    """Mean over tokens of KL(softmax(teacher logits) || softmax(student logits)), in nats (HALO, section 4.3).
+    """Compute the mean over tokens of KL(softmax(teacher logits) || softmax(student logits)) (HALO, section 4.3).
 
-    hidden [..., D] and weight [V, D] get gradients; teacher_hidden [..., D'] and teacher_weight [V, D'] do not.
+    Args:
+        hidden: The student's hidden states [..., D]; differentiable.
+        weight: The student's head [V, D]; differentiable.
+        teacher_hidden: The teacher's hidden states [..., D'].
+        teacher_weight: The teacher's head [V, D'].
+        token_chunk: Tokens whose logits are computed at a time.
+        vocab_chunk: Vocabulary entries whose logits are computed at a time; None for all.
+
+    Returns:
+        A scalar, in nats.
+
+    Raises:
+        ValueError: If the vocabularies differ in size.
     """
     if weight.shape[0] != teacher_weight.shape[0]:
         raise ValueError(
@@ -44,16 +56,24 @@ def kl_divergence(
 def next_token_loss(
     hidden: Tensor, weight: Tensor, labels: Tensor, token_chunk: int = 1024, vocab_chunk: int | None = None
 ) -> Tensor:
-    """Mean cross-entropy in nats of `labels` [...] under softmax(hidden [..., D] @ weight [V, D]^T).
+    """Compute the mean cross-entropy of labels under softmax(hidden @ weight^T).
 
-    Labels equal to IGNORE do not count; with no label left the loss is zero.
+    Args:
+        hidden: [..., D]; differentiable.
+        weight: [V, D]; differentiable.
+        labels: int64 [...]; IGNORE where a token does not count.
+        token_chunk: Tokens whose logits are computed at a time.
+        vocab_chunk: Vocabulary entries whose logits are computed at a time; None for all.
+
+    Returns:
+        A scalar, in nats; zero if every label is IGNORE.
     """
     return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.flatten(), token_chunk, vocab_chunk)
 
 
 @torch.no_grad()
 def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, token_chunk: int = 1024) -> Tensor:
-    """Cross-entropy of every label in nats, shaped like `labels` [...]; zero where the label is IGNORE."""
+    """Return the cross-entropy of each label [...] in nats, zero where it is IGNORE; without gradients."""
     h_ND, y_N = hidden.flatten(0, -2), labels.flatten()
     losses = []
     for h, y in zip(h_ND.split(token_chunk), y_N.split(token_chunk), strict=True):
@@ -63,7 +83,7 @@ def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, token_chunk: in
 
 
 def next_token_labels(input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
-    """The token after each one [B, T]; IGNORE at the end of the sequence and where the next token starts a document."""
+    """Return the token after each one [B, T]; IGNORE at the end of a sequence and before the start of a document."""
     labels = input_ids.roll(-1, dims=1)
     labels[:, -1] = IGNORE
     if document_ids is not None:
@@ -72,7 +92,7 @@ def next_token_labels(input_ids: Tensor, document_ids: Tensor | None = None) -> 
 
 
 def mixer_mse(outputs: list[Tensor], targets: list[Tensor]) -> Tensor:
-    """Mean squared error of each layer's mixer output [B, T, D], one number a layer [L] (HALO, section 4.2)."""
+    """Return the mean squared error [L] of each layer's mixer output [B, T, D] (HALO, section 4.2)."""
     return torch.stack([(y - t).float().square().mean() for y, t in zip(outputs, targets, strict=True)])
 
 
@@ -134,7 +154,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _Gradients:
-    """Sums d_hidden and d_weight over the pieces; the loss and both are multiplied by `scale` at the end."""
+    """Accumulates d_hidden and d_weight over the pieces; `finish` multiplies them and the loss by `scale`."""
 
     def __init__(self, ctx: Any, h_ND: Tensor, weight: Tensor, scale: float) -> None:
         self.needed = any(ctx.needs_input_grad[:2])
@@ -164,7 +184,7 @@ def _scaled(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _log_softmax_pieces(h: Tensor, weight: Tensor, vocab_chunk: int | None) -> Iterator[tuple[slice, Tensor]]:
-    """(columns, log softmax(h @ weight^T)[:, columns]) piece by piece; several pieces cost the logits twice."""
+    """Yield (columns, log_softmax(h @ weight^T)[:, columns]) by pieces; with several, the logits are computed twice."""
     pieces = list(_spans(weight.shape[0], vocab_chunk or weight.shape[0]))
     if len(pieces) == 1:
         yield pieces[0], torch.log_softmax(h @ weight.to(h.dtype).T, dim=-1)
@@ -177,8 +197,10 @@ def _log_softmax_pieces(h: Tensor, weight: Tensor, vocab_chunk: int | None) -> I
 
 
 def _wide(x: Tensor) -> Tensor:
+    """Convert to float32, unless x is float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def _spans(total: int, size: int) -> Iterator[slice]:
+    """Split range(total) into slices of at most `size`."""
     return (slice(start, min(start + size, total)) for start in range(0, total, size))

@@ -1,7 +1,7 @@
-"""Text that every Python installation has: the standard library's documentation, sources and licence.
+"""Text that comes with every Python installation: the standard library's documentation, sources and licence.
 
-A document is one topic of `pydoc_data.topics`, one source file, or the licence. Whole documents are held out, chosen by
-a hash of their names, so the split is the same on every machine. The text itself follows the installed Python version.
+A document is one topic of `pydoc_data.topics`, one source file, or the licence. Whole documents are held out, by a hash
+of their names, so the split is the same on every machine; the text depends on the installed Python version.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ from pathlib import Path
 
 SPLITS = ("train", "heldout")
 HELDOUT_SHARE = 1 / 16  # of the split that the demo's teacher was trained on
-# Tests and tables would drown the prose; site-packages differs between machines.
+# Left out: tests and tables, of which there is more than of everything else, and what differs between machines.
 SKIPPED_DIRECTORIES = frozenset(
     {"__pycache__", "dist-packages", "encodings", "ensurepip", "idlelib", "lib2to3", "site-packages", "test", "tests"}
     | {"turtledemo", "pydoc_data"}

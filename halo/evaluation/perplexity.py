@@ -22,12 +22,24 @@ def bits_per_byte(
     num_tokens: int = 65536,
     batch_size: int = 1,
 ) -> dict[str, float]:
-    """Negative log-likelihood in bits over UTF-8 bytes, in windows of `length` tokens.
+    """Measure the negative log-likelihood in bits per UTF-8 byte, in windows of `length` tokens.
 
-    The documents are packed into one stream (or given as one, see `token_stream`); `num_tokens // length` windows, at
-    least one, are spread evenly over it. Every window starts with a start-of-text token, so all its tokens are scored
-    and none sees text from before the window. Returns bits_per_byte, its standard error over windows, and the number of
-    bytes and windows.
+    `num_tokens // length` windows, at least one, are spread evenly over the text. Each starts with a start-of-text
+    token, so all its tokens are scored, and none of them sees text before the window.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        documents: Texts, or one token stream as `token_stream` returns it.
+        length: Tokens per window.
+        num_tokens: Tokens of all windows together.
+        batch_size: Windows per forward pass.
+
+    Returns:
+        bits_per_byte; stderr over windows; num_bytes; num_windows.
+
+    Raises:
+        ValueError: If the text has fewer than `length` tokens.
     """
     stream = documents if isinstance(documents, np.ndarray) else token_stream(tokenizer, documents)
     bos = int(stream[0])
@@ -62,7 +74,7 @@ def bits_per_byte(
 
 
 def _nll(model: PreTrainedModel, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-    """Nats per row. The head runs on a few rows at a time: all logits of a long window would not fit in memory."""
+    """Return the nats of each row, with logits in pieces, because those of a long window do not fit in memory."""
     hidden_BTC = model.base_model(input_ids=inputs_BT, use_cache=False).last_hidden_state
     head = model.get_output_embeddings()
     total = torch.zeros(len(inputs_BT), dtype=torch.float64)

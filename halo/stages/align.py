@@ -1,7 +1,7 @@
-"""Stage 1: every recurrent mixer learns to give its attention layer's output from that layer's input (HALO, 4.2).
+"""Stage 1: each recurrent mixer learns to map its attention layer's input to that layer's output (HALO, 4.2).
 
-One teacher forward serves all layers. A mixer sees the teacher's own activations, so the layers are independent
-regressions; clipping each layer's gradient on its own keeps them so.
+One forward pass of the teacher serves all layers. Each mixer sees the teacher's own activations, so the layers are
+independent regressions; clipping each layer's gradient on its own keeps them independent.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from hypenet import HypeNetForCausalLM
 
 @dataclass
 class Align:
-    """`student` has a recurrent mixer in every layer; nothing else of it is used or changed."""
+    """Aligns the recurrent mixers of `student` with the attention layers of `teacher`; only the mixers are trained."""
 
     teacher: Qwen3ForCausalLM
     student: HypeNetForCausalLM
@@ -29,19 +29,21 @@ class Align:
     name: ClassVar[str] = "align"
 
     def build(self) -> nn.Module:
+        """Freeze everything but the mixers, which are returned."""
         self.teacher.requires_grad_(False).eval()
         self.student.requires_grad_(False)
         self.mixers = nn.ModuleList(models.mixers(self.student)).requires_grad_(True).train()
         return self.mixers
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the summed or mean error over layers, and the errors to log."""
         losses, powers = self.layer_losses(batch)
         total = losses.sum() if self.settings.clip_scope == "layer" else losses.mean()
         detached = losses.detach()
         return total, {"loss": detached.mean(), "relative_loss": detached / powers, "layer_losses": detached}
 
     def layer_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The mean squared error of every layer [L], and the mean square of what it should have given [L]."""
+        """Return the mean squared error of every layer [L], and the mean square of its target [L]."""
         with torch.no_grad(), models.recorded_attention(self.teacher) as recorded:
             models.hidden_states(self.teacher, batch, self.isolate_documents)
         cu_seqlens = batch.cu_seqlens() if self.isolate_documents else None

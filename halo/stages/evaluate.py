@@ -1,4 +1,4 @@
-"""Recall and bits per byte of a model at multiples of the training length."""
+"""Measurement of recall and bits per byte at multiples of the training length."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -27,10 +27,16 @@ def evaluate(
     settings: EvalSettings,
     journal: Journal,
 ) -> list[dict[str, Any]]:
-    """One row per model and length: recall and bits per byte on held-out text, each with a standard error.
+    """Measure recall and bits per byte of models on held-out text.
 
-    `labelled`: name, model, and the attn_logits_scaling to measure it with. A length longer than all held-out text has
-    bits_per_byte None.
+    Args:
+        labelled: Name, model, and the `attn_logits_scaling` to measure it with.
+        corpus: Provides tokenizer and held-out text.
+        settings: Lengths and amounts.
+        journal: Keeps finished rows.
+
+    Returns:
+        A row per model and length, with standard errors; bits_per_byte is None if the held-out text is too short.
     """
     stream = token_stream(corpus.tokenizer, corpus.held_out_texts())
     rows = []

@@ -1,4 +1,4 @@
-"""Choice of the base `a` of s_t = ln(t + a) / ln(a) after training, by the loss on long held-out documents."""
+"""Choice of the base `a` of s_t = ln(t + a) / ln(a), after training, by the loss on long held-out documents."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,9 +21,17 @@ def choose_scale(
     journal: Journal,
     on_progress: Callable[[int], None],
 ) -> list[dict[str, Any]]:
-    """Loss and its standard error for every base in the grid, best first; leaves the best one set in `model`.
+    """Measure the loss for every base in the grid, and set the best one in `model`.
 
-    `advantage` is how much lower the best loss is, paired over documents, with its standard error.
+    Args:
+        model: The student.
+        corpus: Provides held-out text and episodes.
+        settings: Grid, and number and length of the documents.
+        journal: Keeps the losses of finished bases.
+        on_progress: Called with the number of bases that are done.
+
+    Returns:
+        A row per base, lowest loss first. `advantage` is by how much the best loss is lower, paired over documents.
     """
     model.eval()
     documents = long_documents(corpus, settings)
@@ -39,7 +47,7 @@ def choose_scale(
 
 
 def long_documents(corpus: Corpus, settings: ScaleSettings) -> torch.Tensor:
-    """int64 [documents, length]: beginnings of held-out documents, the given share replaced by recall episodes."""
+    """Return beginnings of held-out documents, some replaced by recall episodes, int64 [documents, length]."""
     num_episodes = round(settings.needle_ratio * settings.documents)
     parts = []
     if num_episodes < settings.documents:

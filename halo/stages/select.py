@@ -1,4 +1,4 @@
-"""Layer selection: each layer of the teacher swapped for its aligned twin in memory, measured on the same samples."""
+"""Layer selection: one layer at a time is replaced by its aligned twin, and all are measured on the same samples."""
 
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +26,16 @@ def measure_swaps(
     journal: Journal,
     on_progress: Callable[[int], None],
 ) -> Measurements:
-    """Per-sample recall and loss of the teacher and of all one-layer swaps; `on_progress` gets the number done."""
+    """Measure recall and loss per sample, for the teacher and with each layer replaced by its twin.
+
+    Args:
+        teacher: The teacher; its own layers are put back.
+        twins: The HypeNet with the aligned recurrent mixers.
+        corpus: Provides held-out text and episodes.
+        settings: Numbers and lengths of the samples.
+        journal: Keeps the results of finished layers.
+        on_progress: Called with the number of layers that are done.
+    """
     teacher.eval()
     task = NeedleTask(corpus.tokenizer, corpus.store(held_out=True).tokens)
     chunks = corpus.held_out_chunks(settings.language_samples, settings.language_length)
@@ -52,7 +61,7 @@ def measure_swaps(
 
 @torch.no_grad()
 def chunk_losses(model: PreTrainedModel, chunks: Tensor, batch: int) -> np.ndarray:
-    """Mean next-token loss of each chunk [n, T] in nats, float64 [n]."""
+    """Return the mean next-token loss of each chunk [n, T] in nats, float64 [n]."""
     losses = []
     head = model.get_output_embeddings().weight
     for ids in chunks.split(batch):
