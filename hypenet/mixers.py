@@ -228,6 +228,7 @@ class SoftmaxAttention(Mixer):
         keys, values = context.cache.reserve(self.layer_idx, k, context.longest)
         if context.step:
             lengths = context.cache.lengths
+            assert lengths is not None
             return hype_attention_decode(q, keys, values, lengths, k=k, v=v, gate=gate, **options)
         start, stop = context.past, context.past + k.shape[1]
         for buffer, new in ((keys, k.detach()), (values, v.detach())):
@@ -294,7 +295,9 @@ class LightningAttention(Mixer):
         if context.step:
             g = self.new_tokens_only(self.log_decay.expand(k.shape[:3]), context)
             k = self.new_tokens_only(k, context)
-            o = simple_gla_step(q, k, v, g, context.state(self.layer_idx), scale=self.scale)
+            state = context.state(self.layer_idx)
+            assert state is not None
+            o = simple_gla_step(q, k, v, g, state, scale=self.scale)
         else:
             o, state = chunk_simple_gla(
                 q,
@@ -375,7 +378,7 @@ class GatedDeltaNet(Mixer):
         q, k, v = self.qkv(x_BTC, context)
         k, v = self.unshare(k, v)
         a, b = self.a_proj(x_BTC), self.b_proj(x_BTC)
-        gates = {
+        gates: dict[str, Any] = {
             "use_qk_l2norm_in_kernel": True,
             "use_gate_in_kernel": True,
             "A_log": self.A_log,
@@ -387,6 +390,7 @@ class GatedDeltaNet(Mixer):
         if context.step:
             if context.keep is not None:  # softplus and sigmoid of -inf are 0: no decay and no write for padding
                 a, b = (x.masked_fill(~context.keep[..., None], -math.inf) for x in (a, b))
+            assert state is not None
             o = gated_delta_step(q, k, v, a, b, state, **gates)
         else:
             o, state = chunk_gated_delta_rule(
