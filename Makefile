@@ -26,6 +26,7 @@ bench: $(INSTALLED)
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 
 # The kernels under AddressSanitizer and UBSan, in a build of their own. -P keeps the checkout's own modules out of it. Left
@@ -41,7 +42,7 @@ test-asan: $(INSTALLED)
 	$(SANITIZED) -m pytest -k "not compile and not opcheck and not gradcheck and not thousand" $(KERNEL_TESTS)
 
 clean:
-	rm -rf build hypenet.egg-info hypenet_kernels/*.so hypenet_kernels/_build.json $(INSTALLED)
+	rm -rf build .mypy_cache hypenet.egg-info hypenet_kernels/*.so hypenet_kernels/_build.json $(INSTALLED)
 
 # Editable, so that tests and demo see the checkout; without build isolation, so that a rebuild needs no network.
 $(INSTALLED): $(SOURCES) | $(PYTHON_IN_VENV)

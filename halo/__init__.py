@@ -1,1 +1,5 @@
-"""The conversion of a Qwen3 Transformer into a HypeNet: transfer, align, select, distil, fine-tune, scale, evaluate."""
+"""HALO: converts a Qwen3 Transformer into a HypeNet by transfer, align, select, distill, finetune, scale and eval."""
+
+from hypenet_cli.extras import version
+
+__version__ = version()

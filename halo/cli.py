@@ -1,22 +1,24 @@
-"""The `halo` command: every stage on its own, all of them, the report, and the demo."""
+"""The `halo` command: each stage on its own, all stages, the report, and the demo."""
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-try:
-    from halo.config import STAGE_HELP, HaloError, load_config
-except ModuleNotFoundError as error:
-    raise SystemExit(f"halo: needs {error.name}; install with: pip install 'hypenet[halo]'") from None
+from halo import __version__
+from halo.config import STAGE_HELP, HaloError, load_config
+
+if TYPE_CHECKING:
+    from halo.conversion import Conversion
 
 
 class OneLineErrors(TyperGroup):
-    """A mistake of the user's is one line on standard error and exit code 2, not a traceback."""
+    """Prints a mistake of the user's as one line on standard error, with exit code 2 and no traceback."""
 
-    def main(self, *args, **options):
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run the command line and report a HaloError."""
         try:
             return super().main(*args, **options)
         except HaloError as error:
@@ -27,38 +29,54 @@ class OneLineErrors(TyperGroup):
 app = typer.Typer(
     name="halo",
     cls=OneLineErrors,
-    help="Convert a Qwen3 Transformer into a HypeNet: most attention layers become linear recurrences.",
+    help="Convert a Qwen3 Transformer into a HypeNet, which replaces most attention layers by linear recurrences.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-ConfigOption = Annotated[str, typer.Option("--config", help="a YAML file, or the name of a shipped one")]
-OutOption = Annotated[Path | None, typer.Option("--out", help="directory of the results, in place of the file's")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="change one key, such as distill.steps=100")]
+ConfigOption = Annotated[str, typer.Option("--config", help="YAML file, or the name of a shipped configuration.")]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Output directory; overrides `out` of the file.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override one key, such as distill.steps=100.")]
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and exit, if `--version` was given."""
+    if wanted:
+        typer.echo(f"halo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Define the options that precede a command; what they do is in their callbacks."""
 
 
 @app.command()
 def convert(config: ConfigOption, out: OutOption = None, changes: SetOption = None) -> None:
-    """Run all stages that are not done yet, then write the report."""
+    """Run all stages that are not finished, then write the report."""
     conversion = _conversion(config, out, changes)
     conversion.run()
     _report(conversion.out)
 
 
 @app.command()
-def report(out: Annotated[Path, typer.Argument(help="directory of a conversion or of the demo")]) -> None:
-    """Write report.md and its plots from what a conversion has measured so far."""
+def report(out: Annotated[Path, typer.Argument(help="Output directory of a conversion or of the demo.")]) -> None:
+    """Write report.md and its plots from the results of a conversion so far."""
     _report(out)
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="directory of the results")] = Path("demo-output"),
+    out: Annotated[Path, typer.Option("--out", help="Output directory.")] = Path("demo-output"),
     config: ConfigOption = "demo",
     changes: SetOption = None,
 ) -> None:
-    """Convert the small teacher that ships with the package, and compare: about ten minutes on two cores."""
+    """Convert the small teacher that ships with the package and compare the result with it, in about ten minutes."""
     from halo.demo.demo import run_demo
 
     _silence_loading()
@@ -76,10 +94,10 @@ for _name in STAGE_HELP:
     _add_stage(_name)
 
 
-def _conversion(config: str, out: Path | None, changes: list[str] | None):
+def _conversion(config: str, out: Path | None, changes: list[str] | None) -> "Conversion":
     overrides = [*(changes or ()), *([f"out={out}"] if out else ())]
     checked = load_config(config, tuple(overrides))
-    # Imported late: `halo --help` and a mistake in the file should not wait for torch.
+    # Imported here so that `halo --help` and mistakes in the configuration do not wait for torch.
     from halo.conversion import Conversion
 
     _silence_loading()
@@ -87,7 +105,7 @@ def _conversion(config: str, out: Path | None, changes: list[str] | None):
 
 
 def _silence_loading() -> None:
-    """No bars of transformers for reading and writing files between those of the stages."""
+    """Switch off transformers' progress bars for reading and writing files."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -100,7 +118,3 @@ def _report(out: Path) -> None:
 
     write = write_demo_report if (out / RESULTS).is_file() else write_report
     say(f"report     {write(out)}")
-
-
-if __name__ == "__main__":
-    app()

@@ -1,40 +1,41 @@
-"""What a conversion is made of: the YAML file as checked dataclasses, and the one kind of error a user sees.
+"""The configuration of a conversion: the YAML file as checked models, and the error for a user's mistakes.
 
-Every number of the paper's recipe (HALO, arXiv 2601.22156, section 4 and appendix) is a key here with the paper's
-value as its default; the files in halo/configs/ say where they differ.
+Every number of the paper's recipe (HALO, arXiv 2601.22156, section 4 and appendix) is a key here, with the paper's
+value as its default; the files in halo/configs/ name their differences.
 """
 
 import re
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 STAGE_HELP = {
-    "transfer": "Give every attention layer a recurrent twin with its weights.",
-    "align": "Stage 1: train every twin to give its attention layer's output.",
-    "select": "Choose the layers that stay attention, from one-layer swaps in memory.",
-    "distill": "Stage 2: train the hybrid to the teacher's next-token distribution.",
-    "finetune": "Stage 3: next-token loss on longer context.",
-    "scale": "Choose the base of the attention scale on long documents, and write the finished model.",
+    "transfer": "Build a recurrent twin of every attention layer from its weights.",
+    "align": "Stage 1: train each twin to reproduce the output of its attention layer.",
+    "select": "Choose the layers that stay attention, by replacing one layer at a time with its twin.",
+    "distill": "Stage 2: train the hybrid to match the teacher's next-token distribution.",
+    "finetune": "Stage 3: train on next-token loss with longer context.",
+    "scale": "Choose the base of the attention scale on long documents, and write the final model.",
     "eval": "Measure recall and bits per byte at multiples of the training length.",
 }
 
 
 class HaloError(Exception):
-    """A mistake in the input of a command: one line that names the place, the rule and the value."""
+    """A mistake in the input of a command, described in one line: place, rule and value."""
 
 
 class Settings(BaseModel):
-    """Base of every section: unknown keys are errors and values do not change after reading."""
+    """Base of every section: unknown keys are errors, and values are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class DataSettings(Settings):
-    """Where text comes from and how it becomes chunks of tokens."""
+    """Source of the text, and how it is cut into chunks of tokens."""
 
     source: str = Field(description='"stdlib", a file or directory of .txt, .md, .jsonl, or a Hugging Face dataset')
     subset: str | None = Field(None, description="configuration name of a Hugging Face dataset")
@@ -42,15 +43,15 @@ class DataSettings(Settings):
     field: str = Field("text", description="key of the text in a JSONL line or dataset row")
     held_out: float = Field(0.01, gt=0, lt=1, description="share of documents kept for selection, scale and eval")
     needle_ratio: float = Field(0.0, ge=0, le=1, description="share of training chunks that are recall episodes")
-    isolate_documents: bool = Field(False, description="keep attention and state from crossing documents")
+    isolate_documents: bool = Field(False, description="do not carry attention or state across documents")
     shuffle_buffer: PositiveInt = Field(4096, description="chunks in the shuffle buffer of a streamed dataset")
 
 
 class TrainingSettings(Settings):
-    """Numbers of one training stage. AdamW, linear warm-up from 0, cosine to `final_learning_rate`."""
+    """Hyperparameters of one training stage: AdamW, linear warm-up from 0, cosine decay to `final_learning_rate`."""
 
     steps: NonNegativeInt
-    batch: PositiveInt = Field(description="sequences per optimiser step")
+    batch: PositiveInt = Field(description="sequences per optimizer step")
     micro_batch: PositiveInt | None = Field(None, description="sequences per forward pass; default: the whole batch")
     length: PositiveInt = Field(512, ge=2, description="tokens per sequence")
     learning_rate: float = Field(gt=0)
@@ -58,35 +59,35 @@ class TrainingSettings(Settings):
     warmup: NonNegativeInt = 50
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(0.0, ge=0)
-    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    clip: float = Field(1.0, gt=0, description="gradient clipping norm")
     checkpoint_every: PositiveInt = 500
     log_every: PositiveInt = 10
-    needle_ratio: float | None = Field(None, ge=0, le=1, description="in place of data.needle_ratio, for this stage")
+    needle_ratio: float | None = Field(None, ge=0, le=1, description="overrides data.needle_ratio for this stage")
 
     @model_validator(mode="after")
-    def _micro_batch_divides(self):
+    def _micro_batch_divides(self) -> Self:
         if self.micro_batch and self.batch % self.micro_batch:
             raise ValueError(f"micro_batch must divide batch ({self.batch})")
         return self
 
 
 class AlignSettings(TrainingSettings):
-    """Stage 1: every recurrent layer learns its attention layer's output from that layer's input."""
+    """Stage 1: each recurrent layer learns to map its attention layer's input to that layer's output."""
 
     steps: NonNegativeInt = 20_000
     batch: PositiveInt = 32
     learning_rate: float = Field(1e-3, gt=0)
-    clip_scope: Literal["layer", "all"] = Field("layer", description="the layers are independent: clip each on its own")
+    clip_scope: Literal["layer", "all"] = Field("layer", description="layers are independent, so clip each on its own")
 
 
 class SelectSettings(Settings):
-    """Which layers stay softmax attention."""
+    """How to choose the layers that stay softmax attention."""
 
     keep: PositiveInt | None = Field(None, description="number of attention layers; default: a quarter")
     layers: list[NonNegativeInt] | None = Field(None, description="keep these and measure nothing")
     score: Literal["difference", "ratio", "paper", "even"] = "difference"
-    language_weight: float = Field(1.0, ge=0, description="of the language drop in the difference score")
-    eps: float = Field(1e-6, gt=0, description="in the denominator of the paper's score")
+    language_weight: float = Field(1.0, ge=0, description="weight of the language drop in the difference score")
+    eps: float = Field(1e-6, gt=0, description="added to the denominator of the paper's score")
     recall_samples: PositiveInt = Field(200, ge=2)
     recall_length: PositiveInt = 512
     language_samples: PositiveInt = Field(128, ge=2, description="held-out chunks")
@@ -97,26 +98,27 @@ class SelectSettings(Settings):
 
 
 class LossSettings(TrainingSettings):
-    """A stage whose loss runs over the vocabulary, in pieces."""
+    """A stage whose loss runs over the vocabulary; it is computed in pieces to bound memory."""
 
-    token_chunk: PositiveInt = Field(1024, description="tokens whose logits exist at once")
-    vocab_chunk: PositiveInt | None = Field(None, description="vocabulary entries whose logits exist at once")
+    token_chunk: PositiveInt = Field(1024, description="tokens whose logits are in memory at a time")
+    vocab_chunk: PositiveInt | None = Field(None, description="vocabulary entries whose logits are in memory at a time")
     checkpoint_activations: bool = Field(False, description="recompute each layer in backward to save memory")
 
 
 class DistillSettings(LossSettings):
-    """Stage 2: KL of the student's next-token distribution from the teacher's, everything trains."""
+    """Stage 2: KL divergence from the teacher's next-token distribution; all weights are trained."""
 
     steps: NonNegativeInt = 20_000
     batch: PositiveInt = 96
     learning_rate: float = Field(1e-4, gt=0)
     gate_init: Literal["open", "random"] = Field(
-        "open", description="new attention gates start without effect, or random (the paper), which halves the output"
+        "open",
+        description="open: new attention gates start without effect; random (the paper) halves the output at first",
     )
 
 
 class FinetuneSettings(LossSettings):
-    """Stage 3: next-token loss on longer context, no teacher."""
+    """Stage 3: next-token loss on longer context, without a teacher."""
 
     steps: NonNegativeInt = 500
     batch: PositiveInt = 128
@@ -126,7 +128,7 @@ class FinetuneSettings(LossSettings):
 
 
 class ScaleSettings(Settings):
-    """Choice of `a` in s_t = ln(t + a) / ln(a) by the loss on long held-out documents. `null` in the grid: no scale."""
+    """How to choose `a` in s_t = ln(t + a) / ln(a): by the loss on long held-out documents; null means no scale."""
 
     grid: list[float | None] = Field([None, 30, 100, 300, 500, 600, 900, 2000], min_length=1)
     length: PositiveInt = Field(32_768, ge=2)
@@ -134,7 +136,7 @@ class ScaleSettings(Settings):
     needle_ratio: float = Field(0.0, ge=0, le=1, description="share of the documents that are recall episodes")
 
     @model_validator(mode="after")
-    def _bases_above_one(self):
+    def _bases_above_one(self) -> Self:
         for base in self.grid:
             if base is not None and base <= 1:
                 raise ValueError(f"grid must hold numbers above 1 or null, got {base}")
@@ -142,26 +144,30 @@ class ScaleSettings(Settings):
 
 
 class EvalSettings(Settings):
-    """Recall and bits per byte at multiples of the training length."""
+    """How to measure recall and bits per byte at multiples of the training length."""
 
     length: PositiveInt = Field(512, description="the training length, multiple 1")
     multiples: list[PositiveInt] = Field([1, 2, 4, 8, 16], min_length=1)
     recall_samples: PositiveInt = Field(100, description="episodes per length")
-    recall_tokens: PositiveInt | None = Field(None, description="fewer episodes where they would hold more tokens")
+    recall_tokens: PositiveInt | None = Field(None, description="cap on the tokens of all episodes at one length")
     text_tokens: PositiveInt = Field(65_536, description="held-out tokens per length")
 
 
 class Config(Settings):
-    """One conversion."""
+    """The configuration of one conversion."""
 
     teacher: str = Field(description='directory or Hugging Face name of a Qwen3 with its tokenizer, or "demo"')
     mixer: Literal["lightning", "gdn"] = "lightning"
     out: Path = Field(description="directory of all results")
-    aligned: Path | None = Field(None, description="result of another conversion's align stage, in place of our own")
+    aligned: Path | None = Field(
+        None, description="output of another conversion (or its align directory), used instead of training align"
+    )
     seed: int = Field(0, ge=0)
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the arithmetic; weights are always fp32")
-    threads: PositiveInt | None = Field(None, description="processor threads; default: torch's choice")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="precision of the forward pass; weights are always fp32"
+    )
+    threads: PositiveInt | None = Field(None, description="CPU threads; default: torch's choice")
     data: DataSettings
     align: AlignSettings = AlignSettings()
     select: SelectSettings = SelectSettings()
@@ -172,9 +178,14 @@ class Config(Settings):
 
 
 def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
-    """The config of a YAML file, or of a shipped one by its name (`demo`, `hypenet-2b`).
+    """Read and check a configuration.
 
-    `overrides`: `distill.steps=10`, the value read as YAML. Raises HaloError with one line for the first mistake.
+    Args:
+        path: A YAML file, or the name of a shipped configuration such as "demo" or "hypenet-2b".
+        overrides: Changes such as "distill.steps=10"; the value is read as YAML.
+
+    Raises:
+        HaloError: At the first mistake.
     """
     path = find_config(path)
     try:
@@ -193,7 +204,7 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
 
 
 def make_config(tree: dict[str, Any], name: str = "config") -> Config:
-    """A config from plain data; HaloError names `name` and the key."""
+    """Check a configuration given as plain data; `name` begins the message of a HaloError."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -201,7 +212,7 @@ def make_config(tree: dict[str, Any], name: str = "config") -> Config:
 
 
 def find_config(path: str | Path) -> Path:
-    """The file itself, or the shipped file of that name."""
+    """Return the path itself if it is a file, else the shipped configuration of that name."""
     if Path(path).is_file():
         return Path(path)
     shipped = resources.files("halo") / "configs"
@@ -223,8 +234,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     tree[name] = yaml.safe_load(value)
 
 
-def _explain(error: dict[str, Any]) -> str:
-    """`key: rule, got value` for one of pydantic's errors."""
+def _explain(error: Mapping[str, Any]) -> str:
+    """Format one of pydantic's errors as `key: rule, got value`."""
     parts = [str(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained-"))]
     key, value = ".".join(parts) or "config", error["input"]
     if error["type"] == "extra_forbidden":

@@ -1,7 +1,7 @@
-"""One conversion: the order of the stages, what each needs and leaves, and what is already done.
+"""One conversion: the order of the stages, their inputs and results, and which of them are finished.
 
-Every stage owns the directory <out>/<stage>. It is finished when done.json stands there, written last; done.json holds
-the settings that made the result and those of the stages before it, so a result is never mistaken for another's.
+Each stage owns the directory <out>/<stage>. It is finished once done.json exists there, which is written last and holds
+the settings of this stage and the ones before it, so that results of other settings are never used by mistake.
 """
 
 import json
@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
-from torch import nn
+from transformers import Qwen3ForCausalLM
 
 from halo import models, plan
 from halo.config import STAGE_HELP, Config, HaloError
@@ -22,11 +23,12 @@ from halo.journal import Journal
 from halo.progress import StageProgress, say, warn
 from halo.stages.align import Align
 from halo.stages.distill import Distill
-from halo.stages.evaluate import evaluate
+from halo.stages.evaluate import Labelled, evaluate
 from halo.stages.finetune import Finetune
 from halo.stages.scale import choose_scale
 from halo.stages.select import measure_swaps
 from halo.trainer import CHECKPOINT, METRICS, Stage, train, write_atomically
+from hypenet import HypeNetForCausalLM
 
 STAGES = tuple(STAGE_HELP)
 DONE = "done.json"
@@ -36,10 +38,14 @@ RESULTS = "results.json"
 
 
 class Conversion:
-    """Runs stages of `config`. Teacher, tokenizer and data are loaded once, when first needed."""
+    """Runs the stages of a configuration. Teacher, tokenizer and data are loaded once, when first needed.
 
-    def __init__(self, config: Config, like: "Conversion | None" = None):
-        """`like`: a conversion with the same teacher, data and seed, whose loaded ones are used."""
+    Args:
+        config: The configuration.
+        like: A conversion with the same teacher, data and seed; its loaded objects are reused.
+    """
+
+    def __init__(self, config: Config, like: "Conversion | None" = None) -> None:
         self.config = config
         self.out = config.out
         self.device = _device(config.device)
@@ -58,12 +64,16 @@ class Conversion:
         }
 
     def run(self) -> None:
-        """All stages, those that are done skipped."""
+        """Run all stages that are not finished."""
         for stage in STAGES:
             self.run_stage(stage)
 
     def run_stage(self, stage: str) -> None:
-        """One stage; the one before it must be done."""
+        """Run one stage, unless it is finished.
+
+        Raises:
+            HaloError: If the stage before it is not finished, or if a result was made with other settings.
+        """
         if stage in ("transfer", "align") and self.config.aligned is not None:
             say(f"{stage:10} taken from {self._aligned}")
             return
@@ -76,7 +86,7 @@ class Conversion:
         before = STAGES.index(stage) - 1
         if before >= 0:
             self._require(STAGES[before])
-        _ = self.corpus  # Data that is not there should not be found missing hours later.
+        _ = self.corpus  # Report missing data now, not hours later.
         directory.mkdir(parents=True, exist_ok=True)
         plain = self.config.model_dump(mode="json")
         self.out.joinpath("config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
@@ -88,33 +98,37 @@ class Conversion:
         say(f"{stage:10} done in {record['seconds']:.0f} s -> {directory}")
 
     def directory(self, stage: str) -> Path:
-        """Where a stage's result is."""
-        if stage == "align" and self.config.aligned is not None:
+        """Return the directory of a stage's result."""
+        if stage == "align" and self._aligned is not None:
             return self._aligned
         return self.out / stage
 
     @cached_property
-    def teacher(self) -> nn.Module:
+    def teacher(self) -> Qwen3ForCausalLM:
+        """The teacher, in fp32."""
         return models.load_teacher(self.config.teacher, self.device)
 
     @cached_property
     def corpus(self) -> Corpus:
+        """The training and held-out data."""
         tokenizer = models.load_tokenizer(self.config.teacher)
         return Corpus(self.config.data, tokenizer, self.config.seed, self.out / "data")
 
     @property
-    def _aligned(self) -> Path:
-        """Another conversion's align directory, given itself or by its parent."""
+    def _aligned(self) -> Path | None:
+        """The align directory of another conversion if `config.aligned` names it or its parent, else None."""
         path = self.config.aligned
+        if path is None:
+            return None
         return path / "align" if (path / "align" / DONE).is_file() else path
 
     @property
     def layers(self) -> list[int]:
-        """The softmax layers chosen by the select stage."""
+        """The softmax layers that the select stage chose."""
         return json.loads((self.directory("select") / SELECTION).read_text())["layers"]
 
-    def converted(self) -> nn.Module:
-        """The finished model."""
+    def converted(self) -> HypeNetForCausalLM:
+        """Load the final model."""
         return models.load_hypenet(self.out / "model", self.device)
 
     def _transfer(self) -> None:
@@ -131,7 +145,7 @@ class Conversion:
         settings, seed = self.config.select, self.config.seed
         num_layers = self.teacher.config.num_hidden_layers
         keep = settings.keep or max(1, num_layers // 4)
-        record: dict = {"num_layers": num_layers, "score": settings.score}
+        record: dict[str, Any] = {"num_layers": num_layers, "score": settings.score}
         if settings.layers is not None:
             if not settings.layers or max(settings.layers) >= num_layers:
                 raise HaloError(f"select.layers: must be layers below {num_layers}, got {settings.layers}")
@@ -143,9 +157,10 @@ class Conversion:
         else:
             twins = models.load_hypenet(self.directory("align"), self.device)
             with StageProgress("select", num_layers) as progress:
-                report = lambda done: progress.update(done, "layers swapped")  # noqa: E731
                 journal = self._journal("select")
-                measured = measure_swaps(self.teacher, twins, self.corpus, settings, journal, report)
+                measured = measure_swaps(
+                    self.teacher, twins, self.corpus, settings, journal, lambda n: progress.update(n, "layers swapped")
+                )
             rule = plan.ScoreRule(settings.score, settings.language_weight, settings.eps)
             chosen = plan.choose(measured, keep, rule, settings.bootstrap, settings.stable_share, seed)
             record |= _selection_record(measured, chosen)
@@ -164,7 +179,7 @@ class Conversion:
         student.save_pretrained(self.directory("distill"))
 
     def _finetune(self) -> None:
-        # The long sequences need the memory more.
+        # Free the teacher's memory for the long sequences.
         self.__dict__.pop("teacher", None)
         student = models.load_hypenet(self.directory("distill"), self.device)
         self._train(Finetune(student, self.config.finetune, self.config.data.isolate_documents))
@@ -174,12 +189,17 @@ class Conversion:
         student = models.load_hypenet(self.directory("finetune"), self.device)
         grid = self.config.scale.grid
         with StageProgress("scale", len(grid)) as progress:
-            report = lambda done: progress.update(done, "bases tried")  # noqa: E731
-            rows = choose_scale(student, self.corpus, self.config.scale, self._journal("scale"), report)
+            rows = choose_scale(
+                student,
+                self.corpus,
+                self.config.scale,
+                self._journal("scale"),
+                lambda n: progress.update(n, "bases tried"),
+            )
         best, second = rows[0], rows[1] if len(rows) > 1 else None
         if second and second["advantage_error"] is not None and second["advantage"] < 2 * second["advantage_error"]:
             warn(
-                f"the base of the scale is not settled: a = {best['a']} is better than a = {second['a']} by "
+                f"the choice of the scale's base is not certain: a = {best['a']} is better than a = {second['a']} by "
                 f"{second['advantage']:.4f} +- {second['advantage_error']:.4f} nats; measure more documents"
             )
         say(f"{'scale':10} a = {best['a']}, loss {best['loss']:.4f}")
@@ -191,7 +211,10 @@ class Conversion:
         settings = self.config.eval
         student = self.converted()
         chosen = student.config.attn_logits_scaling
-        labelled = [("teacher", self.teacher, None), ("converted", student, chosen)]
+        labelled: list[Labelled] = [
+            ("teacher", self.teacher, None),
+            ("converted", student, chosen),
+        ]
         if chosen is not None:
             labelled.append(("converted, no scale", student, None))
         rows = evaluate(labelled, self.corpus, settings, self._journal("eval"))
@@ -206,11 +229,11 @@ class Conversion:
     def _journal(self, stage: str) -> Journal:
         return Journal(self.directory(stage) / METRICS, self._settings(stage))
 
-    def _settings(self, stage: str) -> dict:
-        """All settings that a stage's result depends on, its own and those of the stages before it."""
+    def _settings(self, stage: str) -> dict[str, Any]:
+        """Return all settings that a stage's result depends on: its own and those of the stages before it."""
         config = self.config
         shared = {"teacher": config.teacher, "mixer": config.mixer, "seed": config.seed, "precision": config.precision}
-        settings = {**shared, "data": config.data.model_dump(mode="json")}
+        settings: dict[str, Any] = {**shared, "data": config.data.model_dump(mode="json")}
         if config.aligned is not None:
             settings["aligned"] = str(config.aligned)
         for name in STAGES[: STAGES.index(stage) + 1]:
@@ -219,7 +242,7 @@ class Conversion:
                 settings[name] = section.model_dump(mode="json")
         return settings
 
-    def _check_settings(self, directory: Path, settings: dict) -> None:
+    def _check_settings(self, directory: Path, settings: dict[str, Any]) -> None:
         made_with = json.loads((directory / DONE).read_text())["settings"]
         difference = _first_difference(made_with, settings)
         if difference:
@@ -240,7 +263,7 @@ class Conversion:
         self._check_settings(directory, settings)
 
 
-def _selection_record(measured: plan.Measurements, chosen: plan.Plan) -> dict:
+def _selection_record(measured: plan.Measurements, chosen: plan.Plan) -> dict[str, Any]:
     drops = plan.measure_drops(measured)
     columns = {key: value.tolist() for key, value in asdict(drops).items()}
     columns |= {"score_value": chosen.scores.tolist(), "score_error": chosen.score_error.tolist()}
@@ -258,7 +281,7 @@ def _selection_record(measured: plan.Measurements, chosen: plan.Plan) -> dict:
     }
 
 
-def _first_difference(old: dict, new: dict, prefix: str = "") -> str | None:
+def _first_difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str | None:
     for key in [*old, *(key for key in new if key not in old)]:
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
@@ -270,7 +293,7 @@ def _first_difference(old: dict, new: dict, prefix: str = "") -> str | None:
     return None
 
 
-def _write_json(path: Path, record: dict) -> None:
+def _write_json(path: Path, record: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda partial: partial.write_text(json.dumps(record, indent=1)))
 

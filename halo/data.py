@@ -1,8 +1,8 @@
-"""Text to batches: read, tokenise, pack into chunks of fixed length, shuffle under a seed, resume at the next batch.
+"""From text to batches: tokenise, pack into chunks of fixed length, shuffle under a seed, resume at the next batch.
 
-A chunk is `length` tokens of documents laid end to end, each closed by the tokenizer's EOS; `document_ids` counts the
-documents inside a chunk, so a stage can keep them apart. Training chunks may be mixed with recall episodes. A batch
-depends on nothing but the settings, the seed and the number of batches before it.
+A chunk is `length` tokens of concatenated documents, each ending in the tokenizer's EOS; `document_ids` numbers the
+documents inside a chunk, so that a stage can keep them apart. Training chunks may be mixed with recall episodes. A
+batch depends only on the settings, the seed and the number of batches before it.
 """
 
 import hashlib
@@ -11,18 +11,23 @@ import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
+from transformers import PreTrainedTokenizerBase
 
 from halo.config import DataSettings, HaloError
 from halo.evaluation.needle import NeedleTask
 from halo.sources import StreamedText, is_held_out, open_source
+
+if TYPE_CHECKING:
+    import datasets
 
 MAX_NEEDLES = 8
 
@@ -32,23 +37,24 @@ EpisodeMaker = Callable[[int, int], np.ndarray]
 
 @dataclass
 class Batch:
-    """input_ids int64 [B, T]; document_ids int32 [B, T], not decreasing along T."""
+    """Token ids int64 [B, T], and for each token the number of its document in the row, int32 [B, T]."""
 
     input_ids: Tensor
     document_ids: Tensor
 
     def to(self, device: torch.device) -> "Batch":
+        """Copy to a device."""
         return Batch(self.input_ids.to(device), self.document_ids.to(device))
 
     def split(self, size: int | None) -> list["Batch"]:
-        """Pieces of `size` sequences."""
+        """Split into batches of `size` sequences; None does not split."""
         if size is None or size >= self.input_ids.shape[0]:
             return [self]
         pairs = zip(self.input_ids.split(size), self.document_ids.split(size), strict=True)
         return [Batch(ids, documents) for ids, documents in pairs]
 
     def cu_seqlens(self) -> Tensor:
-        """int32 [documents + 1]: where documents start in the flattened batch, and its length."""
+        """Return int32 [documents + 1]: where documents start in the flattened batch, and its length."""
         starts = torch.ones_like(self.document_ids, dtype=torch.bool)
         starts[:, 1:] = self.document_ids[:, 1:] != self.document_ids[:, :-1]
         offsets = starts.flatten().nonzero()[:, 0]
@@ -56,16 +62,24 @@ class Batch:
 
 
 class TokenStore:
-    """Tokenised documents: tokens int32 [total], offsets int64 [documents + 1]; each document ends in EOS."""
+    """Tokenised documents, each ending in EOS.
 
-    def __init__(self, tokens: np.ndarray, offsets: np.ndarray):
+    Args:
+        tokens: All documents one after the other, int32 [total].
+        offsets: Where each starts, and the total, int64 [documents + 1].
+    """
+
+    def __init__(self, tokens: np.ndarray, offsets: np.ndarray) -> None:
         self.tokens, self.offsets = tokens, offsets
 
     @classmethod
-    def build(cls, texts: Iterable[str], tokenizer) -> "TokenStore":
-        pieces, lengths, waiting = [], [], []
+    def build(cls, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> "TokenStore":
+        """Tokenise documents."""
+        pieces: list[np.ndarray] = []
+        lengths: list[int] = []
+        waiting: list[str] = []
 
-        def encode():
+        def encode() -> None:
             for ids in tokenizer(waiting, add_special_tokens=False, verbose=False)["input_ids"] if waiting else []:
                 pieces.append(np.array([*ids, tokenizer.eos_token_id], dtype=np.int32))
                 lengths.append(len(ids) + 1)
@@ -80,8 +94,10 @@ class TokenStore:
         return cls(tokens, np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64))
 
     @classmethod
-    def cached(cls, directory: Path, texts: Callable[[], Iterable[str]], tokenizer) -> "TokenStore":
-        """The store saved under `directory`, made from `texts()` if it is not there."""
+    def cached(
+        cls, directory: Path, texts: Callable[[], Iterable[str]], tokenizer: PreTrainedTokenizerBase
+    ) -> "TokenStore":
+        """Load the store from `directory`; if it is not there, build it from `texts()` and save it."""
         if not (directory / "offsets.npy").is_file():
             store = cls.build(texts(), tokenizer)
             directory.mkdir(parents=True, exist_ok=True)
@@ -93,19 +109,26 @@ class TokenStore:
         return len(self.offsets) - 1
 
     def document(self, index: int) -> np.ndarray:
+        """Return the tokens of one document."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
 
 class PackedOrder:
-    """One epoch over a store: documents in seeded order, laid end to end, cut into chunks, chunks in seeded order."""
+    """One epoch over a store: documents are shuffled and concatenated, cut into chunks, and the chunks are shuffled.
 
-    def __init__(self, store: TokenStore, length: int, seed: int, epoch: int):
+    Args:
+        store: The documents.
+        length: Tokens per chunk.
+        seed, epoch: Determine both orders.
+    """
+
+    def __init__(self, store: TokenStore, length: int, seed: int, epoch: int) -> None:
         rng = np.random.default_rng([seed, epoch])
         self.store, self.length = store, length
         self.documents = rng.permutation(len(store))
         self.ends = np.cumsum(np.diff(store.offsets)[self.documents])
         total = int(self.ends[-1]) if len(store) else 0
-        # A new start each epoch, so that chunks are not cut at the same places again.
+        # Start at another offset each epoch, so that documents are not cut at the same places again.
         self.shift = int(rng.integers(length)) if total >= 2 * length else 0
         self.chunks = rng.permutation((total - self.shift) // length)
 
@@ -113,7 +136,7 @@ class PackedOrder:
         return len(self.chunks)
 
     def chunk(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and document ids [length] of the index-th chunk of this epoch."""
+        """Return token ids and document ids, each [length], of the chunk number `index` of this epoch."""
         start = self.shift + int(self.chunks[index]) * self.length
         ids, documents = np.empty(self.length, np.int64), np.empty(self.length, np.int32)
         slot, filled = int(np.searchsorted(self.ends, start, side="right")), 0
@@ -130,9 +153,17 @@ class PackedOrder:
 
 
 class ChunkStream(IterableDataset):
-    """Endless batches; `state_dict` and `load_state_dict` hold the position. Subclasses say what the next chunk is."""
+    """An endless stream of batches whose position can be saved; subclasses provide `next_chunk`.
 
-    def __init__(self, length: int, batch: int, seed: int, needle_ratio: float, episode: EpisodeMaker | None):
+    Args:
+        length: Tokens per sequence.
+        batch: Sequences per batch.
+        seed: Determines which samples are episodes, and the order of chunks.
+        needle_ratio: Share of the samples that are recall episodes.
+        episode: Makes the episodes; needed if `needle_ratio` > 0.
+    """
+
+    def __init__(self, length: int, batch: int, seed: int, needle_ratio: float, episode: EpisodeMaker | None) -> None:
         if needle_ratio and episode is None:
             raise ValueError("ChunkStream: episode must be given with needle_ratio > 0")
         self.length, self.batch, self.seed = length, batch, seed
@@ -145,42 +176,45 @@ class ChunkStream(IterableDataset):
             yield Batch(torch.from_numpy(np.stack(ids)), torch.from_numpy(np.stack(documents)))
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the position in the stream."""
         return {"samples": self.samples}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue at a position that `state_dict` returned."""
         self.samples = state["samples"]
 
     def next_chunk(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return token ids int64 and document ids int32, each [length], of the next chunk of text."""
         raise NotImplementedError
 
     def _sample(self) -> tuple[np.ndarray, np.ndarray]:
         number = self.samples
         self.samples += 1
-        if self.needle_ratio and random.Random(f"{self.seed}:{number}").random() < self.needle_ratio:
+        if self.episode is not None and random.Random(f"{self.seed}:{number}").random() < self.needle_ratio:
             return self.episode(number, self.length), np.zeros(self.length, np.int32)
         return self.next_chunk()
 
 
 class StoredChunks(ChunkStream):
-    """Chunks of a TokenStore, epoch after epoch."""
+    """Chunks of a TokenStore, epoch after epoch; `options` are those of ChunkStream."""
 
-    def __init__(self, store: TokenStore, **options):
+    def __init__(self, store: TokenStore, **options: Any) -> None:
         super().__init__(**options)
         self.store, self.position, self.epoch = store, 0, 0
         self.order = PackedOrder(store, self.length, self.seed, 0)
         if not len(self.order):
             raise HaloError(f"data: must hold at least one chunk of {self.length} tokens, got {len(store.tokens)}")
 
-    def next_chunk(self):
+    def next_chunk(self) -> tuple[np.ndarray, np.ndarray]:
         if self.position == len(self.order):
             self._start_epoch(self.epoch + 1)
         self.position += 1
         return self.order.chunk(self.position - 1)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"position": self.position, "epoch": self.epoch}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self._start_epoch(state["epoch"])
         self.position = state["position"]
@@ -191,12 +225,24 @@ class StoredChunks(ChunkStream):
 
 
 class StreamedChunks(ChunkStream):
-    """Chunks of a streamed dataset, shuffled through a buffer of chunks that is part of the saved position.
+    """Chunks of a streamed dataset, shuffled through a buffer that is part of the saved position.
 
-    `rows`: a datasets.IterableDataset. Its own shuffle buffer would be refilled, not restored, on resume.
+    The shuffle buffer of `datasets` is not used, because it would be refilled instead of restored on resume.
+
+    Args:
+        rows: The dataset.
+        encode: Returns the tokens of a row, or None to skip it.
+        shuffle_buffer: Chunks in the buffer.
+        options: Those of ChunkStream.
     """
 
-    def __init__(self, rows, encode: Callable[[dict], list[int] | None], shuffle_buffer: int, **options):
+    def __init__(
+        self,
+        rows: "datasets.IterableDataset",
+        encode: Callable[[dict[str, Any]], list[int] | None],
+        shuffle_buffer: int,
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
         self.rows, self.encode, self.shuffle_buffer = rows, encode, shuffle_buffer
         self.rng = np.random.default_rng(self.seed)
@@ -204,7 +250,7 @@ class StreamedChunks(ChunkStream):
         self.left_ids, self.left_documents = np.zeros(0, np.int64), np.zeros(0, np.int32)
         self.chunks = self._pack()
 
-    def next_chunk(self):
+    def next_chunk(self) -> tuple[np.ndarray, np.ndarray]:
         while len(self.buffer) < self.shuffle_buffer:
             self.buffer.append(next(self.chunks))
         slot = int(self.rng.integers(len(self.buffer)))
@@ -212,11 +258,11 @@ class StreamedChunks(ChunkStream):
         self.buffer.pop()
         return chosen
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         arrays = {"left_ids": self.left_ids, "left_documents": self.left_documents, "buffer": list(self.buffer)}
         return super().state_dict() | arrays | {"rows": self.rows.state_dict(), "rng": self.rng.bit_generator.state}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.left_ids, self.left_documents = state["left_ids"], state["left_documents"]
         self.buffer = list(state["buffer"])
@@ -224,7 +270,7 @@ class StreamedChunks(ChunkStream):
         self.rows.load_state_dict(state["rows"])
         self.chunks = self._pack()
 
-    def _pack(self):
+    def _pack(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         while True:
             empty = True
             for row in self.rows:
@@ -245,9 +291,21 @@ class StreamedChunks(ChunkStream):
 
 
 class Corpus:
-    """The data of one conversion: training batches, and held-out text that training never sees."""
+    """The data of one conversion: training batches, and held-out text that training never sees.
 
-    def __init__(self, settings: DataSettings, tokenizer, seed: int = 0, cache: Path | None = None):
+    Args:
+        settings: The section `data` of the configuration.
+        tokenizer: The teacher's tokenizer, which must have an EOS token.
+        seed: Seed of all orders and episodes.
+        cache: Directory for tokenised documents; None keeps them in memory.
+
+    Raises:
+        HaloError: If the tokenizer has no EOS token or the source cannot be read.
+    """
+
+    def __init__(
+        self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int = 0, cache: Path | None = None
+    ) -> None:
         if tokenizer.eos_token_id is None:
             raise HaloError("teacher: its tokenizer must have an EOS token to end documents with, got none")
         self.settings, self.tokenizer, self.seed, self.cache = settings, tokenizer, seed, cache
@@ -257,23 +315,43 @@ class Corpus:
     def batches(
         self, length: int, batch: int, needle_ratio: float | None = None, offset: int = 0
     ) -> StatefulDataLoader:
-        """Endless training batches. `offset` gives each stage its own order and episodes under one seed."""
+        """Return an endless loader of training batches.
+
+        Args:
+            length: Tokens per sequence.
+            batch: Sequences per batch.
+            needle_ratio: Share of recall episodes; None for the configured one.
+            offset: The number of the stage, which gives each stage its own order and episodes.
+        """
         ratio = self.settings.needle_ratio if needle_ratio is None else needle_ratio
         seed = self.seed + 1000 * offset
         episode = self.episodes(seed) if ratio else None
-        options = {"length": length, "batch": batch, "seed": seed, "needle_ratio": ratio, "episode": episode}
+        options: dict[str, Any] = {
+            "length": length,
+            "batch": batch,
+            "seed": seed,
+            "needle_ratio": ratio,
+            "episode": episode,
+        }
+        options["episode"] = episode
         if isinstance(self.source, StreamedText):
             rows = self.source.rows(shuffle_seed=seed)
-            stream = StreamedChunks(rows, self._encode_row, self.settings.shuffle_buffer, **options)
+            encode = partial(self._encode_row, self.source)
+            stream: ChunkStream = StreamedChunks(rows, encode, self.settings.shuffle_buffer, **options)
         else:
             stream = StoredChunks(self.store(held_out=False), **options)
         with warnings.catch_warnings():
-            # torchdata's own use of a torch function that warns.
+            # torchdata calls a deprecated function of torch.
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
             return StatefulDataLoader(stream, batch_size=None, num_workers=0)
 
     def episodes(self, seed: int, held_out: bool = False) -> EpisodeMaker:
-        """Recall episodes with 1 to MAX_NEEDLES needles, as many as fit, every one asked for."""
+        """Return a function that makes recall episodes with 1 to MAX_NEEDLES needles, each of which is queried.
+
+        Args:
+            seed: Together with the sample's number, determines an episode.
+            held_out: Whether the text around the needles is held-out text.
+        """
         task = NeedleTask(self.tokenizer, self.store(held_out).tokens)
         cost = task.needle_length + task.query_length
 
@@ -285,14 +363,22 @@ class Corpus:
         return make
 
     def held_out_chunks(self, count: int, length: int) -> Tensor:
-        """int64 [n, length] of packed held-out text, n <= count chosen under the seed."""
+        """Return up to `count` random chunks of packed held-out text, int64 [n, length].
+
+        Raises:
+            HaloError: If there are fewer than two chunks.
+        """
         order = PackedOrder(self.store(held_out=True), length, self.seed, 0)
         if len(order) < 2:
             raise HaloError(f"data.held_out: must leave at least two chunks of {length} tokens, got {len(order)}")
         return torch.from_numpy(np.stack([order.chunk(i)[0] for i in range(min(count, len(order)))]))
 
     def held_out_documents(self, count: int, length: int) -> Tensor:
-        """int64 [n, length]: the beginnings of n <= count held-out documents that are long enough."""
+        """Return the first `length` tokens of up to `count` held-out documents that have as many, int64 [n, length].
+
+        Raises:
+            HaloError: If no document is long enough.
+        """
         store = self.store(held_out=True)
         sizes = np.diff(store.offsets)
         long_enough = np.flatnonzero(sizes >= length)
@@ -303,11 +389,11 @@ class Corpus:
         return torch.from_numpy(np.stack([store.document(i)[:length].astype(np.int64) for i in chosen]))
 
     def held_out_texts(self) -> Iterator[str]:
-        """The held-out documents as text."""
+        """Yield the held-out documents as text."""
         return self.source.texts(held_out=True)
 
     def store(self, held_out: bool) -> TokenStore:
-        """The tokenised documents of one side of the split; of a streamed dataset, the first of them."""
+        """Return the tokenised documents of one side of the split; for a streamed dataset, only the first ones."""
         if held_out not in self._stores:
             texts = lambda: self.source.texts(held_out)  # noqa: E731
             if self.cache is None:
@@ -322,8 +408,8 @@ class Corpus:
         parts = [self.source.fingerprint(), vocabulary, self.settings.model_dump_json()]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
-    def _encode_row(self, row: dict) -> list[int] | None:
-        text = self.source.text(row)
+    def _encode_row(self, source: StreamedText, row: dict[str, Any]) -> list[int] | None:
+        text = source.text(row)
         if not text or is_held_out(text, self.settings.held_out):
             return None
         return [

@@ -1,9 +1,12 @@
-"""The three losses of the conversion. Shapes: B T tokens, D hidden size, V vocabulary, N = B * T.
+"""The three losses of the conversion. Shapes: B sequences, T tokens, D hidden size, V vocabulary, N = B * T.
 
-Losses over the vocabulary start from hidden states and the head's weight. Logits exist for `token_chunk` tokens (and,
-if given, `vocab_chunk` entries) at a time, in fp32 (fp64 for fp64 inputs); gradients are formed while a piece exists,
-so neither model's [N, V] tensor is ever stored.
+Losses over the vocabulary take hidden states and the head's weight. They compute the logits of `token_chunk` tokens
+(and of `vocab_chunk` entries, if given) at a time, in fp32 (fp64 for fp64 inputs), and the gradients together with
+them, so that no [N, V] tensor is ever stored.
 """
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +23,21 @@ def kl_divergence(
     token_chunk: int = 1024,
     vocab_chunk: int | None = None,
 ) -> Tensor:
-    """Mean over tokens of KL(softmax(teacher logits) || softmax(student logits)), in nats (HALO, section 4.3).
+    """Compute the mean over tokens of KL(softmax(teacher logits) || softmax(student logits)) (HALO, section 4.3).
 
-    hidden [..., D] and weight [V, D] get gradients; teacher_hidden [..., D'] and teacher_weight [V, D'] do not.
+    Args:
+        hidden: The student's hidden states [..., D]; differentiable.
+        weight: The student's head [V, D]; differentiable.
+        teacher_hidden: The teacher's hidden states [..., D'].
+        teacher_weight: The teacher's head [V, D'].
+        token_chunk: Tokens whose logits are computed at a time.
+        vocab_chunk: Vocabulary entries whose logits are computed at a time; None for all.
+
+    Returns:
+        A scalar, in nats.
+
+    Raises:
+        ValueError: If the vocabularies differ in size.
     """
     if weight.shape[0] != teacher_weight.shape[0]:
         raise ValueError(
@@ -41,16 +56,24 @@ def kl_divergence(
 def next_token_loss(
     hidden: Tensor, weight: Tensor, labels: Tensor, token_chunk: int = 1024, vocab_chunk: int | None = None
 ) -> Tensor:
-    """Mean cross-entropy in nats of `labels` [...] under softmax(hidden [..., D] @ weight [V, D]^T).
+    """Compute the mean cross-entropy of labels under softmax(hidden @ weight^T).
 
-    Labels equal to IGNORE do not count; with no label left the loss is zero.
+    Args:
+        hidden: [..., D]; differentiable.
+        weight: [V, D]; differentiable.
+        labels: int64 [...]; IGNORE where a token does not count.
+        token_chunk: Tokens whose logits are computed at a time.
+        vocab_chunk: Vocabulary entries whose logits are computed at a time; None for all.
+
+    Returns:
+        A scalar, in nats; zero if every label is IGNORE.
     """
     return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.flatten(), token_chunk, vocab_chunk)
 
 
 @torch.no_grad()
 def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, token_chunk: int = 1024) -> Tensor:
-    """Cross-entropy of every label in nats, shaped like `labels` [...]; zero where the label is IGNORE."""
+    """Return the cross-entropy of each label [...] in nats, zero where it is IGNORE; without gradients."""
     h_ND, y_N = hidden.flatten(0, -2), labels.flatten()
     losses = []
     for h, y in zip(h_ND.split(token_chunk), y_N.split(token_chunk), strict=True):
@@ -60,7 +83,7 @@ def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, token_chunk: in
 
 
 def next_token_labels(input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
-    """The token after each one [B, T]; IGNORE at the end of the sequence and where the next token starts a document."""
+    """Return the token after each one [B, T]; IGNORE at the end of a sequence and before the start of a document."""
     labels = input_ids.roll(-1, dims=1)
     labels[:, -1] = IGNORE
     if document_ids is not None:
@@ -69,13 +92,21 @@ def next_token_labels(input_ids: Tensor, document_ids: Tensor | None = None) -> 
 
 
 def mixer_mse(outputs: list[Tensor], targets: list[Tensor]) -> Tensor:
-    """Mean squared error of each layer's mixer output [B, T, D], one number a layer [L] (HALO, section 4.2)."""
+    """Return the mean squared error [L] of each layer's mixer output [B, T, D] (HALO, section 4.2)."""
     return torch.stack([(y - t).float().square().mean() for y, t in zip(outputs, targets, strict=True)])
 
 
 class _LinearKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h_ND, weight, teacher_ND, teacher_weight, token_chunk, vocab_chunk):
+    def forward(
+        ctx: Any,
+        h_ND: Tensor,
+        weight: Tensor,
+        teacher_ND: Tensor,
+        teacher_weight: Tensor,
+        token_chunk: int,
+        vocab_chunk: int | None,
+    ) -> Tensor:
         grads = _Gradients(ctx, h_ND, weight, 1.0 / max(h_ND.shape[0], 1))
         total = _wide(h_ND).new_zeros(())
         with torch.autocast(h_ND.device.type, enabled=False):
@@ -92,13 +123,15 @@ class _LinearKL(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return (*_scaled(ctx, grad), None, None, None, None)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h_ND, weight, labels, token_chunk, vocab_chunk):
+    def forward(
+        ctx: Any, h_ND: Tensor, weight: Tensor, labels: Tensor, token_chunk: int, vocab_chunk: int | None
+    ) -> Tensor:
         grads = _Gradients(ctx, h_ND, weight, 1.0 / max(int((labels != IGNORE).sum()), 1))
         total = _wide(h_ND).new_zeros(())
         with torch.autocast(h_ND.device.type, enabled=False):
@@ -116,14 +149,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return (*_scaled(ctx, grad), None, None, None)
 
 
 class _Gradients:
-    """Sums d_hidden and d_weight over the pieces; the loss and both are multiplied by `scale` at the end."""
+    """Accumulates d_hidden and d_weight over the pieces; `finish` multiplies them and the loss by `scale`."""
 
-    def __init__(self, ctx, h_ND: Tensor, weight: Tensor, scale: float):
+    def __init__(self, ctx: Any, h_ND: Tensor, weight: Tensor, scale: float) -> None:
         self.needed = any(ctx.needs_input_grad[:2])
         self.scale = scale
         self.dtypes = h_ND.dtype, weight.dtype
@@ -137,21 +170,21 @@ class _Gradients:
         self.d_hidden[rows].addmm_(d_logits, self.weight[columns].to(d_logits.dtype))
         self.d_weight[columns].addmm_(d_logits.T, h)
 
-    def finish(self, ctx, total: Tensor) -> Tensor:
+    def finish(self, ctx: Any, total: Tensor) -> Tensor:
         if self.needed:
             d_hidden, d_weight = self.d_hidden.mul_(self.scale), self.d_weight.mul_(self.scale)
             ctx.save_for_backward(d_hidden.to(self.dtypes[0]), d_weight.to(self.dtypes[1]))
         return total * self.scale
 
 
-def _scaled(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _scaled(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     d_hidden, d_weight = ctx.saved_tensors
     need_hidden, need_weight = ctx.needs_input_grad[:2]
     return d_hidden * grad if need_hidden else None, d_weight * grad if need_weight else None
 
 
-def _log_softmax_pieces(h: Tensor, weight: Tensor, vocab_chunk: int | None):
-    """(columns, log softmax(h @ weight^T)[:, columns]) piece by piece; several pieces cost the logits twice."""
+def _log_softmax_pieces(h: Tensor, weight: Tensor, vocab_chunk: int | None) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (columns, log_softmax(h @ weight^T)[:, columns]) by pieces; with several, the logits are computed twice."""
     pieces = list(_spans(weight.shape[0], vocab_chunk or weight.shape[0]))
     if len(pieces) == 1:
         yield pieces[0], torch.log_softmax(h @ weight.to(h.dtype).T, dim=-1)
@@ -164,8 +197,10 @@ def _log_softmax_pieces(h: Tensor, weight: Tensor, vocab_chunk: int | None):
 
 
 def _wide(x: Tensor) -> Tensor:
+    """Convert to float32, unless x is float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _spans(total: int, size: int):
+def _spans(total: int, size: int) -> Iterator[slice]:
+    """Split range(total) into slices of at most `size`."""
     return (slice(start, min(start + size, total)) for start in range(0, total, size))

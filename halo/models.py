@@ -1,7 +1,7 @@
-"""Everything the conversion does to models: load, build twins and hybrids, record and swap layers, set the scale.
+"""Operations on models: load them, build twins and hybrids, record and replace layers, set the attention scale.
 
-B sequences, T tokens, D hidden size. A teacher is transformers' Qwen3ForCausalLM; a twin model is a HypeNet that is
-recurrent in every layer; a student is a HypeNet with some softmax layers.
+B sequences, T tokens, D hidden size. The teacher is a Qwen3ForCausalLM; the twins are a HypeNet that is recurrent in
+every layer; the student is a HypeNet with some softmax layers.
 """
 
 from collections.abc import Iterator
@@ -9,35 +9,59 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, Qwen3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3ForCausalLM,
+)
 
-import hypenet
 from halo.config import HaloError
 from halo.data import Batch
+from hypenet import HypeNetForCausalLM, MixerContext, from_qwen3
+from hypenet.configuration_hypenet import hype_logits_scaling
 from hypenet.conversion import check_teacher
+from hypenet.mixers import Mixer
 
 
 @dataclass
 class AttentionCall:
-    """One attention layer's input and output [B, T, D] in a forward pass, and the cos and sin it got."""
+    """Input and output [B, T, D] of one attention layer in a forward pass, and its rotary cos and sin."""
 
     x_BTD: Tensor
     y_BTD: Tensor
     position_embeddings: tuple[Tensor, Tensor]
 
 
-def load_teacher(name: str, device: torch.device) -> nn.Module:
-    """The Qwen3ForCausalLM in fp32 of a directory, a Hugging Face name, or "demo": the one that ships."""
+def load_teacher(name: str, device: torch.device) -> Qwen3ForCausalLM:
+    """Load a teacher in fp32.
+
+    Args:
+        name: A directory, a Hugging Face name, or "demo" for the teacher that ships with the package.
+        device: Where to put it.
+
+    Raises:
+        HaloError: If it cannot be loaded or is not a Qwen3.
+    """
     with _teacher_errors(name):
         check_teacher(_qwen3_config(name))
-        return Qwen3ForCausalLM.from_pretrained(_teacher_path(name), dtype=torch.float32).to(device)
+        teacher = Qwen3ForCausalLM.from_pretrained(_teacher_path(name), dtype=torch.float32)
+    teacher.to(device)  # type: ignore[arg-type]  # transformers wraps Module.to without its types
+    return teacher
 
 
-def load_tokenizer(name: str):
-    """The tokenizer of a teacher."""
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a teacher.
+
+    Raises:
+        HaloError: If it cannot be loaded or does not fit the model's vocabulary.
+    """
     with _teacher_errors(name):
         vocabulary = _qwen3_config(name).vocab_size
         tokenizer = AutoTokenizer.from_pretrained(_teacher_path(name))
@@ -48,39 +72,57 @@ def load_tokenizer(name: str):
     return tokenizer
 
 
-def load_hypenet(directory: Path, device: torch.device) -> nn.Module:
-    """A HypeNet of an earlier stage, in fp32."""
-    return hypenet.HypeNetForCausalLM.from_pretrained(directory, dtype=torch.float32).to(device)
+def load_hypenet(directory: Path, device: torch.device) -> HypeNetForCausalLM:
+    """Load a HypeNet that an earlier stage saved, in fp32."""
+    model = HypeNetForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model.to(device)  # type: ignore[arg-type]
+    return model
 
 
-def make_twins(teacher: nn.Module, mixer: str) -> nn.Module:
-    """The weight transfer (HALO, 4.1): a HypeNet whose every layer is the recurrent twin of the teacher's."""
-    return hypenet.from_qwen3(teacher, keep_layers=[], mixer=mixer)
+def make_twins(teacher: Qwen3ForCausalLM, mixer: str) -> HypeNetForCausalLM:
+    """Build a HypeNet in which each layer is the recurrent twin of the teacher's (weight transfer, HALO 4.1)."""
+    return from_qwen3(teacher, keep_layers=[], mixer=mixer)
 
 
-def make_student(teacher: nn.Module, twins: nn.Module, layers: list[int], mixer: str, gate_init: str) -> nn.Module:
-    """The hybrid of stage 2: attention (no position encoding, gated) in `layers`, the twins' own mixers elsewhere."""
-    aligned = {layer: twin for layer, twin in enumerate(mixers(twins)) if layer not in layers}
-    return hypenet.from_qwen3(teacher, keep_layers=layers, mixer=mixer, mixers=aligned, gate_init=gate_init)
+def make_student(
+    teacher: Qwen3ForCausalLM, twins: HypeNetForCausalLM, layers: list[int], mixer: str, gate_init: str
+) -> HypeNetForCausalLM:
+    """Build the hybrid of stage 2, with softmax attention in `layers` and the twins' mixers in all others.
 
-
-def mixers(model: nn.Module) -> list[nn.Module]:
-    """The token mixer of every layer of a HypeNet."""
-    return [layer.self_attn for layer in model.model.layers]
-
-
-def run_mixer(mixer: nn.Module, x_BTD: Tensor, position_embeddings, cu_seqlens: Tensor | None = None) -> Tensor:
-    """A mixer of a HypeNet on its own."""
-    return mixer(x_BTD, hypenet.MixerContext(position_embeddings=position_embeddings, cu_seqlens=cu_seqlens))
-
-
-def hidden_states(model: nn.Module, batch: Batch, isolate_documents: bool = False) -> Tensor:
-    """The last hidden states, after the final norm [B, T, D].
-
-    Isolated documents run as one packed sequence whose positions restart with every document; both model classes keep
-    such documents apart.
+    Args:
+        teacher: Provides all other weights.
+        twins: Provides the recurrent mixers; the modules themselves are used.
+        layers: Indices of the softmax attention layers, which have an output gate and no position encoding.
+        mixer: Kind of the recurrent layers, "lightning" or "gdn".
+        gate_init: Initialisation of the new output gates, "open" or "random".
     """
-    ids, options = batch.input_ids, {}
+    aligned = {layer: twin for layer, twin in enumerate(mixers(twins)) if layer not in layers}
+    return from_qwen3(teacher, keep_layers=layers, mixer=mixer, mixers=aligned, gate_init=gate_init)
+
+
+def mixers(model: HypeNetForCausalLM) -> list[Mixer]:
+    """Return the token mixer of every layer."""
+    return [cast(Mixer, layer.self_attn) for layer in model.model.layers]
+
+
+def run_mixer(
+    mixer: nn.Module,
+    x_BTD: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Run one mixer of a HypeNet on hidden states [B, T, D]."""
+    return mixer(x_BTD, MixerContext(position_embeddings=position_embeddings, cu_seqlens=cu_seqlens))
+
+
+def hidden_states(model: PreTrainedModel, batch: Batch, isolate_documents: bool = False) -> Tensor:
+    """Compute the hidden states after the final norm, [B, T, D].
+
+    Isolated documents run as one packed sequence whose positions restart at each document; both model classes
+    separate documents by that.
+    """
+    ids = batch.input_ids
+    options: dict[str, Tensor] = {}
     if isolate_documents:
         ids = ids.view(1, -1)
         options["position_ids"] = document_positions(batch)
@@ -89,7 +131,7 @@ def hidden_states(model: nn.Module, batch: Batch, isolate_documents: bool = Fals
 
 
 def document_positions(batch: Batch) -> Tensor:
-    """Each token's place in its document, of the flattened batch, int64 [1, B * T]."""
+    """Return the position of each token in its document, for the flattened batch, int64 [1, B * T]."""
     cu_seqlens = batch.cu_seqlens().long()
     total = batch.input_ids.numel()
     starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=total)
@@ -97,11 +139,11 @@ def document_positions(batch: Batch) -> Tensor:
 
 
 @contextmanager
-def recorded_attention(teacher: nn.Module) -> Iterator[list[AttentionCall]]:
-    """Inside, a forward of the teacher leaves one AttentionCall a layer in the list."""
+def recorded_attention(teacher: Qwen3ForCausalLM) -> Iterator[list[AttentionCall]]:
+    """Record the attention layers: inside the context, a forward pass adds one AttentionCall per layer to the list."""
     calls: list[AttentionCall] = []
 
-    def record(module, args, kwargs, output):
+    def record(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         calls.append(AttentionCall(x, output[0], kwargs["position_embeddings"]))
 
@@ -114,8 +156,8 @@ def recorded_attention(teacher: nn.Module) -> Iterator[list[AttentionCall]]:
 
 
 @contextmanager
-def swapped(teacher: nn.Module, twins: nn.Module, layer: int) -> Iterator[None]:
-    """Inside, layer `layer` of the teacher runs on its recurrent twin; nothing is copied."""
+def swapped(teacher: Qwen3ForCausalLM, twins: HypeNetForCausalLM, layer: int) -> Iterator[None]:
+    """Replace the mixer of one layer of the teacher by its recurrent twin inside the context, without copying."""
     block = teacher.model.layers[layer]
     original = block.self_attn
     block.self_attn = _TwinAttention(mixers(twins)[layer])
@@ -125,19 +167,26 @@ def swapped(teacher: nn.Module, twins: nn.Module, layer: int) -> Iterator[None]:
         block.self_attn = original
 
 
-def set_logit_scale_base(model: nn.Module, base: float | None) -> None:
-    """The `a` of the HyPE scale of a HypeNet's softmax layers; None for no scale."""
-    model.config.attn_logits_scaling = None if base is None else f"hype {base:g}"
+def set_logit_scale_base(model: PreTrainedModel, base: float | None) -> None:
+    """Set the base `a` of the HyPE scale of a HypeNet's softmax layers; None for no scale."""
+    model.config.attn_logits_scaling = hype_logits_scaling(base)
 
 
 class _TwinAttention(nn.Module):
-    """A recurrent mixer in the calling convention of Qwen3Attention, for a forward without cache or padding."""
+    """Gives a recurrent mixer the signature of Qwen3Attention, for a forward pass without cache or padding."""
 
-    def __init__(self, mixer: nn.Module):
+    def __init__(self, mixer: nn.Module) -> None:
         super().__init__()
         self.mixer = mixer
 
-    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
         if past_key_values is not None:
             raise NotImplementedError("swapped: the cache must be off, got past_key_values")
         return run_mixer(self.mixer, hidden_states, position_embeddings), None
@@ -147,7 +196,7 @@ def _teacher_path(name: str) -> str:
     return str(resources.files("halo") / "demo" / "teacher") if name == "demo" else name
 
 
-def _qwen3_config(name: str):
+def _qwen3_config(name: str) -> PreTrainedConfig:
     is_path = name.startswith((".", "/")) or name.count("/") > 1
     if is_path and not Path(name).is_dir():
         raise HaloError(f"teacher: must be an existing directory or a Hugging Face name, got {name}")
@@ -159,7 +208,7 @@ def _qwen3_config(name: str):
 
 @contextmanager
 def _teacher_errors(name: str) -> Iterator[None]:
-    """What transformers raises for a model that cannot be loaded, as one line."""
+    """Turn the errors of transformers for a model that cannot be loaded into a HaloError."""
     try:
         yield
     except (OSError, ValueError) as error:

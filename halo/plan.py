@@ -1,21 +1,20 @@
-"""Which layers stay attention: scores of one-layer swaps, their errors, and how stable the choice is.
+"""Choice of the layers that stay attention: scores of one-layer swaps, their errors, and how stable the choice is.
 
-A swap i replaces the mixer of layer i of the teacher by its aligned recurrent twin. It is measured by recall r in
-[0, 1] on N episodes and by next-token loss l in nats on M chunks of text. Every swap and the teacher see the same
-samples, so a drop is a mean of per-sample differences and has a small, honest standard error:
+Swap i replaces the mixer of layer i of the teacher by its aligned recurrent twin. It is measured by recall r in [0, 1]
+on N episodes and by next-token loss l in nats on M chunks of text. The teacher and all swaps see the same samples, so a
+drop is a mean of paired differences, with a correspondingly small standard error:
 
     recall_drop_i   = mean_n(r_teacher,n - r_i,n)
     loss_rise_i     = mean_m(l_i,m - l_teacher,m)          language_drop_i = 1 - exp(-loss_rise_i)
 
-The language drop is the share of the (geometric mean) probability of the right token that is lost: like recall, a
-number below 1.
+The language drop is the relative loss of the correct token's (geometric mean) probability; like recall, it is below 1.
 
     difference   recall_drop_i - w * language_drop_i
     ratio        recall_drop_i / max(language_drop_i, 2 * largest standard error of a language drop)
     paper        (max_j R_j - R_i) / (max_j C_j - C_i + eps) with R recall, C = exp(-loss): HALO's published form
 
-The published ratio divides by a number that is zero by construction for the best layer, and within its error of zero
-for others: a layer without any effect can win. The denominator of `ratio` is never below what can be measured.
+The published ratio divides by a number that is zero by construction for the best layer, and zero within its error for
+others, so a layer without any effect can win. The denominator of `ratio` is never smaller than what can be measured.
 """
 
 from dataclasses import dataclass
@@ -25,14 +24,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Measurements:
-    """recall [N] and loss [M] of the teacher; swapped_recall [L, N] and swapped_loss [L, M] of the swaps. float64."""
+    """Per-sample results, float64: recall [N] and loss [M] of the teacher, and [L, N] and [L, M] of the L swaps."""
 
     recall: np.ndarray
     loss: np.ndarray
     swapped_recall: np.ndarray
     swapped_loss: np.ndarray
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         layers = self.swapped_recall.shape[0]
         if self.swapped_recall.shape != (layers, *self.recall.shape) or self.recall.ndim != 1:
             raise ValueError(
@@ -45,7 +44,7 @@ class Measurements:
             )
 
     def resample(self, rng: np.random.Generator) -> "Measurements":
-        """The same swaps on episodes and chunks drawn with replacement."""
+        """Draw episodes and chunks with replacement."""
         episodes = rng.integers(len(self.recall), size=len(self.recall))
         chunks = rng.integers(len(self.loss), size=len(self.loss))
         return Measurements(
@@ -55,7 +54,7 @@ class Measurements:
 
 @dataclass(frozen=True)
 class ScoreRule:
-    """How drops become scores."""
+    """How to compute scores from drops: the rule's name and its parameters."""
 
     name: str = "difference"
     language_weight: float = 1.0
@@ -64,7 +63,7 @@ class ScoreRule:
 
 @dataclass(frozen=True)
 class Drops:
-    """Mean and standard error over samples, each [L]; loss_rise in nats per token, the others in [-1, 1]."""
+    """Mean and standard error of each drop, [L]; loss_rise is in nats per token, the others are in [-1, 1]."""
 
     recall_drop: np.ndarray
     recall_error: np.ndarray
@@ -76,7 +75,15 @@ class Drops:
 
 @dataclass(frozen=True)
 class Plan:
-    """The choice. `kept_share` [L]: in which share of resamples a layer is kept; `score_error` [L]: bootstrap."""
+    """The choice of layers.
+
+    Attributes:
+        layers: The layers that stay attention.
+        scores: Score of every layer [L].
+        score_error: Its bootstrap standard error [L].
+        kept_share: Share of the resamples in which a layer is kept [L].
+        warnings: Reasons to doubt the choice.
+    """
 
     layers: list[int]
     scores: np.ndarray
@@ -86,7 +93,7 @@ class Plan:
 
 
 def measure_drops(measured: Measurements) -> Drops:
-    """Paired drops of every swap."""
+    """Compute the paired drops of every swap."""
     recall_drop, recall_error = _mean_and_error(measured.recall - measured.swapped_recall)
     loss_rise, loss_error = _mean_and_error(measured.swapped_loss - measured.loss)
     kept = np.exp(-loss_rise)
@@ -94,7 +101,7 @@ def measure_drops(measured: Measurements) -> Drops:
 
 
 def scores(measured: Measurements, rule: ScoreRule) -> np.ndarray:
-    """The score of every layer [L]; the largest are kept."""
+    """Compute the score of every layer [L]; layers with the largest scores are kept."""
     if rule.name == "paper":
         return paper_scores(measured.swapped_recall.mean(1), np.exp(-measured.swapped_loss.mean(1)), rule.eps)
     drops = measure_drops(measured)
@@ -107,7 +114,16 @@ def scores(measured: Measurements, rule: ScoreRule) -> np.ndarray:
 
 
 def choose(measured: Measurements, keep: int, rule: ScoreRule, resamples: int, stable_share: float, seed: int) -> Plan:
-    """The `keep` best layers, with a bootstrap over samples that says how far the choice can be trusted."""
+    """Choose the layers with the largest scores, and estimate by a bootstrap over samples how stable the choice is.
+
+    Args:
+        measured: Results of the teacher and of all swaps.
+        keep: Number of layers that stay attention.
+        rule: How to compute scores.
+        resamples: Number of bootstrap resamples.
+        stable_share: Warn about a chosen layer that is chosen in a smaller share of the resamples.
+        seed: Seed of the bootstrap.
+    """
     best = scores(measured, rule)
     layers = top_layers(best, keep)
     rng = np.random.default_rng(seed)
@@ -120,21 +136,23 @@ def choose(measured: Measurements, keep: int, rule: ScoreRule, resamples: int, s
 
 
 def top_layers(values: np.ndarray, keep: int) -> list[int]:
-    """The indices of the `keep` largest values, in layer order; the earlier layer wins a tie."""
+    """Return the indices of the `keep` largest values, in ascending order; in a tie the earlier layer wins."""
     return sorted(np.argsort(-values, kind="stable")[:keep].tolist())
 
 
 def even_layers(num_layers: int, keep: int) -> list[int]:
-    """`keep` layers at equal distances, the first of each group: attention, RNN, RNN, RNN for a quarter."""
+    """Return `keep` evenly spaced layers, the first of each group: attention, RNN, RNN, RNN for a quarter."""
     return [i * num_layers // keep for i in range(keep)]
 
 
 def paper_scores(recall: np.ndarray, language: np.ndarray, eps: float) -> np.ndarray:
-    """HALO's score (section 4.2): the maxima run over the swapped models, not over the teacher. All in [0, 1]."""
+    """Compute HALO's score (section 4.2), whose maxima run over the swapped models; recall and language in [0, 1]."""
     return (recall.max() - recall) / (language.max() - language + eps)
 
 
-def _warnings(measured, rule, layers, kept, stable_share) -> list[str]:
+def _warnings(
+    measured: Measurements, rule: ScoreRule, layers: list[int], kept: np.ndarray, stable_share: float
+) -> list[str]:
     warnings = []
     unsure = [layer for layer in layers if kept[layer] < stable_share]
     if unsure:
@@ -143,7 +161,7 @@ def _warnings(measured, rule, layers, kept, stable_share) -> list[str]:
         rival_list = ", ".join(f"{layer} ({kept[layer]:.0%})" for layer in rivals)
         warnings.append(
             f"the choice of layers is not stable: kept in fewer than {stable_share:.0%} of resamples: {listed}; "
-            f"next in line: {rival_list}. Measure more samples, or fix select.layers"
+            f"next in line: {rival_list}. Measure more samples, or set select.layers"
         )
     drops = measure_drops(measured)
     dropped = [layer for layer in top_layers(drops.recall_drop, len(layers)) if layer not in layers]
@@ -159,5 +177,5 @@ def _warnings(measured, rule, layers, kept, stable_share) -> list[str]:
 
 
 def _mean_and_error(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over the last axis and its standard error."""
+    """Return the mean over the last axis and its standard error."""
     return samples.mean(-1), samples.std(-1, ddof=1) / np.sqrt(samples.shape[-1])

@@ -1,24 +1,31 @@
-"""What a person sees while a stage runs: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a running stage: a bar on a terminal, plain lines elsewhere."""
 
 import sys
 import time
+from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 console = Console(highlight=False)
 LINE_SECONDS = 10.0
 
 
 class StageProgress:
-    """A context manager; `update(step, loss, tokens_per_second)` after each reported step."""
+    """A context manager that shows how many of `total` units of work are done.
 
-    def __init__(self, name: str, total: int):
+    Args:
+        name: The name shown, usually the stage.
+        total: The number of units of work.
+    """
+
+    def __init__(self, name: str, total: int) -> None:
         self.name, self.total = name, total
-        self.bar = self.task = None
+        self.bar: Progress | None = None
+        self.task = TaskID(0)
         self.last_line = time.monotonic()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         if console.is_terminal:
             columns = (TextColumn("{task.description:10}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
             self.bar = Progress(*columns, TextColumn("{task.fields[note]}"), TimeRemainingColumn(), console=console)
@@ -26,11 +33,12 @@ class StageProgress:
             self.bar.start()
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: Any) -> None:
         if self.bar:
             self.bar.stop()
 
     def update(self, done: int, note: str) -> None:
+        """Show that `done` units are finished, with a short note such as the loss."""
         if self.bar:
             self.bar.update(self.task, completed=done, note=note)
         elif done == self.total or time.monotonic() - self.last_line >= LINE_SECONDS:
@@ -39,10 +47,10 @@ class StageProgress:
 
 
 def say(text: str) -> None:
-    """One line of information on standard output."""
+    """Print one line of information to standard output."""
     console.print(text, markup=False, soft_wrap=True)
 
 
 def warn(text: str) -> None:
-    """One line of warning on standard error."""
+    """Print one line of warning to standard error."""
     print(f"warning: {text}", file=sys.stderr, flush=True)

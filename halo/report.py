@@ -1,4 +1,4 @@
-"""report.md and its plots, written from the JSON and JSONL files that a conversion leaves."""
+"""Writes report.md and its plots from the JSON and JSONL files of a conversion."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,14 @@ MARKERS = "osD^v*"
 
 
 def write_report(out: Path) -> Path:
-    """Writes <out>/report.md with what is there, and training.png, selection.png, evaluation.png; returns its path."""
+    """Write <out>/report.md and its plots about the stages that are finished.
+
+    Returns:
+        The path of report.md.
+
+    Raises:
+        HaloError: If `out` is not the output directory of a conversion.
+    """
     if not (out / "config.yaml").is_file():
         raise HaloError(f"{out}: must be the directory of a conversion (it has no config.yaml)")
     config = yaml.safe_load((out / "config.yaml").read_text())
@@ -42,7 +49,7 @@ def write_report(out: Path) -> Path:
 
 
 def evaluation_table(rows: list[dict]) -> str:
-    """Markdown: one line per model, recall and bits per byte at every length."""
+    """Format recall and bits per byte as Markdown tables: a row per model, a column per length."""
     lengths = sorted({row["length"] for row in rows})
     multiples = {row["length"]: row["multiple"] for row in rows}
     head = " | ".join(f"{length} ({multiples[length]}x)" for length in lengths)
@@ -58,15 +65,15 @@ def evaluation_table(rows: list[dict]) -> str:
 
 
 def plot_evaluation(rows: list[dict], training_length: int, path: Path) -> None:
-    """Recall and bits per byte against length, one line per model with its standard errors."""
+    """Plot recall and bits per byte against length, with standard errors, a line per model."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
     for marker, label in zip(MARKERS, dict.fromkeys(row["model"] for row in rows), strict=False):
         own = [row for row in rows if row["model"] == label]
         for axes, key in zip(panels, ("recall", "bits_per_byte"), strict=True):
             points = [(row["length"], row[key], row[f"{key}_error"] or 0) for row in own if row[key] is not None]
             if points:
-                lengths, values, errors = zip(*points, strict=True)
-                axes.errorbar(lengths, values, yerr=errors, marker=marker, capsize=2, label=label)
+                places, values, errors = zip(*points, strict=True)
+                axes.errorbar(places, values, yerr=errors, marker=marker, capsize=2, label=label)
     lengths = sorted({row["length"] for row in rows})
     for axes, title in zip(panels, ("needle recall", "bits per byte on held-out text"), strict=True):
         axes.set_xscale("log", base=2)
@@ -82,14 +89,19 @@ def plot_evaluation(rows: list[dict], training_length: int, path: Path) -> None:
 
 
 def read_metrics(directory: Path) -> list[dict]:
-    """The lines of a stage's metrics.jsonl; empty if it has none."""
+    """Read the lines of a stage's metrics.jsonl; empty if there is no such file."""
     path = directory / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def read_json(path: Path) -> dict | None:
-    """A JSON file, or None if it is not there."""
+    """Read a JSON file, or return None if it does not exist."""
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def every_digit(value: float) -> str:
+    """Return the shortest text that reads back as the same number."""
+    return repr(value).removesuffix(".0")
 
 
 def _training_section(out: Path, config: dict, directories: dict[str, Path]) -> str:
@@ -123,7 +135,9 @@ def _alignment_table(metrics: dict[str, list[dict]]) -> str:
     if "align" not in metrics:
         return ""
     first, last = metrics["align"][0]["relative_loss"], metrics["align"][-1]["relative_loss"]
-    lines = ["Error of every recurrent twin as a share of its attention layer's output power:\n"]
+    lines = [
+        "Mean squared error of each recurrent twin, relative to the mean square of its attention layer's output:\n"
+    ]
     lines += ["| layer | " + " | ".join(str(layer) for layer in range(len(last))) + " |", "|---|" + "---:|" * len(last)]
     for title, values in (("before", first), ("after", last)):
         lines.append(f"| {title} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
@@ -138,8 +152,8 @@ def _selection_section(out: Path) -> str:
     if "table" not in record:
         return "\n".join(lines)
     lines += [
-        f"Teacher: recall {record['teacher_recall']:.3f}, loss {record['teacher_loss']:.3f} nats; every layer swapped "
-        f"alone, on the same {record['episodes']} episodes and {record['chunks']} chunks.\n",
+        f"Teacher: recall {record['teacher_recall']:.3f}, loss {record['teacher_loss']:.3f} nats; one layer "
+        f"replaced at a time, on the same {record['episodes']} episodes and {record['chunks']} chunks.\n",
         "| layer | recall drop | loss rise, nats | language drop | score | kept in resamples |",
         "|---:|---:|---:|---:|---:|---:|",
     ]
@@ -175,7 +189,7 @@ def _scale_section(out: Path) -> str:
     record = read_json(out / "scale" / "scale.json")
     if record is None:
         return ""
-    chosen = "no scale" if record["a"] is None else f"a = {record['a']:g}"
+    chosen = "no scale" if record["a"] is None else f"a = {every_digit(record['a'])}"
     lines = [
         "## Scale\n",
         f"Chosen: {chosen}, by the loss on {record['grid'][0]['documents']} held-out documents of {record['length']} "
@@ -184,7 +198,7 @@ def _scale_section(out: Path) -> str:
         "|---:|---:|---:|",
     ]
     for row in sorted(record["grid"], key=lambda row: row["a"] or 0):
-        name = "none" if row["a"] is None else f"{row['a']:g}"
+        name = "none" if row["a"] is None else every_digit(row["a"])
         error = "" if row["advantage_error"] is None else f" ± {row['advantage_error']:.4f}"
         lines.append(f"| {name} | {row['loss']:.4f} | {row['advantage']:.4f}{error} |")
     return "\n".join([*lines, ""])

@@ -1,7 +1,7 @@
-"""The one training loop. A stage says what is built, what trains and what the loss is; the loop knows no stage.
+"""The training loop of all stages. A stage defines the model, the trainable parameters and the loss.
 
-A run that is killed and started again continues from its last checkpoint with the same batches, the same random
-numbers and the same optimiser state, so its losses are bit for bit those of a run that was never killed.
+A run that is interrupted and started again continues from its last checkpoint with the same batches, random numbers and
+optimizer state, so its losses are bit for bit those of an uninterrupted run.
 """
 
 import json
@@ -9,13 +9,15 @@ import math
 import os
 import random
 import time
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from halo.config import HaloError, TrainingSettings
 from halo.data import Batch
@@ -24,32 +26,57 @@ from halo.progress import StageProgress, say
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
 
+Autocast = AbstractContextManager[Any]
+
 
 class Stage(Protocol):
-    """A dataclass of what the stage needs, and these."""
+    """The interface of a training stage."""
 
-    name: str
-    settings: TrainingSettings
+    name: ClassVar[str]
+
+    @property
+    def settings(self) -> TrainingSettings:
+        """Hyperparameters of the stage."""
 
     def build(self) -> nn.Module:
-        """Builds and freezes; the trainable parameters of the returned module are trained and checkpointed."""
+        """Prepare the models and return the module whose trainable parameters are trained and checkpointed."""
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """A scalar to differentiate, and what to log: `loss` and whatever else, each a tensor without gradient."""
+        """Return a scalar to differentiate, and detached tensors to log, of which one is named `loss`."""
 
     def clip_groups(self, module: nn.Module) -> list[list[nn.Parameter]]:
-        """Which parameters share one clipped gradient norm."""
+        """Return groups of parameters; the gradient norm of each group is clipped on its own."""
 
 
-def train(stage: Stage, batches, directory: Path, device: torch.device, precision: str = "fp32", seed: int = 0):
-    """Runs all steps of a stage and returns the trained module.
+def train(
+    stage: Stage,
+    batches: StatefulDataLoader,
+    directory: Path,
+    device: torch.device,
+    precision: str = "fp32",
+    seed: int = 0,
+) -> nn.Module:
+    """Run all steps of a stage.
 
-    `batches` is a StatefulDataLoader of Batch. `directory` receives metrics.jsonl and, while the stage is not finished,
-    checkpoint.pt; a checkpoint found there is continued. Weights and optimiser state are fp32; `precision` "bf16" runs
-    the forward under autocast. Raises HaloError when the loss is not finite.
+    Args:
+        stage: What to train.
+        batches: Loader of Batch.
+        directory: Receives metrics.jsonl and, until the stage is finished, checkpoint.pt; a checkpoint in it is
+            continued.
+        device: Where the models are.
+        precision: "fp32", or "bf16" to run the forward pass under autocast; weights and optimizer state are fp32.
+        seed: Seed of all random numbers.
+
+    Returns:
+        The trained module.
+
+    Raises:
+        HaloError: If the loss is not finite when it is logged, or if the checkpoint belongs to other settings.
     """
     settings = stage.settings
-    random.seed(seed), np.random.seed(seed % 2**32), torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
     directory.mkdir(parents=True, exist_ok=True)
     module = stage.build()
     groups = stage.clip_groups(module)
@@ -58,7 +85,7 @@ def train(stage: Stage, batches, directory: Path, device: torch.device, precisio
         trained, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
     )
     start, elapsed = _resume(stage, directory, module, optimizer, batches)
-    autocast = nullcontext() if precision == "fp32" else torch.autocast(device.type, torch.bfloat16)
+    autocast: Autocast = nullcontext() if precision == "fp32" else torch.autocast(device.type, torch.bfloat16)
     source = iter(batches)
     last_step, last_time = start, time.monotonic()
     began = last_time - elapsed
@@ -74,7 +101,7 @@ def train(stage: Stage, batches, directory: Path, device: torch.device, precisio
             optimizer.zero_grad(set_to_none=True)
             done = step + 1
             if done % settings.log_every == 0 or done == settings.steps or done == 1:
-                record = {"step": done, "lr": rate, "grad_norm": float(norms.max())}
+                record: dict[str, Any] = {"step": done, "lr": rate, "grad_norm": float(norms.max())}
                 record |= {key: value.tolist() for key, value in logged.items()}
                 _check_finite(stage, record)
                 now = time.monotonic()
@@ -90,7 +117,7 @@ def train(stage: Stage, batches, directory: Path, device: torch.device, precisio
 
 
 def learning_rate(step: int, settings: TrainingSettings) -> float:
-    """Rate of the update number `step` (from 0): linear warm-up from 0, then a cosine to `final_learning_rate`."""
+    """Return the learning rate of a step, counted from 0: linear warm-up from 0, cosine to `final_learning_rate`."""
     if step < settings.warmup:
         return settings.learning_rate * step / settings.warmup
     progress = (step - settings.warmup) / max(settings.steps - 1 - settings.warmup, 1)
@@ -98,8 +125,13 @@ def learning_rate(step: int, settings: TrainingSettings) -> float:
     return settings.final_learning_rate + 0.5 * drop * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def write_atomically(path: Path, write) -> None:
-    """Calls `write(path)` on a neighbour of `path` and renames: after a kill there is the old file or the new one."""
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file so that an interrupted process leaves either the old or the new content.
+
+    Args:
+        path: The file.
+        write: Writes the content to the temporary path that it is given, which is then renamed.
+    """
     partial = path.with_name(path.name + ".partial")
     write(partial)
     with partial.open("rb") as file:
@@ -107,8 +139,8 @@ def write_atomically(path: Path, write) -> None:
     os.replace(partial, path)
 
 
-def _backward(stage: Stage, batch: Batch, micro_batch: int | None, autocast) -> dict[str, Tensor]:
-    """Gradients of the mean over micro-batches; returns the mean of what the stage logs."""
+def _backward(stage: Stage, batch: Batch, micro_batch: int | None, autocast: Autocast) -> dict[str, Tensor]:
+    """Accumulate the gradients of the mean loss over micro-batches and return the mean of the logged tensors."""
     parts = batch.split(micro_batch)
     sums: dict[str, Tensor] = {}
     for part in parts:
@@ -133,7 +165,15 @@ def _check_finite(stage: Stage, record: dict[str, Any]) -> None:
         )
 
 
-def _save(stage, directory, module, optimizer, batches, done: int, elapsed: float) -> None:
+def _save(
+    stage: Stage,
+    directory: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: StatefulDataLoader,
+    done: int,
+    elapsed: float,
+) -> None:
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     state = {
         "settings": stage.settings.model_dump(mode="json"),
@@ -151,13 +191,19 @@ def _save(stage, directory, module, optimizer, batches, done: int, elapsed: floa
     write_atomically(directory / CHECKPOINT, lambda path: torch.save(state, path))
 
 
-def _resume(stage, directory, module, optimizer, batches) -> tuple[int, float]:
-    """Restores the last checkpoint, if any; returns the number of finished steps and the seconds they took."""
+def _resume(
+    stage: Stage,
+    directory: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: StatefulDataLoader,
+) -> tuple[int, float]:
+    """Restore the last checkpoint, if any, and return the number of finished steps and the seconds they took."""
     path = directory / CHECKPOINT
     if not path.is_file():
         (directory / METRICS).unlink(missing_ok=True)
         return 0, 0.0
-    # The file is our own: it holds Python and NumPy generator states, which the restricted unpickler refuses.
+    # We wrote this file; the generator states in it are not accepted by the restricted unpickler.
     state = torch.load(path, map_location="cpu", weights_only=False)
     if state["settings"] != stage.settings.model_dump(mode="json"):
         raise HaloError(
@@ -174,7 +220,7 @@ def _resume(stage, directory, module, optimizer, batches) -> tuple[int, float]:
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
-    # Lines written after the checkpoint are written again.
+    # Steps after the checkpoint are repeated, and so are their lines.
     os.truncate(directory / METRICS, state["metrics_bytes"])
     say(f"{stage.name}: continues after step {state['step']}")
     return state["step"], state["elapsed"]

@@ -1,13 +1,22 @@
-"""HypeNet: hybrids of softmax attention and linear recurrences, for transformers."""
+"""HypeNet: hybrids of softmax attention and linear recurrences, as transformers models.
+
+Importing this package registers the model type "hypenet" with transformers' Auto classes.
+"""
+
+from hypenet_cli.extras import require, version
+
+require("hypenet", "model", "transformers", "safetensors")
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from hypenet.cache import HypeNetCache
 from hypenet.configuration_hypenet import HypeNetConfig
 from hypenet.context import MixerContext
-from hypenet.conversion import from_qwen3
+from hypenet.conversion import config_from_qwen3, from_qwen3
 from hypenet.mixers import GatedDeltaNet, LightningAttention, SoftmaxAttention
 from hypenet.modeling_hypenet import HypeNetForCausalLM, HypeNetModel, HypeNetPreTrainedModel
+
+__version__ = version()
 
 AutoConfig.register("hypenet", HypeNetConfig, exist_ok=True)
 AutoModel.register(HypeNetConfig, HypeNetModel, exist_ok=True)
@@ -23,5 +32,7 @@ __all__ = [
     "LightningAttention",
     "MixerContext",
     "SoftmaxAttention",
+    "__version__",
+    "config_from_qwen3",
     "from_qwen3",
 ]

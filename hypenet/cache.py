@@ -1,9 +1,11 @@
 """The generation cache of a HypeNet: preallocated keys and values for softmax layers, one state for recurrent layers.
 
-Padding is never stored. Sequence b owns the first `lengths[b]` rows of every key and value buffer, so that what a
-sequence sees does not depend on the batch it is in. B batch, HK key-value heads, D head dimension, K and V state rows
-and columns.
+Padding is never stored. Sequence b owns the first `lengths[b]` rows of every key and value buffer, so its results do
+not depend on the other sequences in the batch. B batch, HK key-value heads, D head dimension, K and V state rows and
+columns.
 """
+
+from typing import Any, NoReturn
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
@@ -12,28 +14,31 @@ from hypenet.configuration_hypenet import SOFTMAX, HypeNetConfig
 
 
 class SoftmaxCacheLayer(CacheLayerMixin):
-    """Keys and values [B, capacity, HK, D]; the capacity at least doubles when it no longer suffices."""
+    """Keys and values [B, capacity, HK, D] of one layer; a full buffer at least doubles its capacity."""
 
     is_sliding = False
     is_croppable = True
     supports_early_init = False
 
-    def reserve(self, k: torch.Tensor, batch: int, capacity: int) -> None:
-        """Room for `capacity` tokens in each of `batch` sequences, with the heads and dtype of k [..., HK, D]."""
-        if self.keys is not None and self.keys.shape[1] >= capacity:
-            return
+    keys: torch.Tensor | None
+    values: torch.Tensor | None
+
+    def reserve(self, k: torch.Tensor, batch: int, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the buffers, grown to `capacity` tokens per sequence, with the heads and dtype of k [..., HK, D]."""
         present = 0 if self.keys is None else self.keys.shape[1]
+        if self.keys is not None and self.values is not None and present >= capacity:
+            return self.keys, self.values
         capacity = max(capacity, 2 * present)
-        grown = [k.new_empty(batch, capacity, *k.shape[-2:]) for _ in range(2)]
-        if self.keys is not None:
-            for new, old in zip(grown, (self.keys, self.values), strict=True):
-                new[:, :present] = old
-        self.keys, self.values = grown
+        keys, values = (k.new_empty(batch, capacity, *k.shape[-2:]) for _ in range(2))
+        if self.keys is not None and self.values is not None:
+            keys[:, :present], values[:, :present] = self.keys, self.values
+        self.keys, self.values = keys, values
         self.is_initialized = True
+        return keys, values
 
     def resize_batch(self, index: torch.Tensor, length: int) -> None:
-        """Row b becomes what row index[b] was; only the first `length` tokens carry anything."""
-        if self.keys is None:
+        """Replace row b by the former row index[b]; only the first `length` tokens are in use."""
+        if self.keys is None or self.values is None:
             return
         if index.shape[0] == self.keys.shape[0]:
             self.keys[:, :length] = self.keys[:, :length].index_select(0, index)
@@ -42,45 +47,51 @@ class SoftmaxCacheLayer(CacheLayerMixin):
             self.keys, self.values = self.keys.index_select(0, index), self.values.index_select(0, index)
 
     def reset(self) -> None:
-        pass  # lengths of zero make the old content unreachable
+        """Do nothing: once the cache's lengths are zero, the old content cannot be reached."""
+
+    # The methods below serve caches whose layers are updated one by one; here the HypeNetCache updates them.
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self._refuse("lazy_initialization")
+        self._reject("lazy_initialization")
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> None:
-        self._refuse("update")
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> NoReturn:
+        self._reject("update")
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        self._refuse("get_mask_sizes")
+    def get_mask_sizes(self, query_length: int) -> NoReturn:
+        self._reject("get_mask_sizes")
 
-    def get_seq_length(self) -> int:
-        self._refuse("get_seq_length")
+    def get_seq_length(self) -> NoReturn:
+        self._reject("get_seq_length")
 
     def get_max_length(self) -> int:
         return -1
 
-    def _refuse(self, method: str) -> None:
-        raise NotImplementedError(f"{type(self).__name__}: {method} is not offered by one layer, ask the HypeNetCache")
+    def _reject(self, method: str) -> NoReturn:
+        raise NotImplementedError(f"{type(self).__name__}: {method} is not available for one layer, use HypeNetCache")
 
 
 class RecurrentCacheLayer(LinearAttentionLayer):
-    """One state [B, H, K, V] in the accumulation type, at an address that does not change while decoding.
+    """One state [B, H, K, V] in the accumulation type; its address stays the same while decoding.
 
-    transformers marks a linear layer as filled when its convolution state is written; these layers have none, so
-    writing the recurrent state marks it.
+    transformers considers a linear layer filled once its convolution state is written. These layers have no
+    convolution, so writing the recurrent state marks them as filled.
     """
+
+    device: torch.device | None  # type: ignore[assignment]  # the base class sets None
 
     @property
     def state(self) -> torch.Tensor | None:
-        """The state, or None before the first token."""
+        """Return the state, or None before the first token."""
         return self.recurrent_states[0] if self.has_previous_state[0] else None
 
-    def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs) -> torch.Tensor:
+    def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs: Any) -> torch.Tensor:
+        """Copy `recurrent_states` [B, H, K, V] into the state and return it, without autograd history."""
         self.device = recurrent_states.device
         self.has_previous_state[state_idx] = True
         return super().update_recurrent_state(recurrent_states.detach(), state_idx, **kwargs)
 
     def resize_batch(self, index: torch.Tensor, length: int) -> None:
+        """Replace row b by the former row index[b], in place if the batch size stays the same."""
         if self.state is None:
             return
         rows = self.state.index_select(0, index)
@@ -91,21 +102,35 @@ class RecurrentCacheLayer(LinearAttentionLayer):
 
 
 class HypeNetCache(Cache):
-    """What a HypeNet remembers between calls; `generate` makes one, or make it yourself and pass `past_key_values`.
+    """The keys, values and states that a HypeNet keeps between calls.
+
+    `generate` creates one; to continue a sequence yourself, create one and pass it as `past_key_values`.
 
     Args:
-        config: The model's configuration, which says what each layer is.
-        capacity: Tokens a sequence to make room for at the first call; the buffers grow when it is exceeded.
+        config: The model's configuration, which names the kind of every layer.
+        capacity: Tokens per sequence to allocate at the first call; the buffers grow when it is exceeded.
 
     Attributes:
         lengths (int32 [B] on the model's device): Real tokens stored for each sequence; None before the first call.
-        max_length: An upper bound of `lengths`, known without asking the device.
-        ragged: Whether the lengths may differ.
+        max_length (int): An upper bound of `lengths` that needs no device synchronisation.
+        ragged (bool): Whether the lengths may differ between sequences.
+
+    Example:
+        >>> import torch
+        >>> from hypenet import HypeNetCache, HypeNetConfig, HypeNetForCausalLM
+        >>> config = HypeNetConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, head_dim=8,
+        ...                        num_attention_heads=2, num_key_value_heads=1)
+        >>> model, cache = HypeNetForCausalLM(config).eval(), HypeNetCache(config, capacity=128)
+        >>> for tokens in ([3, 1, 4], [1], [5]):  # a prompt, then one token at a time
+        ...     logits = model(input_ids=torch.tensor([tokens]), past_key_values=cache).logits
+        >>> cache.lengths.tolist(), cache.get_seq_length()
+        ([5], 5)
     """
 
+    layers: list[SoftmaxCacheLayer | RecurrentCacheLayer]  # type: ignore[assignment]  # narrower than in Cache
+
     def __init__(self, config: HypeNetConfig, capacity: int = 0) -> None:
-        layers = [SoftmaxCacheLayer() if mixer == SOFTMAX else RecurrentCacheLayer() for mixer in config.mixer_types]
-        super().__init__(layers=layers)
+        super().__init__(layers=[SoftmaxCacheLayer() if x == SOFTMAX else RecurrentCacheLayer() for x in config.mixers])
         self.capacity = capacity
         self.lengths: torch.Tensor | None = None
         self.max_length = 0
@@ -113,7 +138,11 @@ class HypeNetCache(Cache):
         self._columns = 0
 
     def prepare(self, batch: int, device: torch.device) -> None:
-        """Called by the model before its layers run: checks that the batch is the one that is stored."""
+        """Check, before the layers run, that the batch has as many sequences as the cache.
+
+        Raises:
+            ValueError: If it does not.
+        """
         if self.lengths is None:
             self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         elif self.lengths.shape[0] != batch:
@@ -123,68 +152,97 @@ class HypeNetCache(Cache):
             )
 
     def advance(self, columns: int, tokens: torch.Tensor | int, longest: int, ragged: bool) -> None:
-        """Called by the model after its layers ran: `columns` of input held `tokens` (a number, or one for each
-        sequence, at most `longest`) real tokens."""
+        """Count new tokens, after the layers have run.
+
+        Args:
+            columns: Input positions per sequence, padding included.
+            tokens: Real tokens per sequence: an int, or int32 [B].
+            longest: The largest of `tokens`.
+            ragged: Whether `tokens` may differ between sequences.
+        """
+        assert self.lengths is not None, "prepare() comes first"
         self.lengths += tokens
         self.max_length += longest
         self.ragged |= ragged
         self._columns += columns
 
-    def reserve(self, layer_idx: int, k: torch.Tensor, new_tokens: int) -> SoftmaxCacheLayer:
-        """The buffers of a softmax layer, with room for `new_tokens` more in each sequence; k [..., HK, D]."""
+    def reserve(self, layer_idx: int, k: torch.Tensor, new_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the buffers of a softmax layer, with space for `new_tokens` more per sequence.
+
+        Args:
+            layer_idx: Index of the layer.
+            k: The new keys [..., HK, D], which set heads and dtype of buffers that are allocated here.
+            new_tokens: The largest number of new tokens of a sequence.
+
+        Returns:
+            Keys and values, each [B, capacity, HK, D].
+        """
         layer = self.layers[layer_idx]
-        layer.reserve(k, self.batch_size, max(self.max_length + new_tokens, self.capacity if layer.keys is None else 0))
-        return layer
+        assert isinstance(layer, SoftmaxCacheLayer)
+        capacity = max(self.max_length + new_tokens, self.capacity if layer.keys is None else 0)
+        return layer.reserve(k, self.batch_size, capacity)
+
+    def state(self, layer_idx: int) -> torch.Tensor | None:
+        """Return the state [B, H, K, V] of a recurrent layer, or None before the first token."""
+        layer = self.layers[layer_idx]
+        assert isinstance(layer, RecurrentCacheLayer)
+        return layer.state
+
+    def store_state(self, layer_idx: int, state: torch.Tensor) -> None:
+        """Store the state [B, H, K, V] of a recurrent layer."""
+        layer = self.layers[layer_idx]
+        assert isinstance(layer, RecurrentCacheLayer)
+        layer.update_recurrent_state(state)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns of input seen so far, padding included: what transformers calls the length of a cache."""
+        """Return the number of input positions seen, padding included, which transformers calls the cache's length."""
         return self._columns
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Return (length, offset) of the mask that transformers would build."""
         return self._columns + query_length, 0
 
     def nbytes(self) -> int:
-        """Bytes of all buffers, unused capacity included."""
-        tensors = [self.lengths] if self.lengths is not None else []
+        """Return the bytes of all buffers, unused capacity included."""
+        tensors = [self.lengths]
         for layer in self.layers:
-            if isinstance(layer, RecurrentCacheLayer):
-                tensors += [layer.state] if layer.state is not None else []
-            elif layer.keys is not None:
-                tensors += [layer.keys, layer.values]
-        return sum(x.nbytes for x in tensors)
+            tensors += [layer.state] if isinstance(layer, RecurrentCacheLayer) else [layer.keys, layer.values]
+        return sum(x.nbytes for x in tensors if x is not None)
 
     @property
     def batch_size(self) -> int:
+        """The number of sequences, or -1 before the first call."""
         return -1 if self.lengths is None else self.lengths.shape[0]
 
     @property
     def is_compileable(self) -> bool:
-        # generate would hand a compileable cache four-dimensional masks, which this model has no use for.
+        """False: `generate` would pass four-dimensional masks, which this model does not take."""
         return False
 
     @property
     def is_initialized(self) -> bool:
+        """Whether the cache has seen a call."""
         return self.lengths is not None
 
     def reset(self) -> None:
-        """Forget everything and keep the buffers."""
+        """Discard all tokens and keep the buffers."""
         super().reset()
         self.max_length, self.ragged, self._columns = 0, False, 0
         if self.lengths is not None:
             self.lengths.zero_()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Sequence b continues what sequence beam_idx[b] was (beam search)."""
+        """Make sequence b continue the former sequence beam_idx[b], for beam search."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each sequence `repeats` times in a row."""
+        """Repeat each sequence `repeats` times, copies next to each other."""
         if self.lengths is not None:
             index = torch.arange(self.batch_size, device=self.lengths.device)
             self.batch_select_indices(index.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the sequences of `indices`, in that order."""
+        """Keep the sequences `indices`, given as indices or a boolean mask, in that order."""
         if self.lengths is None:
             return
         indices = indices.to(self.lengths.device)
@@ -195,19 +253,24 @@ class HypeNetCache(Cache):
         self.lengths = self.lengths.index_select(0, indices)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last -tokens_to_remove tokens (a positive number is the length to keep).
+        """Remove tokens from the end of every sequence.
 
-        Raises NotImplementedError if that would forget anything and a layer is recurrent (a state has no past) or the
-        sequences differ in length (which columns were padding is not stored).
+        Args:
+            tokens_to_remove: The negated number of tokens to remove; a positive number is the length to keep.
+
+        Raises:
+            NotImplementedError: If tokens would be removed while a layer is recurrent (its earlier states are not
+                stored) or after a padded batch (which positions were padding is not stored).
+            ValueError: If more tokens would be removed than the cache holds.
         """
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(self._columns - tokens_to_remove, 0)
-        if removed == 0 or self._columns == 0:
+        if removed == 0 or self._columns == 0 or self.lengths is None:
             return
         recurrent = [i for i, layer in enumerate(self.layers) if isinstance(layer, RecurrentCacheLayer)]
         if recurrent:
             raise NotImplementedError(
-                f"HypeNetCache.crop: tokens_to_remove must be 0 with recurrent layers ({recurrent}), whose state "
-                f"cannot go back, got {tokens_to_remove}"
+                f"HypeNetCache.crop: tokens_to_remove must be 0 with recurrent layers ({recurrent}), whose "
+                f"earlier states are not stored, got {tokens_to_remove}"
             )
         if self.ragged:
             raise NotImplementedError("HypeNetCache.crop: tokens_to_remove must be 0 after a padded batch")

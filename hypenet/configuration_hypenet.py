@@ -1,6 +1,6 @@
 """The configuration of a HypeNet: a Qwen3 decoder whose layers are softmax attention or a linear recurrence."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from transformers import PreTrainedConfig
@@ -15,27 +15,54 @@ LIGHTNING_SCALES = ("1/sqrt(d)", "1/d", "1")
 
 
 class HypeNetConfig(PreTrainedConfig):
-    r"""The fields of `Qwen3Config`, and what makes the model a hybrid. Field names are those of the published HypeNet
-    checkpoints where they have one.
+    r"""The configuration of a HypeNet: the fields of `Qwen3Config`, and those that make the model a hybrid.
+
+    Field names are those of the published HypeNet checkpoints where these have the field.
 
     Args:
+        max_position_embeddings (`int`, defaults to 1048576): As in `Qwen3Config`; the model itself has no limit.
+        rope_parameters (`dict`, *optional*): Rotary embedding, for the layers that use it; theta defaults to 1,000,000.
+        attention_bias (`bool`, defaults to `False`): Biases in the projections of softmax and Lightning layers.
+        attention_dropout (`float`, defaults to 0): Must be 0; the kernels have no dropout.
         mixer_types (`list[str]`, *optional*):
             One of "attn", "lightning-attn" (or "lightning") and "gdn" for each layer. An empty list means all softmax
-            attention. Derived from `layer_types` if not given; if that is not given either, every fourth layer
-            (0, 4, ...) is softmax attention and the rest are Lightning.
+            attention. If not given, it follows from `layer_types`; if that is not given either, every fourth layer
+            (0, 4, ...) is softmax attention and the others are Lightning.
         layer_types (`list[str]`, *optional*):
-            The same in the vocabulary of transformers, "full_attention" and "linear_attention"; derived from
-            `mixer_types`.
-        attn_use_rope (`bool`, defaults to `False`): Rotary embedding in the softmax layers (a teacher's form).
-        attn_use_output_gate (`bool`, defaults to `True`): Sigmoid output gate in the softmax layers.
+            The same in transformers' terms, "full_attention" and "linear_attention"; follows from `mixer_types`.
+        attn_use_rope (`bool`, defaults to `False`): Use rotary embedding in softmax layers, as Qwen3 does.
+        attn_use_output_gate (`bool`, defaults to `True`): Use a sigmoid output gate in softmax layers.
         attn_logits_scaling (`str` or `float`, *optional*):
             None: no scale. A number c: attention logits are multiplied by c. "hype a": the query at position t is
-            multiplied by ln(t + a) / ln(a). It is chosen after training.
-        lightning_nh, lightning_nkv, lightning_head_dim (`int`, *optional*):
-            Heads of the Lightning layers; default `num_attention_heads` (also for keys and values) and `head_dim`.
-        lightning_scale (`str`, defaults to "1/sqrt(d)"): Scale of the read-out: "1/sqrt(d)", "1/d" or "1".
-        gdn_nh, gdn_nkv (`int`, *optional*): Heads of the gated DeltaNet layers; default `num_attention_heads`.
-        gdn_activation (`str`, *optional*): "silu" puts one on q, k and v.
+            multiplied by ln(t + a) / ln(a), with `a` chosen after training.
+        lightning_nh (`int`, *optional*): Query heads of Lightning layers; default `num_attention_heads`.
+        lightning_nkv (`int`, *optional*): Key-value heads of Lightning layers; default `num_attention_heads`.
+        lightning_head_dim (`int`, *optional*): Head dimension of Lightning layers; default `head_dim`.
+        lightning_use_qk_norm (`bool`, defaults to `True`): Apply RMSNorm to each head of q and k.
+        lightning_use_rope (`bool`, defaults to `True`): Apply rotary embedding to q and k.
+        lightning_use_output_norm (`bool`, defaults to `True`): Apply RMSNorm to the output, over all heads together.
+        lightning_use_output_gate (`bool`, defaults to `True`): Use a sigmoid output gate.
+        lightning_use_short_conv (`bool`, defaults to `False`): Must be False; no published model has a convolution.
+        lightning_scale (`str`, defaults to "1/sqrt(d)"): Scale of the output: "1/sqrt(d)", "1/d" or "1".
+        gdn_nh (`int`, *optional*): Query heads of gated DeltaNet layers; default `num_attention_heads`.
+        gdn_nkv (`int`, *optional*): Key-value heads of gated DeltaNet layers; default `num_attention_heads`.
+        gdn_use_qk_norm (`bool`, defaults to `True`): Apply RMSNorm to each head of q and k, before the L2 norm.
+        gdn_use_rope (`bool`, defaults to `True`): Apply rotary embedding to q and k.
+        gdn_use_gate (`bool`, defaults to `True`): Use a SiLU output gate.
+        gdn_use_short_conv (`bool`, defaults to `False`): Must be False; no published model has a convolution.
+        gdn_expand_v (`float`, defaults to 1.0): Value dimension as a multiple of the key dimension; only 1 is built.
+        gdn_activation (`str`, *optional*): "silu" applies SiLU to q, k and v; None applies nothing.
+
+    Raises:
+        ValueError: If a field is out of range, or if fields contradict each other.
+
+    Example:
+        >>> from hypenet import HypeNetConfig
+        >>> config = HypeNetConfig(num_hidden_layers=4, mixer_types=["attn", "lightning", "lightning", "gdn"])
+        >>> config.softmax_layers, config.recurrent_layers
+        ([0], [1, 2, 3])
+        >>> HypeNetConfig(attn_logits_scaling="hype 500").logit_scale_base
+        500.0
     """
 
     model_type = "hypenet"
@@ -101,19 +128,24 @@ class HypeNetConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def set_mixer_types(self, mixer_types: list[str]) -> None:
-        """Sets `mixer_types`, and `layer_types` to what follows from them."""
+        """Set `mixer_types`, and `layer_types` accordingly."""
         self.mixer_types = [MIXER_ALIASES.get(mixer, mixer) for mixer in mixer_types]
         self.layer_types = [LAYER_TYPES[mixer] for mixer in self.mixer_types]
 
     @property
+    def mixers(self) -> list[str]:
+        """The kind of every layer: `mixer_types`, which is never None once the configuration is built."""
+        return cast(list[str], self.mixer_types)
+
+    @property
     def softmax_layers(self) -> list[int]:
-        """Indices of the layers that are softmax attention."""
-        return [i for i, mixer in enumerate(self.mixer_types) if mixer == SOFTMAX]
+        """Indices of the softmax attention layers."""
+        return [i for i, mixer in enumerate(self.mixers) if mixer == SOFTMAX]
 
     @property
     def recurrent_layers(self) -> list[int]:
-        """Indices of the layers that are a linear recurrence."""
-        return [i for i, mixer in enumerate(self.mixer_types) if mixer != SOFTMAX]
+        """Indices of the recurrent layers."""
+        return [i for i, mixer in enumerate(self.mixers) if mixer != SOFTMAX]
 
     @property
     def logit_scale_base(self) -> float | None:
@@ -122,29 +154,45 @@ class HypeNetConfig(PreTrainedConfig):
 
     @property
     def logit_scale_constant(self) -> float:
-        """The constant that multiplies the attention logits, 1 unless `attn_logits_scaling` is a number."""
+        """The constant factor of the attention logits: `attn_logits_scaling` if that is a number, else 1."""
         return parse_logits_scaling(self.attn_logits_scaling)[1]
 
+    def head_sizes(self, mixer: str) -> tuple[int, int, int]:
+        """Return (query heads, key-value heads, head dimension) of the layers of kind `mixer`."""
+        sizes = {
+            SOFTMAX: (self.num_attention_heads, self.num_key_value_heads, self.head_dim),
+            LIGHTNING: (self.lightning_nh, self.lightning_nkv, self.lightning_head_dim),
+            GDN: (self.gdn_nh, self.gdn_nkv, self.head_dim),
+        }
+        return cast(tuple[int, int, int], sizes[mixer])
+
     def cache_bytes_per_token(self, dtype: torch.dtype = torch.bfloat16) -> int:
-        """Bytes by which the cache of one sequence grows for each token: keys and values of the softmax layers."""
-        return len(self.softmax_layers) * 2 * self.num_key_value_heads * self.head_dim * dtype.itemsize
+        """Return the bytes that one token adds to the cache of a sequence: keys and values of all softmax layers.
+
+        Args:
+            dtype: Data type of keys and values.
+        """
+        _, kv_heads, head_dim = self.head_sizes(SOFTMAX)
+        return len(self.softmax_layers) * 2 * kv_heads * head_dim * dtype.itemsize
 
     def state_bytes(self) -> int:
-        """Bytes of the recurrent states of one sequence, in float32, whatever its length."""
+        """Return the bytes of one sequence's recurrent states, in float32; they do not depend on its length."""
+        lightning_heads, _, lightning_dim = self.head_sizes(LIGHTNING)
+        gdn_heads, _, gdn_dim = self.head_sizes(GDN)
         sizes = {
             SOFTMAX: 0,
-            LIGHTNING: self.lightning_nh * self.lightning_head_dim**2,
-            GDN: self.gdn_nh * self.head_dim * int(self.head_dim * self.gdn_expand_v),
+            LIGHTNING: lightning_heads * lightning_dim**2,
+            GDN: gdn_heads * gdn_dim * int(gdn_dim * self.gdn_expand_v),
         }
-        return torch.float32.itemsize * sum(sizes[mixer] for mixer in self.mixer_types)
+        return torch.float32.itemsize * sum(sizes[mixer] for mixer in self.mixers)
 
     def _resolve_mixer_types(self) -> list[str]:
         if self.mixer_types is not None:
             mixers = [MIXER_ALIASES.get(mixer, mixer) for mixer in self.mixer_types]
             mixers = mixers or [SOFTMAX] * self.num_hidden_layers
         elif self.layer_types is not None:
-            names = {"full_attention": SOFTMAX, "linear_attention": LIGHTNING}
-            mixers = [names.get(layer, layer) for layer in self.layer_types]
+            kinds = {"full_attention": SOFTMAX, "linear_attention": LIGHTNING}
+            mixers = [kinds.get(layer, layer) for layer in self.layer_types]
         else:
             mixers = [SOFTMAX if i % 4 == 0 else LIGHTNING for i in range(self.num_hidden_layers)]
         for i, mixer in enumerate(mixers):
@@ -167,10 +215,12 @@ class HypeNetConfig(PreTrainedConfig):
         parse_logits_scaling(self.attn_logits_scaling)
         if self.attention_dropout:
             raise ValueError(
-                f"HypeNetConfig: attention_dropout must be 0, the kernels have none, got {self.attention_dropout}"
+                f"HypeNetConfig: attention_dropout must be 0 (no kernel has dropout), got {self.attention_dropout}"
             )
         if self.lightning_use_short_conv or self.gdn_use_short_conv:
-            raise ValueError("HypeNetConfig: *_use_short_conv must be False, got True; no published model has one")
+            raise ValueError(
+                "HypeNetConfig: *_use_short_conv must be False (no published model has a convolution), got True"
+            )
         if self.lightning_scale not in LIGHTNING_SCALES:
             raise ValueError(
                 f"HypeNetConfig: lightning_scale must be one of {LIGHTNING_SCALES}, got {self.lightning_scale!r}"
@@ -194,10 +244,22 @@ class HypeNetConfig(PreTrainedConfig):
                 )
 
 
-def parse_logits_scaling(value: str | float | None) -> tuple[float | None, float]:
-    """(base of the HyPE scale or None, constant factor) that an `attn_logits_scaling` entry stands for.
+def hype_logits_scaling(base: float | None) -> str | None:
+    """Return the `attn_logits_scaling` entry for a HyPE base, with all digits, so that it parses to the same number."""
+    return None if base is None else f"hype {repr(float(base)).removesuffix('.0')}"
 
-    "hype a" names the base a > 1; "hype" alone means the published code's default base.
+
+def parse_logits_scaling(value: str | float | None) -> tuple[float | None, float]:
+    """Parse an `attn_logits_scaling` entry.
+
+    Args:
+        value: None, a constant factor, "hype a" with a base a > 1, or "hype" for the published code's default base.
+
+    Returns:
+        (base of the HyPE scale or None, constant factor).
+
+    Raises:
+        ValueError: If it is none of these.
     """
     if value is None:
         return None, 1.0

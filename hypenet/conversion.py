@@ -1,19 +1,19 @@
-"""Weights of a pretrained Qwen3 put into a HypeNet: the transfer at the start of a conversion.
+"""Transfer of a pretrained Qwen3's weights into a HypeNet, the start of a conversion; nothing is trained here.
 
-Source: arXiv 2601.22156, sections 3 and 4. No training happens here.
+Source: arXiv 2601.22156, sections 3 and 4.
 """
 
 import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig, Qwen3Config, Qwen3ForCausalLM
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from hypenet.configuration_hypenet import MIXER_ALIASES, SOFTMAX, HypeNetConfig
+from hypenet.configuration_hypenet import MIXER_ALIASES, SOFTMAX, HypeNetConfig, hype_logits_scaling
 from hypenet.mixers import MIXERS, Mixer
-from hypenet.modeling_hypenet import HypeNetForCausalLM
+from hypenet.modeling_hypenet import HypeNetForCausalLM, rotary_embedding
 
 QWEN3_FIELDS = (
     "vocab_size",
@@ -41,17 +41,30 @@ def config_from_qwen3(
     keep_layers: Iterable[int],
     mixer: str = "lightning",
     logit_scale_base: float | None = None,
-    **options,
+    **options: Any,
 ) -> HypeNetConfig:
-    """The configuration of a HypeNet that can take a Qwen3's weights.
+    """Build the configuration of a HypeNet that a Qwen3's weights fit.
 
     Args:
         teacher: The Qwen3's configuration.
         keep_layers: Indices of the layers that stay softmax attention; all others become `mixer`.
         mixer: "lightning" or "gdn".
-        logit_scale_base: The `a` of the HyPE scale ln(t + a) / ln(a), or None for no scale.
-        options: Other fields of `HypeNetConfig`. For softmax layers as the teacher has them (the models of the layer
-            selection): attn_use_rope=True, attn_use_output_gate=False.
+        logit_scale_base: The base `a` of the HyPE scale ln(t + a) / ln(a), or None for no scale.
+        options: Other fields of `HypeNetConfig`. `attn_use_rope=True, attn_use_output_gate=False` keeps the softmax
+            layers exactly as in the teacher.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: If `teacher` is not a Qwen3 with full attention in every layer, or another argument is out of range.
+
+    Example:
+        >>> from transformers import Qwen3Config
+        >>> from hypenet import config_from_qwen3
+        >>> config = config_from_qwen3(Qwen3Config(num_hidden_layers=3), keep_layers=[1], logit_scale_base=500.0)
+        >>> config.mixer_types, config.attn_logits_scaling
+        (['lightning-attn', 'attn', 'lightning-attn'], 'hype 500')
     """
     check_teacher(teacher)
     keep = set(keep_layers)
@@ -60,10 +73,9 @@ def config_from_qwen3(
     if MIXER_ALIASES.get(mixer, mixer) not in MIXERS:
         raise ValueError(f"from_qwen3: mixer must be one of {[*MIXER_ALIASES, *MIXERS]}, got {mixer!r}")
     fields = {name: getattr(teacher, name) for name in QWEN3_FIELDS}
-    fields["rope_parameters"] = dict(teacher.rope_parameters)
+    fields["rope_parameters"] = dict(cast(dict[str, Any], teacher.rope_parameters))
     fields["mixer_types"] = [SOFTMAX if i in keep else mixer for i in range(teacher.num_hidden_layers)]
-    if logit_scale_base is not None:
-        fields["attn_logits_scaling"] = f"hype {logit_scale_base:g}"
+    fields["attn_logits_scaling"] = hype_logits_scaling(logit_scale_base)
     return HypeNetConfig(**(fields | options))
 
 
@@ -75,22 +87,39 @@ def from_qwen3(
     *,
     mixers: Mapping[int, Mixer] | None = None,
     gate_init: str = "random",
-    **options,
+    **options: Any,
 ) -> HypeNetForCausalLM:
-    """A HypeNet with a Qwen3's weights: softmax layers lose their positions and gain a gate, recurrent layers get the
-    teacher's projections with key and value heads cloned to one for each query head; everything else is copied, an
-    untied head as an untied head.
+    """Build a HypeNet from a Qwen3's weights.
+
+    Softmax layers lose their rotary embedding and gain an output gate. Recurrent layers take the teacher's projections,
+    with key and value heads repeated to one per query head. Everything else is copied.
 
     Args:
-        teacher: A `Qwen3ForCausalLM`, or a name or folder to load one from. Never modified, shares no memory.
-        keep_layers, mixer, logit_scale_base, options: See `config_from_qwen3`.
-        mixers: Mixers to put in instead of fresh ones, by layer: the recurrent layers after alignment. The modules
-            themselves are used, not copies.
-        gate_init: "random" for the published initialisation (N(0, 0.02^2) in softmax layers, PyTorch's own in
-            recurrent ones), or "open" for output gates that start without effect.
+        teacher: A `Qwen3ForCausalLM`, or the name or directory to load one from. It is not modified, and the result
+            shares no memory with it.
+        keep_layers: Indices of the layers that stay softmax attention; all others become `mixer`.
+        mixer: "lightning" or "gdn".
+        logit_scale_base: The base `a` of the HyPE scale ln(t + a) / ln(a), or None for no scale.
+        mixers: Mixers to use instead of new ones, by layer index, such as recurrent layers after alignment. The
+            modules themselves become part of the model, not copies of them.
+        gate_init: "random" for the published initialisation of output gates (N(0, 0.02^2) in softmax layers, PyTorch's
+            default in recurrent ones), or "open" for gates that have no effect at the start.
+        options: Other fields of `HypeNetConfig`, as for `config_from_qwen3`.
 
-    Returns the model in the teacher's dtype, on its device, in training mode like the teacher.
-    Raises ValueError if the teacher is not a Qwen3.
+    Returns:
+        The model, in the teacher's dtype, on its device, and in training mode if the teacher is.
+
+    Raises:
+        ValueError: If `teacher` is not a Qwen3 with full attention in every layer, or another argument is out of range.
+
+    Example:
+        >>> from transformers import Qwen3Config, Qwen3ForCausalLM
+        >>> from hypenet import from_qwen3
+        >>> teacher = Qwen3ForCausalLM(Qwen3Config(vocab_size=64, hidden_size=32, intermediate_size=32, head_dim=8,
+        ...     num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2))
+        >>> model = from_qwen3(teacher, keep_layers=[1], gate_init="open")
+        >>> [type(layer.self_attn).__name__ for layer in model.model.layers]
+        ['LightningAttention', 'SoftmaxAttention', 'LightningAttention']
     """
     if isinstance(teacher, str | Path):
         check_teacher(AutoConfig.from_pretrained(teacher))
@@ -104,10 +133,10 @@ def from_qwen3(
         given = None if mixers is None else mixers.get(i)
         if given is None:
             attention = teacher.model.layers[i].self_attn
-            given = MIXERS[config.mixer_types[i]].from_qwen3(attention, config, i, gate_init=gate_init)
-        elif (given.mixer_type, given.layer_idx) != (config.mixer_types[i], i):
+            given = MIXERS[config.mixers[i]].from_qwen3(attention, config, i, gate_init=gate_init)
+        elif (given.mixer_type, given.layer_idx) != (config.mixers[i], i):
             raise ValueError(
-                f"from_qwen3: mixers[{i}] must be of kind {config.mixer_types[i]!r} for layer {i}, "
+                f"from_qwen3: mixers[{i}] must be of kind {config.mixers[i]!r} for layer {i}, "
                 f"got {given.mixer_type!r} for layer {given.layer_idx}"
             )
         layer.self_attn = given
@@ -116,18 +145,21 @@ def from_qwen3(
 
 
 def check_teacher(config: PreTrainedConfig | None) -> None:
-    """ValueError unless `config` is that of a Qwen3 whose layers all attend to everything before them."""
+    """Check that a configuration is that of a Qwen3 with full attention in every layer.
+
+    Raises:
+        ValueError: If it is not.
+    """
     model_type = getattr(config, "model_type", type(config).__name__)
     if model_type != "qwen3":
         raise ValueError(f"from_qwen3: teacher must be a Qwen3 language model (model_type 'qwen3'), got {model_type!r}")
-    if set(config.layer_types) != {"full_attention"}:
-        raise ValueError(
-            f"from_qwen3: teacher must have full attention in every layer, got {sorted(set(config.layer_types))}"
-        )
+    layers = set(getattr(config, "layer_types", ()))
+    if layers != {"full_attention"}:
+        raise ValueError(f"from_qwen3: teacher must have full attention in every layer, got {sorted(layers)}")
 
 
 def _copy_backbone(student: HypeNetForCausalLM, teacher: Qwen3ForCausalLM) -> None:
-    """Gives a student on the meta device copies of everything in the teacher but its token mixers."""
+    """Copy everything but the token mixers from the teacher into a student on the meta device."""
     weights = {name: x.detach().clone() for name, x in teacher.state_dict().items() if ".self_attn." not in name}
     if student.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
@@ -139,4 +171,4 @@ def _copy_backbone(student: HypeNetForCausalLM, teacher: Qwen3ForCausalLM) -> No
         )
     student.tie_weights()
     with torch.device(teacher.device):
-        student.model.rotary_emb = Qwen3RotaryEmbedding(student.config)
+        student.model.rotary_emb = rotary_embedding(student.config)

@@ -1,11 +1,12 @@
 """The token mixers of a HypeNet: softmax attention without positions, Lightning attention, gated DeltaNet.
 
-All are called as mixer(x_BTC, context) -> y_BTC and can be built from a teacher's attention layer with `from_qwen3`.
+Each is called as mixer(x_BTC, context) -> y_BTC and can be built from a teacher's attention layer with `from_qwen3`.
 B batch, T tokens, C hidden size, H heads, D head dimension, K and V rows and columns of a state.
 """
 
 import math
-from typing import Self
+from collections.abc import Callable
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -27,7 +28,7 @@ GATE_INITS = ("random", "open")
 
 
 class HypeNetRMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, accumulated in float32 or better."""
+    """Computes x / sqrt(mean(x^2) + eps) * weight over the last dimension, accumulated in float32 or float64."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -35,14 +36,28 @@ class HypeNetRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise x [..., size]; the result has its shape and dtype."""
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
     def extra_repr(self) -> str:
+        """Return what `print(module)` shows between the parentheses."""
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
 class Mixer(nn.Module):
-    """What the mixers share: projections to heads, per-head norms, rotary embedding, weights taken from a teacher."""
+    """Base of the mixers: projections to heads, norms per head, rotary embedding, weights from a teacher.
+
+    Args:
+        config: The model's configuration.
+        layer_idx: Index of the layer, which selects the layer of a cache.
+        bias: Whether the projections have biases.
+        use_qk_norm: Whether q and k are normalised, head by head.
+        use_rope: Whether q and k are rotated.
+
+    Attributes:
+        mixer_type: The name of this kind in `HypeNetConfig.mixer_types`.
+        full_precision: Names of tensors that stay in float32 when the module is cast to a 16-bit type.
+    """
 
     mixer_type: str
     full_precision: tuple[str, ...] = ()
@@ -51,8 +66,6 @@ class Mixer(nn.Module):
         self,
         config: HypeNetConfig,
         layer_idx: int,
-        heads: tuple[int, int],
-        head_dim: int,
         *,
         bias: bool,
         use_qk_norm: bool,
@@ -61,8 +74,8 @@ class Mixer(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.num_heads, self.num_kv_heads = heads
-        self.head_dim = head_dim
+        self.num_heads, self.num_kv_heads, self.head_dim = config.head_sizes(self.mixer_type)
+        head_dim = self.head_dim
         self.use_rope = use_rope
         width, kv_width = self.num_heads * head_dim, self.num_kv_heads * head_dim
         self.q_proj = nn.Linear(config.hidden_size, width, bias=bias)
@@ -72,53 +85,63 @@ class Mixer(nn.Module):
         self.q_norm = HypeNetRMSNorm(head_dim, config.rms_norm_eps) if use_qk_norm else None
         self.k_norm = HypeNetRMSNorm(head_dim, config.rms_norm_eps) if use_qk_norm else None
 
-    def qkv(self, x_BTC: torch.Tensor, context: MixerContext) -> tuple[torch.Tensor, ...]:
-        """q [B, T, H, D] and k, v [B, T, HK, D], normalised and rotated as this mixer does it, all of one dtype."""
+    def qkv(self, x_BTC: torch.Tensor, context: MixerContext) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return q [B, T, H, D] and k, v [B, T, HK, D] of one dtype, after activation, norms and rotation."""
         q, k, v = (proj(x_BTC).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = self.activate(q), self.activate(k), self.activate(v)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.use_rope:
-            q, k = rotate(q, *context.position_embeddings), rotate(k, *context.position_embeddings)
+            cos, sin = cast(tuple[torch.Tensor, torch.Tensor], context.position_embeddings)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return q.to(v.dtype), k.to(v.dtype), v
 
     def activate(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the activation of q, k and v; none by default."""
         return x
 
     def unshare(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values repeated to one head for each query head."""
+        """Repeat key and value heads [B, T, HK, D] to one per query head, [B, T, H, D]."""
         group = self.num_heads // self.num_kv_heads
         return (k, v) if group == 1 else (k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2))
 
     def new_tokens_only(self, x: torch.Tensor, context: MixerContext) -> torch.Tensor:
-        """x [B, T, H, ...] with zeros where a decode step meets padding, so that it leaves no trace in a state."""
+        """Set x [B, T, H, ...] to zero where a decode step has padding, so that padding does not change a state."""
         if context.keep is None:
             return x
         return x * context.keep.view(*context.keep.shape, *[1] * (x.dim() - 2)).to(x.dtype)
 
     @classmethod
     def from_qwen3(cls, attention: nn.Module, config: HypeNetConfig, layer_idx: int, gate_init: str = "random") -> Self:
-        """A mixer with the weights of a `Qwen3Attention` (or of a `SoftmaxAttention`), in its dtype, on its device.
+        """Build a mixer with the weights of an attention layer, in its dtype, on its device.
 
-        Key and value heads are repeated where this mixer has more of them. What the teacher has not is new: an output
-        gate starts as published with gate_init "random" (N(0, initializer_range^2) in softmax layers, PyTorch's own
-        initialisation in recurrent ones) and without effect with "open".
+        Args:
+            attention: A `Qwen3Attention` or `SoftmaxAttention`. Its key and value heads are repeated where this mixer
+                has more of them.
+            config: The HypeNet's configuration.
+            layer_idx: Index of the layer in the HypeNet.
+            gate_init: Initialisation of the output gate, which the teacher lacks: "random" as published
+                (N(0, initializer_range^2) in softmax layers, PyTorch's default in recurrent ones), or "open" for a
+                gate that has no effect at the start.
+
+        Raises:
+            ValueError: If `gate_init` is neither, or "open" for a mixer whose gate cannot be without effect.
         """
         if gate_init not in GATE_INITS:
             raise ValueError(f"from_qwen3: gate_init must be one of {GATE_INITS}, got {gate_init!r}")
-        weight = attention.q_proj.weight
+        weight = attention.get_parameter("q_proj.weight")
         with torch.device(weight.device):
-            mixer = cls(config, layer_idx).to(weight.dtype)
+            mixer = cast(Callable[[HypeNetConfig, int], Self], cls)(config, layer_idx).to(weight.dtype)
         mixer.copy_projections(attention)
         mixer.init_gate(gate_init)
         return mixer
 
     def init_gate(self, gate_init: str) -> None:
-        """The output gate at the start of a conversion."""
+        """Initialise the output gate for the start of a conversion, as `from_qwen3` describes."""
         raise NotImplementedError
 
     def copy_projections(self, attention: nn.Module) -> None:
-        """Projections and norms of an attention layer; its key and value heads repeated, head by head, to fill ours."""
+        """Copy projections and norms of an attention layer, repeating key and value heads to this mixer's number."""
         source = attention.state_dict()
         with torch.no_grad():
             for name, target in self.state_dict(keep_vars=True).items():
@@ -131,17 +154,17 @@ class Mixer(nn.Module):
                 target.copy_(weight)
 
     def open_gate(self, gate: nn.Linear) -> None:
-        """sigmoid(0) = 1/2 everywhere and twice the output projection: the layer starts as if it had no gate."""
+        """Make a sigmoid gate start without effect: zero weights give 1/2, which the output projection doubles."""
         with torch.no_grad():
             for parameter in gate.parameters():
                 parameter.zero_()
             self.o_proj.weight.mul_(2)
 
-    def _apply(self, fn, recurse=True):
-        # Decays lose their meaning in half precision, so these tensors only change device there.
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        # 16-bit types cannot represent the decays well enough, so these tensors change their device only.
         kept = [getattr(self, name) for name in self.full_precision]
 
-        def keep_precision(x):
+        def keep_precision(x: torch.Tensor) -> torch.Tensor:
             y = fn(x)
             half = y.dtype in (torch.bfloat16, torch.float16)
             return x.to(y.device) if half and any(x is tensor for tensor in kept) else y
@@ -150,9 +173,16 @@ class Mixer(nn.Module):
 
 
 class SoftmaxAttention(Mixer):
-    """o_t = sum_{i <= t} softmax_i(s_t q_t . k_i / sqrt(D)) v_i, times sigmoid(x Wz); no positions, s_t by HyPE.
+    """Softmax attention without position encoding, with the HyPE scale s_t and an output gate.
 
-    Source: arXiv 2601.22156, section 3. With `attn_use_rope` and without `attn_use_output_gate` it is Qwen3's layer.
+        o_t = sigmoid(x_t Wz) * sum_{i <= t} softmax_i(s_t q_t . k_i / sqrt(D)) v_i
+
+    With `attn_use_rope` and without `attn_use_output_gate` it is Qwen3's attention.
+    Source: arXiv 2601.22156, section 3.
+
+    Args:
+        config: The model's configuration.
+        layer_idx: Index of the layer.
     """
 
     mixer_type = SOFTMAX
@@ -161,8 +191,6 @@ class SoftmaxAttention(Mixer):
         super().__init__(
             config,
             layer_idx,
-            (config.num_attention_heads, config.num_key_value_heads),
-            config.head_dim,
             bias=config.attention_bias,
             use_qk_norm=True,
             use_rope=config.attn_use_rope,
@@ -171,25 +199,39 @@ class SoftmaxAttention(Mixer):
         self.o_gate = nn.Linear(config.hidden_size, width, bias=False) if config.attn_use_output_gate else None
 
     def forward(self, x_BTC: torch.Tensor, context: MixerContext) -> torch.Tensor:
+        """Mix x [B, T, C] along T and return [B, T, C]; with a cache, also append to this layer's keys and values."""
         q, k, v = self.qkv(x_BTC, context)
         gate = None if self.o_gate is None else self.o_gate(x_BTC).view_as(q)
         o = self.attend(q, k, v, gate, context)
         return self.o_proj(o.flatten(-2))
 
-    def attend(self, q, k, v, gate, context: MixerContext) -> torch.Tensor:
-        """Attention of the new tokens over the cache and themselves; appends k and v to the cache. [B, T, H, D]"""
-        options = {
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.Tensor | None, context: MixerContext
+    ) -> torch.Tensor:
+        """Attend to the cached and the new tokens, and append k and v to the cache.
+
+        Args:
+            q: [B, T, H, D].
+            k, v: [B, T, HK, D].
+            gate: Output gate before the sigmoid [B, T, H, D], or None.
+            context: Packing and cache.
+
+        Returns:
+            The output [B, T, H, D].
+        """
+        options: dict[str, Any] = {
             "scale": self.head_dim**-0.5 * self.config.logit_scale_constant,
             "logit_scale_base": self.config.logit_scale_base,
         }
         if context.cache is None:
             return hype_attention(q, k, v, gate=gate, cu_seqlens=context.cu_seqlens, **options)
-        stored = context.cache.reserve(self.layer_idx, k, context.longest)
+        keys, values = context.cache.reserve(self.layer_idx, k, context.longest)
         if context.step:
             lengths = context.cache.lengths
-            return hype_attention_decode(q, stored.keys, stored.values, lengths, k=k, v=v, gate=gate, **options)
+            assert lengths is not None
+            return hype_attention_decode(q, keys, values, lengths, k=k, v=v, gate=gate, **options)
         start, stop = context.past, context.past + k.shape[1]
-        for buffer, new in ((stored.keys, k.detach()), (stored.values, v.detach())):
+        for buffer, new in ((keys, k.detach()), (values, v.detach())):
             if context.slots is None:
                 buffer[:, start:stop] = new
             else:
@@ -197,14 +239,14 @@ class SoftmaxAttention(Mixer):
         if context.past == 0:
             return hype_attention(q, k, v, gate=gate, cu_seqlens=context.cu_seqlens, **options)
         if context.cu_seqlens is None:
-            keys, values = stored.keys[:, :stop], stored.values[:, :stop]
-            return hype_attention(q, keys, values, gate=gate, query_offset=start, **options)
+            return hype_attention(q, keys[:, :stop], values[:, :stop], gate=gate, query_offset=start, **options)
+        assert context.spans is not None
         o = torch.empty_like(q)
         for b, (first, last, length) in enumerate(context.spans):
-            keys, values = (x[b : b + 1, : length + last - first] for x in (stored.keys, stored.values))
+            own_keys, own_values = (x[b : b + 1, : length + last - first] for x in (keys, values))
             own_gate = None if gate is None else gate[:, first:last]
             o[:, first:last] = hype_attention(
-                q[:, first:last], keys, values, gate=own_gate, query_offset=length, **options
+                q[:, first:last], own_keys, own_values, gate=own_gate, query_offset=length, **options
             )
         return o
 
@@ -216,38 +258,46 @@ class SoftmaxAttention(Mixer):
 
 
 class LightningAttention(Mixer):
-    """S_t = gamma_h S_{t-1} + k_t v_t^T ; o_t = scale S_t^T q_t ; y = (RMSNorm(o) sigmoid(x Wz)) Wo; q and k with RoPE.
+    """Lightning attention: a linear recurrence with one fixed decay per head.
 
-    gamma_h = exp(-slope_h) with the ALiBi slopes. The norm runs over all heads together. Source: arXiv 2601.22156.
+        S_t = gamma_h S_{t-1} + k_t v_t^T ;  o_t = scale S_t^T q_t ;  y_t = (RMSNorm(o_t) * sigmoid(x_t Wz)) Wo
+
+    gamma_h = exp(-slope_h) with the ALiBi slopes, q and k have rotary embedding, and the norm runs over all heads
+    together. Source: arXiv 2601.22156, section 3.
+
+    Args:
+        config: The model's configuration.
+        layer_idx: Index of the layer.
     """
 
     mixer_type = LIGHTNING
     full_precision = ("log_decay",)
+    log_decay: torch.Tensor
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
-        heads, head_dim, bias = config.lightning_nh, config.lightning_head_dim, config.attention_bias
         super().__init__(
             config,
             layer_idx,
-            (heads, config.lightning_nkv),
-            head_dim,
-            bias=bias,
+            bias=config.attention_bias,
             use_qk_norm=config.lightning_use_qk_norm,
             use_rope=config.lightning_use_rope,
         )
-        width = heads * head_dim
-        self.scale = {"1/sqrt(d)": head_dim**-0.5, "1/d": 1 / head_dim, "1": 1.0}[config.lightning_scale]
-        self.register_buffer("log_decay", alibi_log_decay(heads), persistent=False)
+        width, bias = self.num_heads * self.head_dim, config.attention_bias
+        self.scale = {"1/sqrt(d)": self.head_dim**-0.5, "1/d": 1 / self.head_dim, "1": 1.0}[config.lightning_scale]
+        self.register_buffer("log_decay", alibi_log_decay(self.num_heads), persistent=False)
         self.o_norm = HypeNetRMSNorm(width, config.rms_norm_eps) if config.lightning_use_output_norm else None
         self.z_proj = nn.Linear(config.hidden_size, width, bias=bias) if config.lightning_use_output_gate else None
 
     def forward(self, x_BTC: torch.Tensor, context: MixerContext) -> torch.Tensor:
+        """Mix x [B, T, C] along T and return [B, T, C]; with a cache, also update this layer's state."""
         q, k, v = self.qkv(x_BTC, context)
         k, v = self.unshare(k, v)
         if context.step:
             g = self.new_tokens_only(self.log_decay.expand(k.shape[:3]), context)
             k = self.new_tokens_only(k, context)
-            o = simple_gla_step(q, k, v, g, context.state(self.layer_idx), scale=self.scale)
+            state = context.state(self.layer_idx)
+            assert state is not None
+            o = simple_gla_step(q, k, v, g, state, scale=self.scale)
         else:
             o, state = chunk_simple_gla(
                 q,
@@ -273,53 +323,62 @@ class LightningAttention(Mixer):
 
 
 class GatedDeltaNet(Mixer):
-    """S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T ; y = RMSNorm(scale S_t^T q_t) silu(x Wg) Wo.
+    """Gated DeltaNet: a linear recurrence with the delta rule and a decay per head and token.
 
-    q and k of unit length, beta_t = 2 sigmoid(x Wb), ln alpha_t = -exp(A_log) softplus(x Wa + dt_bias), the norm over
-    each head. Source: arXiv 2412.06464; negative eigenvalues (beta up to 2): arXiv 2411.12537.
+        S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T ;  o_t = scale S_t^T q_t
+        y_t = (RMSNorm(o_t) * silu(x_t Wg)) Wo
+
+    q and k have unit length, beta_t = 2 sigmoid(x_t Wb), ln alpha_t = -exp(A_log) softplus(x_t Wa + dt_bias), and the
+    norm runs over each head. Source: arXiv 2412.06464; beta > 1 (negative eigenvalues): arXiv 2411.12537.
+
+    Args:
+        config: The model's configuration.
+        layer_idx: Index of the layer.
+
+    Raises:
+        NotImplementedError: If `config.gdn_expand_v` is not 1.
     """
 
     mixer_type = GDN
     full_precision = ("A_log", "dt_bias")
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
-        heads = config.gdn_nh
         if config.gdn_expand_v != 1:
             raise NotImplementedError(f"GatedDeltaNet: gdn_expand_v must be 1, got {config.gdn_expand_v}")
         super().__init__(
             config,
             layer_idx,
-            (heads, config.gdn_nkv),
-            config.head_dim,
             bias=False,
             use_qk_norm=config.gdn_use_qk_norm,
             use_rope=config.gdn_use_rope,
         )
+        heads, width = self.num_heads, self.num_heads * self.head_dim
         self.a_proj = nn.Linear(config.hidden_size, heads, bias=False)
         self.b_proj = nn.Linear(config.hidden_size, heads, bias=False)
         self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.empty(heads, dtype=torch.float32))
-        self.o_norm = HypeNetRMSNorm(config.head_dim, config.rms_norm_eps)
-        width = heads * config.head_dim
+        self.o_norm = HypeNetRMSNorm(self.head_dim, config.rms_norm_eps)
         self.g_proj = nn.Linear(config.hidden_size, width, bias=False) if config.gdn_use_gate else None
         A_log, dt_bias = self.initial_decay()
         self.A_log.data.copy_(A_log)
         self.dt_bias.data.copy_(dt_bias)
 
     def initial_decay(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(A_log, dt_bias): A uniform in (0, 16), softplus(dt_bias) log-uniform in [1e-3, 0.1]."""
+        """Draw (A_log, dt_bias) [H]: A uniform in (0, 16), softplus(dt_bias) log-uniform in [1e-3, 0.1]."""
         A = torch.empty_like(self.A_log).uniform_(0, 16).clamp_(min=1e-4)
         dt = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(0.1)).exp()
         return A.log(), dt + torch.log(-torch.expm1(-dt))
 
     def activate(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply SiLU to x if `gdn_activation` says so."""
         return F.silu(x) if self.config.gdn_activation == "silu" else x
 
     def forward(self, x_BTC: torch.Tensor, context: MixerContext) -> torch.Tensor:
+        """Mix x [B, T, C] along T and return [B, T, C]; with a cache, also update this layer's state."""
         q, k, v = self.qkv(x_BTC, context)
         k, v = self.unshare(k, v)
         a, b = self.a_proj(x_BTC), self.b_proj(x_BTC)
-        gates = {
+        gates: dict[str, Any] = {
             "use_qk_l2norm_in_kernel": True,
             "use_gate_in_kernel": True,
             "A_log": self.A_log,
@@ -329,8 +388,9 @@ class GatedDeltaNet(Mixer):
         }
         state = context.state(self.layer_idx)
         if context.step:
-            if context.keep is not None:  # padding neither decays a state nor writes to it: softplus and sigmoid are 0
+            if context.keep is not None:  # softplus and sigmoid of -inf are 0: no decay and no write for padding
                 a, b = (x.masked_fill(~context.keep[..., None], -math.inf) for x in (a, b))
+            assert state is not None
             o = gated_delta_step(q, k, v, a, b, state, **gates)
         else:
             o, state = chunk_gated_delta_rule(
@@ -353,18 +413,20 @@ class GatedDeltaNet(Mixer):
     def init_gate(self, gate_init: str) -> None:
         if self.g_proj is not None and gate_init == "open":
             raise ValueError(
-                "from_qwen3: gate_init must be 'random' for gdn layers (a swish gate has no neutral value), got 'open'"
+                "from_qwen3: gate_init must be 'random' for gdn layers (no weights make a SiLU gate 1), got 'open'"
             )
 
 
-MIXERS = {mixer.mixer_type: mixer for mixer in (SoftmaxAttention, LightningAttention, GatedDeltaNet)}
+MIXERS: dict[str, type[SoftmaxAttention] | type[LightningAttention] | type[GatedDeltaNet]] = {
+    mixer.mixer_type: mixer for mixer in (SoftmaxAttention, LightningAttention, GatedDeltaNet)
+}
 
 
 def alibi_log_decay(heads: int) -> torch.Tensor:
-    """ln gamma_h = -2^(-8h/H), h = 1..H, float32 [H].
+    """Return ln gamma_h = -2^(-8h/H) for h = 1..H, float32 [H], from the ALiBi slopes.
 
-    For H that is no power of two, as ALiBi does it: those of the next lower power of two, then every second one of the
-    next higher. Source: arXiv 2108.12409; arXiv 2601.22156, section 3.
+    If H is not a power of two, take the values of the next lower power of two, then every second value of the next
+    higher one, as ALiBi does. Source: arXiv 2108.12409; arXiv 2601.22156, section 3.
     """
     power = 2 ** int(math.log2(heads))
     slopes = [2 ** (-8 * h / power) for h in range(1, power + 1)]
@@ -373,6 +435,6 @@ def alibi_log_decay(heads: int) -> torch.Tensor:
 
 
 def rotate(x_BTHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding in the half-split layout; cos and sin [B or 1, T, D]."""
+    """Apply rotary embedding in the half-split layout; cos and sin [B or 1, T, D]."""
     first, second = x_BTHD.chunk(2, dim=-1)
     return x_BTHD * cos[..., None, :] + torch.cat((-second, first), dim=-1) * sin[..., None, :]

@@ -1,16 +1,17 @@
 """HypeNet for transformers: a pre-norm decoder whose token mixers are softmax attention or a linear recurrence.
 
-Source: "Hybrid Linear Attention Done Right", arXiv 2601.22156, section 3 and appendix A; where the paper and its code
-differ, the code, so that published checkpoints mean what they meant. B batch, T tokens, C hidden size.
+Source: "Hybrid Linear Attention Done Right", arXiv 2601.22156, section 3 and appendix A. Where the paper and its code
+differ, this follows the code, so that published checkpoints give the same results. B batch, T tokens, C hidden size.
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Qwen3Config
 from transformers import initialization as init
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RotaryEmbedding
@@ -30,29 +31,32 @@ from hypenet.mixers import MIXERS, GatedDeltaNet, HypeNetRMSNorm, LightningAtten
 
 
 class HypeNetDecoderLayer(GradientCheckpointingLayer):
-    """H = X + Mixer(RMSNorm(X)) ; Y = H + MLP(RMSNorm(H))."""
+    """One pre-norm layer: H = X + Mixer(RMSNorm(X)); Y = H + MLP(RMSNorm(H))."""
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
         super().__init__()
-        self.self_attn = MIXERS[config.mixer_types[layer_idx]](config, layer_idx)
+        self.self_attn: Mixer = MIXERS[config.mixers[layer_idx]](config, layer_idx)
         self.mlp = Qwen3MLP(config)
         self.input_layernorm = HypeNetRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = HypeNetRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x_BTC: torch.Tensor, context: MixerContext) -> torch.Tensor:
+        """Apply mixer and MLP to x [B, T, C]."""
         x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), context)
         return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
 
 
 class HypeNetPreTrainedModel(PreTrainedModel):
+    """Base of the HypeNet models: what transformers needs to initialise, load and place them."""
+
     config: HypeNetConfig
     config_class = HypeNetConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["HypeNetDecoderLayer"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["A_log", "dt_bias"]
-    # A recurrent state cannot be rolled back, which assisted generation would need.
+    _no_split_modules = ["HypeNetDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
+    # Assisted generation would have to roll recurrent states back.
     _is_stateful = True
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -66,14 +70,18 @@ class HypeNetPreTrainedModel(PreTrainedModel):
 
 
 class HypeNetModel(HypeNetPreTrainedModel):
-    """The decoder without the language-model head."""
+    """The decoder without the language-model head.
+
+    Args:
+        config: The model's configuration.
+    """
 
     def __init__(self, config: HypeNetConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(HypeNetDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = HypeNetRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = Qwen3RotaryEmbedding(config)
+        self.rotary_emb = rotary_embedding(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -82,7 +90,7 @@ class HypeNetModel(HypeNetPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: HypeNetCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -91,25 +99,38 @@ class HypeNetModel(HypeNetPreTrainedModel):
         output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states [B, T, C] after the final norm; zero at padding.
+        """Compute the hidden states after the final norm.
 
         Args:
-            input_ids: int64 [B, T]; or `inputs_embeds` [B, T, C].
+            input_ids: int64 [B, T].
             attention_mask: [B, T] or [B, tokens in the cache + T], 0 where a token is padding, on any side. Padding
-                costs nothing and changes nothing: each sequence gives what it gives alone.
-            position_ids: [B, T] for the rotary embedding; by default each sequence counts its real tokens. Without
-                mask and cache, positions that restart within a row separate packed documents.
-            past_key_values: What the earlier tokens left behind. A call that continues a cache is inference: no
-                gradient flows through it.
-            use_cache: Whether to make and return a cache if none is given. Default `config.use_cache`, but False while
-                training. A given cache is always used.
-            cu_seqlens: int32 [N + 1] with B = 1: N packed documents, isolated from each other. transformers' name for
-                it, `cu_seq_lens_q`, is accepted too.
+                is not computed and does not change the results of the real tokens.
+            position_ids: [B, T] for the rotary embedding; by default the real tokens of each sequence are counted.
+                Without mask and cache, positions that restart within a row separate packed documents.
+            past_key_values: Cache of the earlier tokens. A call that continues a cache computes no gradients.
+            inputs_embeds: [B, T, C], in place of `input_ids`.
+            use_cache: Whether to create and return a cache if none is given. Default `config.use_cache`, but False in
+                training mode. A given cache is always used.
+            cu_seqlens: int32 [N + 1] with B = 1: boundaries of N packed documents that do not see each other.
+                transformers' name for it, `cu_seq_lens_q`, is accepted too.
+            output_hidden_states: Whether to return the input of every layer and the output.
+            output_attentions: Must not be True.
+            kwargs: Ignored, except `cu_seq_lens_q`.
+
+        Returns:
+            last_hidden_state [B, T, C], zero at padding; past_key_values; hidden_states if requested.
+
+        Raises:
+            ValueError: If arguments contradict each other or have the wrong shape.
+            TypeError: If `past_key_values` is not a `HypeNetCache`.
+            NotImplementedError: If `output_attentions` is True.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("HypeNetModel: exactly one of input_ids and inputs_embeds must be given")
         if output_attentions:
-            raise NotImplementedError("HypeNetModel: output_attentions must be False; the kernels never form them")
+            raise NotImplementedError(
+                "HypeNetModel: output_attentions must be False (the kernels never store the weights), got True"
+            )
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         x_BTC = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -143,17 +164,29 @@ class HypeNetModel(HypeNetPreTrainedModel):
         )
 
     def swap_mixer(self, layer_idx: int, mixer: Mixer) -> Mixer:
-        """Puts `mixer` into layer `layer_idx`, notes its kind in the configuration, and returns the former mixer."""
+        """Replace the mixer of one layer and update the configuration.
+
+        Args:
+            layer_idx: Index of the layer.
+            mixer: The new mixer.
+
+        Returns:
+            The former mixer.
+
+        Raises:
+            ValueError: If `mixer` was built for another layer.
+        """
         if mixer.layer_idx != layer_idx:
             raise ValueError(f"swap_mixer: mixer must be for layer {layer_idx}, got one for layer {mixer.layer_idx}")
-        layer = self.layers[layer_idx]
+        layer = cast(HypeNetDecoderLayer, self.layers[layer_idx])
         former, layer.self_attn = layer.self_attn, mixer
-        mixers = list(self.config.mixer_types)
+        mixers = list(self.config.mixers)
         mixers[layer_idx] = mixer.mixer_type
         self.config.set_mixer_types(mixers)
         return former
 
     def _cache(self, past_key_values: HypeNetCache | None, use_cache: bool | None) -> HypeNetCache | None:
+        """Return the cache to use: the one given, a new one, or None."""
         if past_key_values is not None and not isinstance(past_key_values, HypeNetCache):
             raise TypeError(
                 f"HypeNetModel: past_key_values must be a HypeNetCache, got {type(past_key_values).__name__}"
@@ -163,11 +196,17 @@ class HypeNetModel(HypeNetPreTrainedModel):
             return past_key_values
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        # Recomputing a layer in the backward pass would write to the cache a second time.
+        # Activation checkpointing recomputes layers in the backward pass, which would update the cache twice.
         return HypeNetCache(self.config) if use_cache and not checkpointing else None
 
-    def _split_documents(self, x_BTC, position_ids):
-        """Packed documents told apart by their positions: ([1, B T, C], [1, B T], cu_seqlens), or nothing changed."""
+    def _split_documents(
+        self, x_BTC: torch.Tensor, position_ids: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Flatten a batch whose positions restart within a row into packed documents.
+
+        Returns:
+            (x [1, B T, C], positions [1, B T], cu_seqlens), or (x, positions, None) if no position restarts.
+        """
         unchanged = x_BTC, position_ids, None
         if position_ids is None or x_BTC.shape[1] == 0 or torch.compiler.is_compiling():
             return unchanged
@@ -175,62 +214,77 @@ class HypeNetModel(HypeNetPreTrainedModel):
         cu_seqlens = document_starts(position_ids)
         return unchanged if cu_seqlens is None else (x_BTC.flatten(0, 1)[None], position_ids.reshape(1, -1), cu_seqlens)
 
-    def _plan_documents(self, x_BTC, position_ids, cu_seqlens) -> MixerContext:
+    def _plan_documents(
+        self, x_BTC: torch.Tensor, position_ids: torch.Tensor | None, cu_seqlens: torch.Tensor
+    ) -> MixerContext:
+        """Return the context of packed documents."""
         if x_BTC.shape[0] != 1:
             raise ValueError(f"HypeNetModel: input_ids must have a batch of 1 with cu_seqlens, got {x_BTC.shape[0]}")
         if position_ids is None:
             position_ids = packed_positions(cu_seqlens, x_BTC.shape[1])
         return MixerContext(self.rotary_emb(x_BTC, position_ids), cu_seqlens)
 
-    def _plan(self, x_BTC, attention_mask, position_ids, cache) -> tuple[MixerContext, Packing | None]:
-        """How the layers run: on the [B, T] batch as it is, one in-place step, or packed if there is padding."""
+    def _plan(
+        self,
+        x_BTC: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: HypeNetCache | None,
+    ) -> tuple[MixerContext, Packing | None]:
+        """Choose how the layers run: on the [B, T] batch, as an in-place step, or packed if there is padding."""
         B, T = x_BTC.shape[:2]
         past = 0 if cache is None else cache.get_seq_length()
         mask = new_token_mask(attention_mask, B, T, past)
         if cache is not None:
             cache.prepare(B, x_BTC.device)
-        # A single cached token is masked on the device; only for longer inputs is it asked whether there is padding.
+        # Testing for padding synchronises with the device, so a step of one token is masked on the device instead.
         if mask is not None and (past == 0 or T > 1) and bool(mask.all()):
             mask = None
         step = past > 0 and 0 < T <= MAX_STEP_TOKENS and (mask is None or T == 1)
         packing = None
-        if not step and (mask is not None or (past > 0 and cache.ragged)):
+        if not step and (mask is not None or (cache is not None and past > 0 and cache.ragged)):
             packing = Packing(x_BTC.new_ones(B, T, dtype=torch.bool) if mask is None else mask)
 
         if position_ids is None:
             order = torch.arange(T, device=x_BTC.device)[None] if mask is None else mask.cumsum(1).sub_(1).clamp_(min=0)
-            position_ids = order if past == 0 else order + cache.lengths[:, None]
+            position_ids = order
+            if cache is not None and cache.lengths is not None and past > 0:
+                position_ids = order + cache.lengths[:, None]
         context = MixerContext(cache=cache, past=past, step=step, keep=mask if step else None, longest=T)
         if packing is not None:
             position_ids = packing.pack(position_ids)
             context.cu_seqlens = packing.cu_seqlens
-            if cache is not None:
-                self._plan_packed_cache(context, packing)
+            if cache is not None and cache.lengths is not None:
+                self._plan_packed_cache(context, packing, cache.lengths)
         context.position_embeddings = self.rotary_emb(x_BTC, position_ids)
         return context, packing
 
     @staticmethod
-    def _restore(B: int, T: int, context: MixerContext, packing: Packing | None) -> Callable:
-        """The function that makes [B, T, C], zero at padding, of what a layer returns."""
+    def _restore(
+        B: int, T: int, context: MixerContext, packing: Packing | None
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return the function that turns a layer's output into [B, T, C], with zeros at padding."""
         if packing is not None:
             return packing.unpack
         if context.keep is not None:
-            return lambda x: x * context.keep[..., None].to(x.dtype)
+            keep_BT1 = context.keep[..., None]
+            return lambda x: x * keep_BT1.to(x.dtype)
         return lambda x: x.view(B, T, x.shape[-1])
 
     @staticmethod
     def _advance(context: MixerContext, columns: int, packing: Packing | None) -> None:
+        """Count the new tokens in the cache, if there is one."""
         if context.cache is None:
             return
-        tokens = columns if packing is None else packing.counts
+        tokens: torch.Tensor | int = columns if packing is None else packing.counts
         if context.keep is not None:
             tokens = context.keep[:, 0].to(torch.int32)
         ragged = packing is not None or context.keep is not None
         context.cache.advance(columns, tokens, context.longest, ragged)
 
     @staticmethod
-    def _plan_packed_cache(context: MixerContext, packing: Packing) -> None:
-        lengths = context.cache.lengths
+    def _plan_packed_cache(context: MixerContext, packing: Packing, lengths: torch.Tensor) -> None:
+        """Set where packed tokens are stored in the cache, and each sequence's span."""
         context.slots = (packing.rows, packing.order + lengths[packing.rows])
         context.longest = int(packing.counts.max())
         if context.past > 0:
@@ -239,9 +293,25 @@ class HypeNetModel(HypeNetPreTrainedModel):
 
 
 class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
-    """The decoder with a language-model head, for training and `generate`."""
+    """The decoder with a language-model head, for training and `generate`.
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    Args:
+        config: The model's configuration.
+
+    Example:
+        >>> import torch
+        >>> from hypenet import HypeNetConfig, HypeNetForCausalLM
+        >>> config = HypeNetConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, head_dim=8,
+        ...                        num_attention_heads=2, num_key_value_heads=1)
+        >>> model = HypeNetForCausalLM(config)
+        >>> ids = torch.tensor([[3, 1, 4, 1, 5]])
+        >>> model(input_ids=ids, labels=ids).logits.shape
+        torch.Size([1, 5, 64])
+        >>> model.eval().generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0).shape
+        torch.Size([1, 8])
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: HypeNetConfig) -> None:
         super().__init__(config)
@@ -254,7 +324,7 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: HypeNetCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -262,10 +332,19 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, T, vocabulary], and with `labels` [B, T] (-100 where none) the next-token loss.
+        """Compute logits, and the next-token loss if labels are given.
 
-        `logits_to_keep` restricts the logits to the last so many tokens (0: all of them), or to the indices of a 1-D
-        tensor. The other arguments are those of `HypeNetModel.forward`.
+        Args:
+            labels: int64 [B, T], -100 where a token does not count. They are shifted here, not by the caller.
+            logits_to_keep: Number of last tokens to compute logits for, 0 for all; or a 1-D tensor of indices.
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, kwargs: As for
+                `HypeNetModel.forward`.
+
+        Returns:
+            loss (None without labels); logits [B, kept tokens, vocabulary]; past_key_values; hidden_states.
+
+        Raises:
+            ValueError, TypeError, NotImplementedError: As `HypeNetModel.forward`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -290,12 +369,18 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
         )
 
     def swap_mixer(self, layer_idx: int, mixer: Mixer) -> Mixer:
-        """See `HypeNetModel.swap_mixer`."""
+        """Replace the mixer of one layer; see `HypeNetModel.swap_mixer`."""
         return self.model.swap_mixer(layer_idx, mixer)
 
     def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    ) -> None:
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> bool:
+        """Give `generate` a HypeNetCache, unless the caller passed a cache or switched caching off."""
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 "HypeNetForCausalLM.generate: cache_implementation must be None, "
@@ -303,7 +388,12 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
             )
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = HypeNetCache(self.config, capacity=max_cache_length)
-            return
-        super()._prepare_cache_for_generation(
+            return True
+        return super()._prepare_cache_for_generation(  # type: ignore[misc]  # its `self` is a protocol
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
+
+
+def rotary_embedding(config: HypeNetConfig) -> Qwen3RotaryEmbedding:
+    """Return Qwen3's rotary embedding; it reads only fields that both configurations have."""
+    return Qwen3RotaryEmbedding(cast(Qwen3Config, config))

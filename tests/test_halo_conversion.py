@@ -20,6 +20,7 @@ from halo.conversion import STAGES, Conversion
 from halo.data import Corpus
 from halo.journal import Journal
 from halo.plan import even_layers
+from halo.report import every_digit
 from halo.stages.scale import choose_scale, long_documents
 from halo.stages.select import chunk_losses, measure_swaps
 
@@ -284,6 +285,15 @@ def test_scale_takes_the_base_with_the_least_loss(corpus, tmp_path, best, expect
     assert rows[0]["a"] == expected and model.config.attn_logits_scaling == best
     assert [row["loss"] for row in rows] == sorted(row["loss"] for row in rows)
     assert rows[0]["advantage"] == 0 and rows[1]["advantage"] == pytest.approx(rows[1]["loss"] - rows[0]["loss"])
+
+
+def test_scale_base_keeps_every_digit(corpus):
+    model = NextTokenOracle(len(corpus.tokenizer))
+    model.config = hypenet.HypeNetConfig()
+    models.set_logit_scale_base(model, 512.3456)
+    assert model.config.logit_scale_base == 512.3456 and every_digit(512.3456) == "512.3456"
+    models.set_logit_scale_base(model, None)
+    assert model.config.logit_scale_base is None and every_digit(500.0) == "500"
 
 
 def test_scale_documents_may_hold_episodes(tmp_path):

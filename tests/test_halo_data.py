@@ -9,9 +9,10 @@ import pytest
 import torch
 from halo_tiny import documents, tiny_tokenizer
 
-from halo.config import DataSettings, HaloError
+from halo.config import DataSettings, HaloError, load_config
 from halo.data import Batch, Corpus, PackedOrder, StreamedChunks, TokenStore
-from halo.sources import is_held_out
+from halo.demo import corpus as standard_library
+from halo.sources import is_held_out, open_source
 
 LENGTH = 24
 
@@ -145,6 +146,22 @@ def test_jsonl_file_directory_and_text_hold_the_same_documents(tokenizer, text_d
     assert len(list(single.held_out_texts())) + len(list(single.source.texts(held_out=False))) == 25
 
 
+def test_standard_library_is_split_by_held_out():
+    split = {share: open_source(DataSettings(source="stdlib", held_out=share)) for share in (0.0625, 0.25)}
+    everything = sorted(standard_library.documents("train") + standard_library.documents("heldout"))
+    for share, source in split.items():
+        held_out, train = list(source.texts(held_out=True)), list(source.texts(held_out=False))
+        assert sorted(held_out + train) == everything
+        assert 0.5 * share < len(held_out) / len(everything) < 1.5 * share
+    assert list(split[0.0625].texts(held_out=True)) == standard_library.documents("heldout")
+    assert set(standard_library.documents("heldout")) < set(split[0.25].texts(held_out=True))
+    assert split[0.0625].fingerprint() != split[0.25].fingerprint()
+
+
+def test_demo_holds_out_what_its_teacher_was_not_trained_on():
+    assert load_config("demo").data.held_out == standard_library.HELDOUT_SHARE
+
+
 def test_held_out_text_is_never_trained_on(tokenizer, text_directory):
     text = corpus(tokenizer, text_directory, held_out=0.3)
     train, held_out = (text.store(held_out=side) for side in (False, True))
@@ -187,7 +204,7 @@ def test_tokens_are_cached_and_the_cache_follows_text_and_tokenizer(tokenizer, t
 
 
 def test_standard_library_is_a_source(tokenizer, monkeypatch):
-    monkeypatch.setattr("halo.demo.corpus.documents", lambda split: [f"{split} text {i}" for i in range(3)])
+    monkeypatch.setattr("halo.demo.corpus.documents", lambda split, share: [f"{split} text {i}" for i in range(3)])
     text = corpus(tokenizer, "stdlib")
     assert list(text.held_out_texts()) == [f"heldout text {i}" for i in range(3)]
 

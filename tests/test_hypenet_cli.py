@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from hypenet.cli import app
+from hypenet_cli.main import app
 
 PROMPT = "w1 w20 w3"
 

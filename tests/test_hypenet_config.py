@@ -3,12 +3,15 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from compare import assert_matches_reference
+from hypenet_models import small_teacher
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from hypenet import HypeNetConfig, HypeNetForCausalLM
+from hypenet import HypeNetConfig, HypeNetForCausalLM, config_from_qwen3
+from hypenet.configuration_hypenet import hype_logits_scaling
 from hypenet.mixers import alibi_log_decay
 from hypenet_kernels import hype_attention
 
@@ -78,6 +81,17 @@ def test_decay_table():
     # Six heads: the four of H = 4, then the first and third of H = 8.
     expected = [math.exp(-(2**-x)) for x in (2, 4, 6, 8, 1, 3)]
     assert alibi_log_decay(6).exp().tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("base", [1.0000001, 512.3456, 1234567, 2.0**0.5, 1e9, 1e300, np.float64(512.3456)])
+def test_base_keeps_every_digit(base):
+    assert HypeNetConfig(attn_logits_scaling=hype_logits_scaling(base)).logit_scale_base == base
+    teacher = small_teacher(torch.float32)
+    assert config_from_qwen3(teacher.config, [0], logit_scale_base=base).logit_scale_base == base
+
+
+def test_base_as_published():
+    assert hype_logits_scaling(500.0) == "hype 500" and hype_logits_scaling(None) is None
 
 
 @pytest.mark.parametrize("base", SCALES)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("hypenet_kernels", "hypenet_cli", "hypenet", "halo")
 _spec = importlib.util.spec_from_file_location("hypenet_setup", ROOT / "setup.py")
 setup = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(setup)
@@ -123,7 +124,8 @@ def test_sdist_holds_all_that_a_build_needs(tmp_path):
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     needed = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
-    needed += [path for folder in ("hypenet_kernels", "hypenet", "halo") for path in (ROOT / folder).rglob("*.py")]
+    needed += [path for folder in PACKAGES for path in (ROOT / folder).rglob("*.py")]
+    needed += [ROOT / folder / "py.typed" for folder in PACKAGES]
     needed += [ROOT / name for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md")]
     needed += [*(ROOT / "halo" / "configs").glob("*.yaml"), *(ROOT / "halo" / "demo" / "teacher").glob("*")]
     assert not {str(path.relative_to(ROOT)) for path in needed} - names
@@ -140,7 +142,12 @@ def test_wheel_builds_without_torch_and_runs_from_anywhere(tmp_path):
         names = wheel.namelist()
     assert not [name for name in names if name.split("/")[0] in ("tests", "bench", "csrc")]
     assert {f"halo/configs/{path.name}" for path in (ROOT / "halo" / "configs").glob("*.yaml")} <= set(names)
-    assert "hypenet = hypenet.cli:app" in next((tmp_path / "with space").glob("*/entry_points.txt")).read_text()
+    assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
+    entry_points = next((tmp_path / "with space").glob("*/entry_points.txt")).read_text()
+    assert "hypenet = hypenet_cli.__main__:main" in entry_points and "halo = halo.__main__:main" in entry_points
+    metadata = next((tmp_path / "with space").glob("*/METADATA")).read_text()
+    needed = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
+    assert needed == ["Requires-Dist: torch>=2.9", "Requires-Dist: numpy"]
     env = os.environ | {"PYTHONPATH": str(tmp_path / "with space")}
     ran = subprocess.run(
         [sys.executable, "-m", "hypenet_kernels"], cwd=tmp_path, env=env, capture_output=True, text=True

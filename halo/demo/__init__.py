@@ -1,1 +1,1 @@
-"""A complete conversion that runs on a laptop: corpus, teacher, report."""
+"""A complete conversion that runs on a laptop: its text, teacher and report."""

@@ -1,7 +1,7 @@
-"""Text that every Python installation has: the standard library's documentation, sources and licence.
+"""Text that comes with every Python installation: the standard library's documentation, sources and licence.
 
-A document is one topic of `pydoc_data.topics`, one source file, or the licence. Whole documents are held out, chosen by
-a hash of their names, so the split is the same on every machine. The text itself follows the installed Python version.
+A document is one topic of `pydoc_data.topics`, one source file, or the licence. Whole documents are held out, by a hash
+of their names, so the split is the same on every machine; the text depends on the installed Python version.
 """
 
 import hashlib
@@ -9,8 +9,8 @@ import sysconfig
 from pathlib import Path
 
 SPLITS = ("train", "heldout")
-HELDOUT_SHARE = 1 / 16
-# Tests and tables would drown the prose; site-packages differs between machines.
+HELDOUT_SHARE = 1 / 16  # of the split that the demo's teacher was trained on
+# Left out: tests and tables, of which there is more than of everything else, and what differs between machines.
 SKIPPED_DIRECTORIES = frozenset(
     {"__pycache__", "dist-packages", "encodings", "ensurepip", "idlelib", "lib2to3", "site-packages", "test", "tests"}
     | {"turtledemo", "pydoc_data"}
@@ -18,17 +18,18 @@ SKIPPED_DIRECTORIES = frozenset(
 LICENCE_NAMES = ("LICENSE.txt", "LICENSE")
 
 
-def documents(split: str) -> list[str]:
-    """The documents of `split` ("train" or "heldout"), ordered by name."""
+def documents(split: str, share: float = HELDOUT_SHARE) -> list[str]:
+    """Return the documents of `split` ("train" or "heldout"), ordered by name; `share` of them are held out."""
     if split not in SPLITS:
         raise ValueError(f"documents: split must be one of {SPLITS}, got {split!r}")
     named = _named_documents()
-    return [named[name] for name in sorted(named) if is_heldout(name) == (split == "heldout")]
+    return [named[name] for name in sorted(named) if is_heldout(name, share) == (split == "heldout")]
 
 
-def is_heldout(name: str) -> bool:
+def is_heldout(name: str, share: float = HELDOUT_SHARE) -> bool:
+    """Return whether a document is held out. What a smaller share holds out, a larger one does too."""
     digest = hashlib.sha256(name.encode()).digest()
-    return int.from_bytes(digest[:4], "big") < HELDOUT_SHARE * 2**32
+    return int.from_bytes(digest[:4], "big") < share * 2**32
 
 
 def _named_documents() -> dict[str, str]:

@@ -1,8 +1,8 @@
-"""The demo: convert the small teacher that ships with the package, twice, and show what came of it.
+"""The demo: converts the small teacher that ships with the package twice, and compares the results.
 
-The first conversion chooses its attention layers by measurement; the second, on the same aligned twins, spaces them
-evenly. The teacher, both results, and the first without its attention scale are measured at 1 to 16 times the training
-length. Everything lands under the output directory: demo.md, demo.png, demo.json, and two complete conversions.
+The first conversion chooses its attention layers by measurement; the second spaces them evenly, on the same aligned
+twins. The teacher, both results, and the first result without its attention scale are measured at 1 to 16 times the
+training length. The output directory receives demo.md, demo.png, demo.json and two complete conversions.
 """
 
 import json
@@ -15,8 +15,8 @@ from halo.config import STAGE_HELP, Config
 from halo.conversion import DONE, Conversion
 from halo.journal import Journal
 from halo.progress import console, say
-from halo.report import evaluation_table, plot_evaluation, write_report
-from halo.stages.evaluate import evaluate
+from halo.report import evaluation_table, every_digit, plot_evaluation, write_report
+from halo.stages.evaluate import Labelled, evaluate
 
 RESULTS = "demo.json"
 SELECTED, SPACED = "selected", "even"
@@ -26,7 +26,7 @@ PROMPT = "The `with` statement is used to"
 
 
 def run_demo(config: Config) -> dict:
-    """Runs both conversions and the comparison under config.out; returns what demo.json holds."""
+    """Run both conversions and the comparison in config.out, and return the content of demo.json."""
     began = time.monotonic()
     out = config.out
     selected = Conversion(config.model_copy(update={"out": out / SELECTED}))
@@ -56,7 +56,7 @@ def run_demo(config: Config) -> dict:
 
 
 def write_demo_report(out: Path) -> Path:
-    """demo.md, demo.png and the reports of both conversions, from what they measured; returns the path of demo.md."""
+    """Write demo.md, demo.png and the reports of both conversions, and return the path of demo.md."""
     record = json.loads((out / RESULTS).read_text())
     plot_evaluation(record["rows"], record["training_length"], out / "demo.png")
     (out / "demo.md").write_text(_markdown(record))
@@ -66,7 +66,7 @@ def write_demo_report(out: Path) -> Path:
 
 
 def claims(rows: list[dict]) -> list[dict]:
-    """What a conversion should show, each with the numbers and whether they show it."""
+    """Return what a conversion should achieve, with the measured numbers and whether they show it."""
     at = {(row["model"], row["multiple"]): row for row in rows}
     found = []
 
@@ -106,7 +106,10 @@ def claims(rows: list[dict]) -> list[dict]:
 def _compare(selected: Conversion, even: Conversion) -> list[dict]:
     student, settings = selected.converted(), selected.config.eval
     chosen = student.config.attn_logits_scaling
-    models = [(TEACHER, selected.teacher, None), (CONVERTED, student, chosen)]
+    models: list[Labelled] = [
+        (TEACHER, selected.teacher, None),
+        (CONVERTED, student, chosen),
+    ]
     if chosen is not None:
         models.append((UNSCALED, student, None))
     spaced = even.converted()
@@ -133,7 +136,7 @@ def _markdown(record: dict) -> str:
     lines = ["# Conversion of the demo's teacher\n"]
     for label, layers in record["layers"].items():
         base = record["scale"][label]
-        scale = "no scale" if base is None else f"scale base a = {base:g}"
+        scale = "no scale" if base is None else f"scale base a = {every_digit(base)}"
         lines.append(f"- {label}: softmax attention in layers {layers}, {scale}")
     lines += ["", evaluation_table(record["rows"]), "![recall and bits per byte](demo.png)\n", "## Claims\n"]
     lines += ["| claim | measured | shown |", "|---|---|---|"]

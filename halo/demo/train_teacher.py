@@ -1,8 +1,8 @@
 """Train the demo's teacher: `python -m halo.demo.train_teacher --out halo/demo/teacher`.
 
-A small Qwen3 learns the corpus and key-value recall. The budget is a number of tokens and a batch is a function of
-(seed, step), so a run repeats, and a killed run resumes from `--run-dir`. The context grows in phases; repeated random
-segments in the early ones make induction heads appear, without which recall comes late or never.
+A small Qwen3 learns the corpus and key-value recall. The budget is a number of tokens, and a batch is a function of
+(seed, step), so runs are repeatable and an interrupted run resumes from `--run-dir`. The context grows in phases.
+Repeated random segments in the early phases make induction heads form, without which recall appears late or never.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from halo.demo import corpus
 from halo.evaluation.needle import NEEDLE_END, NEEDLE_LINK, NEEDLE_PREFIX, NUM_DIGITS, NeedleTask, recall, token_stream
@@ -34,6 +35,8 @@ TRAINING_LENGTH = 512
 
 @dataclass(frozen=True)
 class Recipe:
+    """Hyperparameters of the training run; progress is the share of the tokens that are done."""
+
     num_tokens: int = 21_000_000
     batch_tokens: int = 6144
     # (context length, share of the tokens after which it ends)
@@ -52,16 +55,19 @@ class Recipe:
     clip: float = 1.0
 
     def context(self, progress: float) -> int:
+        """Return the context length at a given progress."""
         return next(length for length, end in self.contexts if progress < end or end == 1.0)
 
     def rate(self, step: int, progress: float) -> float:
+        """Return the learning rate."""
         if progress > self.decay_from:
             left = (1 - progress) / (1 - self.decay_from)
             return self.learning_rate * max(left, self.final_rate)
         return self.learning_rate * min(1.0, (step + 1) / self.warmup_steps)
 
 
-def model_config(tokenizer) -> Qwen3Config:
+def model_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3Config:
+    """Return the configuration of the teacher."""
     return Qwen3Config(
         vocab_size=VOCAB_SIZE,
         hidden_size=128,
@@ -80,7 +86,7 @@ def model_config(tokenizer) -> Qwen3Config:
 
 
 def train_tokenizer(documents: list[str], seed: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE in which every digit is a token, alone or after a space."""
+    """Train a byte-level BPE in which every digit is a token, alone or with a space before it."""
     tokenizer = Tokenizer(models.BPE())
     digit = pre_tokenizers.Split(Regex(r" ?\d"), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -102,13 +108,14 @@ def train_tokenizer(documents: list[str], seed: int) -> PreTrainedTokenizerFast:
 
 
 class Batches:
-    """Batch `step` of the run: tokens [B, T] and the weight of every token in the loss [B, T]."""
+    """Makes the batches of a run."""
 
-    def __init__(self, tokenizer, stream: np.ndarray, recipe: Recipe, seed: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stream: np.ndarray, recipe: Recipe, seed: int) -> None:
         self.task = NeedleTask(tokenizer, stream)
         self.stream, self.recipe, self.seed = stream, recipe, seed
 
     def batch(self, step: int, progress: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the tokens [B, T] of a step and the weight of each token in the loss [B, T]."""
         rng = np.random.default_rng((self.seed, step))
         length = self.recipe.context(progress)
         repeats = self.recipe.repeat_share if progress < self.recipe.repeat_until else 0.0
@@ -135,8 +142,8 @@ class Batches:
 
     def _episode(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
         room = (length - length // 8) // self.task.min_length(1, 1)
-        num_needles = rng.integers(1, min(self.recipe.max_needles, room) + 1)
-        # Every needle is queried: the more answers, the denser the signal.
+        num_needles = int(rng.integers(1, min(self.recipe.max_needles, room) + 1))
+        # Query every needle: more answers give a denser training signal.
         episode = self.task.episode(rng, length, num_needles, num_needles)
         weights = np.ones(length, dtype=np.float32)
         digits = np.arange(NUM_DIGITS)
@@ -145,7 +152,8 @@ class Batches:
         return episode.input_ids, weights
 
 
-def weighted_loss(model, ids_BT: torch.Tensor, weights_BT: torch.Tensor) -> torch.Tensor:
+def weighted_loss(model: Qwen3ForCausalLM, ids_BT: torch.Tensor, weights_BT: torch.Tensor) -> torch.Tensor:
+    """Compute the weighted mean of the next-token losses."""
     hidden_BTC = model.model(input_ids=ids_BT, use_cache=False).last_hidden_state[:, :-1]
     logits_BTV = model.lm_head(hidden_BTC).float()
     nll = F.cross_entropy(logits_BTV.flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="none")
@@ -153,7 +161,8 @@ def weighted_loss(model, ids_BT: torch.Tensor, weights_BT: torch.Tensor) -> torc
     return (nll * weights).sum() / weights.sum()
 
 
-def build_optimizer(model, recipe: Recipe) -> torch.optim.Optimizer:
+def build_optimizer(model: Qwen3ForCausalLM, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return AdamW with weight decay on matrices only."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -161,9 +170,9 @@ def build_optimizer(model, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 class Run:
-    """One training run, kept in `run_dir`: tokenizer, checkpoint, log, snapshots."""
+    """One training run, whose tokenizer, checkpoint, log and snapshots are in `run_dir`."""
 
-    def __init__(self, args: argparse.Namespace, recipe: Recipe):
+    def __init__(self, args: argparse.Namespace, recipe: Recipe) -> None:
         self.args, self.recipe, self.dir = args, recipe, Path(args.run_dir)
         self.dir.mkdir(parents=True, exist_ok=True)
         self.num_steps = math.ceil(recipe.num_tokens / recipe.batch_tokens)
@@ -179,6 +188,7 @@ class Run:
         self.log(event="start", train_tokens=len(train), heldout_tokens=len(self.heldout), num_steps=self.num_steps)
 
     def train(self) -> None:
+        """Run all steps that are left."""
         losses, logged_at, saved_at, tokens = [], time.monotonic(), time.monotonic(), 0
         while self.step < self.num_steps:
             progress = self.step / self.num_steps
@@ -211,8 +221,9 @@ class Run:
                 self.snapshot(f"context{context}")
         self.checkpoint()
 
-    def evaluate(self, lengths: tuple[int, ...], num_samples: int, num_tokens: int) -> dict:
-        result = {}
+    def evaluate(self, lengths: tuple[int, ...], num_samples: int, num_tokens: int) -> dict[str, Any]:
+        """Measure recall and bits per byte at several lengths."""
+        result: dict[str, Any] = {}
         for length in lengths:
             batch_size = max(1, self.recipe.batch_tokens // length)
             score = recall(
@@ -224,11 +235,13 @@ class Run:
         return result
 
     def checkpoint(self) -> None:
+        """Save model, optimizer and step, to resume from."""
         state = {"step": self.step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         torch.save(state, self.dir / "checkpoint.partial")
         os.replace(self.dir / "checkpoint.partial", self.dir / "checkpoint.pt")
 
     def snapshot(self, name: str) -> None:
+        """Save the model under a name in `run_dir`."""
         partial, final = self.dir / f"{name}.partial", self.dir / name
         shutil.rmtree(partial, ignore_errors=True)
         self.save(partial)
@@ -236,10 +249,12 @@ class Run:
         partial.rename(final)
 
     def save(self, path: Path) -> None:
+        """Save model and tokenizer in the format of transformers."""
         self.model.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
 
-    def log(self, **fields) -> None:
+    def log(self, **fields: Any) -> None:
+        """Append a line to log.jsonl and print it."""
         line = {"time": round(time.time()), "step": self.step, "tokens": self.step * self.recipe.batch_tokens, **fields}
         with (self.dir / "log.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -261,9 +276,10 @@ class Run:
 
 
 def main() -> None:
+    """Train and save the teacher, as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="halo/demo/teacher", help="where the trained teacher goes")
-    parser.add_argument("--run-dir", default="teacher_run", help="checkpoint, log and snapshots")
+    parser.add_argument("--out", default="halo/demo/teacher", help="directory of the trained teacher")
+    parser.add_argument("--run-dir", default="teacher_run", help="directory of checkpoint, log and snapshots")
     parser.add_argument("--tokens", type=int, default=Recipe.num_tokens)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
@@ -279,7 +295,7 @@ def main() -> None:
 
 
 def finish(run: Run, out: Path) -> None:
-    """Save the teacher and what it can do."""
+    """Save the teacher and its metrics."""
     run.save(out)
     metrics = {
         "parameters": sum(p.numel() for p in run.model.parameters()),

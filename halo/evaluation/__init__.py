@@ -1,1 +1,1 @@
-"""What a model can do: needle recall and bits per byte."""
+"""Evaluation of language models: needle recall and bits per byte."""

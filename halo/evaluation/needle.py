@@ -5,20 +5,22 @@ An episode is text with needles at random depths and queries at its end:
     ... text ...
     The magic number for quiet river is 48213.
     ... text ...
-    The magic number for quiet river is 48213.      <- a query: the model has to produce the digits
+    The magic number for quiet river is 48213.      <- a query: the model has to predict the digits
 
-One generator serves the training of the demo's teacher, the choice of layers and the evaluation at any length. It works
-in token space: a needle is spliced between two tokens of the text, so an episode has exactly the requested length and
-tokenising its decoded text again may differ where the text was cut. A key is two words that are one token each, drawn
-from all such words of the vocabulary; the keys of an episode share no word.
+One generator serves the training of the demo's teacher, the choice of layers and the evaluation at any length. It
+inserts needles between two tokens of the text, so an episode has exactly the requested length, but its decoded text may
+be tokenised differently at the cuts. A key is two words of one token each, drawn from all such words of the vocabulary;
+the keys of an episode have no word in common.
 """
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NUM_DIGITS = 5
 NEEDLE_PREFIX = "\nThe magic number for"
@@ -29,22 +31,32 @@ MIN_WORD_LETTERS = 4
 
 @dataclass(frozen=True)
 class Episode:
+    """One recall episode."""
+
     input_ids: np.ndarray  # [length], int64
-    needle_starts: np.ndarray  # [num_needles], where the first digit of a needle's value stands
-    answer_starts: np.ndarray  # [num_queries], where the first digit of an answer stands
+    needle_starts: np.ndarray  # [num_needles], position of the first digit of each needle's value
+    answer_starts: np.ndarray  # [num_queries], position of the first digit of each answer
     answers: tuple[str, ...]  # the digits, in the order of the queries
 
 
 class NeedleTask:
-    """Episodes over one token stream. `haystack` is what `token_stream` returns."""
+    """Makes episodes from one token stream.
 
-    def __init__(self, tokenizer, haystack: np.ndarray):
+    Args:
+        tokenizer: The tokenizer of the stream.
+        haystack: The text, as `token_stream` returns it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, haystack: np.ndarray) -> None:
         self.haystack = haystack
         self.bos = _bos(tokenizer)
-        encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
+
+        def encode(text: str) -> list[int]:
+            return tokenizer.encode(text, add_special_tokens=False)
+
         self.prefix, self.link, self.end = encode(NEEDLE_PREFIX), encode(NEEDLE_LINK), encode(NEEDLE_END)
         self.newline = encode("\n")
-        # A value follows a space, which byte-level BPE keeps with the first digit or makes a token of its own.
+        # A value follows a space, which a byte-level BPE merges with the first digit or keeps as a token of its own.
         spaced = [encode(f" {digit}") for digit in range(10)]
         self.link += spaced[0][:-1]
         self.first_digit = np.array([ids[-1] for ids in spaced])
@@ -55,10 +67,15 @@ class NeedleTask:
         self._answer_offset = len(self.prefix) + 2 + len(self.link)
 
     def min_length(self, num_needles: int, num_queries: int) -> int:
+        """Return the smallest number of tokens of an episode."""
         return 1 + num_needles * self.needle_length + num_queries * self.query_length
 
     def episode(self, rng: np.random.Generator, length: int, num_needles: int = 4, num_queries: int = 3) -> Episode:
-        """One episode of exactly `length` tokens, the first of them the start-of-text token."""
+        """Make an episode of exactly `length` tokens, which begins with the start-of-text token.
+
+        Raises:
+            ValueError: If the needles and queries do not fit, or there are more queries than needles.
+        """
         num_text = length - self.min_length(num_needles, num_queries)
         if num_text < 0 or not 1 <= num_queries <= num_needles:
             raise ValueError(
@@ -72,7 +89,8 @@ class NeedleTask:
         digits = rng.integers(0, 10, size=(num_needles, NUM_DIGITS))
         sentences = [self._sentence(words[i], digits[i]) for i in range(num_needles)]
 
-        pieces, needle_starts, position, cut = [[self.bos]], [], 1, 0
+        pieces: list[Any] = [[self.bos]]
+        needle_starts, position, cut = [], 1, 0
         for sentence, depth in zip(sentences, depths, strict=True):
             pieces += [text[cut:depth], sentence, self.newline]
             needle_starts.append(position + depth - cut + self._answer_offset)
@@ -89,7 +107,7 @@ class NeedleTask:
         )
 
     def answer_starts(self, length: int, num_queries: int) -> np.ndarray:
-        """Where answers begin: the same for every episode with this length and number of queries."""
+        """Return where the answers begin, which is the same in all episodes of this length and number of queries."""
         return length - self.query_length * np.arange(num_queries, 0, -1) + self._answer_offset
 
     def _sentence(self, words: np.ndarray, digits: np.ndarray) -> np.ndarray:
@@ -97,26 +115,26 @@ class NeedleTask:
         return np.array([*self.prefix, *words, *self.link, *value, *self.end])
 
 
-def key_words(tokenizer) -> np.ndarray:
-    """Ids of all tokens that are a space and a lower-case word."""
+def key_words(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Return the ids of all tokens that consist of a space and a lower-case word."""
     words = []
     for index in range(len(tokenizer)):
-        text = tokenizer.decode([index])
+        text = str(tokenizer.decode([index]))
         word = text[1:]
         if text[:1] == " " and len(word) >= MIN_WORD_LETTERS and word.isascii() and word.isalpha() and word.islower():
             words.append(index)
     return np.array(words)
 
 
-def token_stream(tokenizer, documents: Iterable[str]) -> np.ndarray:
-    """All documents as one array of tokens, each document after a start-of-text token."""
+def token_stream(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> np.ndarray:
+    """Tokenise documents into one array, each preceded by a start-of-text token."""
     encoded = tokenizer(list(documents), add_special_tokens=False)["input_ids"]
     return np.concatenate([np.array([_bos(tokenizer), *ids], dtype=np.int32) for ids in encoded])
 
 
 @torch.no_grad()
 def recall_per_episode(
-    model,
+    model: PreTrainedModel,
     task: NeedleTask,
     length: int,
     num_samples: int,
@@ -126,10 +144,23 @@ def recall_per_episode(
     num_queries: int = 3,
     batch_size: int = 1,
 ) -> np.ndarray:
-    """Share of an episode's answers that greedy decoding gets right in all digits, float64 [num_samples].
+    """Measure, for each episode, the share of answers that greedy decoding gets right in all digits.
 
-    One forward per batch: an answer counts when every digit is the argmax after the true text before it, which is the
-    same as decoding that answer greedily. `model` is a causal language model of transformers with `logits_to_keep`.
+    One forward pass per batch is enough: greedy decoding gets an answer right exactly if each digit is the argmax after
+    the true text before it.
+
+    Args:
+        model: A causal language model whose forward takes `logits_to_keep`.
+        task: Makes the episodes.
+        length: Tokens per episode.
+        num_samples: Number of episodes.
+        seed: Seed of the episodes.
+        num_needles: Needles per episode.
+        num_queries: Queries per episode.
+        batch_size: Episodes per forward pass.
+
+    Returns:
+        float64 [num_samples].
     """
     rng = np.random.default_rng(seed)
     num_logits = num_queries * task.query_length
@@ -152,8 +183,8 @@ def recall_per_episode(
 
 
 def recall(
-    model,
-    tokenizer,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     length: int,
     num_samples: int = 50,
     seed: int = 0,
@@ -162,10 +193,15 @@ def recall(
     num_needles: int = 4,
     num_queries: int = 3,
     batch_size: int = 1,
-) -> dict:
-    """Recall at `length` tokens, its standard error over episodes (answers of one are not independent) and n answers.
+) -> dict[str, float]:
+    """Measure recall at `length` tokens; arguments are those of `recall_per_episode`, and:
 
-    `haystack` is a token stream, by default the held-out corpus; everything else as in `recall_per_episode`.
+    Args:
+        tokenizer: The model's tokenizer.
+        haystack: A token stream; by default the held-out text of the standard library.
+
+    Returns:
+        recall; stderr over episodes, because answers of one episode are not independent; n, the number of answers.
     """
     if haystack is None:
         from halo.demo.corpus import documents
@@ -177,7 +213,7 @@ def recall(
     return {"recall": float(np.mean(scores)), "stderr": stderr, "n": num_samples * num_queries}
 
 
-def _bos(tokenizer) -> int:
+def _bos(tokenizer: PreTrainedTokenizerBase) -> int:
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if bos is None:
         raise ValueError("needle: the tokenizer needs a bos or an eos token, got neither")

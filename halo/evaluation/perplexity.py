@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halo.evaluation.needle import token_stream
 
@@ -14,19 +15,31 @@ HEAD_ROWS = 1024
 
 @torch.no_grad()
 def bits_per_byte(
-    model,
-    tokenizer,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     documents: Iterable[str] | np.ndarray,
     length: int,
     num_tokens: int = 65536,
     batch_size: int = 1,
-) -> dict:
-    """Negative log-likelihood in bits over UTF-8 bytes, in windows of `length` tokens.
+) -> dict[str, float]:
+    """Measure the negative log-likelihood in bits per UTF-8 byte, in windows of `length` tokens.
 
-    The documents are packed into one stream (or given as one, see `token_stream`); `num_tokens // length` windows, at
-    least one, are spread evenly over it. Every window starts with a start-of-text token, so all its tokens are scored
-    and none sees text from before the window. Returns bits_per_byte, its standard error over windows, and the number of
-    bytes and windows.
+    `num_tokens // length` windows, at least one, are spread evenly over the text. Each starts with a start-of-text
+    token, so all its tokens are scored, and none of them sees text before the window.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        documents: Texts, or one token stream as `token_stream` returns it.
+        length: Tokens per window.
+        num_tokens: Tokens of all windows together.
+        batch_size: Windows per forward pass.
+
+    Returns:
+        bits_per_byte; stderr over windows; num_bytes; num_windows.
+
+    Raises:
+        ValueError: If the text has fewer than `length` tokens.
     """
     stream = documents if isinstance(documents, np.ndarray) else token_stream(tokenizer, documents)
     bos = int(stream[0])
@@ -39,14 +52,14 @@ def bits_per_byte(
 
     was_training = model.training
     model.eval()
-    bits = []
+    window_bits: list[float] = []
     for first in range(0, num_windows, batch_size):
         targets_BT = torch.from_numpy(windows[first : first + batch_size]).to(model.device)
         inputs_BT = torch.cat([torch.full_like(targets_BT[:, :1], bos), targets_BT[:, :-1]], dim=1)
-        bits += (_nll(model, inputs_BT, targets_BT) / math.log(2)).tolist()
+        window_bits += (_nll(model, inputs_BT, targets_BT) / math.log(2)).tolist()
     model.train(was_training)
 
-    bits = np.array(bits)
+    bits = np.array(window_bits)
     value = bits.sum() / num_bytes.sum()
     residual = bits - value * num_bytes
     stderr = float("nan")
@@ -60,8 +73,8 @@ def bits_per_byte(
     }
 
 
-def _nll(model, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-    """Nats per row. The head runs on a few rows at a time: all logits of a long window would not fit in memory."""
+def _nll(model: PreTrainedModel, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+    """Return the nats of each row, with logits in pieces, because those of a long window do not fit in memory."""
     hidden_BTC = model.base_model(input_ids=inputs_BT, use_cache=False).last_hidden_state
     head = model.get_output_embeddings()
     total = torch.zeros(len(inputs_BT), dtype=torch.float64)
@@ -73,6 +86,6 @@ def _nll(model, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tens
     return total
 
 
-def _num_bytes(tokenizer, window: np.ndarray) -> int:
+def _num_bytes(tokenizer: PreTrainedTokenizerBase, window: np.ndarray) -> int:
     text = tokenizer.decode(window.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return len(text.encode())
+    return len(str(text).encode())

@@ -1,45 +1,49 @@
-"""Stage 1: every recurrent mixer learns to give its attention layer's output from that layer's input (HALO, 4.2).
+"""Stage 1: each recurrent mixer learns to map its attention layer's input to that layer's output (HALO, 4.2).
 
-One teacher forward serves all layers. A mixer sees the teacher's own activations, so the layers are independent
-regressions; clipping each layer's gradient on its own keeps them so.
+One forward pass of the teacher serves all layers. Each mixer sees the teacher's own activations, so the layers are
+independent regressions; clipping each layer's gradient on its own keeps them independent.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import Qwen3ForCausalLM
 
 from halo import models
 from halo.config import AlignSettings
 from halo.data import Batch
 from halo.losses import mixer_mse
+from hypenet import HypeNetForCausalLM
 
 
 @dataclass
 class Align:
-    """`student` has a recurrent mixer in every layer; nothing else of it is used or changed."""
+    """Aligns the recurrent mixers of `student` with the attention layers of `teacher`; only the mixers are trained."""
 
-    teacher: nn.Module
-    student: nn.Module
+    teacher: Qwen3ForCausalLM
+    student: HypeNetForCausalLM
     settings: AlignSettings
     isolate_documents: bool = False
     name: ClassVar[str] = "align"
 
     def build(self) -> nn.Module:
+        """Freeze everything but the mixers, which are returned."""
         self.teacher.requires_grad_(False).eval()
         self.student.requires_grad_(False)
         self.mixers = nn.ModuleList(models.mixers(self.student)).requires_grad_(True).train()
         return self.mixers
 
-    def loss(self, batch: Batch):
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the summed or mean error over layers, and the errors to log."""
         losses, powers = self.layer_losses(batch)
         total = losses.sum() if self.settings.clip_scope == "layer" else losses.mean()
         detached = losses.detach()
         return total, {"loss": detached.mean(), "relative_loss": detached / powers, "layer_losses": detached}
 
-    def layer_losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mean squared error of every layer [L], and the mean square of what it should have given [L]."""
+    def layer_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the mean squared error of every layer [L], and the mean square of its target [L]."""
         with torch.no_grad(), models.recorded_attention(self.teacher) as recorded:
             models.hidden_states(self.teacher, batch, self.isolate_documents)
         cu_seqlens = batch.cu_seqlens() if self.isolate_documents else None
@@ -51,6 +55,7 @@ class Align:
         return mixer_mse(outputs, [call.y_BTD for call in recorded]), powers
 
     def clip_groups(self, module: nn.Module) -> list[list[nn.Parameter]]:
+        """Return one group for each layer, or one for all of them."""
         if self.settings.clip_scope == "all":
             return [list(module.parameters())]
-        return [list(mixer.parameters()) for mixer in module]
+        return [list(mixer.parameters()) for mixer in module.children()]

@@ -1,9 +1,11 @@
-"""Recall and bits per byte of a model at multiples of the training length."""
+"""Measurement of recall and bits per byte at multiples of the training length."""
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
-from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halo.config import EvalSettings
 from halo.data import Corpus
@@ -15,14 +17,26 @@ from halo.progress import StageProgress
 TOKENS_PER_FORWARD = 8192
 MIN_SAMPLES = 2
 
+# (name in the table, model, attn_logits_scaling to measure it with)
+Labelled = tuple[str, PreTrainedModel, str | float | None]
+
 
 def evaluate(
-    labelled: list[tuple[str, nn.Module, str | None]], corpus: Corpus, settings: EvalSettings, journal: Journal
-) -> list[dict]:
-    """One row per model and length: recall and bits per byte on held-out text, each with a standard error.
+    labelled: list[Labelled],
+    corpus: Corpus,
+    settings: EvalSettings,
+    journal: Journal,
+) -> list[dict[str, Any]]:
+    """Measure recall and bits per byte of models on held-out text.
 
-    `labelled`: name, model, and the attn_logits_scaling to measure it with. A length longer than all held-out text has
-    bits_per_byte None.
+    Args:
+        labelled: Name, model, and the `attn_logits_scaling` to measure it with.
+        corpus: Provides tokenizer and held-out text.
+        settings: Lengths and amounts.
+        journal: Keeps finished rows.
+
+    Returns:
+        A row per model and length, with standard errors; bits_per_byte is None if the held-out text is too short.
     """
     stream = token_stream(corpus.tokenizer, corpus.held_out_texts())
     rows = []
@@ -37,14 +51,21 @@ def evaluate(
     return rows
 
 
-def _measure(model, label: str, multiple: int, tokenizer, stream: np.ndarray, settings: EvalSettings) -> dict:
+def _measure(
+    model: PreTrainedModel,
+    label: str,
+    multiple: int,
+    tokenizer: PreTrainedTokenizerBase,
+    stream: np.ndarray,
+    settings: EvalSettings,
+) -> dict[str, Any]:
     length = settings.length * multiple
     batch = max(1, TOKENS_PER_FORWARD // length)
     samples = settings.recall_samples
     if settings.recall_tokens is not None:
         samples = min(samples, max(MIN_SAMPLES, settings.recall_tokens // length))
     needles = recall(model, tokenizer, length, samples, haystack=stream, batch_size=batch)
-    text = {"bits_per_byte": None, "stderr": None}
+    text: Mapping[str, float | None] = {"bits_per_byte": None, "stderr": None}
     if len(stream) >= length:
         text = bits_per_byte(model, tokenizer, stream, length, settings.text_tokens, batch_size=batch)
     return {

@@ -1,10 +1,11 @@
-"""Choice of the base `a` of s_t = ln(t + a) / ln(a) after training, by the loss on long held-out documents."""
+"""Choice of the base `a` of s_t = ln(t + a) / ln(a), after training, by the loss on long held-out documents."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from halo import models
 from halo.config import ScaleSettings
@@ -14,11 +15,23 @@ from halo.stages.select import chunk_losses
 
 
 def choose_scale(
-    model: nn.Module, corpus: Corpus, settings: ScaleSettings, journal: Journal, on_progress: Callable[[int], None]
-) -> list[dict]:
-    """Loss and its standard error for every base in the grid, best first; leaves the best one set in `model`.
+    model: PreTrainedModel,
+    corpus: Corpus,
+    settings: ScaleSettings,
+    journal: Journal,
+    on_progress: Callable[[int], None],
+) -> list[dict[str, Any]]:
+    """Measure the loss for every base in the grid, and set the best one in `model`.
 
-    `advantage` is how much lower the best loss is, paired over documents, with its standard error.
+    Args:
+        model: The student.
+        corpus: Provides held-out text and episodes.
+        settings: Grid, and number and length of the documents.
+        journal: Keeps the losses of finished bases.
+        on_progress: Called with the number of bases that are done.
+
+    Returns:
+        A row per base, lowest loss first. `advantage` is by how much the best loss is lower, paired over documents.
     """
     model.eval()
     documents = long_documents(corpus, settings)
@@ -34,7 +47,7 @@ def choose_scale(
 
 
 def long_documents(corpus: Corpus, settings: ScaleSettings) -> torch.Tensor:
-    """int64 [documents, length]: beginnings of held-out documents, the given share replaced by recall episodes."""
+    """Return beginnings of held-out documents, some replaced by recall episodes, int64 [documents, length]."""
     num_episodes = round(settings.needle_ratio * settings.documents)
     parts = []
     if num_episodes < settings.documents:
@@ -45,9 +58,12 @@ def long_documents(corpus: Corpus, settings: ScaleSettings) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def _row(base: float | None, loss: np.ndarray, best: np.ndarray) -> dict:
+def _row(base: float | None, loss: np.ndarray, best: np.ndarray) -> dict[str, Any]:
     root = np.sqrt(max(len(loss), 1))
-    spread = lambda values: float(values.std(ddof=1) / root) if len(values) > 1 else None  # noqa: E731
+
+    def spread(values: np.ndarray) -> float | None:
+        return float(values.std(ddof=1) / root) if len(values) > 1 else None
+
     gap = loss - best
     return {
         "a": base,

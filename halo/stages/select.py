@@ -1,11 +1,12 @@
-"""Layer selection: each layer of the teacher swapped for its aligned twin in memory, measured on the same samples."""
+"""Layer selection: one layer at a time is replaced by its aligned twin, and all are measured on the same samples."""
 
 from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel, Qwen3ForCausalLM
 
 from halo import models
 from halo.config import SelectSettings
@@ -14,17 +15,27 @@ from halo.evaluation.needle import NeedleTask, recall_per_episode
 from halo.journal import Journal
 from halo.losses import next_token_labels, token_losses
 from halo.plan import Measurements
+from hypenet import HypeNetForCausalLM
 
 
 def measure_swaps(
-    teacher: nn.Module,
-    twins: nn.Module,
+    teacher: Qwen3ForCausalLM,
+    twins: HypeNetForCausalLM,
     corpus: Corpus,
     settings: SelectSettings,
     journal: Journal,
     on_progress: Callable[[int], None],
 ) -> Measurements:
-    """Per-sample recall and loss of the teacher and of all one-layer swaps; `on_progress` gets the number done."""
+    """Measure recall and loss per sample, for the teacher and with each layer replaced by its twin.
+
+    Args:
+        teacher: The teacher; its own layers are put back.
+        twins: The HypeNet with the aligned recurrent mixers.
+        corpus: Provides held-out text and episodes.
+        settings: Numbers and lengths of the samples.
+        journal: Keeps the results of finished layers.
+        on_progress: Called with the number of layers that are done.
+    """
     teacher.eval()
     task = NeedleTask(corpus.tokenizer, corpus.store(held_out=True).tokens)
     chunks = corpus.held_out_chunks(settings.language_samples, settings.language_length)
@@ -49,8 +60,8 @@ def measure_swaps(
 
 
 @torch.no_grad()
-def chunk_losses(model: nn.Module, chunks: Tensor, batch: int) -> np.ndarray:
-    """Mean next-token loss of each chunk [n, T] in nats, float64 [n]."""
+def chunk_losses(model: PreTrainedModel, chunks: Tensor, batch: int) -> np.ndarray:
+    """Return the mean next-token loss of each chunk [n, T] in nats, float64 [n]."""
     losses = []
     head = model.get_output_embeddings().weight
     for ids in chunks.split(batch):

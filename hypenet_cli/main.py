@@ -2,55 +2,83 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from rich.console import Console
-from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer, set_seed
-from transformers.utils import logging
 
-from hypenet.configuration_hypenet import SOFTMAX, HypeNetConfig
-from hypenet.modeling_hypenet import HypeNetForCausalLM
+from hypenet_cli.extras import version
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+if TYPE_CHECKING:
+    from hypenet import HypeNetConfig
+
+app = typer.Typer(
+    name="hypenet",
+    help="Run and describe HypeNet models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 
 
 class Precision(StrEnum):
+    """Data types that a model can be loaded in."""
+
     auto = "auto"
     float32 = "float32"
     bfloat16 = "bfloat16"
 
 
-ModelFolder = Annotated[Path, typer.Option("--model", help="Folder of a saved model.", exists=True, file_okay=False)]
+ModelFolder = Annotated[Path, typer.Option("--model", help="Directory of a saved model.", exists=True, file_okay=False)]
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and exit, if `--version` was given."""
+    if wanted:
+        typer.echo(f"hypenet {version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Define the options that precede a command; what they do is in their callbacks."""
 
 
 @app.command()
 def generate(
     model: ModelFolder,
     prompt: Annotated[str, typer.Option(help="Text to continue; '-' reads standard input.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most probable token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    dtype: Annotated[Precision, typer.Option(help="auto: as it was saved.")] = Precision.auto,
-    device: Annotated[str, typer.Option(help="auto: a GPU if there is one.")] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy decoding.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Probability mass for nucleus sampling.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Random seed for sampling.")] = 0,
+    dtype: Annotated[Precision, typer.Option(help="Data type of the weights; auto: as saved.")] = Precision.auto,
+    device: Annotated[str, typer.Option(help="Device to run on; auto: a GPU if there is one.")] = "auto",
 ) -> None:
-    """Continue a prompt, printing the text as it comes."""
+    """Continue a prompt and print the text as it is generated."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer, set_seed
+    from transformers.utils import logging
+
+    import hypenet  # noqa: F401  registers the model type
+
     logging.disable_progress_bar()
     text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
-        network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype.value).to(device).eval()
+        network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype.value).eval()
+        network.to(device)
     except (OSError, ValueError) as error:
         raise _failure(error) from None
     inputs = tokenizer(text, return_tensors="pt").to(device)
     if inputs["input_ids"].shape[1] == 0:
         raise _failure("--prompt must hold at least one token, got an empty text")
-    sampling = {"do_sample": temperature > 0}
+    sampling: dict[str, float] = {"do_sample": temperature > 0}
     if temperature > 0:
         sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
     saved = network.generation_config
@@ -72,8 +100,16 @@ def generate(
 
 
 @app.command()
-def info(model: Annotated[Path, typer.Argument(help="Folder of a saved model.", exists=True, file_okay=False)]) -> None:
-    """Describe a model: its layers, parameters, and what a sequence costs in memory."""
+def info(
+    model: Annotated[Path, typer.Argument(help="Directory of a saved model.", exists=True, file_okay=False)],
+) -> None:
+    """Describe a model: its layers, its parameters and the memory that a sequence takes."""
+    from rich.console import Console
+    from rich.table import Table
+    from transformers import AutoConfig
+
+    from hypenet import HypeNetConfig
+
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
@@ -86,11 +122,16 @@ def info(model: Annotated[Path, typer.Argument(help="Folder of a saved model.", 
     Console().print(table)
 
 
-def describe(config: HypeNetConfig) -> dict[str, str]:
-    """What `hypenet info` prints, by name."""
+def describe(config: "HypeNetConfig") -> dict[str, str]:
+    """Return the rows that `hypenet info` prints, by name."""
+    import torch
+
+    from hypenet import HypeNetForCausalLM
+    from hypenet.configuration_hypenet import SOFTMAX
+
     with torch.device("meta"):
         network = HypeNetForCausalLM(config)
-    kinds = {kind: [i for i, mixer in enumerate(config.mixer_types) if mixer == kind] for kind in config.mixer_types}
+    kinds = {kind: [i for i, mixer in enumerate(config.mixers) if mixer == kind] for kind in config.mixers}
     softmax = [
         "rotary positions" if config.attn_use_rope else "no positions",
         "output gate" if config.attn_use_output_gate else "no gate",
@@ -107,13 +148,10 @@ def describe(config: HypeNetConfig) -> dict[str, str]:
             rows["softmax attention"] = ", ".join(softmax)
     per_token = {dtype: config.cache_bytes_per_token(dtype) for dtype in (torch.bfloat16, torch.float32)}
     rows["cache per token"] = f"{per_token[torch.bfloat16]:,} B in bfloat16, {per_token[torch.float32]:,} B in float32"
-    rows["state per sequence"] = f"{config.state_bytes():,} B, whatever its length"
+    rows["state per sequence"] = f"{config.state_bytes():,} B at any length"
     return rows
 
 
 def _failure(message: object) -> typer.BadParameter:
+    """Return the error that Typer prints as one line, with exit code 2."""
     return typer.BadParameter(str(message).splitlines()[0])
-
-
-if __name__ == "__main__":
-    app()

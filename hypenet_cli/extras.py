@@ -1,0 +1,47 @@
+"""The installed version, and one way to say which extra installs a missing package. Standard library only."""
+
+import importlib
+import importlib.metadata
+import importlib.util
+
+# What each extra adds to torch and numpy, by the names under which Python imports it.
+MODEL = ("transformers", "typer", "rich", "safetensors")
+PACKAGES = {
+    "model": MODEL,
+    "halo": (*MODEL, "datasets", "torchdata", "pydantic", "yaml", "matplotlib"),
+}
+
+
+def version() -> str:
+    """Return the version of the installed distribution, or "not installed" for a source tree that is not."""
+    try:
+        return importlib.metadata.version("hypenet")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def require(user: str, extra: str, *packages: str) -> None:
+    """Check that packages can be imported, without importing them.
+
+    Args:
+        user: The package or command that needs them, to begin the message with.
+        extra: The extra of this distribution that installs them.
+        packages: Names as in an `import` statement; by default everything that the extra installs.
+
+    Raises:
+        ModuleNotFoundError: If any of them is missing; the message is one line that says how to install them.
+    """
+    missing = [name for name in packages or PACKAGES[extra] if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f'{user}: needs {", ".join(missing)}; install with: pip install "hypenet[{extra}]"', name=missing[0]
+        )
+
+
+def start(command: str, extra: str, module: str) -> None:
+    """Run the Typer app of `module`, or exit with one line if a package that the command needs is missing."""
+    try:
+        require(command, extra)
+    except ModuleNotFoundError as error:
+        raise SystemExit(str(error)) from None
+    importlib.import_module(module).app()
