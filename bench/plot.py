@@ -46,14 +46,14 @@ def overview(record: ModelRecord, demo: dict[str, Any], path: Path) -> Path:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
     for name, rows in _by_model(record):
         left.plot(_lengths(rows), [row["decode_ms"] for row in rows], marker="o", color=COLORS[name], label=name)
-    _context_axis(left, _all_lengths(record))
+    _log_axis(left, "context, tokens", _all_lengths(record))
     left.set(ylim=(0, None), ylabel="ms per token")
     left.set_title(f"Decode time: {record['layers']} layers, {record['stamp']['device']}", fontsize=10)
     for (model, label), color in zip(OVERVIEW.items(), COLORS.values(), strict=True):
         points = [row for row in demo["rows"] if row["model"] == model]
         recall, errors = ([row[name] for row in points] for name in ("recall", "recall_error"))
         right.errorbar([row["length"] for row in points], recall, yerr=errors, marker="o", color=color, label=label)
-    _context_axis(right, sorted({row["length"] for row in demo["rows"]}))
+    _log_axis(right, "context, tokens", sorted({row["length"] for row in demo["rows"]}))
     right.axvline(demo["training_length"], color="black", linewidth=0.8, linestyle=":")
     right.set(ylim=(-0.05, 1.05), ylabel="fraction of needles found")
     right.set_title("Needle recall: demo model (dotted: training length)", fontsize=10)
@@ -108,9 +108,11 @@ def speed(record: OpsRecord, path: Path) -> Path:
     columns = max(1, (len(panels) + 1) // 2)
     figure, grid = plt.subplots(2, columns, figsize=(4 * columns, 7), squeeze=False)
     for axes, ((op, backward), rows) in zip(grid.T.flat, sorted(panels.items()), strict=False):
-        for name, points in _lines(rows).items():
+        lines = _lines(rows)
+        for name, points in lines.items():
             axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-        axes.set(xscale="log", ylim=(0, None), xlabel="T", ylabel="tokens/s")
+        _log_axis(axes, "T", sorted({T for points in lines.values() for T, _ in points}))
+        axes.set(ylim=(0, 1.1 * axes.dataLim.y1), ylabel="tokens/s")
         axes.set_title(f"{op}\n{'forward + backward' if backward else 'forward'}", fontsize=9)
         axes.legend(fontsize=7)
     figure.suptitle(_title(record), fontsize=8)
@@ -146,7 +148,7 @@ def context(record: ModelRecord, path: Path) -> Path:
         left.errorbar(_lengths(rows), [row["decode_ms"] for row in rows], yerr=spread, **style)
         right.plot(_lengths(rows), [row["cache_bytes"] / 1e6 for row in rows], **style)
     for axes in (left, right):
-        _context_axis(axes, _all_lengths(record))
+        _log_axis(axes, "context, tokens", _all_lengths(record))
     left.set(ylim=(0, None), ylabel="decode, ms per token")
     right.set(yscale="log", ylabel="cache, MB")
     left.legend()
@@ -167,9 +169,9 @@ def _all_lengths(record: ModelRecord) -> list[int]:
     return sorted({row["length"] for row in record["rows"]})
 
 
-def _context_axis(axes: Axes, lengths: list[int]) -> None:
-    """Use a logarithmic axis with one tick at each measured length and no others."""
-    axes.set(xscale="log", xlabel="context, tokens")
+def _log_axis(axes: Axes, label: str, lengths: list[int]) -> None:
+    """Make the x axis logarithmic, with a tick at each measured length and no others."""
+    axes.set(xscale="log", xlabel=label)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.set_xticks([], minor=True)
 
