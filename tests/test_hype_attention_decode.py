@@ -11,7 +11,7 @@ from hypenet_kernels import hype_attention, hype_attention_decode, reference
 
 SPLIT = 64  # keys per partial result of the CPU kernel for short sequences (csrc/cpu/hype_attention_decode.cpp)
 LONGEST_SPLIT = 512  # the same for long sequences, of more than 64 splits
-ROWS = 64  # query rows per key head that the kernel processes at once
+ROWS = 64  # query rows per key head and round, likewise
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 

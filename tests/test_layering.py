@@ -1,4 +1,4 @@
-"""Imports point one way, csrc -> hypenet_kernels -> hypenet -> halo; files stay short and in their place."""
+"""The one direction of flow, csrc -> hypenet_kernels -> hypenet -> halo, and what keeps files readable."""
 
 import ast
 import re
@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_LINES = 600
-FORBIDDEN = {  # package -> modules that it must not import
+FORBIDDEN = {  # package -> what it must not import
     "hypenet_kernels": ("hypenet", "halo", "bench", "tests", "transformers"),
     "hypenet": ("halo", "bench", "tests", "hypenet_kernels._native", "hypenet_kernels._c"),
     "halo": ("bench", "tests", "hypenet_kernels"),
