@@ -69,7 +69,8 @@ def libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
 
 
 def version() -> str:
-    return libraries()[0].ggml_version().decode()
+    text: bytes = libraries()[0].ggml_version()
+    return text.decode()
 
 
 class GatedDeltaNet:
@@ -108,7 +109,7 @@ class GatedDeltaNet:
         self.final_state = outputs[v.numel() :].view(B, H, D, D).mT
 
     def _tensor(self, x: torch.Tensor) -> int:
-        tensor = self.base.ggml_new_tensor_4d(self.context, F32, *reversed(x.shape))
+        tensor: int = self.base.ggml_new_tensor_4d(self.context, F32, *reversed(x.shape))
         ctypes.memmove(self.base.ggml_get_data(tensor), x.data_ptr(), 4 * x.numel())
         return tensor
 

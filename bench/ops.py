@@ -4,7 +4,7 @@ import contextlib
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -209,7 +209,8 @@ class Measurement:
             row["fraction"] = 1e3 * roofs.seconds(workload.flops, workload.bytes, dtype) / ours.median
         if row["ours"] is not None:
             for name, timed in times.items():
-                row["peers"][name] = {**timed.asdict(), "ratio": timed.median / row["ours"]["median"]}
+                peer = cast(records.PeerTimes, timed.asdict())
+                row["peers"][name] = {**peer, "ratio": timed.median / row["ours"]["median"]}
 
     @contextlib.contextmanager
     def _provisional(self, entries: Any, name: str, value: Any) -> Iterator[None]:

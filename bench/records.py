@@ -134,7 +134,8 @@ def device_name(device: str | torch.device) -> str:
     """Return the model name of the GPU or of the CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    return hypenet_kernels.report()["processor"]
+    name: str = hypenet_kernels.report()["processor"]
+    return name
 
 
 def folder(device: str | torch.device) -> Path:
