@@ -66,7 +66,10 @@ def _ops(record: OpsRecord) -> str:
         tables.markdown(tables.OPS_HEADER, [tables.op_cells(row) for row in record["rows"]]),
     ]
     if aims := targets.cells(record):
-        sections += ["Measured against the targets, in the order of the cases:", tables.markdown(targets.HEADER, aims)]
+        sections += [
+            "Measured against the targets, several cases in the given order (both: forward and backward):",
+            tables.markdown(targets.HEADER, aims),
+        ]
     return "\n\n".join(sections)
 
 

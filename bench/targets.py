@@ -89,23 +89,25 @@ def _targets() -> list[Target]:
     steps = [Case("gated_delta_step", {"B": B, **HEADS}) for B in (1, 16)]
     cached = [Case("gated_delta_step", {"B": 1, **HEADS, "cached": 1})]
     transformers, ggml, sdpa = "x transformers", "x ggml", "x torch SDPA"
-    few = "T = 16, 128; each forward, forward + backward"
+    lengths = "T = 1024, 4096"
+    small_lengths = "T = 16 forward, T = 16 both, T = 128 forward, T = 128 both"
+    delta_step = "gated delta step from memory, batch 1, 16"
     return [
-        Target("gated delta rule, forward, T = 1024, 4096", chunk(DELTA), 5, transformers, _over("transformers")),
-        Target("the same", chunk(DELTA), 3, ggml, _over("ggml")),
-        Target("the same", chunk(DELTA), 70, "% of the matrix product", _of_product),
-        Target("the same, forward + backward", chunk(DELTA, True), 5, transformers, _over("transformers")),
-        Target("simple GLA, forward, T = 1024, 4096", chunk(GLA), 1.3, "x gated delta rule", _speedup, chunk(DELTA)),
+        Target(f"gated delta rule, forward, {lengths}", chunk(DELTA), 5, transformers, _over("transformers")),
+        Target(f"gated delta rule, forward, {lengths}", chunk(DELTA), 3, ggml, _over("ggml")),
+        Target(f"gated delta rule, forward, {lengths}", chunk(DELTA), 70, "% of the matrix product", _of_product),
+        Target(f"gated delta rule, both, {lengths}", chunk(DELTA, True), 5, transformers, _over("transformers")),
+        Target(f"simple GLA, forward, {lengths}", chunk(GLA), 1.3, "x gated delta rule", _speedup, chunk(DELTA)),
         Target(
-            "the same, forward + backward", chunk(GLA, True), 1.3, "x gated delta rule", _speedup, chunk(DELTA, True)
+            f"simple GLA, both, {lengths}", chunk(GLA, True), 1.3, "x gated delta rule", _speedup, chunk(DELTA, True)
         ),
-        Target("gated delta step from memory, batch 1, 16", steps, 10, transformers, _over("transformers")),
-        Target("the same", steps, 2, ggml, _over("ggml")),
-        Target("the same", steps, 70, "% of a copy", _of_copy),
+        Target(delta_step, steps, 10, transformers, _over("transformers")),
+        Target(delta_step, steps, 2, ggml, _over("ggml")),
+        Target(delta_step, steps, 70, "% of a copy", _of_copy),
         Target("gated delta step from cache, batch 1", cached, 10, transformers, _over("transformers")),
-        Target("the same", cached, 2, ggml, _over("ggml")),
-        Target("HyPE attention, forward, T = 1024, 4096", attention(), 1.2, sdpa, _over("torch SDPA")),
-        Target("the same, forward + backward", attention(True), 1, sdpa, _over("torch SDPA")),
+        Target("gated delta step from cache, batch 1", cached, 2, ggml, _over("ggml")),
+        Target(f"HyPE attention, forward, {lengths}", attention(), 1.2, sdpa, _over("torch SDPA")),
+        Target(f"HyPE attention, both, {lengths}", attention(True), 1, sdpa, _over("torch SDPA")),
         Target("HyPE decode, 32k keys, batch 1, 8", decode("float32"), 80, "% of a copy", _of_copy),
         Target(
             "bfloat16, forward, T = 1024: gated delta rule, simple GLA, HyPE attention; HyPE decode, batch 1, 8",
@@ -115,9 +117,9 @@ def _targets() -> list[Target]:
             _speedup,
             [*prefill("float32"), *decode("float32")],
         ),
-        Target(f"gated delta rule, {few}", small(DELTA), 1, transformers, _over("transformers")),
-        Target(f"HyPE attention, {few}", small(HYPE), 1, sdpa, _over("torch SDPA")),
-        Target("the same with an output gate", small(HYPE, gated=1), 1, sdpa, _over("torch SDPA")),
+        Target(f"gated delta rule, {small_lengths}", small(DELTA), 1, transformers, _over("transformers")),
+        Target(f"HyPE attention, {small_lengths}", small(HYPE), 1, sdpa, _over("torch SDPA")),
+        Target(f"HyPE attention with gate, {small_lengths}", small(HYPE, gated=1), 1, sdpa, _over("torch SDPA")),
     ]
 
 
