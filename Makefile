@@ -1,5 +1,5 @@
-# The whole path from a checkout: needs Python 3.11 or newer, a C++20 compiler and make. Everything lands in .venv, which is
-# made once. All paths are relative, so a checkout may lie in a folder with spaces in its name.
+# Build, test and demo from a checkout. Needs Python 3.11 or newer, a C++20 compiler and make. Everything is installed into
+# .venv, which is created once. All paths are relative, so that the checkout's path may contain spaces.
 VENV := .venv
 PYTHON_IN_VENV := $(VENV)/bin/python
 PIP := $(PYTHON_IN_VENV) -m pip --disable-pip-version-check --quiet
@@ -10,8 +10,7 @@ KERNEL_TESTS := tests/test_memory.py $(wildcard tests/test_gated_delta*.py tests
 
 .PHONY: demo test test-asan bench lint clean
 
-# glibc hands the large buffers of a training step back to the system and faults them in again at the next; the demo keeps
-# them.
+# By default glibc returns the large buffers of a training step to the system, and the next step page-faults them in again.
 KEEP_BUFFERS := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 demo: $(INSTALLED)
 	$(KEEP_BUFFERS) $(VENV)/bin/halo demo
@@ -19,7 +18,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(PYTHON_IN_VENV) -m pytest
 
-# In under a minute; `python -m bench` has the rest.
+# Takes under a minute; `python -m bench` runs everything.
 bench: $(INSTALLED)
 	$(PYTHON_IN_VENV) -m bench ops --quick
 
@@ -29,8 +28,8 @@ lint: $(INSTALLED)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 
-# The kernels under AddressSanitizer and UBSan, in a build of their own. -P keeps the checkout's own modules out of it. Left
-# out: what does not run more of the kernels (compile, opcheck) and what takes too long (gradcheck, thousands of tokens).
+# The CPU kernels under AddressSanitizer and UBSan, in a separate build; -P keeps the checkout's own modules from being
+# imported. Skips tests that run no further kernel code (compile, opcheck) or take too long (gradcheck, thousands of tokens).
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZED := LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
@@ -44,7 +43,7 @@ test-asan: $(INSTALLED)
 clean:
 	rm -rf build .mypy_cache hypenet.egg-info hypenet_kernels/*.so hypenet_kernels/_build.json $(INSTALLED)
 
-# Editable, so that tests and demo see the checkout; without build isolation, so that a rebuild needs no network.
+# Editable, so that tests and demo import the checkout; without build isolation, so that a rebuild needs no network.
 $(INSTALLED): $(SOURCES) | $(PYTHON_IN_VENV)
 	$(PIP) install --constraint constraints.txt setuptools pybind11 ninja
 	$(PIP) install --constraint constraints.txt --no-build-isolation --editable ".[halo,bench,test,dev]"
@@ -55,9 +54,9 @@ $(PYTHON_IN_VENV):
 		if "$$python" -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null; then \
 			"$$python" -m venv $(VENV) && exit 0; \
 			rm -rf $(VENV); \
-			echo "make: $$python cannot make a virtual environment (Debian, Ubuntu: apt install python3-venv)" >&2; \
+			echo "make: $$python cannot create a virtual environment (Debian, Ubuntu: apt install python3-venv)" >&2; \
 			exit 1; \
 		fi; \
 	done; \
-	echo "make: Python 3.11 or newer was not found; name one with: make PYTHON=/path/to/python3" >&2; \
+	echo "make: Python 3.11 or newer was not found; to name one: make PYTHON=/path/to/python3" >&2; \
 	exit 1

@@ -1,4 +1,4 @@
-"""Builds the native modules, without PyTorch: one for each CPU level, and the CUDA one where nvcc is found."""
+"""Build the native modules, without PyTorch: one per CPU level, and the CUDA module if nvcc is found."""
 
 import glob
 import json
@@ -20,17 +20,17 @@ X86 = {"baseline": "", "v3": "-march=x86-64-v3", "v4": "-march=x86-64-v4", "v4_b
 LEVELS = X86 if platform.machine() in ("x86_64", "AMD64") else {"baseline": ""}
 CXX_FLAGS = shlex.split("-std=c++20 -O3 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -Wall -Wextra")
 NVCC_FLAGS = shlex.split("-std=c++20 -O3 -Xcompiler=-fPIC -Xptxas=-v,--warn-on-spills,--warning-as-error")
-NVCC_LOG = ">$out.log 2>&1 || { cat $out.log; exit 1; }; grep -i warning $out.log; times >>$out.log"  # of ptxas -v
-# The CUDA runtime is linked statically, and hidden, or its calls might bind to another runtime in the process.
+NVCC_LOG = ">$out.log 2>&1 || { cat $out.log; exit 1; }; grep -i warning $out.log; times >>$out.log"  # from ptxas -v
+# Link the CUDA runtime statically and hide its symbols, so that calls cannot bind to another runtime in the process.
 NVLINK_FLAGS = ["-shared", "-cudart=static", "-Xlinker=--exclude-libs=ALL"]
 CUDA_TARGETS = "8.0;9.0a+PTX"
-GB_PER_JOB = 1.5  # of memory, for one compiler
+GB_PER_JOB = 1.5  # memory that one compiler process needs
 NO_CXX = "install g++ >= 12 (Debian, Ubuntu: apt install build-essential; Fedora: dnf install gcc-c++), or set CXX"
 CXX20_PROBE = "#include <bit>\n#include <concepts>\n#include <omp.h>\nint main() { return std::bit_cast<int>(1.0f); }\n"
 
 
 def find_compiler(env):
-    """The C++ compiler, as words, after a trial of C++20 and OpenMP; without one, ends with what to install."""
+    """Return a C++ compiler with C++20 and OpenMP, as words; exit with what to install if there is none."""
     usual = [name for name in ("g++", "c++", "clang++") if shutil.which(name, path=env.get("PATH"))]
     cxx = shlex.split(env.get("CXX", "")) or usual[:1]
     if not cxx or not shutil.which(cxx[0], path=env.get("PATH")):
@@ -43,7 +43,7 @@ def find_compiler(env):
 
 
 def find_nvcc(env, usual="/usr/local/cuda", site_packages=tuple(sys.path)):
-    """Path of nvcc by CUDA_HOME, CUDA_PATH, PATH, the usual folder, pip's nvidia packages; None where there is none."""
+    """Return the path of nvcc from CUDA_HOME, CUDA_PATH, PATH, the usual folder or pip's nvidia packages, or None."""
     candidates = [Path(env[name], "bin/nvcc") for name in ("CUDA_HOME", "CUDA_PATH") if env.get(name)]
     candidates += [Path(f, "nvcc") for f in (*env.get("PATH", "").split(os.pathsep), f"{usual}/bin") if f]
     for folder in site_packages:
@@ -52,7 +52,7 @@ def find_nvcc(env, usual="/usr/local/cuda", site_packages=tuple(sys.path)):
 
 
 def cuda_decision(env, nvcc):
-    """(whether to build the CUDA module, why). Decided by nvcc, never by a visible GPU."""
+    """Return (whether to build the CUDA module, why), from the environment and nvcc, never from a visible GPU."""
     if env.get("HYPENET_SKIP_CUDA_BUILD", "0") not in ("", "0"):
         return False, "HYPENET_SKIP_CUDA_BUILD is set"
     reason = nvcc or "no nvcc in CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda"
@@ -62,7 +62,7 @@ def cuda_decision(env, nvcc):
 
 
 def gencode(targets):
-    """nvcc's flags for a TORCH_CUDA_ARCH_LIST. PTX is never of the 'a' kind, which runs on no later card."""
+    """Return nvcc's flags for a TORCH_CUDA_ARCH_LIST; PTX is for 9.0, since PTX of 9.0a runs on no later GPU."""
     flags = []
     for target in targets.replace(";", " ").split():
         parts = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", target)
@@ -75,12 +75,12 @@ def gencode(targets):
 
 
 def num_jobs(env, cores, memory_gb):
-    """Compilers that run at once: MAX_JOBS, or what cores and memory bear."""
+    """Return the number of parallel compiler processes: MAX_JOBS, or what cores and memory allow."""
     return int(env.get("MAX_JOBS") or max(1, min(cores, memory_gb / GB_PER_JOB)))
 
 
 def commands(env, cxx, nvcc, targets):
-    """rule -> its command, for each compiler and each linker; `nvcc` is None without CUDA."""
+    """Return the ninja command of each compiler and linker rule; `nvcc` is None without CUDA."""
     rules = {"cxx": [*cxx, *CXX_FLAGS, *shlex.split(env.get("CXXFLAGS", ""))]}
     rules["link"] = [*cxx, "-shared", "-fopenmp", *shlex.split(env.get("LDFLAGS", ""))]
     if nvcc:
@@ -92,7 +92,7 @@ def commands(env, cxx, nvcc, targets):
 
 
 class NinjaBuild(build_ext):
-    """Compiles all modules with one ninja run, in a folder that later builds reuse."""
+    """Compile all modules in one ninja run, in a folder that later builds reuse."""
 
     def run(self):
         import ninja
@@ -117,10 +117,10 @@ class NinjaBuild(build_ext):
         (folder / "_build.json").write_text(json.dumps(info) + "\n")
 
     def write_ninja(self, writer, build, python, rules):
-        """Returns the folder of the modules."""
+        """Write the build rules and targets; return the folder of the built modules."""
         import pybind11
 
-        # An isolated build has pybind11 in a new folder each time; through a link the commands stay the same.
+        # An isolated build has pybind11 in a new folder each time; a link keeps the compile commands the same.
         link = build / f"pybind11-{pybind11.__version__}"
         link.unlink(missing_ok=True)
         link.symlink_to(pybind11.get_include())

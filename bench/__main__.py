@@ -24,20 +24,22 @@ app = typer.Typer(
 console = Console(width=None if sys.stdout.isatty() else 160)
 
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")]
-QuickOption = Annotated[bool, typer.Option("--quick", help="A selection, in under a minute.")]
-OutOption = Annotated[Path | None, typer.Option(help="JSON file of the results; default under bench/results.")]
+QuickOption = Annotated[bool, typer.Option("--quick", help="Only a selection that runs in under a minute.")]
+OutOption = Annotated[Path | None, typer.Option(help="JSON file to write; default: bench/results/<device>/.")]
 
 
 @app.command()
 def ops(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME ...]", help="Ops; default all.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME ...]", help="Ops to measure; default: all.")
+    ] = None,
     device: DeviceOption = "auto",
     quick: QuickOption = False,
-    dtype: Annotated[str | None, typer.Option(help="Only cases of this type: float32, bfloat16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Only cases of this dtype: float32, bfloat16.")] = None,
     out: OutOption = None,
-    csv: Annotated[Path | None, typer.Option(help="CSV file to write besides.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Also write the rows to this CSV file.")] = None,
 ) -> None:
-    """Time every op at model shapes, with its share of the roof and its ratio to each peer that imports."""
+    """Time every op at model shapes, with its fraction of the roof and its ratio to each installed peer."""
     from bench import ops as runner
     from bench import tables
 
@@ -46,44 +48,53 @@ def ops(
     with _progress() as progress:
         task = progress.add_task("checks and roofs", total=None)
 
-        def on_case(index, count, name):
+        def on_case(index: int, count: int, name: str) -> None:
             progress.update(task, total=count, completed=index, description=name)
 
         try:
-            # Saved with every change, so that a run that is stopped leaves what it measured.
+            # Saved after every change: a run that is stopped keeps what it has measured.
             save, seconds = partial(records.save, path), runner.QUICK_SECONDS if quick else runner.SECONDS
             record = runner.run(names or [], device, quick, dtype, seconds, on_case, save)
         except ValueError as error:
             raise SystemExit(str(error)) from None
         except runner.DeviceLost as error:
-            raise SystemExit(f"bench: {error}\nfor the rest: python -m bench.ops {device} {path}") from None
-    console.print(tables.terminal(record))
+            raise SystemExit(
+                f"bench: {error}\nto measure the rest: python -m bench.supervise {device} {path}"
+            ) from None
+    rows = [tables.op_cells(row) for row in record["rows"]]
+    left = (tables.OPS_HEADER[0], tables.OPS_HEADER[-1])
+    console.print(tables.terminal(tables.OPS_HEADER, rows, left, record["stamp"]["device"]))
     console.print(f"written to {path}")
     if csv is not None:
         records.save_csv(csv, record["rows"])
     if any(row["failure"] for row in record["rows"]):
-        raise SystemExit("bench: an op is wrong, see the table")
+        raise SystemExit("bench: an op is wrong or failed, see the table")
 
 
 @app.command()
 def model(
     device: DeviceOption = "auto",
     quick: QuickOption = False,
-    layers: Annotated[int | None, typer.Option(min=4, help="Layers, a multiple of 4; default by device.")] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=4, help="Number of layers; default: 4 on the CPU, 28 on a GPU.")
+    ] = None,
     out: OutOption = None,
 ) -> None:
-    """Prefill and decode of HypeNet and of its Qwen3 teacher against context length, on random weights."""
+    """Time prefill and decode of HypeNet and its Qwen3 teacher against context length, with random weights."""
     from bench import model as runner
+    from bench import tables
 
     device = _device(device)
     with _progress() as progress:
         task = progress.add_task("weights", total=None)
 
-        def on_length(index, count, name):
+        def on_length(index: int, count: int, name: str) -> None:
             progress.update(task, total=count, completed=index, description=name)
 
         record = runner.run(device, quick, layers, on_length)
-    console.print(runner.terminal(record))
+    rows = [tables.model_cells(row) for row in record["rows"]]
+    title = f"{record['stamp']['device']}, {record['layers']} layers"
+    console.print(tables.terminal(tables.MODEL_HEADER, rows, tables.MODEL_HEADER[:1], title))
     path = out or records.folder(device) / ("model-quick.json" if quick else "model.json")
     records.save(path, record)
     console.print(f"written to {path}")
@@ -91,7 +102,7 @@ def model(
 
 @app.command()
 def plot(
-    folder: Annotated[Path, typer.Argument(help="Folder of a device's records.")],
+    folder: Annotated[Path, typer.Argument(help="Folder with the records of one device.")],
 ) -> None:
     """Draw roofline.png, speed.png and context.png from the records in FOLDER."""
     from bench.plot import draw
@@ -102,13 +113,14 @@ def plot(
 
 @app.command()
 def compare(old: Path, new: Path) -> None:
-    """How many times as fast the new record is, case by case; a change inside the spread of both is none."""
+    """Print the speedup from OLD to NEW for each case; a change within the spread of both counts as no change."""
     from bench import compare as comparison
+    from bench import tables
 
     changes, alone = comparison.compare(records.load(old), records.load(new))
-    console.print(comparison.terminal(changes))
+    console.print(tables.terminal(comparison.HEADER, comparison.cells(changes), comparison.HEADER[:1]))
     for name in alone:
-        console.print(f"in one record only: {name}")
+        console.print(f"only in one record: {name}")
 
 
 @app.command()
@@ -119,7 +131,7 @@ def report() -> None:
     console.print(str(write()))
 
 
-def _device(name):
+def _device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if torch.device(name).type not in ("cpu", "cuda"):
@@ -127,7 +139,7 @@ def _device(name):
     return name
 
 
-def _progress():
+def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console, transient=True)
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds ggml's CPU libraries for bench/ggml.py into build/ggml/lib, for this processor. Its sources come with the sdist of
-# llama-cpp-python. Needs a C++ compiler and cmake, and the network once: about 80 MB, two minutes on two cores.
+# Build ggml's CPU libraries for bench/ggml.py into build/ggml/lib, for this CPU, from the sources in the sdist of
+# llama-cpp-python. Needs a C++ compiler, cmake and, once, the network: an 80 MB download and two minutes on two cores.
 #   bench/build_ggml.sh [python]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -9,7 +9,7 @@ mkdir -p "$folder/lib"
 "$python" -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest "$folder" "llama-cpp-python==$release"
 tar -xzf "$folder/llama_cpp_python-$release.tar.gz" -C "$folder"
 readonly ggml="$folder/llama_cpp_python-$release/vendor/llama.cpp/ggml"
-touch "$ggml/ggml.pc.in" # left out of the sdist; cmake only copies it
+touch "$ggml/ggml.pc.in" # missing from the sdist; cmake only copies it
 cmake -S "$ggml" -B "$folder/cmake" -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DGGML_NATIVE=ON \
     -DGGML_STANDALONE=OFF -DGGML_BUILD_TESTS=OFF -DGGML_BUILD_EXAMPLES=OFF
 cmake --build "$folder/cmake" --parallel "${MAX_JOBS:-2}" --target ggml-cpu

@@ -1,13 +1,14 @@
-"""What is measured: model shapes, not test shapes. A case knows its tensors, how to run ours, and what the work costs.
+"""The benchmark cases: ops at model shapes, with their inputs, a call of our op, and the FLOPs and bytes of the work.
 
-FLOPs and bytes are those of the mathematics: products once, triangles as triangles, every input read and every output
-written once. What an implementation does beyond them lowers its fraction of the roof.
+FLOPs and bytes are those of the mathematics: each product counted once, a triangular product as half of a square one,
+every input read once and every output written once. Work beyond that lowers an implementation's fraction of the roof.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import cycle
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,62 +16,81 @@ import torch.nn.functional as F
 import hypenet_kernels as kernels
 
 LOGIT_SCALE_BASE = 500.0
-# Copies of what a decode step reads, together larger than any processor's cache, unless a case says `cached`: the same
-# again.
+# A decode step rotates through copies of its state or KV cache that together exceed the processor's caches, so that
+# every call reads from memory. A case with `cached=1` uses the same copy every time.
 ROTATED_BYTES = 256 * 2**20
-# Of the case on which an op is held to its reference: past a chunk, past the split of a sequence, past one of the keys.
-GATE_TOKENS, GATE_SPLIT_TOKENS, GATE_KEYS = 70, 2100, 1000
+# Sizes of the copy of a case that is checked against the reference: more tokens than a chunk, than a segment of a split
+# sequence, and more keys than one split of the decode kernel.
+SHRUNK_TOKENS, SHRUNK_SPLIT_TOKENS, SHRUNK_KEYS = 70, 2100, 1000
+
+Tensors = dict[str, Any]  # the inputs of a case by name; "states" and "caches" hold lists of copies
+Run = Callable[[], tuple[torch.Tensor, ...]]
+Forward = Callable[[Tensors], tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape. `sizes` in the letters of the ops; `quick`: part of the run that takes under a minute."""
+    """One op at one shape.
+
+    `sizes` maps the letters of the op's docstring (B, T, H, ...) to numbers, and the options `gated`, `cached` and
+    `split` to 0 or 1. `quick`: the case is part of the selection that runs in under a minute.
+    """
 
     op: str
-    sizes: dict
+    sizes: dict[str, int]
     dtype: str = "float32"
     backward: bool = False
     quick: bool = False
 
     @property
-    def name(self):
+    def name(self) -> str:
         sizes = " ".join(f"{letter}={size}" for letter, size in self.sizes.items())
         return f"{self.op} {'fwd+bwd' if self.backward else 'fwd'} {sizes} {self.dtype}"
 
     @property
-    def itemsize(self):
-        return getattr(torch, self.dtype).itemsize
+    def itemsize(self) -> int:
+        """Bytes of one element of q, k and v."""
+        return self.torch_dtype.itemsize
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
 
 
 @dataclass
 class Workload:
-    """A case on a device. `run` and every peer return the tensors that must agree with each other's.
+    """A case on a device.
 
-    `names`: the tensors whose gradients a case with backward returns. `options`: further arguments of the op.
+    `run` calls our op and returns its outputs, or the gradients of `names` for a case with a backward pass; a peer
+    returns the same tensors. `options`: further keyword arguments of the op.
     """
 
-    tensors: dict
-    run: Callable
+    tensors: Tensors
+    run: Run
     flops: float
     bytes: float
-    names: tuple = ()
-    options: dict = field(default_factory=dict)
+    names: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
 
 
-def build(case, device):
-    """The tensors of a case, seeded, and how to run it."""
+def build(case: Case, device: str | torch.device) -> Workload:
+    """Create the tensors of a case, from a fixed seed, and the call to time."""
     torch.manual_seed(0)
     return BUILDERS[case.op](case, torch.device(device))
 
 
-def gate(case):
-    """The case in small, for the float64 reference: its head dimensions, groups of heads and options."""
+def shrunk(case: Case) -> Case:
+    """Return the case with few tokens and heads, small enough for the float64 reference.
+
+    Head dimensions, the number of query heads per key head, and options are those of `case`.
+    """
     s = case.sizes
     split, group = s.get("split", 0), s["H"] // s["HK"] if "HK" in s else s.get("HV", s["H"]) // s["H"]
     small = {
         "B": 1 if split else 2,
-        "T": GATE_SPLIT_TOKENS if split else GATE_TOKENS,
-        "S": GATE_KEYS,
+        "T": SHRUNK_SPLIT_TOKENS if split else SHRUNK_TOKENS,
+        "S": SHRUNK_KEYS,
         "H": 2 * group if "HK" in s else 2,
         "HK": 2,
         "HV": 2 * group,
@@ -79,15 +99,20 @@ def gate(case):
     return replace(case, sizes=sizes if "T" in s else sizes | {"cached": 1}, quick=False)
 
 
-def runner(case, forward, tensors, names):
-    """What a case times of `forward`, which takes the dict of tensors and returns o first.
+def runner(case: Case, forward: Forward, tensors: Tensors, names: tuple[str, ...]) -> Run:
+    """Return the call that a case times.
 
-    Forward only: a call that returns (o,). With backward: one that returns the gradients of `names`.
+    Args:
+        forward: takes the tensors by name and returns (o, ...).
+        names: the tensors to differentiate with respect to.
+
+    Returns:
+        A function without arguments that returns (o,), or for a case with a backward pass the gradients of `names`.
     """
     if not case.backward:
 
         @torch.no_grad()
-        def run():
+        def run() -> tuple[torch.Tensor, ...]:
             return (forward(tensors)[0],)
 
         return run
@@ -102,8 +127,8 @@ def runner(case, forward, tensors, names):
 # ---- gated delta rule, simple GLA
 
 
-def _recurrence_tensors(case, device, T):
-    s, dtype = case.sizes, getattr(torch, case.dtype)
+def _recurrence_tensors(case: Case, device: torch.device, T: int) -> Tensors:
+    s, dtype = case.sizes, case.torch_dtype
     B, H, HV, K, V = s["B"], s["H"], s.get("HV", s["H"]), s["K"], s["V"]
     q, k = (F.normalize(torch.randn(B, T, H, K, device=device), dim=-1).to(dtype) for _ in range(2))
     v = torch.randn(B, T, HV, V, device=device).to(dtype)
@@ -112,9 +137,11 @@ def _recurrence_tensors(case, device, T):
     return {"q": q, "k": k, "v": v, "g": g, "beta": beta}
 
 
-def chunk_flops(sizes, chunk, delta, backward):
-    """Of the chunk form: products with the state, and within a chunk the lower triangles. In the backward of the delta
-    rule one of these products, of the symmetric gradient of K K^T, is a whole square."""
+def chunk_flops(sizes: dict[str, int], chunk: int, delta: bool, backward: bool) -> float:
+    """Return the FLOPs of the chunk form: products with the state, and lower triangles within a chunk.
+
+    In the backward pass of the delta rule, the product with the symmetric gradient of K K^T is a full square.
+    """
     B, T, HV, K, V = sizes["B"], sizes["T"], sizes.get("HV", sizes["H"]), sizes["K"], sizes["V"]
     state, triangle = K * V, chunk / 2
     forward = (3 if delta else 2) * state + triangle * ((2 if delta else 1) * (K + V))
@@ -122,65 +149,65 @@ def chunk_flops(sizes, chunk, delta, backward):
     return 2.0 * B * T * HV * (forward + (reverse if backward else 0))
 
 
-def _chunk_length(device, sizes):
-    """Tokens of a chunk: csrc/cpu/gated_delta_chunk.h, and 64 on CUDA."""
+def _chunk_length(device: torch.device, sizes: dict[str, int]) -> int:
+    """Return the tokens per chunk: 64 on CUDA; on the CPU as chunk_length() in csrc/cpu chooses it."""
     return 64 if device.type == "cuda" else 32 if sizes["K"] + sizes["V"] >= 128 else 16
 
 
-def _recurrence_bytes(case, T, delta):
+def _recurrence_bytes(case: Case, T: int, delta: bool) -> float:
     s = case.sizes
     B, H, HV, K, V = s["B"], s["H"], s.get("HV", s["H"]), s["K"], s["V"]
     inputs = case.itemsize * B * T * (2 * H * K + HV * V) + 4 * B * T * HV * (2 if delta else 1)
     outputs = case.itemsize * B * T * HV * V
-    # The backward reads the inputs and do, and writes a gradient for every input.
+    # The backward pass reads the inputs and do, and writes a gradient for every input.
     return inputs + outputs + (2 * inputs + outputs if case.backward else 0)
 
 
-def _chunk(case, device, delta):
+def _chunk(case: Case, device: torch.device, delta: bool) -> Workload:
     x = _recurrence_tensors(case, device, case.sizes["T"])
     names = ("q", "k", "v", "g", "beta") if delta else ("q", "k", "v", "g")
     op = kernels.chunk_gated_delta_rule if delta else kernels.chunk_simple_gla
-    options = {"split_sequence": True} if case.sizes.get("split", 0) else {}
+    options: dict[str, Any] = {"split_sequence": True} if case.sizes.get("split", 0) else {}
     forward = lambda t: op(*(t[name] for name in names), **options)  # noqa: E731
     flops = chunk_flops(case.sizes, _chunk_length(device, case.sizes), delta, case.backward)
     size = _recurrence_bytes(case, case.sizes["T"], delta)
     return Workload(x, runner(case, forward, x, names), flops, size, names)
 
 
-def _step(case, device, delta):
+def _step(case: Case, device: torch.device, delta: bool) -> Workload:
     s = case.sizes
     B, HV, K, V = s["B"], s.get("HV", s["H"]), s["K"], s["V"]
     x = _recurrence_tensors(case, device, 1)
     state_bytes = 4 * B * HV * K * V
     states = [torch.randn(B, HV, K, V, device=device) for _ in range(_num_copies(s, state_bytes))]
     x["states"] = states
-    turns = cycle(states)
+    next_states = cycle(states)
 
-    def run():
-        state = next(turns)
+    def run() -> tuple[torch.Tensor, ...]:
+        state = next(next_states)
         if delta:
             return (kernels.gated_delta_step(x["q"], x["k"], x["v"], x["g"], x["beta"], state),)
         return (kernels.simple_gla_step(x["q"], x["k"], x["v"], x["g"], state),)
 
-    # Decay, S^T k for the delta rule, the update, S^T q.
+    # Products: the decay, S^T k (delta rule only), the update, S^T q.
     flops = (7.0 if delta else 5.0) * B * HV * K * V
     return Workload(x, run, flops, 2.0 * state_bytes + _recurrence_bytes(case, 1, delta))
 
 
-def _num_copies(sizes, num_bytes):
+def _num_copies(sizes: dict[str, int], num_bytes: int) -> int:
     return 1 if sizes.get("cached", 0) else max(1, ROTATED_BYTES // num_bytes)
 
 
 # ---- HyPE attention
 
 
-def _attention(case, device):
-    s, dtype = case.sizes, getattr(torch, case.dtype)
+def _attention(case: Case, device: torch.device) -> Workload:
+    s, dtype = case.sizes, case.torch_dtype
     B, T, H, HK, D = s["B"], s["T"], s["H"], s["HK"], s["D"]
     x = {"q": torch.randn(B, T, H, D, device=device).to(dtype)}
     x |= {name: torch.randn(B, T, HK, D, device=device).to(dtype) for name in ("k", "v")}
-    options = {}
-    names = ("q", "k", "v")
+    options: dict[str, Any] = {}
+    names: tuple[str, ...] = ("q", "k", "v")
     if s.get("gated", 0):
         x["gate"] = torch.randn(B, T, H, D, device=device).to(dtype)
         options["logit_scale_base"] = LOGIT_SCALE_BASE
@@ -193,24 +220,25 @@ def _attention(case, device):
     return Workload(x, runner(case, forward, x, names), flops, size, names, options)
 
 
-def _attention_decode(case, device):
-    s, dtype = case.sizes, getattr(torch, case.dtype)
+def _attention_decode(case: Case, device: torch.device) -> Workload:
+    s, dtype = case.sizes, case.torch_dtype
     B, S, H, HK, D = s["B"], s["S"], s["H"], s["HK"], s["D"]
-    x = {"q": torch.randn(B, 1, H, D, device=device).to(dtype)}
+    x: Tensors = {"q": torch.randn(B, 1, H, D, device=device).to(dtype)}
     x |= {name: torch.randn(B, S, HK, D, device=device).to(dtype) for name in ("k_cache", "v_cache")}
     x["cache_seqlens"] = torch.full((B,), S, device=device)
     cache_bytes = 2 * B * S * HK * D * case.itemsize
     copies = range(_num_copies(s, cache_bytes) - 1)
     x["caches"] = [(x["k_cache"], x["v_cache"]), *((x["k_cache"].clone(), x["v_cache"].clone()) for _ in copies)]
-    turns = cycle(x["caches"])
+    next_caches = cycle(x["caches"])
 
-    def run():
-        return (kernels.hype_attention_decode(x["q"], *next(turns), x["cache_seqlens"]),)
+    def run() -> tuple[torch.Tensor, ...]:
+        k_cache, v_cache = next(next_caches)
+        return (kernels.hype_attention_decode(x["q"], k_cache, v_cache, x["cache_seqlens"]),)
 
     return Workload(x, run, 4.0 * B * H * S * D, cache_bytes + 2 * x["q"].nbytes)
 
 
-BUILDERS = {
+BUILDERS: dict[str, Callable[[Case, torch.device], Workload]] = {
     "chunk_gated_delta_rule": partial(_chunk, delta=True),
     "chunk_simple_gla": partial(_chunk, delta=False),
     "gated_delta_step": partial(_step, delta=True),
@@ -220,7 +248,7 @@ BUILDERS = {
 }
 
 
-def _cpu_cases():
+def _cpu_cases() -> list[Case]:
     heads = {"H": 32, "K": 128, "V": 128}
     attention = {"H": 32, "HK": 8, "D": 128}
     cases = []
@@ -237,7 +265,9 @@ def _cpu_cases():
         cases += [Case(op, {"B": B, **heads}, quick=B == 16) for B in (1, 16)]
         cases.append(Case(op, {"B": 1, **heads, "cached": 1}))
     for T in (1024, 4096):
-        cases += [Case("hype_attention", {"B": 1, "T": T, **attention}, backward=b, quick=T == 1024) for b in (0, 1)]
+        cases += [
+            Case("hype_attention", {"B": 1, "T": T, **attention}, backward=b, quick=T == 1024) for b in (False, True)
+        ]
     for b in (False, True):
         cases.append(Case("hype_attention", {"B": 1, "T": 1024, **attention, "gated": 1}, backward=b))
         for T, D in ((16, 16), (128, 64)):
@@ -251,7 +281,7 @@ def _cpu_cases():
     return cases
 
 
-def _cuda_cases():
+def _cuda_cases() -> list[Case]:
     heads = {"H": 16, "HV": 32, "K": 128, "V": 128}
     attention = {"H": 32, "HK": 8, "D": 128}
     cases = []

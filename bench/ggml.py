@@ -1,7 +1,8 @@
-"""ggml's GATED_DELTA_NET on the CPU, through ctypes: a peer of the gated delta rule in float32.
+"""Call ggml's GATED_DELTA_NET on the CPU through ctypes, as a peer of the gated delta rule in float32.
 
 `bench/build_ggml.sh` builds the libraries; the environment variable GGML_LIBRARIES names their folder, by default
-build/ggml in the checkout. ggml takes H = HV, K = V, g in log space, q scaled by K ** -0.5, states [N, H, V, K].
+build/ggml/lib in the checkout. ggml requires H = HV and K = V; its g is in log space, its scale is K ** -0.5, and its
+states are [N, H, V, K].
 """
 
 import ctypes
@@ -14,7 +15,7 @@ import torch
 
 F32 = 0  # GGML_TYPE_F32
 FOLDER = Path(os.environ.get("GGML_LIBRARIES", Path(__file__).resolve().parents[1] / "build" / "ggml" / "lib"))
-HEADROOM = 1 << 20  # bytes of a context beside its tensors' data: their headers and the graph
+HEADROOM = 1 << 20  # bytes of a context for tensor headers and the graph, beyond the tensors' data
 
 
 class _InitParams(Structure):
@@ -34,8 +35,12 @@ class _Plan(Structure):
 
 
 @cache
-def libraries():
-    """(base, cpu), or ModuleNotFoundError saying how to get them."""
+def libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
+    """Load libggml-base and libggml-cpu.
+
+    Raises:
+        ModuleNotFoundError: they have not been built.
+    """
     names = ("libggml-base.so", "libggml-cpu.so")
     if not all((FOLDER / name).is_file() for name in names):
         raise ModuleNotFoundError(
@@ -63,15 +68,25 @@ def libraries():
     return base, cpu
 
 
-def version():
-    return libraries()[0].ggml_version().decode()
+def version() -> str:
+    text: bytes = libraries()[0].ggml_version()
+    return text.decode()
 
 
 class GatedDeltaNet:
-    """The graph of one call. `run()` computes `o` [B, T, H, V] and `final_state` [B, H, K, V]."""
+    """A ggml graph of one call; `run()` computes `o` [B, T, H, D] and `final_state` [B, H, D, D]."""
 
-    def __init__(self, q, k, v, g, beta, state=None, num_threads=None):
-        """q, k, v: [B, T, H, D] float32; g, beta: [B, T, H]; state: [B, H, D, D] or None. All are copied."""
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        g: torch.Tensor,
+        beta: torch.Tensor,
+        state: torch.Tensor | None = None,
+        num_threads: int | None = None,
+    ) -> None:
+        """Build the graph on copies of q, k, v [B, T, H, D], g, beta [B, T, H] and state [B, H, D, D], all float32."""
         self.base, self.cpu = libraries()
         B, T, H, D = v.shape
         if q.shape != v.shape or v.dtype != torch.float32:
@@ -93,16 +108,16 @@ class GatedDeltaNet:
         self.o = outputs[: v.numel()].view(B, T, H, D)
         self.final_state = outputs[v.numel() :].view(B, H, D, D).mT
 
-    def _tensor(self, x):
-        tensor = self.base.ggml_new_tensor_4d(self.context, F32, *reversed(x.shape))
+    def _tensor(self, x: torch.Tensor) -> int:
+        tensor: int = self.base.ggml_new_tensor_4d(self.context, F32, *reversed(x.shape))
         ctypes.memmove(self.base.ggml_get_data(tensor), x.data_ptr(), 4 * x.numel())
         return tensor
 
-    def run(self):
+    def run(self) -> None:
         status = self.cpu.ggml_graph_compute(self.graph, ctypes.byref(self.plan))
         if status != 0:
             raise RuntimeError(f"ggml: ggml_graph_compute returned {status}")
 
-    def __del__(self):
+    def __del__(self) -> None:
         if getattr(self, "context", None):
             self.base.ggml_free(self.context)

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in one command under ten minutes, without network: builds the kernels for this GPU,
-# times every op against its roof and every peer that imports (each checked first against its reference), runs every CUDA
-# test, and every op under compute-sanitizer. What matters most comes first, and every stage has its limit.
+# Run everything that needs a GPU, in under ten minutes and without network: build the kernels for this GPU, time every op
+# against its roof and every installed peer (after checking each against the reference), run every CUDA test, and run every
+# op under compute-sanitizer. The most important stages come first, and every stage has a time limit.
 # Needs torch, nvcc, ninja, pybind11, setuptools and pytest.
 #
 #   bench/gpu_check.sh [--dry-run] [OUT]
 #
-# OUT: folder of the results, by default bench/results/<device>: ops.json (a number is there as soon as it is measured),
-# gpu_check.md (what each stage came to, and the times) and gpu_check.log (what the stages said). --dry-run prints the commands
-# only, and needs no GPU.
-# PYTHON names the interpreter (python3), GPU_CHECK_SECONDS the time for all stages (570), COMMIT what is tested where
-# there is no git to ask.
-# Exit status: 0 where every stage passed, 1 where one did not, 2 where there is nothing to run on.
+# OUT: folder for the results, by default bench/results/<device>: ops.json (updated after every measurement),
+# gpu_check.md (the result of every stage, and the times) and gpu_check.log (the output of the stages). --dry-run only prints
+# the commands and needs no GPU.
+# Environment: PYTHON, the interpreter (python3); GPU_CHECK_SECONDS, the time for all stages (570); COMMIT, the commit that
+# is tested, if git cannot tell.
+# Exit status: 0 if every stage passed, 1 if one did not, 2 if there is no GPU.
 set -uo pipefail
 
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; }
@@ -29,11 +29,11 @@ done
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 readonly dry_run python=${PYTHON:-python3} total=${GPU_CHECK_SECONDS:-570}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-export PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" # nvcc and compute-sanitizer, where they are not found otherwise
+export PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" # for nvcc and compute-sanitizer
 COMMIT=${COMMIT:-$(git rev-parse HEAD 2>/dev/null)}
 export COMMIT
 
-# Compute capability and folder of the results, as two lines.
+# Print the compute capability and the folder for the results, one per line.
 facts=$(timeout --kill-after=5 60 "$python" - <<'EOF'
 import torch
 from bench import records
@@ -57,7 +57,7 @@ export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-${capability:-9.0a}} FORCE_C
 failures=0
 summary=()
 
-# stage NAME SECONDS COMMAND...: runs it with a time limit, its output in the log; what fails does not stop what follows.
+# stage NAME SECONDS COMMAND...: run a command with a time limit and its output in the log; later stages run even if it fails.
 stage() {
     local name=$1 limit=$2 started=$SECONDS code=0 result said
     shift 2
@@ -74,7 +74,7 @@ stage() {
         code=$?
         case $code in
             0) result=passed ;;
-            124 | 137) result="did not end in $limit s" ;;
+            124 | 137) result="timed out after $limit s" ;;
             *) result="failed ($code)" ;;
         esac
     fi
@@ -96,8 +96,8 @@ write_summary() {
     } >"$out/gpu_check.md"
 }
 
-# sanitize TOOL SECONDS OPTION...: every op under a tool. Memory is checked tensor by tensor only without torch's cache. Only
-# this library's kernels are watched, not what torch asks of the driver.
+# sanitize TOOL SECONDS OPTION...: run every op under a tool of compute-sanitizer. Without torch's caching allocator every
+# tensor is an allocation of its own, so that accesses past its end are found. Only this library's kernels are checked.
 sanitize() {
     local tool=$1 limit=$2
     shift 2
@@ -105,20 +105,20 @@ sanitize() {
         --kernel-name kns=hypenet --error-exitcode 9 --print-limit 20 "$python" tests/every_op.py
 }
 
-# Together the stages may take longer than there is time. Up to the tests their limits fit, whatever goes wrong: then at
-# least every op's first cases are timed. The others usually fit too, since hardly a stage needs its limit.
+# The limits of all stages add up to more than the total. Those up to and including the tests always fit, so that at least
+# every op's quick cases are timed; the rest usually fits too, because few stages need their whole limit.
 [[ -n $dry_run ]] || { mkdir -p "$out" && rm -f "$out/ops.json" && : >"$log"; } || exit 2
 stage device 15 sh -c 'nvcc --version | tail -n 2
     nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv,noheader'
 stage build 150 "$python" setup.py --quiet build_ext --inplace
 stage self-test 45 "$python" -m hypenet_kernels
-stage timing-first 100 "$python" -m bench.ops cuda "$out/ops.json" --quick
-# A process for each file: after a kernel's illegal access nothing else runs in its process.
+stage timing-first 100 "$python" -m bench.supervise cuda "$out/ops.json" --quick
+# One process per file: after an illegal memory access, no CUDA call in the same process succeeds.
 for file in tests/test_cuda_{gated_delta,gated_delta_bwd,accuracy,hype_attention,hype_attention_decode,step,sequence_split}.py; do
     name=${file#tests/test_cuda_}
     stage "${name%.py}" 35 "$python" -m pytest -m cuda -vv -rfE -o faulthandler_timeout=20 -p no:cacheprovider "$file"
 done
-stage timing 180 "$python" -m bench.ops cuda "$out/ops.json"
+stage timing 180 "$python" -m bench.supervise cuda "$out/ops.json"
 sanitize memcheck 60 --padding 64 --report-api-errors no
 sanitize synccheck 45
 sanitize racecheck 60

@@ -1,20 +1,22 @@
-"""Prefill and decode of HypeNet against its Qwen3 teacher, on random weights: time per token and memory by context.
+"""Measure prefill and decode of HypeNet and its Qwen3 teacher, with random weights: time per token and memory.
 
-The widths are Qwen3-1.7B's; the number of layers is what the machine bears, one in four of HypeNet's with softmax
-attention, as in the paper. Decoding at a context of L starts from a cache that a prefill of L tokens left.
+The widths are Qwen3-1.7B's; the number of layers depends on the machine. One in four layers of HypeNet is softmax
+attention, as in the paper. A decode step at context length L follows a prefill of L tokens.
 """
 
 import gc
 import time
+from collections.abc import Callable
+from typing import Any, TypedDict
 
 import torch
-from rich.table import Table
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Cache, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from bench import records, timing
+from bench.records import ModelRecord
 from hypenet import from_qwen3
 
-WIDTHS = {
+WIDTHS: dict[str, Any] = {
     "hidden_size": 2048,
     "intermediate_size": 6144,
     "num_attention_heads": 16,
@@ -30,23 +32,35 @@ DECODE_STEPS = 16
 SOFTMAX_EVERY = 4
 
 
-def run(device, quick, layers, on_length):
-    """The record: a row per model and context length."""
+class Measured(TypedDict):
+    """A records.ModelRow without its model and length."""
+
+    prefill_s: float
+    prefill_tokens_per_s: float
+    decode_ms: float
+    decode_low_ms: float
+    decode_high_ms: float
+    cache_bytes: int
+    peak_bytes: int | None
+
+
+def run(device: str, quick: bool, layers: int | None, on_length: Callable[[int, int, str], None]) -> ModelRecord:
+    """Measure both models at every context length; on_length(index, count, name) is called before each."""
     kind = torch.device(device).type
     lengths = (QUICK_LENGTHS if quick else LENGTHS)[kind]
     layers = layers or LAYERS[kind]
-    rows = []
+    rows: list[records.ModelRow] = []
     models = build(device, layers)
     for length in lengths:
         for name, model in models.items():
             on_length(len(rows), len(lengths) * len(models), f"{name}, {length} tokens")
-            rows.append({"model": name, "length": length} | measure(model, length, device))
+            rows.append({"model": name, "length": length, **measure(model, length, device)})
             gc.collect()
     return {"kind": "model", "stamp": records.stamp(device), "layers": layers, "widths": WIDTHS, "rows": rows}
 
 
-def build(device, layers):
-    """Teacher and HypeNet of the same widths, in bfloat16 on a GPU."""
+def build(device: str, layers: int) -> dict[str, Any]:
+    """Build teacher and HypeNet of the same widths, in bfloat16 on a GPU and float32 on the CPU."""
     torch.manual_seed(0)
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     config = Qwen3Config(num_hidden_layers=layers, tie_word_embeddings=True, **WIDTHS)
@@ -57,8 +71,8 @@ def build(device, layers):
 
 
 @torch.no_grad()
-def measure(model, length, device):
-    """Seconds of a prefill, of a decode step (median and quartiles), bytes of the cache after it, the most in use."""
+def measure(model: PreTrainedModel, length: int, device: str) -> Measured:
+    """Measure a prefill of `length` tokens, decode steps after it, and the memory of the cache."""
     on_cuda = torch.device(device).type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -71,7 +85,7 @@ def measure(model, length, device):
     prefill = time.perf_counter() - started
     token = ids[:, :1]
 
-    def step():
+    def step() -> None:
         model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
         _wait(device)
 
@@ -90,9 +104,9 @@ def measure(model, length, device):
     }
 
 
-def cache_bytes(cache):
-    """Of all distinct tensors that the layers of a cache hold."""
-    held = {}
+def cache_bytes(cache: Cache) -> int:
+    """Return the bytes of all distinct tensors that the layers of a cache hold."""
+    held: dict[int, int] = {}
     for layer in cache.layers:
         for value in vars(layer).values():
             for x in value if isinstance(value, (list, tuple)) else [value]:
@@ -101,29 +115,6 @@ def cache_bytes(cache):
     return sum(held.values())
 
 
-def _wait(device):
+def _wait(device: str) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
-
-
-def terminal(record):
-    table = Table(title=f"{record['stamp']['device']}, {record['layers']} layers", header_style="bold")
-    for name in HEADER:
-        table.add_column(name, justify="left" if name == "model" else "right")
-    for row in record["rows"]:
-        table.add_row(*cells(row))
-    return table
-
-
-HEADER = ["model", "context", "prefill tokens/s", "decode ms", "cache MB", "peak MB"]
-
-
-def cells(row):
-    return [
-        row["model"],
-        str(row["length"]),
-        f"{row['prefill_tokens_per_s']:.0f}",
-        f"{row['decode_ms']:.2f}",
-        f"{row['cache_bytes'] / 1e6:.2f}",
-        "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",
-    ]

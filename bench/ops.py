@@ -1,49 +1,52 @@
-"""Runs cases: first right, then fast, beside every peer that imports and agrees.
-
-python -m bench.ops DEVICE OUT.json [--quick]    # all cases, without what only the command line needs
-
-goes on with the record in OUT.json where there is one. It outlives what ends a process, such as a kernel's illegal
-access, after which a GPU takes nothing more from it, or a hang: the record says where, and a new process does the rest.
-"""
+"""Check cases against the reference, then time our op and every installed peer whose result agrees with it."""
 
 import contextlib
-import faulthandler
 import gc
-import signal
-import subprocess
-import sys
-from dataclasses import asdict, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 
-from bench import cases, records, roofline, tables, timing
-from bench.peers import PEERS
-from bench.timing import one_line
-from hypenet_kernels import reference
+from bench import cases, check, records, roofline, timing
+from bench.peers import PEERS, Peer
+from bench.records import OpsRecord, Row, one_line
 
-SECONDS = 4.0  # for a case and its peers; on CUDA a quarter of it for each
+SECONDS = 4.0  # for a case and its peers together; on CUDA a quarter of it for each of them
 QUICK_SECONDS = 0.8
-NOT_SMALL = 2**21  # bytes, from which on a call's time says something of memory
-STEP_SECONDS = 45  # after which a check, ours or a peer hangs, or compiles for too long
-# Relative RMS difference up to which a peer computes the same thing; and ours against the float64 reference.
-AGREEMENT = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}
-ENDED = "the process ended here"  # stands in the record while something runs, so that it is there if it comes true
+NOT_SMALL = 2**21  # bytes; a call that moves fewer says nothing about memory
+ENDED = "the process ended here"  # written before a step that may kill the process, and overwritten by its result
+
+OnCase = Callable[[int, int, str], None]
+Save = Callable[[OpsRecord], None]
 
 
 class DeviceLost(RuntimeError):
-    """The GPU takes nothing more from this process."""
+    """A CUDA error from which this process cannot recover, such as an illegal memory access."""
 
 
-def _nothing(*_):
-    pass
+def run(
+    names: list[str],
+    device: str,
+    quick: bool = False,
+    dtype: str | None = None,
+    seconds: float | None = None,
+    on_case: OnCase = lambda *_: None,
+    save: Save = lambda _: None,
+    record: OpsRecord | None = None,
+) -> OpsRecord:
+    """Measure the cases selected by `names`, `quick` and `dtype`.
 
+    Args:
+        names: ops; empty for all.
+        seconds: time for a case and its peers.
+        on_case: called as on_case(index, count, name) before each case.
+        save: called with the record so far whenever it changes.
+        record: an unfinished record of the same device and commit to resume from.
 
-def run(names, device, quick=False, dtype=None, seconds=None, on_case=_nothing, save=_nothing, record=None):
-    """Measures the cases of `names` and `dtype` (all where not given); returns the record.
-
-    on_case(index, count, name) before each case; save(record so far) whenever it changes. `record`: one to go on with.
-    Raises DeviceLost, with everything saved, where the rest needs another process.
+    Raises:
+        ValueError: an unknown op or dtype, or `record` is of another device or commit.
+        DeviceLost: the remaining cases need a new process; everything measured so far has been saved.
     """
     seconds = seconds or SECONDS
     chosen = select(names, device, quick, dtype)
@@ -51,18 +54,18 @@ def run(names, device, quick=False, dtype=None, seconds=None, on_case=_nothing, 
     if record is None:
         roofs = roofline.measure(device, seconds).asdict()
         record = {"kind": "ops", "stamp": stamp, "roofs": roofs, "checks": {}, "rows": []}
-    if any(record["stamp"][name] != stamp[name] for name in ("device", "commit")):
-        raise ValueError(f"bench: a record to go on with must be of {stamp['device']} and commit {stamp['commit']}")
+    before = record["stamp"]
+    if (before["device"], before["commit"]) != (stamp["device"], stamp["commit"]):
+        raise ValueError(f"bench: a record to resume must be of {stamp['device']} and commit {stamp['commit']}")
     order = {case.name: index for index, case in enumerate(cases.CASES[torch.device(device).type])}
     rows = {row["name"]: row for row in record["rows"]}
     for index, case in enumerate(chosen):
-        fresh = {"name": case.name, **asdict(case), "ours": None, "peers": {}, "failure": None, "unfinished": True}
-        row = rows.setdefault(case.name, fresh)
+        row = rows.setdefault(case.name, _new_row(case))
         if "unfinished" in row:
             on_case(index, len(chosen), case.name)
             record["rows"] = sorted(rows.values(), key=lambda row: order[row["name"]])
             try:
-                measure(row, case, device, seconds, record, lambda: save(record))
+                Measurement(row, case, device, seconds, record, save).run()
                 del row["unfinished"]
             finally:
                 save(record)
@@ -70,8 +73,8 @@ def run(names, device, quick=False, dtype=None, seconds=None, on_case=_nothing, 
     return record
 
 
-def select(names, device, quick=False, dtype=None):
-    """The cases of these names and this type, `quick` ones first."""
+def select(names: list[str], device: str, quick: bool = False, dtype: str | None = None) -> list[cases.Case]:
+    """Return the cases of these ops and this dtype, the quick ones first; with `quick` only those."""
     known = cases.CASES[torch.device(device).type]
     unknown = set(names) - {case.op for case in known}
     if unknown:
@@ -82,229 +85,185 @@ def select(names, device, quick=False, dtype=None):
     return [case for case in chosen if case.quick] + [case for case in chosen if not (case.quick or quick)]
 
 
-def relative_error(result, expected):
-    expected = expected.double()
-    return ((result.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
-
-
-def check(case, device):
-    """None where the op, or its gradients, agree with the float64 reference on the case in small; or what is wrong."""
-    try:
-        small = cases.gate(case)
-        workload = cases.build(small, device)
-        exact = {name: _double(value) for name, value in workload.tensors.items()}
-        with _one_thread():
-            expected = cases.runner(small, _reference(small.op, workload.options), exact, workload.names)()
-        return _difference(workload.run(), expected, small.dtype)
-    except Exception as error:  # an op that raises is wrong too, and the others are still to be measured
-        return one_line(error)
-
-
-@contextlib.contextmanager
-def _one_thread():
-    """For the reference's many small products: on a busy machine threads mostly wait for each other there."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _double(x):
-    if not torch.is_tensor(x):
-        return [_double(one) for one in x]
-    return x.double() if x.is_floating_point() else x
-
-
-def _reference(op, options):
-    """The op's meaning as cases.runner takes it."""
-
-    def forward(t):
-        if op == "hype_attention":
-            return (reference.hype_attention(t["q"], t["k"], t["v"], gate=t.get("gate"), **options),)
-        if op == "hype_attention_decode":
-            k, v = t["caches"][0]
-            return (reference.hype_attention(t["q"], k, v, query_offset=k.shape[1] - t["q"].shape[1]),)
-        rule = reference.chunk_simple_gla if "gla" in op else reference.chunk_gated_delta_rule
-        gates = (t["g"],) if "gla" in op else (t["g"], t["beta"])
-        return rule(t["q"], t["k"], t["v"], *gates, initial_state=t["states"][0] if "states" in t else None)
-
-    return forward
-
-
-def _difference(results, expected, dtype):
-    errors = [relative_error(theirs, ours) for theirs, ours in zip(results, expected, strict=True)]
-    worst = max(errors, key=lambda error: float("inf") if error != error else error)
-    return None if worst <= AGREEMENT[dtype] else f"relative difference {worst:.1e}, at most {AGREEMENT[dtype]:.0e}"
-
-
-def measure(row, case, device, seconds, record, save):
-    """Completes the row of a case: ours, its fraction of the roof, and every peer or why it was not timed."""
-    kind = cases.gate(case).name
-    if kind not in record["checks"]:
-        with _standing(record["checks"], kind, ENDED, save):
-            record["checks"][kind] = check(case, device)
-        _require(device, case.name)
-    row["failure"] = row["failure"] or record["checks"][kind]
-    if row["failure"] is not None:
-        return
-    try:
-        _time(row, case, device, seconds, record, save)
-    except DeviceLost:
-        raise
-    except Exception as error:
-        row |= {"ours": None, "failure": one_line(error)}
-        _require(device, case.name)
-
-
-def _time(row, case, device, seconds, record, save):
-    """On the CPU all in turns. On CUDA one by one and ours first: what a peer breaks is then its own alone."""
-    on_cuda = _is_cuda(device)
-    lost = {name for r in record["rows"] if r["op"] == case.op for name, peer in r["peers"].items() if "lost" in peer}
-    workload, whole_run = cases.build(case, device), roofline.Roofs(**record["roofs"])
-    # The rate of a shared machine's memory changes by the minute: it is measured beside what it bounds.
-    bound = whole_run.bound(workload.flops, workload.bytes, case.dtype)
-    from_memory = not on_cuda and bound == "memory" and workload.bytes >= NOT_SMALL and not case.sizes.get("cached")
-
-    def take(functions):
-        roofs = whole_run
-        if from_memory:
-            before = roofline.memory(device, seconds / 16)
-        times = timing.measure(functions, device, seconds / 4 if on_cuda else seconds)
-        if from_memory:
-            after = roofline.memory(device, seconds / 16)
-            row["memory"] = {name: (rate + after[name]) / 2 for name, rate in before.items()}
-            roofs = replace(roofs, **row["memory"])
-        if "ours" in times:
-            row.update(_ours(times.pop("ours"), workload, roofs, case.dtype))
-        for name, timed in times.items():
-            row["peers"][name] = asdict(timed) | {"ratio": timed.median / row["ours"]["median"]}
-
-    with _standing(row, "failure", ENDED, save):
-        expected = workload.run()
-        if not all(x.isfinite().all() for x in expected):
-            raise ArithmeticError("the result must be finite")
-        if on_cuda and row["ours"] is None:
-            take({"ours": workload.run})
-        row["failure"] = None
-    agreed = {}
-    for name, peer in PEERS.items():
-        if name in row["peers"]:
-            continue
-        with _standing(row["peers"], name, {"error": ENDED, "lost": True}, save):
-            try:
-                if name in lost:
-                    raise RuntimeError("not tried, since it ended a process before")
-                function = _prepare(peer, case, workload, expected, device)
-                if function is not None and on_cuda:
-                    take({name: function})
-                else:
-                    del row["peers"][name]
-                    agreed |= {name: function} if function is not None else {}
-            except (Exception, SystemExit) as error:  # whatever a peer does wrong is a line of the report
-                row["peers"][name]["error"] = one_line(error)
-                _require(device, f"{name}, {case.name}")
-                del row["peers"][name]["lost"]
-    if not on_cuda:
-        with _standing(row, "failure", ENDED, save):
-            take({"ours": workload.run} | agreed)
-            row["failure"] = None
-
-
-@contextlib.contextmanager
-def _standing(entries, name, value, save):
-    """entries[name] is `value`, on disk too, while something runs, which replaces it. An interrupt leaves no trace."""
-    before = dict(entries)
-    entries[name] = value
-    save()
-    try:
-        yield
-    except KeyboardInterrupt:
-        entries.clear()
-        entries.update(before)
-        raise
-
-
-def _ours(timed, workload, roofs, dtype):
+def _new_row(case: cases.Case) -> Row:
     return {
-        "ours": asdict(timed),
-        "flops": workload.flops,
-        "bytes": workload.bytes,
-        "bound": roofs.bound(workload.flops, workload.bytes, dtype),
-        "fraction": 1e3 * roofs.seconds(workload.flops, workload.bytes, dtype) / timed.median,
+        "name": case.name,
+        "op": case.op,
+        "sizes": case.sizes,
+        "dtype": case.dtype,
+        "backward": case.backward,
+        "quick": case.quick,
+        "ours": None,
+        "peers": {},
+        "failure": None,
+        "unfinished": True,
     }
 
 
-def _prepare(peer, case, workload, expected, device):
-    """What to time of a peer; None where it is not there or has no such form. Raises where its answer is another."""
-    # A step changes its states, so that a peer must be compared from states of its own.
-    changes = case.op.endswith("_step")
+@dataclass
+class Measurement:
+    """One case, measured into its row; the record is saved before every step that may kill the process."""
+
+    row: Row
+    case: cases.Case
+    device: str
+    seconds: float
+    record: OpsRecord
+    save: Save
+
+    def run(self) -> None:
+        """Fill the row, or set its "failure" if our op is wrong or raises."""
+        row, checks, kind = self.row, self.record["checks"], cases.shrunk(self.case).name
+        if kind not in checks:
+            with self._provisional(checks, kind, ENDED):
+                checks[kind] = check.check(self.case, self.device)
+            self._require_device(self.case.name)
+        row["failure"] = row["failure"] or checks[kind]
+        if row["failure"] is not None:
+            return
+        try:
+            self.time()
+        except DeviceLost:
+            raise
+        except Exception as error:
+            row["ours"], row["failure"] = None, one_line(error)
+            self._require_device(self.case.name)
+
+    def time(self) -> None:
+        """Time our op and its peers.
+
+        On the CPU, ours and all peers are interleaved. On CUDA, ours is timed first and then each peer by itself, so
+        that a peer that crashes cannot invalidate other results.
+        """
+        on_cuda = _is_cuda(self.device)
+        workload = cases.build(self.case, self.device)
+        with self._provisional(self.row, "failure", ENDED):
+            expected = workload.run()
+            if not all(x.isfinite().all() for x in expected):
+                raise ArithmeticError("the result must be finite")
+            if on_cuda and self.row["ours"] is None:
+                self._take({"ours": workload.run}, workload)
+            self.row["failure"] = None
+        agreed: dict[str, cases.Run] = {}
+        for name, peer in PEERS.items():
+            if name not in self.row["peers"]:
+                agreed |= self._try_peer(name, peer, workload, expected)
+        if not on_cuda:
+            with self._provisional(self.row, "failure", ENDED):
+                self._take({"ours": workload.run} | agreed, workload)
+                self.row["failure"] = None
+
+    def _try_peer(
+        self, name: str, peer: Peer, workload: cases.Workload, expected: tuple[torch.Tensor, ...]
+    ) -> dict[str, cases.Run]:
+        """Check a peer; time it on CUDA, and on the CPU return it, by name, to be timed together with the others.
+
+        A peer that is not installed or does not implement the case leaves no entry in the row, any other failure does.
+        """
+        peers = self.row["peers"]
+        with self._provisional(peers, name, {"error": ENDED, "lost": True}):
+            try:
+                if self._was_lost(name):
+                    raise RuntimeError("not tried again: it ended an earlier process")
+                function = _prepare(peer, self.case, workload, expected, self.device)
+                if function is not None and _is_cuda(self.device):
+                    self._take({name: function}, workload)
+                else:
+                    del peers[name]
+                    return {} if function is None else {name: function}
+            except (Exception, SystemExit) as error:  # whatever goes wrong in a peer is reported, and we go on
+                peers[name]["error"] = one_line(error)
+                self._require_device(f"{name}, {self.case.name}")
+                del peers[name]["lost"]
+        return {}
+
+    def _was_lost(self, name: str) -> bool:
+        """Return whether a peer ended a process, or lost the GPU, in an earlier case of this op."""
+        rows = [row for row in self.record["rows"] if row["op"] == self.case.op and row is not self.row]
+        return any("lost" in row["peers"].get(name, {}) for row in rows)
+
+    def _take(self, functions: dict[str, cases.Run], workload: cases.Workload) -> None:
+        """Time `functions` together and put the times into the row.
+
+        A shared machine's memory bandwidth changes within minutes: on the CPU it is measured just before and after a
+        case that it bounds, and the mean is that case's roof.
+        """
+        row, dtype, roofs = self.row, self.case.dtype, roofline.Roofs(**self.record["roofs"])
+        bound = roofs.bound(workload.flops, workload.bytes, dtype)
+        from_memory = bound == "memory" and workload.bytes >= NOT_SMALL and not self.case.sizes.get("cached")
+        if _is_cuda(self.device):
+            times = timing.measure(functions, self.device, self.seconds / 4)
+        elif from_memory:
+            before = roofline.memory(self.device, self.seconds / 16)
+            times = timing.measure(functions, self.device, self.seconds)
+            after = roofline.memory(self.device, self.seconds / 16)
+            row["memory"] = {name: (rate + after[name]) / 2 for name, rate in before.items()}
+            roofs = replace(roofs, copy=row["memory"]["copy"], read=row["memory"]["read"])
+        else:
+            times = timing.measure(functions, self.device, self.seconds)
+        if "ours" in times:
+            ours = times.pop("ours")
+            row["ours"] = ours.asdict()
+            row["flops"], row["bytes"] = workload.flops, workload.bytes
+            row["bound"] = roofs.bound(workload.flops, workload.bytes, dtype)
+            row["fraction"] = 1e3 * roofs.seconds(workload.flops, workload.bytes, dtype) / ours.median
+        if row["ours"] is not None:
+            for name, timed in times.items():
+                peer = cast(records.PeerTimes, timed.asdict())
+                row["peers"][name] = {**peer, "ratio": timed.median / row["ours"]["median"]}
+
+    @contextlib.contextmanager
+    def _provisional(self, entries: Any, name: str, value: Any) -> Iterator[None]:
+        """Set entries[name] and save, before a step that may kill the process and that overwrites the entry.
+
+        KeyboardInterrupt restores the entries, so that an interrupted step is measured again on resume.
+        """
+        before = dict(entries)
+        entries[name] = value
+        self.save(self.record)
+        try:
+            yield
+        except KeyboardInterrupt:
+            entries.clear()
+            entries.update(before)
+            raise
+
+    def _require_device(self, name: str) -> None:
+        """Raise DeviceLost if the GPU is unusable: after a kernel's fault every CUDA call of the process fails."""
+        if _is_cuda(self.device):
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError as error:
+                raise DeviceLost(f"{name}: {one_line(error)}") from None
+
+
+def _prepare(
+    peer: Peer, case: cases.Case, workload: cases.Workload, expected: tuple[torch.Tensor, ...], device: str
+) -> cases.Run | None:
+    """Return the call of a peer to time, or None if it is not installed or does not implement the case.
+
+    Raises:
+        ArithmeticError: the peer's result differs from ours.
+    """
+    # A decode step overwrites its state: compare a peer on fresh copies of the tensors.
+    in_place = case.op.endswith("_step")
     try:
-        function = peer(case, cases.build(case, device).tensors if changes else workload.tensors)
+        function = peer(case, cases.build(case, device).tensors if in_place else workload.tensors)
         if function is None:
             return None
-        difference = _difference(function(), expected, case.dtype)
+        difference = check.difference(function(), expected, case.dtype)
     except ModuleNotFoundError:
         return None
     if difference:
-        raise ArithmeticError(f"another answer: {difference}")
-    return peer(case, workload.tensors) if changes else function
+        raise ArithmeticError(f"different result: {difference}")
+    return peer(case, workload.tensors) if in_place else function
 
 
-def _is_cuda(device):
+def _is_cuda(device: str) -> bool:
     return torch.device(device).type == "cuda"
 
 
-def _require(device, name):
-    """Raises where the GPU takes nothing more: a kernel's fault comes back from every call of the process."""
-    if _is_cuda(device):
-        try:
-            torch.cuda.synchronize()
-        except RuntimeError as error:
-            raise DeviceLost(f"{name}: {one_line(error)}") from None
-
-
-def _free(device):
+def _free(device: str) -> None:
     gc.collect()
     if _is_cuda(device):
         torch.cuda.empty_cache()
-
-
-def work(device, out, *flags):
-    """Measures what the record in `out` lacks, as far as one process comes."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the end of the time leaves no trace either
-
-    def on_case(index, count, name):
-        print(f"{index + 1}/{count} {name}", flush=True)
-
-    def save(record):
-        records.save(out, record)
-        faulthandler.dump_traceback_later(STEP_SECONDS, exit=True)
-
-    record = records.load(out) if out.is_file() else None
-    run([], device, quick="--quick" in flags, on_case=on_case, save=save, record=record)
-    faulthandler.cancel_dump_traceback_later()
-
-
-def main(device, out, *flags, command=(sys.executable, "-m", "bench.ops")):
-    """Works in one process after the other, as long as each adds to the record; returns what is wrong with it."""
-    stopped, before = [], None
-    signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
-    while (ended := subprocess.run([*command, device, out, *flags, "--work"]).returncode) and not stopped:
-        now = out.read_bytes() if out.is_file() else None
-        if now == before:
-            break
-        before = now
-    if not out.is_file():
-        return f"{out} was not written"
-    record = records.load(out)
-    print(tables.markdown(tables.HEADER, [tables.cells(row) for row in record["rows"]]))
-    print(f"{sum(row['ours'] is not None for row in record['rows'])} of {len(record['rows'])} cases timed", flush=True)
-    wrong = [row["name"] for row in record["rows"] if row["failure"] or "unfinished" in row]
-    return f"not timed: {', '.join(wrong) or 'the rest'}" if wrong or ended else 0
-
-
-if __name__ == "__main__":
-    device, out, *flags = sys.argv[1:]
-    sys.exit((work if "--work" in flags else main)(device, Path(out), *flags))

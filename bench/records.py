@@ -8,7 +8,9 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, NotRequired, TypedDict
 
 import torch
 
@@ -19,8 +21,103 @@ RESULTS = ROOT / "bench" / "results"
 PACKAGES = ("torch", "transformers", "triton", "flash-linear-attention", "flashinfer-python", "flash-attn", "flash-qla")
 
 
-def stamp(device):
-    """What a number needs beside it."""
+class Stamp(TypedDict):
+    """The circumstances of a measurement. `changed`: the checkout had uncommitted changes."""
+
+    device: str
+    threads: int | None
+    level: str
+    versions: dict[str, str]
+    commit: str
+    changed: bool
+    date: str
+
+
+class Times(TypedDict):
+    """A timing.Timing: milliseconds per call."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+    latency: float | None
+    note: str | None
+
+
+class PeerTimes(Times, total=False):
+    """Times of a peer and its `ratio` to ours, or only the `error` because of which it was not timed.
+
+    `lost`: the peer ended the process, or left the GPU unusable.
+    """
+
+    ratio: float
+    error: str
+    lost: bool
+
+
+class Row(TypedDict):
+    """A case: its fields, times of ours and of the peers, and the roof.
+
+    `failure`: why ours was not timed. `unfinished`: the case was interrupted. `fraction`: the roof's time over ours, of
+    the resource named by `bound` ("compute" or "memory"). `memory`: bytes per second measured beside this case.
+    """
+
+    name: str
+    op: str
+    sizes: dict[str, int]
+    dtype: str
+    backward: bool
+    quick: bool
+    ours: Times | None
+    peers: dict[str, PeerTimes]
+    failure: str | None
+    unfinished: NotRequired[bool]
+    flops: NotRequired[float]
+    bytes: NotRequired[float]
+    bound: NotRequired[str]
+    fraction: NotRequired[float]
+    memory: NotRequired[dict[str, float]]
+
+
+class OpsRecord(TypedDict):
+    """ops.json.
+
+    `roofs`: a roofline.Roofs. `checks`: name of a shrunk case -> None, or how it differs from the reference.
+    """
+
+    kind: str
+    stamp: Stamp
+    roofs: dict[str, Any]
+    checks: dict[str, str | None]
+    rows: list[Row]
+
+
+class ModelRow(TypedDict):
+    """One model at one context length."""
+
+    model: str
+    length: int
+    prefill_s: float
+    prefill_tokens_per_s: float
+    decode_ms: float
+    decode_low_ms: float
+    decode_high_ms: float
+    cache_bytes: int
+    peak_bytes: int | None
+
+
+class ModelRecord(TypedDict):
+    """model.json."""
+
+    kind: str
+    stamp: Stamp
+    layers: int
+    widths: dict[str, int]
+    rows: list[ModelRow]
+
+
+def stamp(device: str | torch.device) -> Stamp:
+    """Return device, versions, commit and date of a measurement made now."""
     report = hypenet_kernels.report()
     return {
         "device": device_name(device),
@@ -33,30 +130,32 @@ def stamp(device):
     }
 
 
-def device_name(device):
+def device_name(device: str | torch.device) -> str:
+    """Return the model name of the GPU or of the CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    return hypenet_kernels.report()["processor"]
+    name: str = hypenet_kernels.report()["processor"]
+    return name
 
 
-def folder(device):
-    """bench/results/<device>, in letters, digits and dashes."""
+def folder(device: str | torch.device) -> Path:
+    """Return bench/results/<device>, the name reduced to letters, digits and dashes."""
     name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
     if torch.device(device).type == "cpu":
         name += f"-{torch.get_num_threads()}-threads"
     return RESULTS / name
 
 
-def save(path, record):
-    """In one piece: what ends the process while it writes leaves the record before."""
+def save(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record as JSON, atomically: if the process dies during the write, the previous record remains."""
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_name(path.name + ".new")
     written.write_text(json.dumps(record, indent=1) + "\n")
     written.replace(path)
 
 
-def save_csv(path, rows):
-    """One line per case and implementation."""
+def save_csv(path: Path, rows: Iterable[Row]) -> None:
+    """Write one line per case and implementation."""
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["case", "implementation", "median_ms", "low_ms", "high_ms", "ratio", "fraction_of_roof"])
@@ -70,11 +169,17 @@ def save_csv(path, rows):
                     writer.writerow([row["name"], name, peer["median"], peer["low"], peer["high"], peer["ratio"], ""])
 
 
-def load(path):
+def load(path: str | Path) -> Any:
+    """Read a record: an OpsRecord or a ModelRecord, as its "kind" says."""
     return json.loads(Path(path).read_text())
 
 
-def _versions():
+def one_line(error: BaseException) -> str:
+    """Return the type and the first line of an error, as records keep it."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def _versions() -> dict[str, str]:
     found = {}
     for name in PACKAGES:
         try:
@@ -86,8 +191,8 @@ def _versions():
     return found
 
 
-def _git(*arguments):
-    """What git says; "" without git, or outside a repository (then the variable COMMIT can say which commit it is)."""
+def _git(*arguments: str) -> str:
+    """Return git's output, or "" without git or outside a repository (there, set COMMIT to name the commit)."""
     try:
         result = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True)
     except OSError:

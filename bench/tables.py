@@ -1,76 +1,103 @@
-"""The records as tables, for the terminal (rich) and for RESULTS.md.
+"""Records as tables: cells for each kind of row, rendered for the terminal (rich) or as Markdown.
 
-python -m bench.tables OPS.json    # as Markdown
+python -m bench.tables OPS.json    # prints the Markdown table
 """
 
 import json
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # records.py needs the built modules, and a table on its own does not
+    from rich.table import Table
+
+    from bench.records import ModelRow, PeerTimes, Row
+
+OPS_HEADER = ["case", "time", "spread", "rate", "roof", "speedup over peers"]
+MODEL_HEADER = ["model", "context", "prefill tokens/s", "decode ms", "cache MB", "peak MB"]
 
 
-def time_of(timing):
-    """The time, and on CUDA also what a caller waits where that is much more."""
+def op_cells(row: "Row") -> list[str]:
+    """Return the cells of OPS_HEADER for one case."""
+    if row["ours"] is None:
+        return [row["name"], "not timed", "", "", "", row["failure"] or "unfinished"]
+    by_compute = row["bound"] == "compute"
+    compute, memory = rates(row)
+    peers = ", ".join(peer_text(name, peer) for name, peer in row["peers"].items())
+    roof = f"{100 * row['fraction']:.0f} % of {'the matrix product' if by_compute else _memory(row)}"
+    time = time_of(row["ours"]) + _note(row["ours"])
+    return [row["name"], time, spread_of(row["ours"]), compute if by_compute else memory, roof, peers]
+
+
+def model_cells(row: "ModelRow") -> list[str]:
+    """Return the cells of MODEL_HEADER for one model at one context length."""
+    return [
+        row["model"],
+        str(row["length"]),
+        f"{row['prefill_tokens_per_s']:.0f}",
+        f"{row['decode_ms']:.2f}",
+        f"{row['cache_bytes'] / 1e6:.2f}",
+        "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",
+    ]
+
+
+def time_of(timing: Mapping[str, Any]) -> str:
+    """Return the median; on CUDA also the time until the caller has the result, if that is much longer."""
     ms, latency = timing["median"], timing["latency"]
     return _in_units(ms) + (f" (call {_in_units(latency)})" if latency is not None and latency > 1.2 * ms else "")
 
 
-def _in_units(ms):
-    """Three digits, with a unit that fits."""
+def _in_units(ms: float) -> str:
+    """Return a time with three digits, in the unit that fits."""
+    if ms >= 1e3:
+        return f"{1e-3 * ms:.3g} s"
     return f"{ms:.3g} ms" if ms >= 1 else f"{1e3 * ms:.3g} µs"
 
 
-def spread_of(timing):
-    """Half of the range between the quartiles, of the median."""
+def spread_of(timing: Mapping[str, Any]) -> str:
+    """Return half the interquartile range, as a percentage of the median."""
     return f"± {50 * (timing['high'] - timing['low']) / timing['median']:.0f} %"
 
 
-def rates(row):
+def rates(row: "Row") -> tuple[str, str]:
+    """Return FLOP/s and bytes per second of our op."""
+    assert row["ours"] is not None
     seconds = 1e-3 * row["ours"]["median"]
     return f"{row['flops'] / seconds / 1e9:.4g} GFLOP/s", f"{row['bytes'] / seconds / 1e9:.4g} GB/s"
 
 
-def peer_text(name, peer):
+def peer_text(name: str, peer: "PeerTimes") -> str:
+    """Return how many times as fast as the peer ours is, or why the peer was not timed."""
     return f"{name}: {peer['error']}" if "error" in peer else f"{peer['ratio']:.2f} x {name}{_note(peer)}"
 
 
-def _note(timing):
+def _note(timing: Mapping[str, Any]) -> str:
     return f" ({timing['note']})" if timing.get("note") else ""
 
 
-def cells(row):
-    """case, time, spread, rate, share of the roof, ratios to the peers."""
-    if row["ours"] is None:
-        return [row["name"], "not timed", "", "", "", row["failure"] or "unfinished"]
-    compute, memory = rates(row)
-    rate = compute if row["bound"] == "compute" else memory
-    peers = ", ".join(peer_text(name, peer) for name, peer in row["peers"].items())
-    roof = f"{100 * row['fraction']:.0f} % of {'the product' if row['bound'] == 'compute' else _memory(row)}"
-    return [row["name"], time_of(row["ours"]) + _note(row["ours"]), spread_of(row["ours"]), rate, roof, peers]
-
-
-def _memory(row):
-    """The memory's rate where it was measured with the case."""
+def _memory(row: "Row") -> str:
+    """Name the memory roof, with its bandwidth if that was measured beside this case."""
     return f"memory's {max(row['memory'].values()) / 1e9:.0f} GB/s" if "memory" in row else "memory"
 
 
-HEADER = ["case", "time", "spread", "rate", "roof", "ours is faster by"]
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-def terminal(record):
-    from rich.table import Table  # RESULTS.md and a GPU machine do without
+def terminal(header: Sequence[str], rows: Iterable[Sequence[str]], left: Iterable[str], title: str = "") -> "Table":
+    """Return a table for the terminal; the columns named in `left` are aligned left, the others right."""
+    from rich.table import Table  # only the command line needs rich
 
-    table = Table(title=record["stamp"]["device"], header_style="bold")
-    for name in HEADER:
-        table.add_column(name, justify="left" if name in ("case", HEADER[-1]) else "right")
-    for row in record["rows"]:
-        table.add_row(*cells(row))
+    table, left = Table(title=title or None, header_style="bold"), set(left)
+    for name in header:
+        table.add_column(name, justify="left" if name in left else "right")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
-def markdown(header, rows):
-    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
-
-
 if __name__ == "__main__":
-    print(markdown(HEADER, [cells(row) for row in json.loads(Path(sys.argv[1]).read_text())["rows"]]))
+    print(markdown(OPS_HEADER, [op_cells(row) for row in json.loads(Path(sys.argv[1]).read_text())["rows"]]))

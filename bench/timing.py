@@ -1,30 +1,37 @@
-"""How long a callable takes: median and quartiles.
+"""Time callables: median and quartiles.
 
-On the CPU ours and peers in turns, so that a slow minute hits all alike.
+On the CPU, ours and the peers are interleaved, so that a slow minute of the machine affects all of them alike.
 """
 
 import ctypes
 import functools
 import statistics
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
 
 import torch
 
+from bench.records import Times, one_line
+
 MIN_ROUNDS, MAX_ROUNDS = 7, 200
 SHORTEST_SAMPLE = 2e-4  # seconds; shorter calls are timed several at once
-GRAPH_BELOW_MS = 0.05  # on CUDA: below it a launch costs as much as the kernel
-GRAPH_MS = 1.0  # of calls in one graph: what a case rotates through is then larger than the L2
+GRAPH_BELOW_MS = 0.05  # on CUDA: below this a launch costs as much as the kernel
+GRAPH_MS = 1.0  # of calls per CUDA graph: the copies that a case rotates through then exceed the L2
 GRAPH_ROUNDS = 50
 FLUSH_BYTES = 256 * 2**20  # at least twice the L2 of any GPU
 MALLOPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_TOP_PAD": (-2, 2**28)}  # glibc's <malloc.h>
 
+Function = Callable[[], Any]
+
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds a call: median and quartiles over `rounds` samples.
+    """Milliseconds per call: median and quartiles over `rounds` samples.
 
-    On CUDA `latency` is what a caller waits, and `note` says why a short call was timed with its launches after all.
+    On CUDA, `latency` is the time until the caller has the result, and `note` says why a short call could not be
+    captured in a graph, so that its time includes the launch.
     """
 
     median: float
@@ -34,27 +41,33 @@ class Timing:
     latency: float | None = None
     note: str | None = None
 
+    def asdict(self) -> Times:
+        return cast(Times, asdict(self))
 
-def measure(functions, device, seconds):
-    """name -> Timing of every callable, in `seconds` for all together."""
+
+def measure(functions: Mapping[str, Function], device: str | torch.device, seconds: float) -> dict[str, Timing]:
+    """Time every function, in `seconds` for all of them together."""
     if torch.device(device).type == "cuda":
         return {name: _on_cuda(function, seconds / len(functions)) for name, function in functions.items()}
     return _on_cpu(functions, seconds)
 
 
 @functools.cache
-def keep_buffers():
-    """Makes glibc keep freed memory, as torch does on CUDA: else large outputs, ours and peers', cost more time in page
-    faults than in arithmetic. Elsewhere nothing happens."""
+def keep_buffers() -> None:
+    """Make glibc keep freed memory, as torch's allocator does on CUDA; does nothing with another C library.
+
+    Otherwise page faults in large outputs, ours and the peers', cost more time than the arithmetic.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    for parameter, value in MALLOPT.values() if mallopt else ():
-        mallopt(parameter, value)
+    if mallopt is not None:
+        for parameter, value in MALLOPT.values():
+            mallopt(parameter, value)
 
 
-def _on_cpu(functions, seconds):
+def _on_cpu(functions: Mapping[str, Function], seconds: float) -> dict[str, Timing]:
     keep_buffers()
     calls = {name: _calls_per_sample(function) for name, function in functions.items()}
-    samples = {name: [] for name in functions}
+    samples: dict[str, list[float]] = {name: [] for name in functions}
     started = time.perf_counter()
     for done in range(MAX_ROUNDS):
         if done >= MIN_ROUNDS and time.perf_counter() - started > seconds:
@@ -64,61 +77,67 @@ def _on_cpu(functions, seconds):
     return {name: summary(taken) for name, taken in samples.items()}
 
 
-def sample(function, calls):
+def sample(function: Function, calls: int) -> float:
+    """Return the mean milliseconds of `calls` calls."""
     started = time.perf_counter()
     for _ in range(calls):
         function()
     return 1e3 * (time.perf_counter() - started) / calls
 
 
-def _calls_per_sample(function):
+def _calls_per_sample(function: Function) -> int:
     function()  # the first call allocates and compiles
     return max(1, round(SHORTEST_SAMPLE / (1e-3 * sample(function, 1) + 1e-9)))
 
 
-def summary(samples):
+def summary(samples: list[float]) -> Timing:
+    """Return median and quartiles of samples in milliseconds."""
     low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
     return Timing(median, low, high, len(samples))
 
 
-def _on_cuda(function, seconds):
-    """Kernel time from a cold L2, and what a caller waits; work shorter than a launch is replayed as a graph."""
+def _on_cuda(function: Function, seconds: float) -> Timing:
+    """Time a kernel from a cold L2, and its latency; calls shorter than a launch are replayed from a CUDA graph."""
     for _ in range(3):
         function()
-    latency = statistics.median(_waited_ms(function) for _ in range(5))
+    latency = statistics.median(_latency_ms(function) for _ in range(5))
     rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, round(1e3 * seconds / (latency + 0.1))))
     taken = replace(summary(_event_ms(function, rounds)), latency=latency)
     return taken if taken.median >= GRAPH_BELOW_MS else _replayed(function, taken)
 
 
-def _replayed(function, taken):
-    """The time in a graph; `taken`, with a note, where the function cannot be captured."""
+def _replayed(function: Function, taken: Timing) -> Timing:
+    """Time calls in a CUDA graph; return `taken`, with a note, if the function cannot be captured."""
     calls = max(1, round(GRAPH_MS / taken.median))
     try:
         graph = _capture(function, calls)
-    except Exception as error:
-        while error.__context__ is not None:  # the end of a capture that failed fails too
+    except Exception as caught:
+        error: BaseException = caught
+        while error.__context__ is not None:  # ending a failed capture raises a second error; report the first
             error = error.__context__
-        _waited_ms(function)  # raises where the failure left more behind
+        _latency_ms(function)  # raises if the failed capture left the device in an error state
         return replace(taken, note=f"failed in capture: {one_line(error)}")
     replays = summary([ms / calls for ms in _event_ms(graph.replay, GRAPH_ROUNDS)])
     return replace(replays, latency=taken.latency)
 
 
-def _capture(function, calls):
+def _capture(function: Function, calls: int) -> torch.cuda.CUDAGraph:
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph):
             for _ in range(calls):
                 function()
     finally:
-        torch.cuda.set_stream(stream)  # torch leaves its own stream in place where a capture fails to end
+        torch.cuda.set_stream(stream)  # after a failed capture, torch leaves its capture stream current
     return graph
 
 
-def _event_ms(function, rounds):
-    """Reading empties the L2: writing would leave lines that the timed kernel has to write back. It also keeps the GPU
-    busy while the call is prepared."""
+def _event_ms(function: Function, rounds: int) -> list[float]:
+    """Time calls with CUDA events, each after the L2 was flushed.
+
+    The flush is a read: a write would leave dirty lines that the timed kernel has to write back. It also keeps the GPU
+    busy while the call is prepared on the host.
+    """
     flush = torch.ones(FLUSH_BYTES // 4, device="cuda")
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
     for start, end in pairs:
@@ -130,13 +149,10 @@ def _event_ms(function, rounds):
     return [start.elapsed_time(end) for start, end in pairs]
 
 
-def _waited_ms(function):
+def _latency_ms(function: Function) -> float:
+    """Return the milliseconds from the call until the GPU is idle again."""
     torch.cuda.synchronize()
     started = time.perf_counter()
     function()
     torch.cuda.synchronize()
     return 1e3 * (time.perf_counter() - started)
-
-
-def one_line(error):
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

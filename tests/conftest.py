@@ -1,4 +1,4 @@
-"""Every test runs from the same seed, with fresh memory poisoned so that reading what nobody wrote shows up as NaN."""
+"""Seed every test alike, and fill newly allocated tensors with NaN, so that reading uninitialised memory shows."""
 
 import pytest
 import torch

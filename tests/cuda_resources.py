@@ -1,10 +1,10 @@
-"""What every CUDA kernel takes of a processor, and the table of it that tests/test_cuda_build.py compares with.
+"""Measure the resources of every CUDA kernel, and write the table that tests/test_cuda_build.py compares with.
 
     python tests/cuda_resources.py        # compiles what changed and writes tests/cuda_resources.json
 
-Registers, static shared memory, stack and spills come from ptxas, for every kernel as it is instantiated and every
-target; threads and dynamic shared memory from launches of every op on the emulated machine; blocks per processor are
-computed from these; whether it multiplies on tensor cores comes from its disassembly.
+For every instantiation and target: registers, static shared memory, stack and spills are from ptxas; threads and
+dynamic shared memory from launches of every op on the emulator; blocks per SM are computed from these; the use of
+tensor cores is from the disassembly.
 """
 
 import functools
@@ -28,17 +28,17 @@ TABLE = Path(__file__).with_suffix(".json")
 REWRITE = f"python {Path(__file__).relative_to(ROOT)}"
 COMMITTED = ("registers", "shared", "threads", "blocks", "tensor_cores")
 TENSOR_CORES, LOCAL_MEMORY = re.compile(r"(?<![\w.])[HGI]+MMA\b"), re.compile(r"\b(?:LDL|STL)\b")
-# Of one processor: shared memory in all, of which every block costs 1 KB besides its own.
-SHARED_PER_PROCESSOR = {"sm_80": 164 * 1024, "sm_90a": 228 * 1024}
+# Limits of an SM. Every block takes 1 KB of shared memory in addition to its own.
+SHARED_PER_SM = {"sm_80": 164 * 1024, "sm_90a": 228 * 1024}
 SHARED_OVERHEAD, SHARED_UNIT = 1024, 128
 REGISTERS, REGISTER_UNIT, WARP_SIZE, PARTITIONS = 64 * 1024, 256, 32, 4
 MAX_THREADS, MAX_BLOCKS = 2048, 32
-EMULATED_PROCESSORS = (1, 132)  # some launchers choose a kernel by how many there are
+EMULATED_SMS = (1, 132)  # some launchers choose a kernel by the number of SMs
 ELEMENTS = {"__half": "fp16", "__nv_bfloat16": "bf16", "emu::": "", "arch::": ""}
 
 
 def compile_all():
-    """Compiles what changed as setup.py does, into the same folder; returns source stem -> what was logged."""
+    """Compile changed sources as setup.py does, into the same folder; return source stem -> compiler log."""
     import ninja
 
     cxx = setup.find_compiler(os.environ)
@@ -63,13 +63,13 @@ def objects():
 
 
 def seconds(log):
-    """Processor time that a compilation took: the children's line of the shell's `times`."""
+    """Return the CPU time of a compilation, from the last line of the shell's `times` (its child processes)."""
     minutes = re.findall(r"(\d+)m([\d.]+)s", log.splitlines()[-1])
     return sum(60 * int(m) + float(s) for m, s in minutes)
 
 
 def demangled(names):
-    """Kernel names as in the source: without namespaces and parameters, one word for each element type."""
+    """Return kernel names as in the source, without namespaces and parameters, with short names of element types."""
     ran = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
     return [_short(name) for name in ran.stdout.splitlines()]
 
@@ -83,7 +83,7 @@ def _short(name):
 
 
 def from_ptxas(log):
-    """(target, kernel) -> registers, static_shared, stack and spills, from what `ptxas -v` says."""
+    """Return (target, kernel) -> registers, static_shared, stack and spills, from the output of `ptxas -v`."""
     found = {}
     blocks = re.split(r"Compiling entry function '(\S+)' for '(\w+)'", log)[1:]
     names = demangled(blocks[0::3])
@@ -100,7 +100,7 @@ def _number(pattern, text):
 
 
 def disassembler():
-    """Path of cuobjdump with nvdisasm beside it, from PATH, nvcc's folder or pip (nvidia-cuda-*, triton), or None."""
+    """Return the path of a cuobjdump with nvdisasm in the same folder, from PATH, nvcc or pip packages, or None."""
     folders = [*os.environ.get("PATH", "").split(os.pathsep), Path(setup.find_nvcc(os.environ) or "").parent]
     for root in map(Path, sys.path):
         folders += [*root.glob("nvidia/*/bin"), *root.glob("triton/backends/nvidia/bin")]
@@ -111,7 +111,7 @@ def disassembler():
 
 @functools.cache
 def disassembled():
-    """(target, kernel) -> (tensor_cores, local_memory), whether it has such instructions; empty if that is unknown."""
+    """Return (target, kernel) -> (tensor_cores, local_memory): whether it uses them; empty without a disassembler."""
     if disassembler() is None:
         return {}
     environment = os.environ | {"PATH": f"{Path(disassembler()).parent}{os.pathsep}{os.environ['PATH']}"}
@@ -133,13 +133,13 @@ def disassembled():
 
 
 def launches():
-    """kernel -> (threads, dynamic shared memory): the largest of what every op launches on the emulated machine."""
+    """Return kernel -> (threads, dynamic shared memory), the largest of all launches of every op on the emulator."""
     emulated = emulation.module()
     lines = subprocess.run(["nm", emulated.__file__], capture_output=True, text=True, check=True).stdout.splitlines()
     symbols = {int(words[0], 16): words[-1] for words in map(str.split, lines) if len(words) == 3}
     emulated.forget_launches()
-    for processors in EMULATED_PROCESSORS:
-        emulated.set_num_processors(processors)
+    for sms in EMULATED_SMS:
+        emulated.set_num_processors(sms)
         with emulation.emulated():
             every_op.run("cpu")
     emulated.set_num_processors(4)
@@ -151,19 +151,19 @@ def launches():
     return dict(found)
 
 
-def blocks_per_processor(target, registers, threads, shared):
-    """How many blocks run at once on one processor: the least of what registers, shared memory and threads allow."""
+def blocks_per_sm(target, registers, threads, shared):
+    """Return the number of resident blocks per SM: the least that registers, shared memory and threads allow."""
     warps = -(-threads // WARP_SIZE)
     registers_of_warp = -(-max(registers, 1) * WARP_SIZE // REGISTER_UNIT) * REGISTER_UNIT
     by_registers = REGISTERS // PARTITIONS // registers_of_warp * PARTITIONS // warps
     shared_of_block = -(-(shared + SHARED_OVERHEAD) // SHARED_UNIT) * SHARED_UNIT
-    by_shared = SHARED_PER_PROCESSOR[target] // shared_of_block
+    by_shared = SHARED_PER_SM[target] // shared_of_block
     return min(by_registers, by_shared, MAX_THREADS // (warps * WARP_SIZE), MAX_BLOCKS)
 
 
 @functools.cache
 def measure():
-    """(target, kernel) -> what ptxas says, and threads, shared, blocks and tensor_cores; None is unknown."""
+    """Return (target, kernel) -> resources from ptxas, threads, shared, blocks, tensor_cores; None if unknown."""
     launched, rows = launches(), {}
     for log in compile_all().values():
         for (target, name), row in from_ptxas(log).items():
@@ -171,7 +171,7 @@ def measure():
             if name in launched:
                 threads, dynamic = launched[name]
                 shared = row["static_shared"] + dynamic
-                blocks = blocks_per_processor(target, row["registers"], threads, shared)
+                blocks = blocks_per_sm(target, row["registers"], threads, shared)
             tensor_cores = disassembled().get((target, name), (None,))[0]
             rows[target, name] = row | {
                 "threads": threads,
@@ -183,13 +183,13 @@ def measure():
 
 
 def read_table():
-    """(target, kernel) -> COMMITTED."""
+    """Return (target, kernel) -> the columns COMMITTED of the committed table."""
     rows = json.loads(TABLE.read_text()) if TABLE.is_file() else {}
     return {(target, name): row for target, named in rows.items() for name, row in named.items()}
 
 
 def write_table(rows):
-    """One line for each kernel and target."""
+    """Write the table, one line per kernel and target."""
     targets = []
     for target in sorted({target for target, _ in rows}):
         kept = {name: row for (where, name), row in sorted(rows.items()) if where == target}

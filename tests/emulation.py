@@ -1,12 +1,12 @@
-"""Runs the CUDA kernels on the host: builds csrc/emu with the .cu files, and lets the public ops use it on CPU tensors.
+"""Run the CUDA kernels on the host: build csrc/emu with the .cu files, and route public ops on CPU tensors to it.
 
-A test takes the fixture `device` and makes its tensors there:
+A test requests the fixture `device` and creates its tensors there:
 
     def test_step(device):
         o = gated_delta_step(*(x.to(device) for x in inputs), state.to(device))
 
-Emulated, `device` is the CPU and every op that has a CUDA implementation runs that one, its kernels on the emulated
-machine; on a GPU (marker cuda) it is the GPU. A kernel's mistake raises RuntimeError naming kernel, block and thread.
+Emulated, `device` is the CPU, and every op that has a CUDA implementation runs it, with its kernels on the emulator.
+Under the marker `cuda` it is the GPU. An error in a kernel raises RuntimeError naming kernel, block and thread.
 """
 
 import contextlib
@@ -29,20 +29,20 @@ from hypenet_kernels import _native
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "emu"
-SEEDS = (0, 1, 2)  # schedules, for tests that ask for several
+SEEDS = (0, 1, 2)  # schedules, for tests that run several
 COMMON = (
     "-std=c++20 -fPIC -g1 -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas -DHYPENET_CUDA=1 -DHYPENET_EMULATED=1"
 )
 MACHINE = "-O3 -fno-math-errno"
-# The calls of -fsanitize=thread are answered by csrc/emu/access.cpp, not by libtsan. gcc must leave a loop that copies
-# or clears a loop, and memcpy a call: what it would make of them itself nobody would see.
+# csrc/emu/access.cpp implements the calls that -fsanitize=thread inserts, in place of libtsan. gcc must not turn loops
+# into memcpy or memset, nor expand memcpy inline: the accesses that it would generate are not instrumented.
 KERNEL = "-O1 -x c++ -fsanitize=thread"
 GCC_KERNEL = (
     "--param tsan-instrument-func-entry-exit=0 -fno-tree-loop-distribute-patterns"
     " -fno-builtin-memcpy -fno-builtin-memset -fno-builtin-memmove"
 )
 CLANG_KERNEL = "-mllvm -tsan-instrument-func-entry-exit=0 -mllvm -tsan-instrument-read-before-write=1"
-NEW_LINE = "\n"  # which an f-string of Python 3.11 cannot hold
+NEW_LINE = "\n"  # f-strings of Python 3.11 cannot contain a backslash
 WRITABLE_VIEWS = ("k_cache", "v_cache")
 _POINTER, _VIEW, _INDICES = _native.pointer, _native.view, _native.indices
 
@@ -62,7 +62,7 @@ def _write_ninja(path, module, bindings, kernels):
         writer = ninja.ninja_syntax.Writer(file, width=10**6)
         writer.rule("compile", command, depfile="$out.d", deps="gcc")
         writer.rule("link", f"{compiler()} -shared $in -o $out -ldl")
-        # The machine comes first: of an inline function that kernels have too, the linker takes the unchecked one.
+        # The emulator comes first: for inline functions that kernels use too, the linker keeps its uninstrumented copy.
         sources = [(s, "machine", MACHINE) for s in sorted((ROOT / "csrc/emu").glob("*.cpp"))]
         sources += [(bindings, module, "-O0 -g0"), *((s, module, kernel_flags) for s in kernels)]
         objects = []
@@ -74,20 +74,20 @@ def _write_ninja(path, module, bindings, kernels):
 
 @functools.cache
 def _compile(module, bindings, kernels):
-    """Builds what changed of a module; returns what the compiler has against it."""
+    """Build the changed parts of a module; return the compiler's errors, or ""."""
     import ninja
 
     BUILD.mkdir(parents=True, exist_ok=True)
     command = [Path(ninja.BIN_DIR, "ninja"), "-C", BUILD, "-f", f"{module}.ninja", "-j2", "--quiet"]
     with open(BUILD / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one test run builds, others wait
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one test process builds, others wait
         _write_ninja(BUILD / f"{module}.ninja", module, bindings, kernels)
         result = subprocess.run(command, capture_output=True, text=True)
     return f"{module} does not compile:\n{result.stdout[-8000:]}{result.stderr}" if result.returncode else ""
 
 
 def build(module, bindings, kernels):
-    """A native module that runs `kernels` on the emulated machine."""
+    """Build and load a native module that runs `kernels` on the emulator."""
     if errors := _compile(module, bindings, tuple(kernels)):
         raise RuntimeError(errors)
     spec = importlib.util.spec_from_file_location(module, BUILD / f"{module}.so")
@@ -98,12 +98,12 @@ def build(module, bindings, kernels):
 
 @functools.cache
 def module():
-    """The library's CUDA kernels on the emulated machine."""
+    """Return the module with the library's CUDA kernels on the emulator."""
     return build("_emulated", ROOT / "csrc/bindings.cpp", sorted((ROOT / "csrc/cuda").glob("*.cu")))
 
 
 def launch(module, kernel, tensors, **fields):
-    """Calls a kernel of an emulated module; it may touch `tensors`, by field name, and nothing else."""
+    """Call a kernel of an emulated module; it may access only `tensors`, given by field name."""
     written = (*kernel.__doc__.rpartition("Writes: ")[2].rstrip(".\n").split(", "), *WRITABLE_VIEWS)
     module.set_tensors(
         [
@@ -120,7 +120,7 @@ def launch(module, kernel, tensors, **fields):
 
 
 def _call_chain(module):
-    """Where in the kernels' sources a mistake was made, innermost call first, if addr2line is there to tell."""
+    """Return the source lines of the last error, innermost call first; empty without addr2line."""
     offsets = module.call_chain()
     if not offsets or not shutil.which("addr2line"):
         return []
@@ -131,7 +131,7 @@ def _call_chain(module):
 
 
 class _Call:
-    """One run of an op's CUDA implementation: remembers which tensor stands behind each field that it fills."""
+    """One run of an op's CUDA implementation; remembers the tensor from which each field was filled."""
 
     def __init__(self):
         self.tensors = {}
@@ -151,7 +151,7 @@ class _Call:
         return field
 
     def _find(self, field):
-        """By the field as it is, which tells views of one storage apart, or by the address that it begins with."""
+        """Look up a field by its value, which distinguishes views of one storage, or else by its address."""
         address = field[0] if isinstance(field, tuple) else field
         return self.tensors.get(field, self.tensors.get(address))
 
@@ -174,7 +174,7 @@ def _run_cuda_implementation(operator, *args):
 
 @contextlib.contextmanager
 def emulated(seed=0):
-    """While it lasts, ops on CPU tensors run their CUDA implementation, if they have one, on the emulated machine."""
+    """Within the context, ops on CPU tensors run their CUDA implementation, if any, on the emulator."""
     module().set_seed(seed)
     library = torch.library.Library("hypenet", "IMPL")
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
@@ -193,12 +193,12 @@ def emulated(seed=0):
 
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request):
-    """Where the CUDA kernels run: on the emulated machine, with tensors on the CPU, or on the GPU.
+    """The device on which the CUDA kernels run: the CPU, with the kernels on the emulator, or the GPU.
 
-    Emulated, each test has a schedule of its own, the same every time; emulated(seed) gives another.
+    Emulated, every test has its own fixed schedule of threads; emulated(seed) selects another one.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the reference's products are too small for several, which wait for each other
+    torch.set_num_threads(1)  # the reference's products are too small to gain from several
     try:
         if request.param == "cuda":
             yield torch.device("cuda")

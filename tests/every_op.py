@@ -1,4 +1,4 @@
-"""Launches every CUDA kernel that the ops can choose, at sizes that an emulator or a sanitizer bears.
+"""Launch every CUDA kernel that the ops can select, at sizes small enough for an emulator or a sanitizer.
 
 compute-sanitizer --tool racecheck python tests/every_op.py        # on a GPU
 """
@@ -19,7 +19,10 @@ T = 70
 
 
 def run(device, say=lambda *_: None):
-    """What an op refuses, it does not launch. What is used most comes first, should a sanitizer not come to the end."""
+    """Call every op, the most used variants first, in case a time limit ends the run; skip what is not built.
+
+    say(family, dtype, D) is called before each group.
+    """
     torch.manual_seed(0)
     families = (_recurrences, _packed_recurrences, _split_recurrences, _steps, _attention, _packed_attention, _decode)
     for D, dtype, family in product(HEAD_DIMS, DTYPES, families):
@@ -30,7 +33,7 @@ def run(device, say=lambda *_: None):
 
 @contextlib.contextmanager
 def suppressed_where_a_gpu_is_too_small(then=lambda _: None):
-    """then(error): instead of the error of a GPU below 9.0 that has less shared memory than a kernel asks for."""
+    """Call then(error) instead of raising, if a GPU below 9.0 has less shared memory than a kernel needs."""
     try:
         yield
     except RuntimeError as error:
@@ -40,7 +43,7 @@ def suppressed_where_a_gpu_is_too_small(then=lambda _: None):
 
 
 def _call(op, inputs, **options):
-    """An op and its backward, as far as CUDA kernels are written."""
+    """Call an op and its backward, if they have CUDA kernels."""
     written = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
     forward, backward = (f"hypenet::{op.__name__}{suffix}" in written for suffix in ("", "_bwd"))
     if forward:
@@ -55,7 +58,7 @@ def _recurrent_inputs(device, dtype, D, tokens, V=None, H=1, HV=2):
     q, k = (torch.nn.functional.normalize(torch.randn(1, tokens, H, D, device=device), dim=-1) for _ in range(2))
     v = torch.randn(1, tokens, HV, V or D, device=device)
     g, beta = -torch.rand(1, tokens, HV, device=device), torch.rand(1, tokens, HV, device=device)
-    beta[:, : cuda.CHUNK, 0] *= 2  # reflects in the first chunk of the first head, and nowhere else
+    beta[:, : cuda.CHUNK, 0] *= 2  # above 1 only in the first chunk of the first head
     return [x.to(dtype) for x in (q, k, v)] + [g, beta]
 
 

@@ -49,7 +49,7 @@ def tiny_teacher(vocab_size=None, tokenizer=None, layers=LAYERS):
 
 
 def write_inputs(directory):
-    """A teacher's directory and a directory of text under `directory`."""
+    """Write a teacher and a directory of text files under `directory`."""
     tokenizer = tiny_tokenizer()
     tiny_teacher(tokenizer=tokenizer).save_pretrained(directory / "teacher")
     tokenizer.save_pretrained(directory / "teacher")
@@ -59,7 +59,7 @@ def write_inputs(directory):
 
 
 def config_tree(directory, out="out"):
-    """A whole conversion in a few seconds."""
+    """Return the configuration of a whole conversion that takes a few seconds."""
     training = {"steps": 4, "batch": 2, "length": 48, "learning_rate": 1e-3, "warmup": 1, "log_every": 1}
     return {
         "teacher": str(directory / "teacher"),

@@ -1,4 +1,4 @@
-"""Small models for the tests of hypenet: every kind of layer, widths that are no multiple of each other."""
+"""Small models for the tests of hypenet, with every kind of layer and widths that are not multiples of each other."""
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -25,13 +25,13 @@ def small_config(mixer_types=MIXED, **fields):
 
 
 def small_model(mixer_types=MIXED, dtype=torch.float64, **fields):
-    """A HypeNet with weights large enough that every layer, gate and norm matters."""
+    """Return a HypeNet with weights large enough for every layer, gate and norm to matter."""
     model = HypeNetForCausalLM(small_config(mixer_types, **fields)).eval()
     return _randomised(model).to(dtype)
 
 
 def small_teacher(dtype=torch.float64, **fields):
-    """A Qwen3 of the same sizes, four layers."""
+    """Return a Qwen3 of the same sizes with four layers."""
     model = Qwen3ForCausalLM(Qwen3Config(**(SIZES | {"num_hidden_layers": 4} | fields))).eval()
     return _randomised(model).to(dtype)
 

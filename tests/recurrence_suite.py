@@ -1,4 +1,4 @@
-"""The tests that every recurrence over whole sequences has to pass; a test file subclasses them per op."""
+"""Tests that every recurrence over whole sequences must pass; a test file subclasses SequenceOp for each op."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -35,8 +35,8 @@ SHAPES = (
     Shape(1, 33, 1, 1, 64, 64),
     Shape(2, 71, 2, 4, 64, 96),  # two long chunks and 7; K < V
     Shape(1, 39, 2, 2, 33, 5),  # two chunks and 7; odd sizes, K > V
-    Shape(1, 70, 1, 1, 100, 260),  # more columns than any panel
-    Shape(1, 1000, 1, 2, 16, 16),  # more chunks than one segment of the backward holds
+    Shape(1, 70, 1, 1, 100, 260),  # more columns than a panel
+    Shape(1, 1000, 1, 2, 16, 16),  # more chunks than a segment of the backward has
 )
 ORDINARY = Shape(2, 71, 2, 4, 24, 40)
 TINY = Shape(1, 19, 1, 2, 4, 3)  # gradcheck: T just past a chunk
@@ -60,7 +60,7 @@ def decay(kind, *size):
 
 
 def make_inputs(shape, delta, dtype=torch.float32, decay_kind="mild", N=None):
-    """Arguments of an op by name: q, k, v in dtype; g, beta, initial_state in the accumulation type."""
+    """Return the arguments of an op by name: q, k, v in dtype; g, beta, initial_state in the accumulation type."""
     s, wide = shape, torch.float64 if dtype == torch.float64 else torch.float32
     inputs = {
         "q": torch.randn(s.B, s.T, s.H, s.K).to(dtype),
@@ -74,8 +74,8 @@ def make_inputs(shape, delta, dtype=torch.float32, decay_kind="mild", N=None):
     return inputs
 
 
-def reflect(beta, chunk=64):
-    """Adds 1 to every fifth beta of two heads: in chunk 0 of the first, 1 of the second, 2 of both, 3 of none, ..."""
+def raise_some_betas(beta, chunk=64):
+    """Add 1 to every fifth beta of two heads: in chunk 0 of the first, 1 of the second, 2 of both, 3 of none, ..."""
     for first in range(0, beta.shape[1], chunk):
         which = first // chunk % 4
         heads = [head for head in (0, 1) if which in (head, 2)]
@@ -96,7 +96,7 @@ def forward(op, inputs, **options):
 
 
 def gradients(op, inputs, do, dfinal_state, **options):
-    """Gradients by name, of <o, do> + <final_state, dfinal_state>."""
+    """Return the gradients of <o, do> + <final_state, dfinal_state> by name."""
     leaves = {n: x.detach().requires_grad_() for n, x in inputs.items() if torch.is_floating_point(x)}
     o, final_state = forward(op, {**inputs, **leaves}, **options)
     values = torch.autograd.grad((o, final_state), list(leaves.values()), (do.to(o), dfinal_state.to(final_state)))
@@ -104,7 +104,7 @@ def gradients(op, inputs, do, dfinal_state, **options):
 
 
 def rounded(reference, dtype):
-    """What an eager implementation returns that computes exactly and rounds once; only low precision needs it."""
+    """Return the result of an eager implementation that computes exactly and rounds once; None unless bfloat16."""
     return reference.to(dtype).double() if dtype == torch.bfloat16 else None
 
 
@@ -116,7 +116,7 @@ def assert_forward(op, reference, inputs, **options):
 
 
 def assert_gradients(op, reference, inputs, negligible=(), size=1.0, **options):
-    """negligible: gradients that are zero up to e^-50, in the reference too. size: of the outputs' gradients."""
+    """Compare all gradients. negligible: those below e^-50 in the reference too. size: scale of do, dfinal_state."""
     do, dfinal_state = cotangents(inputs, size)
     results = gradients(op, inputs, do, dfinal_state, **options)
     expected = gradients(reference, in_double(inputs), do.double(), dfinal_state.double(), **options)
@@ -139,7 +139,7 @@ def arguments(inputs):
 
 
 class SequenceOp:
-    """Subclasses set op, reference and name."""
+    """Subclasses define op, reference and name."""
 
     delta = True
 

@@ -1,4 +1,4 @@
-"""bench: what it measures, what it refuses to time, what it makes of its records. At these sizes times mean nothing."""
+"""bench: what it measures, what it refuses to time, records, tables and plots. At these sizes times mean nothing."""
 
 import json
 import os
@@ -12,7 +12,21 @@ from typer.testing import CliRunner
 
 import hypenet_kernels as kernels
 from bench import __main__ as command
-from bench import cases, compare, goals, model, ops, peers, records, report, roofline, tables, timing
+from bench import (
+    cases,
+    check,
+    compare,
+    model,
+    ops,
+    peers,
+    plot,
+    records,
+    report,
+    roofline,
+    tables,
+    targets,
+    timing,
+)
 from bench.peers import PEERS
 
 HEADS = {"B": 1, "H": 2, "K": 32, "V": 32}
@@ -105,11 +119,11 @@ def test_wrong_gradient_is_not_timed(monkeypatch):
         return right(q, k, v.detach() + 1.1 * (v - v.detach()), g, beta)
 
     monkeypatch.setattr(kernels, "chunk_gated_delta_rule", wrong)
-    assert ops.check(TINY[0], "cpu") is None
-    assert "relative difference" in ops.check(TINY[1], "cpu")
+    assert check.check(TINY[0], "cpu") is None
+    assert "relative difference" in check.check(TINY[1], "cpu")
 
 
-def test_op_that_raises_leaves_the_others(monkeypatch):
+def test_op_that_raises_does_not_stop_the_others(monkeypatch):
     def refuse(*inputs):
         raise NotImplementedError("simple_gla_step: not built")
 
@@ -136,11 +150,11 @@ def test_peer_is_timed_only_if_it_agrees(monkeypatch):
         monkeypatch.setitem(PEERS, peer.__name__, peer)
     (row,) = ops.run(["chunk_gated_delta_rule"], "cpu", quick=True)["rows"]
     assert row["ours"] is not None and set(row["peers"]) == {"transformers", "wrong", "broken"}
-    assert "another answer" in row["peers"]["wrong"]["error"] and "median" not in row["peers"]["wrong"]
+    assert "different result" in row["peers"]["wrong"]["error"] and "median" not in row["peers"]["wrong"]
     assert row["peers"]["broken"]["error"] == "RuntimeError: no such kernel"
 
 
-def test_stopped_run_leaves_what_it_measured(tmp_path):
+def test_interrupted_run_keeps_what_it_measured(tmp_path):
     def stop(record):
         records.save(tmp_path / "ops.json", record)
         if len(record["rows"]) == 2:
@@ -156,7 +170,7 @@ DISASTERS = """
 import os, pathlib, sys, time
 import pytest
 import test_bench
-from bench import cases, ops
+from bench import cases, ops, supervise
 import hypenet_kernels
 
 patch = pytest.MonkeyPatch()
@@ -169,7 +183,7 @@ patch.delattr(hypenet_kernels, "simple_gla_step")
 def crashes(case, x):
     if case.op == "chunk_gated_delta_rule":
         os.abort()
-    ops.STEP_SECONDS = 1  # of what comes next
+    supervise.STEP_SECONDS = 1  # for the next peer, which hangs
 
 
 def hangs(case, x):
@@ -178,20 +192,21 @@ def hangs(case, x):
 
 
 def refuses(case, x):
-    ops.STEP_SECONDS = 60
+    supervise.STEP_SECONDS = 60
     sys.exit("no such GPU")
 
 
 for peer in (crashes, hangs, refuses):
     patch.setitem(ops.PEERS, peer.__name__, peer)
 device, out, *flags = sys.argv[1:]
-start = ops.work if "--work" in flags else lambda *given: ops.main(*given, command=[sys.executable, __file__])
+main = lambda *given: supervise.main(*given, command=[sys.executable, __file__])
+start = supervise.work if "--work" in flags else main
 sys.exit(start(device, pathlib.Path(out), *flags))
 """
 
 
-def test_what_ends_a_process_costs_its_own_number(tmp_path):
-    """One peer crashes, one hangs, one of our ops is not there: each is named, and all others are measured."""
+def test_a_crash_or_hang_costs_one_number(tmp_path):
+    """One peer crashes, one hangs, one of our ops is missing: each is named, and everything else is measured."""
     (tmp_path / "disasters.py").write_text(DISASTERS)
     command = [sys.executable, tmp_path / "disasters.py", "cpu", tmp_path / "ops.json"]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (records.ROOT, records.ROOT / "tests")))}
@@ -208,7 +223,7 @@ def test_what_ends_a_process_costs_its_own_number(tmp_path):
 
 
 class Gpu:
-    """Stands for one: takes work until `broken`."""
+    """A fake GPU: every call fails once it is `broken`."""
 
     broken = False
 
@@ -225,7 +240,7 @@ def gpu(monkeypatch):
     return gpu
 
 
-def test_peer_that_faults_leaves_ours_and_ends_the_process(gpu, monkeypatch):
+def test_faulting_peer_does_not_invalidate_ours_and_ends_the_process(gpu, monkeypatch):
     def faults(case, x):
         gpu.broken = True
         gpu.synchronize()
@@ -241,10 +256,10 @@ def test_peer_that_faults_leaves_ours_and_ends_the_process(gpu, monkeypatch):
     gpu.broken = False  # a new process
     rows = ops.run(["chunk_gated_delta_rule"], "cpu", record=saved[-1])["rows"]
     assert rows[0]["ours"] == row["ours"] and "median" in rows[0]["peers"]["transformers"]
-    assert "unfinished" not in rows[0] and "not tried" in rows[1]["peers"]["faults"]["error"]
+    assert "unfinished" not in rows[0] and "not tried again" in rows[1]["peers"]["faults"]["error"]
 
 
-def test_op_that_faults_is_not_tried_again(gpu, monkeypatch):
+def test_faulting_op_is_not_tried_again(gpu, monkeypatch):
     def faults(*inputs):
         gpu.broken = True
         gpu.synchronize()
@@ -258,7 +273,7 @@ def test_op_that_faults_is_not_tried_again(gpu, monkeypatch):
     assert row["ours"] is None and "illegal memory access" in row["failure"]
 
 
-def test_interrupt_leaves_no_trace_of_what_it_stopped(monkeypatch):
+def test_interrupted_step_is_undone_in_the_record(monkeypatch):
     def stopped(case, x):
         raise KeyboardInterrupt
 
@@ -270,7 +285,7 @@ def test_interrupt_leaves_no_trace_of_what_it_stopped(monkeypatch):
     assert row["failure"] is None and "stopped" not in row["peers"] and row["unfinished"]
 
 
-def test_record_of_another_commit_is_not_gone_on_with(ops_json):
+def test_record_of_another_commit_is_not_resumed(ops_json):
     record = records.load(ops_json)
     assert ops.run([], "cpu", record=record)["rows"] == record["rows"]
     record["stamp"]["commit"] = "0123abc"
@@ -278,18 +293,18 @@ def test_record_of_another_commit_is_not_gone_on_with(ops_json):
         ops.run([], "cpu", record=record)
 
 
-def test_result_that_is_not_finite_is_not_timed(monkeypatch):
+def test_non_finite_result_is_not_timed(monkeypatch):
     right = kernels.chunk_gated_delta_rule
-    long = lambda q, *inputs: right(q if q.shape[1] == cases.GATE_TOKENS else q * float("nan"), *inputs)  # noqa: E731
+    long = lambda q, *inputs: right(q if q.shape[1] == cases.SHRUNK_TOKENS else q * float("nan"), *inputs)  # noqa: E731
     monkeypatch.setattr(kernels, "chunk_gated_delta_rule", long)
     (row,) = ops.run(["chunk_gated_delta_rule"], "cpu", quick=True)["rows"]
     assert row["ours"] is None and "must be finite" in row["failure"]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_ops_are_checked_at_the_head_dimensions_that_are_timed(device):
+def test_shrunk_case_keeps_head_dimensions_groups_and_options(device):
     for case in REAL_CASES[device]:
-        small = cases.gate(case)
+        small = cases.shrunk(case)
         same = ("K", "V", "D", "gated", "split")
         assert [small.sizes.get(name) for name in same] == [case.sizes.get(name) for name in same]
         for heads, kv_heads in (("HV", "H"), ("H", "HK")):
@@ -300,48 +315,48 @@ def test_ops_are_checked_at_the_head_dimensions_that_are_timed(device):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """torch.cuda's graphs and events as lists of what was asked of them; a stream is a name."""
-    asked = ["default"]
+    """Fakes of torch.cuda's graphs and events that log their calls; the first entry names the current stream."""
+    log = ["default"]
 
     class Graph:
         def replay(self):
-            asked.append("replay")
+            log.append("replay")
 
     class Capture:
         def __init__(self, graph):
             pass
 
         def __enter__(self):
-            asked[0] = "capturing"
+            log[0] = "capturing"
 
         def __exit__(self, kind, *_):
-            if kind is not None:  # as torch does, before it gives the stream back
+            if kind is not None:  # torch raises here too, before it restores the stream
                 raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
-            asked[0] = "default"
+            log[0] = "default"
 
     class Event:
         def __init__(self, enable_timing):
             pass
 
         def record(self):
-            asked.append("event")
+            log.append("event")
 
         def elapsed_time(self, end):
             return 1.0
 
     class Buffer:
         def sum(self):
-            asked.append("read")
+            log.append("read")
 
-    puppets = {"CUDAGraph": Graph, "graph": Capture, "Event": Event, "synchronize": lambda: None}
-    puppets |= {"current_stream": lambda: asked[0], "set_stream": lambda stream: asked.__setitem__(0, stream)}
-    for name, puppet in puppets.items():
-        monkeypatch.setattr(torch.cuda, name, puppet)
+    fakes = {"CUDAGraph": Graph, "graph": Capture, "Event": Event, "synchronize": lambda: None}
+    fakes |= {"current_stream": lambda: log[0], "set_stream": lambda stream: log.__setitem__(0, stream)}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(timing.torch, "ones", lambda *size, device: Buffer())
-    return asked
+    return log
 
 
-def test_short_calls_are_replayed_after_the_cache_was_read_empty(graphs):
+def test_short_calls_are_replayed_from_a_graph_after_flushing_the_l2(graphs):
     calls = []
     taken = timing._replayed(lambda: calls.append(1), timing.Timing(0.01, 0.01, 0.01, 7, latency=0.02))
     assert len(calls) == 100 and taken.rounds == timing.GRAPH_ROUNDS
@@ -349,7 +364,7 @@ def test_short_calls_are_replayed_after_the_cache_was_read_empty(graphs):
     assert graphs == ["default"] + timing.GRAPH_ROUNDS * ["read", "event", "replay", "event"]
 
 
-def test_failed_capture_is_said_and_leaves_the_stream(graphs):
+def test_failed_capture_is_noted_and_restores_the_stream(graphs):
     def synchronizes():
         if graphs[0] == "capturing":
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
@@ -366,12 +381,12 @@ def test_failed_capture_is_said_and_leaves_the_stream(graphs):
     [(16, True, 0, 106), (32, True, 0, 115), (64, True, 0, 131), (64, False, 0, 82), (64, True, 1, 131 + 320)],
 )
 def test_flops_per_token_and_head(chunk, delta, backward, thousands):
-    """K = V = 128; triangles as triangles, and one whole square of C x C x K in the backward of the delta rule."""
+    """K = V = 128; triangular products count half, except one C x C x K product in the backward of the delta rule."""
     flops = cases.chunk_flops({"B": 1, "T": 1, "H": 1, "K": 128, "V": 128}, chunk, delta, backward)
     assert round(flops / 1000) == thousands
 
 
-def test_bytes_are_each_input_and_output_once():
+def test_bytes_count_each_input_and_output_once():
     def moved(workload, outputs):
         return sum(x.nbytes for x in workload.tensors.values() if torch.is_tensor(x)) + outputs
 
@@ -389,8 +404,8 @@ def test_bytes_are_each_input_and_output_once():
     assert workload.bytes == moved(workload, workload.run()[0].nbytes) - lengths
 
 
-def test_decode_rotates_through_more_than_a_cache():
-    """Every call finds another copy, until all have had their turn."""
+def test_decode_rotates_through_copies():
+    """Every call uses another copy until all have been used."""
     workload = cases.build(cases.Case("hype_attention_decode", {"S": 40, **ATTENTION}), "cpu")
     sizes = [k.nbytes + v.nbytes for k, v in workload.tensors["caches"]]
     assert 0.5 * cases.ROTATED_BYTES <= sum(sizes) <= cases.ROTATED_BYTES
@@ -423,7 +438,7 @@ def test_stamp_without_git(monkeypatch):
     assert records.stamp("cpu")["commit"] == "0123abc"
 
 
-def test_ours_and_peers_take_turns():
+def test_ours_and_peers_are_interleaved():
     order = []
     functions = {name: lambda name=name: order.append(name) for name in ("ours", "theirs")}
     times = timing.measure(functions, "cpu", 0.001)
@@ -432,12 +447,12 @@ def test_ours_and_peers_take_turns():
     assert timing.summary([4.0, 1.0, 2.0, 3.0, 5.0]) == timing.Timing(3.0, 2.0, 4.0, 5)
 
 
-def test_latency_is_said_where_it_is_more_than_the_kernel():
+def test_latency_is_shown_if_it_is_longer_than_the_kernel():
     assert tables.time_of({"median": 0.0123, "latency": 0.0456}) == "12.3 µs (call 45.6 µs)"
     assert tables.time_of({"median": 12.34, "latency": 12.5}) == tables.time_of({"median": 12.34, "latency": None})
 
 
-def test_change_inside_the_spread_is_none():
+def test_change_within_the_spread_is_no_change():
     def record(**medians):
         rows = [
             {"name": name, "ours": {"median": ms, "low": 0.9 * ms, "high": 1.1 * ms}} for name, ms in medians.items()
@@ -494,7 +509,7 @@ def test_results_and_plots_come_from_the_records(tmp_path, ops_json, small_model
     assert "roofline.png" in printed
 
 
-def test_wrong_use_is_one_line(tmp_path):
+def test_wrong_usage_exits_with_1(tmp_path):
     result = CliRunner().invoke(command.app, ["ops", "softmax", "--device", "cpu", "--out", str(tmp_path / "x.json")])
     assert result.exit_code == 1 and not (tmp_path / "x.json").exists()
     result = CliRunner().invoke(command.app, ["plot", str(tmp_path)])
@@ -510,25 +525,51 @@ def test_peers_of_attention_take_gate_and_scale():
     case = cases.Case("hype_attention", {"T": 40, **ATTENTION, "gated": 1})
     workload = cases.build(case, "cpu")
     (o,) = peers.torch_sdpa(case, workload.tensors)()
-    assert ops.relative_error(o, workload.run()[0]) < 1e-5
+    assert check.relative_error(o, workload.run()[0]) < 1e-5
 
 
-def test_memory_is_measured_beside_what_it_bounds(monkeypatch):
+def test_bandwidth_is_measured_beside_every_case_that_it_bounds(monkeypatch):
     rates = iter(({"copy": 1e9, "read": 3e9}, {"copy": 2e9, "read": 5e9}))
     monkeypatch.setattr(ops, "NOT_SMALL", 0)
     monkeypatch.setattr(roofline, "memory", lambda *_: next(rates))
     record = {"roofs": {"copy": 1.0, "read": 1.0, "matmul": {"float32": 1e15}}, "rows": [], "checks": {}}
     row = {"ours": None, "peers": {}, "failure": None}
     case = cases.Case("gated_delta_step", HEADS)
-    ops._time(row, case, "cpu", 0.01, record, lambda: None)
+    ops.Measurement(row, case, "cpu", 0.01, record, save=lambda record: None).time()
     assert row["memory"] == {"copy": 1.5e9, "read": 4e9}
     assert row["fraction"] == pytest.approx(1e3 * row["bytes"] / 4e9 / row["ours"]["median"])
-    assert "of memory's 4 GB/s" in tables.cells({"name": case.name, **row})[4]
+    assert "of memory's 4 GB/s" in tables.op_cells({"name": case.name, **row})[4]
 
 
-def test_goals_of_a_record():
+def test_targets_name_cases_that_are_measured():
+    known = {case.name for case in REAL_CASES["cpu"]}
+    assert targets.TARGETS
+    assert all(case.name in known for target in targets.TARGETS for case in (*target.cases, *target.against))
+
+
+def test_targets_of_a_record():
     name = "hype_attention_decode fwd B={} S=32768 H=32 HK=8 D=128 float32"
     measured = {"bytes": 4e6, "ours": {"median": 1.0}, "memory": {"copy": 8e9, "read": 1e9}, "peers": {}}
-    record = {"rows": [{"name": name.format(B)} | measured for B in (1, 8)]}
-    assert goals.rows(record) == [["HyPE decode, 32k keys, batch 1; 8", "80 % of a copy", "50; 50 % of a copy"]]
-    assert goals.rows({"rows": record["rows"][:1]}) == []
+    rows = [{"name": name.format(B)} | measured | {"bytes": bytes} for B, bytes in ((1, 4e6), (8, 7e6))]
+    record = {"stamp": {"threads": 2}, "rows": rows}
+
+    def decode(record):
+        found = targets.cells(record)
+        assert len(found) == len(targets.TARGETS)
+        return [cells for cells in found if cells[0] == "HyPE decode, 32k keys, batch 1, 8"]
+
+    assert decode(record) == [["HyPE decode, 32k keys, batch 1, 8", "80 % of a copy", "50, 87.5", "1 of 2"]]
+    assert decode(record | {"rows": rows[:1]})[0][2:] == ["50, not measured", "no"]
+    no_peer = targets.Target("x", [cases.Case("simple_gla_step", HEADS)], 2, "x peer", targets._over("peer"))
+    row = {"name": no_peer.cases[0].name, "peers": {"peer": {"error": "crashed"}}}
+    assert no_peer.cells({row["name"]: row})[2:] == ["not measured", "no"]
+    assert targets.cells(record | {"stamp": {"threads": None}}) == []
+
+
+def test_overview_is_drawn_from_the_records(tmp_path, small_model):
+    run("model", "--device", "cpu", "--out", tmp_path / "some-device" / "model.json")
+    assert plot.draw_overview(tmp_path) is None
+    (tmp_path / "demo").mkdir()
+    shutil.copy(records.RESULTS / "demo" / "demo.json", tmp_path / "demo")
+    assert plot.draw_overview(tmp_path) == tmp_path / "overview.png"
+    assert (tmp_path / "overview.png").stat().st_size > 1000

@@ -1,4 +1,4 @@
-"""CUDA without a GPU: every source compiles for every target with no spill, the module imports without a driver."""
+"""CUDA without a GPU: every source compiles for every target without spills; the module imports without a driver."""
 
 import os
 import subprocess
@@ -12,11 +12,11 @@ from test_install import setup
 
 from hypenet_kernels import _native
 
-REGISTERS_TO_SPARE = 8  # what another version of the compiler may take
-WITHOUT_TENSOR_CORES = (  # how kernels begin that have nothing to multiply but vectors
+REGISTERS_TO_SPARE = 8  # tolerance for other compiler versions
+WITHOUT_TENSOR_CORES = (  # name prefixes of kernels without matrix products
     "gated_delta_step_kernel",
     "gated_delta::gated_delta_map_kernel",
-    "gated_delta::gated_delta_chain_kernel<128, false,",  # of simple GLA
+    "gated_delta::gated_delta_chain_kernel<128, false,",  # simple GLA
     "gated_delta::gated_delta_chain_kernel<256, false,",
     "gated_delta::gated_delta_chain_kernel<64, false,",
     "hype_attention_bwd_prepare_kernel",
@@ -37,7 +37,7 @@ def measured():
 
 
 def test_nothing_is_kept_in_local_memory(measured):
-    """No spills (they stop the build) and no stack: every array stays in registers."""
+    """No spills (they fail the build) and no stack: every array is in registers."""
     assert {target for target, _ in measured} == {"sm_80", "sm_90a"}
     assert not {kernel: row for kernel, row in measured.items() if row["stack"] or row["spills"]}
     assert not [kernel for kernel, (_, local_memory) in cuda_resources.disassembled().items() if local_memory]
@@ -49,7 +49,7 @@ def test_every_kernel_is_launched_by_some_op(measured):
 
 
 def test_resources_are_those_of_the_table(measured):
-    """A kernel that takes more registers, or of which fewer blocks fit, does so on purpose, or not at all."""
+    """More registers or fewer blocks per SM than in the table must be intended."""
     table = cuda_resources.read_table()
     problems = [f"{kernel}: not in the table" for kernel in measured.keys() - table.keys()]
     problems += [f"{kernel}: in the table, but no kernel" for kernel in table.keys() - measured.keys()]
@@ -58,10 +58,10 @@ def test_resources_are_those_of_the_table(measured):
         if now["registers"] > then["registers"] + REGISTERS_TO_SPARE:
             problems.append(f"{kernel}: {now['registers']} registers, {then['registers']} in the table")
         if now["blocks"] != then["blocks"] and (now["blocks"] or 0) < (then["blocks"] or 0):
-            problems.append(f"{kernel}: {now['blocks']} blocks per processor, {then['blocks']} in the table")
+            problems.append(f"{kernel}: {now['blocks']} blocks per SM, {then['blocks']} in the table")
         if now["tensor_cores"] not in (None, then["tensor_cores"]):
             problems.append(f"{kernel}: tensor cores {now['tensor_cores']}, {then['tensor_cores']} in the table")
-    fix = f"if that is meant, commit what `{cuda_resources.REWRITE}` writes"
+    fix = f"if that is intended, commit what `{cuda_resources.REWRITE}` writes"
     assert not problems, "\n".join([*sorted(problems), fix])
 
 
@@ -73,7 +73,7 @@ def test_products_run_on_tensor_cores():
 
 @needs_nvcc
 def test_whole_cuda_build_takes_less_than_four_minutes_on_two_cores():
-    """Processor time, since wall time is that of whatever else runs: read from the logs of the last compilations."""
+    """CPU time from the logs of the last compilations; wall time would depend on what else runs."""
     taken = {stem: cuda_resources.seconds(log) for stem, log in cuda_resources.compile_all().items()}
     assert all(taken.values()) and sum(taken.values()) / 2 < 240, taken
 
@@ -94,9 +94,9 @@ def test_whole_cuda_build_takes_less_than_four_minutes_on_two_cores():
         ("sm_90a", 255, 512, 0, 0),
     ],
 )
-def test_blocks_per_processor(target, registers, threads, shared, blocks):
-    """As NVIDIA's occupancy calculator has them."""
-    assert cuda_resources.blocks_per_processor(target, registers, threads, shared) == blocks
+def test_blocks_per_sm(target, registers, threads, shared, blocks):
+    """Values of NVIDIA's occupancy calculator."""
+    assert cuda_resources.blocks_per_sm(target, registers, threads, shared) == blocks
 
 
 @needs_module

@@ -1,4 +1,4 @@
-"""The CUDA chunk forward of the gated delta rule and simple GLA against the reference: emulated, and on a GPU."""
+"""The CUDA chunk forward of the gated delta rule and simple GLA against the reference, on the emulator or a GPU."""
 
 import math
 from itertools import pairwise
@@ -6,8 +6,8 @@ from itertools import pairwise
 import emulation
 import pytest
 import torch
-from compare import assert_accurate_as_pairs, assert_matches_reference
-from recurrence_suite import DECAYS, Shape, arguments, bounds, forward, in_double, make_inputs, reflect
+from compare import assert_accurate_as_hi_lo, assert_matches_reference
+from recurrence_suite import DECAYS, Shape, arguments, bounds, forward, in_double, make_inputs, raise_some_betas
 
 import hypenet_kernels
 from hypenet_kernels import reference
@@ -42,10 +42,11 @@ def run(device, delta, inputs, **options):
 
 
 def eager(inputs, delta):
-    """(o, final_state) by the chunk formulas in float64, with the kernels' roundings to q's dtype.
+    """Return (o, final_state) by the chunk formulas in float64, with the kernels' roundings to q's dtype.
 
-    The state, P, the values to the chunk's end and o are rounded; the rest is in float32 or in pairs. Where some beta
-    of a chunk exceeds 1, the state that is taken from the values, and they, are in pairs too.
+    Rounded are the state, P, the values decayed to the end of the chunk, and o; everything else is float32 or a hi/lo
+    split. If some beta of a chunk exceeds 1, the state that is subtracted from the values, and the decayed values, are
+    hi/lo splits too.
     """
     dtype, exact = inputs["q"].dtype, in_double(inputs)
     q, k, v, g, state = (exact[name] for name in ("q", "k", "v", "g", "initial_state"))
@@ -63,16 +64,16 @@ def eager(inputs, delta):
             Q, K, V = q[b, span, head // group], k[b, span, head // group], v[b, span, head]
             G = g[b, span, head].clamp_min(-50).cumsum(0)
             Gamma, gamma = (G[:, None] - G).tril().exp().tril(), G.exp()[:, None]
-            E, in_pairs = V, False
+            E, hi_lo = V, False
             if beta is not None:
                 betas = beta[b, span, head, None]
-                in_pairs = (betas > 1).any()
+                hi_lo = (betas > 1).any()
                 T = torch.linalg.inv(torch.eye(len(G)).double() + (betas * (K @ K.T)).tril(-1)) * Gamma
-                E = T @ (betas * (V - gamma * (K @ (S if in_pairs else rounded(S)))))
+                E = T @ (betas * (V - gamma * (K @ (S if hi_lo else rounded(S)))))
             P = rounded(scale * (Q @ K.T) * Gamma)
             o[b, span, head] = rounded(scale * gamma * (Q @ rounded(S)) + P @ E)
             to_end = (G[-1] - G).exp()[:, None] * E
-            S = gamma[-1] * S + K.T @ (to_end if in_pairs else rounded(to_end))
+            S = gamma[-1] * S + K.T @ (to_end if hi_lo else rounded(to_end))
         final_state[b, head] = S
     return o, final_state
 
@@ -102,7 +103,7 @@ def test_decay(device, kind, delta):
 @pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("keys", ["random", "identical", "periodic"])
 def test_hard_systems(device, keys, beta, dtype):
-    """Keys that repeat make the triangular system of a chunk as ill-conditioned as it gets; beta = 2 reflects."""
+    """Repeated keys make the triangular system of a chunk as ill-conditioned as possible."""
     inputs = make_inputs(ORDINARY, True, dtype, decay_kind="none")
     inputs["beta"].fill_(beta)
     if keys != "random":
@@ -112,22 +113,22 @@ def test_hard_systems(device, keys, beta, dtype):
 
 
 @pytest.mark.parametrize("K, V", [(64, 64), (256, 192)])
-def test_chunks_that_reflect_beside_others(device, K, V):
-    """Of four chunks and two value heads of a key head, every combination of some beta above 1 and none."""
+def test_chunks_with_and_without_beta_above_one(device, K, V):
+    """Four chunks and two value heads of one key head: every combination of some beta above 1 and none."""
     inputs = make_inputs(Shape(1, 200, 1, 2, K, V), True, BF16, decay_kind="none")
     inputs["k"] = inputs["k"][:, :4].repeat(1, 50, 1, 1)
-    reflect(inputs["beta"])
+    raise_some_betas(inputs["beta"])
     assert_forward(device, True, inputs)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("K", [64, 256])
-def test_state_of_chunks_that_reflect(device, K, dtype):
-    """Whatever leads to it is a pair."""
+def test_state_with_beta_above_one(device, K, dtype):
+    """Every factor of the state is a hi/lo split."""
     inputs = make_inputs(Shape(1, 200, 1, 2, K, 64), True, dtype, decay_kind="none")
     inputs["beta"] *= 2
     _, exact = forward(OPS[True][1], in_double(inputs))
-    assert_accurate_as_pairs("final_state", run(device, True, inputs)[1], exact, dtype)
+    assert_accurate_as_hi_lo("final_state", run(device, True, inputs)[1], exact, dtype)
 
 
 def system(k, beta, g):
@@ -138,7 +139,7 @@ def system(k, beta, g):
 
 
 def assert_inverse(L, A, T):
-    """L in two parts is as near to T - I as twice the digits of its type, and a system known to 20 bits, allow."""
+    """Assert that the hi/lo split L is T - I up to eps^2 of its dtype, given a system accurate to 20 bits."""
     found = L.double().tril(-1) + L.double().triu(1).mT
     info = torch.finfo(L.dtype)
     bound = info.eps**2 * T.abs() + info.eps * info.tiny + 2**-20 * (T.abs() @ A.abs() @ T.abs())
@@ -175,7 +176,7 @@ def save(device, inputs, cu_seqlens=None):
 
 @pytest.mark.parametrize("delta", [True, False], ids=["delta", "gla"])
 def test_saved(device, delta):
-    """What the backward reads, in packed sequences: where chunks lie, inverse, decays and states."""
+    """Tensors saved for backward, with packed sequences: chunk offsets, inverse, decays and states."""
     lengths = (70, 0, 64, 1)
     inputs = make_inputs(Shape(1, sum(lengths), 1, 2, 64, 64), delta, BF16, N=len(lengths))
     cu_seqlens = bounds(*lengths)
@@ -208,7 +209,7 @@ def test_packed_sequences_are_each_alone(device, K, delta):
     lengths = (5, 0, 65, 128, 0)
     inputs = make_inputs(Shape(1, sum(lengths), 1, 2, K, 64), delta, BF16, N=len(lengths))
     if delta:
-        inputs["beta"][:, 5:70] *= 2  # the third sequence alone reflects
+        inputs["beta"][:, 5:70] *= 2  # above 1 in the third sequence only
     cu_seqlens = bounds(*lengths, dtype=torch.int32)
     o, final_state = run(device, delta, inputs, cu_seqlens=cu_seqlens)
     for n, (start, stop) in enumerate(pairwise(cu_seqlens.tolist())):
@@ -236,7 +237,7 @@ def test_without_initial_state_it_starts_from_zero(device):
 
 @pytest.mark.parametrize("offset", [8, 3], ids=["aligned", "unaligned"])
 def test_strided_views_beside_nan(device, offset):
-    """q, k and v from one buffer whose other columns and tokens are NaN; unaligned ones are copied."""
+    """q, k and v are slices of one buffer that is NaN elsewhere; unaligned slices are copied."""
     s = ORDINARY
     inputs = make_inputs(s, True, BF16)
     expected = run(device, True, inputs)
@@ -253,8 +254,8 @@ def test_strided_views_beside_nan(device, offset):
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "g", "beta", "initial_state"])
-def test_nan_is_passed_on(device, name):
-    """It reaches its own token and, but for that of a query, all that come after the chunk."""
+def test_nan_propagates(device, name):
+    """A NaN reaches its own token and, unless it is in q, all tokens after the chunk."""
     inputs = make_inputs(Shape(1, 200, 1, 1, 64, 64), True, BF16)
     inputs[name][:, 0 if name == "initial_state" else 70] = math.nan
     o, final_state = run(device, True, inputs)
@@ -266,8 +267,8 @@ def test_nan_is_passed_on(device, name):
 
 
 @pytest.mark.parametrize("delta", [True, False], ids=["delta", "gla"])
-def test_bits_do_not_depend_on_processors_or_schedule(delta):
-    """Few processors make blocks of eight warps, many of four."""
+def test_bits_do_not_depend_on_number_of_sms_or_schedule(delta):
+    """With few SMs blocks have eight warps, with many four."""
     inputs = make_inputs(Shape(1, 135, 1, 1, 64, 128), delta, BF16)
     results = []
     for processors in (1, 132):
@@ -281,7 +282,7 @@ def test_bits_do_not_depend_on_processors_or_schedule(delta):
 
 @pytest.mark.parametrize("T", [3, 70])
 def test_recurrent_form(device, T):
-    """A few tokens go through the step, more through the chunk form."""
+    """Few tokens use the step kernel, more use the chunk form."""
     inputs = make_inputs(Shape(2, T, 1, 2, 64, 64), True, BF16)
     results = forward(hypenet_kernels.fused_recurrent_gated_delta_rule, to(device, inputs))
     expected = forward(OPS[True][1], in_double(inputs))

@@ -1,4 +1,4 @@
-"""The CUDA backward of the chunked recurrences against the reference: emulated, and on a GPU with pytest -m cuda."""
+"""The CUDA backward of the chunked recurrences against the reference, on the emulator or a GPU (-m cuda)."""
 
 import math
 from itertools import pairwise
@@ -6,8 +6,8 @@ from itertools import pairwise
 import emulation
 import pytest
 import torch
-from compare import assert_accurate_as_pairs, assert_matches_reference
-from recurrence_suite import Shape, bounds, cotangents, gradients, in_double, make_inputs, reflect
+from compare import assert_accurate_as_hi_lo, assert_matches_reference
+from recurrence_suite import Shape, bounds, cotangents, gradients, in_double, make_inputs, raise_some_betas
 
 from hypenet_kernels import chunk_gated_delta_rule, chunk_simple_gla, reference
 
@@ -28,7 +28,7 @@ both = pytest.mark.parametrize("delta", [True, False], ids=["delta", "gla"])
 
 
 def results(device, inputs, do, dfinal_state, **options):
-    """The kernels' gradients by the names of the inputs. dfinal_state = None: of <o, do> alone."""
+    """Return the kernels' gradients by input name; with dfinal_state = None, those of <o, do> alone."""
     op = chunk_gated_delta_rule if "beta" in inputs else chunk_simple_gla
     leaves = {name: x.detach().to(device).requires_grad_() for name, x in inputs.items()}
     options = {name: x.to(device) for name, x in options.items()}
@@ -44,7 +44,7 @@ def expected(inputs, do, dfinal_state, **options):
 
 
 def check(device, inputs, eager=False, size=1.0, negligible=(), **options):
-    """eager: the bound comes from autograd through the reference in the kernel's dtype, else from one rounding."""
+    """Compare all gradients; eager: bound by autograd through the reference in the kernel's dtype, else by rounding."""
     dtype, (do, dfinal_state) = inputs["q"].dtype, cotangents(inputs, size)
     found = results(device, inputs, do, dfinal_state, **options)
     exact = expected(in_double(inputs), do.double(), dfinal_state.double(), **options)
@@ -88,33 +88,33 @@ def test_keys_that_repeat(device, period, beta):
 
 
 @pytest.mark.parametrize("K, V", [(64, 192), (256, 128)])
-def test_chunks_that_reflect_beside_others(device, K, V):
-    """Value heads of a group, and their tiles of V, take turns with and without low parts of dB."""
+def test_chunks_with_and_without_beta_above_one(device, K, V):
+    """Among the value heads of a group and their tiles of V, some have low parts of dB and some do not."""
     inputs = make_inputs(Shape(1, 200, 1, 2, K, V), True, BF16)
-    reflect(inputs["beta"])
+    raise_some_betas(inputs["beta"])
     check(device, inputs)
 
 
 @pytest.mark.parametrize("K", [64, 256])
-def test_gradient_through_states_of_chunks_that_reflect(device, K):
-    """Whatever leads from the final state's to the initial state's is a pair."""
+def test_gradient_through_states_with_beta_above_one(device, K):
+    """Every factor between the final and the initial state's gradient is a hi/lo split."""
     inputs = make_inputs(Shape(1, 135, 1, 2, K, 64), True, BF16, "none")
     inputs["beta"] *= 2
     do, dfinal_state = cotangents(inputs)
     do.zero_()
     exact = expected(in_double(inputs), do.double(), dfinal_state.double())["initial_state"]
-    assert_accurate_as_pairs("dinitial_state", results(device, inputs, do, dfinal_state)["initial_state"], exact, BF16)
+    assert_accurate_as_hi_lo("dinitial_state", results(device, inputs, do, dfinal_state)["initial_state"], exact, BF16)
 
 
-def test_gradient_of_beta_where_a_chunk_reflects(device):
-    """Without a state before the chunk, and of the one after it alone, it comes of pairs, whatever the tile of V."""
+def test_gradient_of_beta_above_one(device):
+    """With a zero state before the chunk and a gradient of the final state only, all factors are hi/lo splits."""
     inputs = make_inputs(Shape(1, 64, 1, 2, 64, 192), True, BF16)
     inputs["beta"] *= 2
     inputs["initial_state"].zero_()
     do, dfinal_state = cotangents(inputs)
     do.zero_()
     exact = expected(in_double(inputs), do.double(), dfinal_state.double())["beta"]
-    assert_accurate_as_pairs("dbeta", results(device, inputs, do, dfinal_state)["beta"], exact, BF16)
+    assert_accurate_as_hi_lo("dbeta", results(device, inputs, do, dfinal_state)["beta"], exact, BF16)
 
 
 def test_values_that_the_state_predicts(device):
@@ -136,7 +136,7 @@ def test_packed_sequences_are_each_alone(device, K, delta):
     lengths = (5, 0, 64, 1, 65, 0)
     inputs = make_inputs(Shape(1, sum(lengths), 1, 2, K, 64), delta, BF16, N=len(lengths))
     if delta:
-        inputs["beta"][:, 5:69] *= 2  # the third sequence alone reflects
+        inputs["beta"][:, 5:69] *= 2  # above 1 in the third sequence only
     do, dfinal_state = cotangents(inputs)
     cu_seqlens = bounds(*lengths)
     found = results(device, inputs, do, dfinal_state, cu_seqlens=cu_seqlens)

@@ -1,4 +1,4 @@
-"""The CUDA kernels of HyPE attention, forward and backward, against the reference: emulated, and on a GPU."""
+"""The CUDA kernels of HyPE attention, forward and backward, against the reference, on the emulator or a GPU."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from test_hype_attention import Shape, fused, make_inputs, run_with_gradients
 from hypenet_kernels import hype_attention, reference
 
 DTYPES = (torch.bfloat16, torch.float16)
-SHAPES = {  # rows of a block: 128 queries and 64 keys in the forward, 128 and 64 of either in the backward
+SHAPES = {  # block sizes: 128 queries and 64 keys in the forward; 128 and 64 of either in the backward
     "one token": Shape(2, 1, 2, 1, 64),
     "a tile less one": Shape(1, 63, 2, 2, 128),
     "a tile": Shape(2, 64, 2, 1, 64),
@@ -32,7 +32,7 @@ OPTIONS = {
 
 
 def assert_matches(device, inputs, do=None, **options):
-    """The output and every gradient, by tests/compare.py's bound."""
+    """Compare the output and every gradient."""
     dtype = inputs[0].dtype
     do = torch.randn(inputs[0].shape, dtype=dtype) if do is None else do
     on_device = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
@@ -41,7 +41,7 @@ def assert_matches(device, inputs, do=None, **options):
     eager = run_with_gradients(reference.hype_attention, inputs, do, **options)
     for name, x in results.items():
         assert x.dtype == dtype
-        only_key = inputs[1].shape[1] == 1 and name in ("dq", "dk")  # then it is zero: measured against one
+        only_key = inputs[1].shape[1] == 1 and name in ("dq", "dk")  # gradient is 0: compare it plus 1
         assert_matches_reference(name, x.cpu() + only_key, expected[name] + only_key, eager[name] + only_key)
     return results
 
@@ -96,7 +96,7 @@ BOUNDS = [0, 0, 5, 5, 134, 198, 199, 262, 262]
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
 def test_packed_sequences_are_each_alone(device, index_dtype):
-    """To the last bit; what a neighbour holds changes nothing."""
+    """Bit for bit the same as alone, whatever the neighbouring sequences contain."""
     inputs = [x.detach().to(device) for x in make_inputs(Shape(1, BOUNDS[-1], 2, 1, 64), torch.bfloat16, gate=True)]
     do = torch.randn_like(inputs[0])
     bounds = torch.tensor(BOUNDS, dtype=index_dtype, device=device)
@@ -152,7 +152,7 @@ def test_any_strides(device, layout):
 
 
 def test_rows_around_the_tensors_are_not_read(device):
-    """q, k, v and gate are windows of larger tensors that are NaN elsewhere."""
+    """q, k, v and gate are slices of larger tensors that are NaN elsewhere."""
     inputs = make_inputs(Shape(1, 70, 2, 1, 64), torch.bfloat16, gate=True)
     windows = []
     for x in inputs:
@@ -197,7 +197,7 @@ def test_repeats_and_replays_in_a_graph():
     assert torch.equal(o, first["o"])
 
 
-# ---- what is refused
+# ---- errors
 
 
 def test_what_is_not_built_is_refused(device):

@@ -1,4 +1,4 @@
-"""hype_attention_decode's CUDA kernels against the reference: emulated, and on a GPU with pytest -m cuda."""
+"""The CUDA kernels of hype_attention_decode against the reference, on the emulator or a GPU (-m cuda)."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from hypenet_kernels import hype_attention_decode, reference
 
 SEGMENT = 256  # keys of a partial result (csrc/cuda/kernels.h)
 MOST_SEGMENTS = 256
-EMULATED_PROCESSORS = 4  # csrc/emu/state.h
+EMULATED_SMS = 4  # csrc/emu/state.h
 NAN = float("nan")
 
 
@@ -42,7 +42,7 @@ SMALL = ("q", "k", "v", "gate")
 
 
 def make_inputs(shape, dtype=torch.bfloat16, appends=True):
-    """Arguments by name; what the caches do not hold is NaN."""
+    """Return the arguments by name; cache rows beyond the lengths are NaN."""
     T, H, HK, D, lengths, room = shape
     B = len(lengths)
     held = lengths if appends else [length + T for length in lengths]
@@ -70,7 +70,7 @@ def assert_equal(x, y):
 
 
 def check(device, inputs, **options):
-    """Output and caches against the reference; returns what the op was given and gave."""
+    """Compare output and caches with the reference; return the inputs and the output."""
     exact, eager = as_type(inputs, torch.float64), moved(inputs, "cpu")
     expected = reference.hype_attention_decode(**exact, **options)
     eager_o = reference.hype_attention_decode(**eager, **options)
@@ -140,14 +140,14 @@ def head_major(cache):
 
 
 def pool(cache):
-    """A slice of a larger allocation: every second sequence, padded rows, one half of fused heads."""
+    """Return x as a slice of a larger allocation: every second sequence, padded rows, half of fused heads."""
     B, capacity, HK, D = cache.shape
     view = cache.new_full((2 * B, capacity + 5, 2 * HK, D), NAN)[::2, 2 : capacity + 2, HK:]
     return view.copy_(cache)
 
 
 def padded(cache):
-    """Rows that start where no 16 bytes do."""
+    """Return x with rows that are not aligned to 16 bytes."""
     view = cache.new_full((*cache.shape[:-1], cache.shape[-1] + 3), NAN)[..., 1:-2]
     return view.copy_(cache)
 
@@ -183,11 +183,11 @@ def test_empty_problems(device, B, T):
     assert hype_attention_decode(q, cache, cache.clone(), lengths, k=k, v=k).shape == q.shape
 
 
-# ---- the same bits every time
+# ---- determinism
 
 
 def test_bits_depend_on_the_sequence_alone(device):
-    """Not on the batch, the capacity, or how many tokens a call takes."""
+    """They do not depend on the batch, the capacity or the number of tokens per call."""
     lengths, T = [3, 2 * SEGMENT + 9, 100], 3
     inputs = make_inputs(Shape(T, 4, 1, 64, lengths))
     inputs["gate"] = torch.randn_like(inputs["q"])
@@ -205,7 +205,7 @@ def test_bits_depend_on_the_sequence_alone(device):
 
 
 @pytest.mark.parametrize("seed", emulation.SEEDS)
-def test_any_order_of_threads_and_any_number_of_processors_give_the_same_bits(seed):
+def test_any_order_of_threads_and_any_number_of_sms_give_the_same_bits(seed):
     inputs = make_inputs(Shape(2, 8, 2, 64, [SEGMENT + 30, 100, 0]))
     with emulation.emulated():
         expected = hype_attention_decode(**moved(inputs, "cpu"))
@@ -214,7 +214,7 @@ def test_any_order_of_threads_and_any_number_of_processors_give_the_same_bits(se
             emulation.module().set_num_processors(seed + 1)
             assert_equal(hype_attention_decode(**moved(inputs, "cpu")), expected)
         finally:
-            emulation.module().set_num_processors(EMULATED_PROCESSORS)
+            emulation.module().set_num_processors(EMULATED_SMS)
 
 
 # ---- on a GPU
@@ -222,7 +222,7 @@ def test_any_order_of_threads_and_any_number_of_processors_give_the_same_bits(se
 
 @pytest.mark.cuda
 def test_more_sequences_than_a_grid_has_rows():
-    """The same few, over and over."""
+    """A few sequences, repeated."""
     few = make_inputs(Shape(1, 1, 1, 64, [i % 5 for i in range(70)]))
     many = {name: x.repeat(MANY // 70, *[1] * (x.dim() - 1)) for name, x in moved(few, "cuda").items()}
     _, o = check("cuda", few)
@@ -247,7 +247,7 @@ def test_graph_follows_the_lengths_on_the_device():
     assert_equal(inputs["k_cache"], eager["k_cache"])
 
 
-# ---- what is refused
+# ---- errors
 
 
 @pytest.mark.parametrize(

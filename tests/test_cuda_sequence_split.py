@@ -1,12 +1,12 @@
-"""Sequences split into segments on CUDA, forward and backward, against the reference: emulated, and on a GPU."""
+"""Sequences split into segments on CUDA, forward and backward, against the reference, on the emulator or a GPU."""
 
 from itertools import pairwise
 
 import emulation
 import pytest
 import torch
-from compare import assert_accurate_as_pairs, assert_matches_reference
-from recurrence_suite import Shape, arguments, bounds, cotangents, gradients, in_double, make_inputs, reflect
+from compare import assert_accurate_as_hi_lo, assert_matches_reference
+from recurrence_suite import Shape, arguments, bounds, cotangents, gradients, in_double, make_inputs, raise_some_betas
 
 import hypenet_kernels
 from hypenet_kernels import _recurrence_cuda, reference
@@ -29,7 +29,7 @@ both = pytest.mark.parametrize("delta", [True, False], ids=["delta", "gla"])
 
 
 def forward(device, delta, inputs, segment_chunks, cu_seqlens=None):
-    """(o, final_state) of the op itself, which takes any number of chunks."""
+    """Return (o, final_state) of the internal op, which takes any number of chunks per segment."""
     tensors = [x if x is None else x.to(device) for x in arguments(inputs)]
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(device)
     return OPS[delta][0].default(*tensors, cu_seqlens, inputs["q"].shape[-1] ** -0.5, segment_chunks)[:2]
@@ -63,33 +63,33 @@ def test_forward_and_every_gradient(device, name, delta):
 
 
 @pytest.mark.parametrize("K, V", [(64, 128), (256, 64)])
-def test_segments_that_reflect_beside_others(device, K, V):
-    """One chunk of every segment does, in both passes and both directions."""
+def test_segments_with_and_without_beta_above_one(device, K, V):
+    """One chunk of every segment has beta > 1, in both passes and both directions."""
     inputs = make_inputs(Shape(1, 400, 1, 2, K, V), True, BF16)
-    reflect(inputs["beta"])
+    raise_some_betas(inputs["beta"])
     check(device, True, inputs, BF16)
 
 
-def test_states_of_segments_that_reflect(device):
-    """Whatever leads from one state to the other, or back, is a pair, in the first pass too."""
+def test_states_of_segments_with_beta_above_one(device):
+    """Every factor between two states, forward and backward, is a hi/lo split, in the first pass too."""
     inputs = make_inputs(Shape(1, 330, 1, 1, 64, 64), True, BF16, decay_kind="none")
     inputs["beta"] *= 2
     exact, (do, dfinal_state) = in_double(inputs), cotangents(inputs)
     do.zero_()
     _, state = OPS[True][1](**exact, output_final_state=True)
-    assert_accurate_as_pairs("final_state", forward(device, True, inputs, 1)[1].cpu(), state, BF16)
+    assert_accurate_as_hi_lo("final_state", forward(device, True, inputs, 1)[1].cpu(), state, BF16)
     dstate = gradients(OPS[True][1], exact, do.double(), dfinal_state.double())["initial_state"]
     found = backward(device, True, inputs, 1, do, dfinal_state)["initial_state"]
-    assert_accurate_as_pairs("dinitial_state", found, dstate, BF16)
+    assert_accurate_as_hi_lo("dinitial_state", found, dstate, BF16)
 
 
 @both
 @pytest.mark.parametrize("K, lengths", [(64, (130, 0, 5, 64, 300, 0)), (256, (65, 0, 129))])
 def test_packed_sequences_are_each_alone(device, K, lengths, delta):
-    """Also empty ones, of one segment, and of several; in any number of segments before them."""
+    """Sequences that are empty, of one segment, and of several."""
     inputs = make_inputs(Shape(1, sum(lengths), 1, 2, K, 64), delta, BF16, N=len(lengths))
     if delta:
-        reflect(inputs["beta"])
+        raise_some_betas(inputs["beta"])
     do, dfinal_state = cotangents(inputs)
     cu_seqlens = bounds(*lengths)
     o, final_state = forward(device, delta, inputs, 1, cu_seqlens)
@@ -108,7 +108,7 @@ def test_packed_sequences_are_each_alone(device, K, lengths, delta):
 @both
 @pytest.mark.parametrize("keys", ["random", "identical"])
 def test_without_decay_a_state_is_carried_through_every_segment(device, keys, delta):
-    """Nothing is forgotten, so that a transfer that is wrong anywhere shows in the last token."""
+    """Without decay, an error in any segment's transition shows in the last token."""
     inputs = make_inputs(Shape(1, 330, 1, 1, 64, 64), delta, BF16, decay_kind="none")
     if keys == "identical":
         inputs["k"] = inputs["k"][:, :1].expand(inputs["k"].shape).contiguous()
@@ -132,7 +132,7 @@ def test_one_segment_has_the_bits_of_no_split(device, delta):
     assert all(a.equal(b) for a, b in zip(whole, split, strict=True))
 
 
-def test_bits_do_not_depend_on_processors_or_schedule():
+def test_bits_do_not_depend_on_number_of_sms_or_schedule():
     inputs = make_inputs(Shape(1, 200, 1, 1, 64, 128), True, BF16)
     results = []
     for processors, seed in zip((1, 132, 4), emulation.SEEDS, strict=True):
@@ -156,7 +156,7 @@ def test_empty_problems(device, B, T):
         (1, 32768, 8, 128, 32),  # 8 heads of 512 chunks are 128 segments of 32
         (1, 32768, 32, 128, 128),
         (1, 32768, 8, 256, 64),  # twice the columns, half the segments
-        (1, 32768, 1, 64, 16),  # no shorter than that
+        (1, 32768, 1, 64, 16),  # the shortest segment
         (1, 32768, 41, 128, 0),  # enough heads
         (64, 8192, 1, 128, 0),  # enough sequences
         (1, 2047, 1, 128, 0),  # less than two segments

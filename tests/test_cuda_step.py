@@ -1,4 +1,4 @@
-"""The CUDA decode steps against the reference: emulated, and on a GPU with pytest -m cuda."""
+"""The CUDA decode steps against the reference, on the emulator or a GPU (-m cuda)."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def test_l2norm_and_strided_inputs(device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", [gated_delta_step, simple_gla_step])
-def test_gates_as_a_layer_projects_them(device, op, dtype):
+def test_raw_gate_projections(device, op, dtype):
     q, k, v, _, _, state = inputs(2, 3, 2, 4, 64, 64, dtype)
     a, b = (3 * torch.randn(2, 3, 4).to(dtype) for _ in range(2))
     a[0, 0, 0], a[0, 1, 1] = 1e4, -1e4
@@ -109,7 +109,7 @@ def test_pool_of_states(device, index_dtype):
     assert (o[1] == 0).all() and moved[unused].isnan().all()
 
 
-def test_slot_that_does_not_exist_gives_nan_and_touches_nothing(device):
+def test_invalid_slot_gives_nan_and_changes_nothing(device):
     q, k, v, g, beta, state = inputs(1, 1, 1, 1, 16, 16, torch.float32)
     moved = state.to(device, copy=True)
     o = gated_delta_step(*(x.to(device) for x in (q, k, v, g, beta)), moved, state_indices=torch.tensor([1]).to(device))

@@ -1,4 +1,4 @@
-"""The decode steps of the gated delta rule and of simple GLA: against the loop over t, in place, in a pool of slots."""
+"""The decode steps of the gated delta rule and simple GLA: against the reference, in place, in a state pool."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ SHAPES = (
     Shape(1, 1, 1, 1, 16, 16),  # one head
     Shape(3, 1, 2, 6, 128, 128),  # a model's shape; value heads in groups
     Shape(2, 1, 1, 2, 33, 45),  # odd sizes
-    Shape(1, 1, 1, 1, 7, 300),  # more columns than any panel
+    Shape(1, 1, 1, 1, 7, 300),  # more columns than a panel
     Shape(2, 5, 2, 2, 24, 40),  # several tokens
 )
 ORDINARY = Shape(3, 2, 2, 4, 24, 40)
@@ -20,14 +20,14 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
 class StepOp:
-    """Subclasses set op, reference, name and delta."""
+    """Subclasses define op, reference, name and delta."""
 
     def inputs(self, shape, dtype=torch.float32, **options):
         inputs = make_inputs(shape, self.delta, dtype, **options)
         return inputs, inputs.pop("initial_state")
 
     def assert_step(self, inputs, state, **options):
-        """One step against the reference, which calls its l2norm what the step calls it."""
+        """Compare one step with the reference."""
         expected = dict(
             zip(
                 ("o", "state"),
@@ -61,7 +61,7 @@ class StepOp:
             assert_matches_reference("o", o_t, o[:, t : t + 1])
         assert_matches_reference("state", state, final_state)
 
-    def test_several_tokens_are_one_after_the_other(self):
+    def test_several_tokens_equal_single_steps(self):
         inputs, state = self.inputs(SHAPES[-1])
         other = state.clone()
         o = self.op(**inputs, state=state)
@@ -81,7 +81,7 @@ class StepOp:
         assert pool[[0, 2, 3]].isnan().all()
 
     def gate_inputs(self, dtype):
-        """Inputs with gates as a layer projects them, what they mean in double, the state, and the step's options."""
+        """Return inputs with raw gate projections, the inputs in double with computed gates, the state, and options."""
         inputs, state = self.inputs(ORDINARY, dtype)
         A_log, dt_bias = torch.randn(4), torch.randn(4)
         projected = {name: 3 * torch.randn(3, 2, 4).to(dtype) for name in ("g", "beta") if name in inputs}
@@ -94,7 +94,7 @@ class StepOp:
         return {**inputs, **projected}, exact, state, options
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_gates_as_a_layer_projects_them(self, dtype):
+    def test_raw_gate_projections(self, dtype):
         inputs, exact, state, options = self.gate_inputs(dtype)
         exact = {name: x.double() for name, x in {**exact, "initial_state": state}.items()}
         o_expected, state_expected = forward(self.reference, exact)
@@ -102,7 +102,7 @@ class StepOp:
         assert_matches_reference("o", o, o_expected, eager=rounded(o_expected, dtype))
         assert_matches_reference("state", state, state_expected, eager=rounded(state_expected, state.dtype))
 
-    def test_gates_of_any_type_and_extreme_ones(self):
+    def test_raw_gates_of_any_dtype_and_extreme_values(self):
         inputs, _, state, options = self.gate_inputs(torch.bfloat16)
         gates = [name for name in ("g", "beta") if name in inputs]
         other = state.clone()

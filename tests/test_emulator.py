@@ -1,4 +1,4 @@
-"""The emulated machine itself: every mistake is caught, with block and thread named, and what is right passes."""
+"""The emulator itself: it detects every error, naming block and thread, and accepts correct kernels."""
 
 import functools
 
@@ -11,7 +11,7 @@ from hypenet_kernels import simple_gla_step
 FOLDER = emulation.ROOT / "tests" / "emulator_kernels"
 THREAD = r"block \d+, thread \d+ \(warp \d+, lane \d+\): "
 
-BAD = {  # the kernel: what the message says
+BAD = {  # kernel -> pattern of the message
     "missing_barrier": r"(reads|writes) 4 bytes at shared \+ 0x\w+: race: no barrier since the (read|write) by thread",
     "barrier_for_half_the_block": "race: no barrier since",
     "missing_sync_warp": "race: no barrier since",
@@ -55,7 +55,7 @@ BAD = {  # the kernel: what the message says
     "tf32_not_rounded": r"mma_16x8x8_tf32: a\[0\] is not rounded by to_tf32",
 }
 if "clang" in emulation.compiler():
-    del BAD["misaligned_vector"]  # clang reports copies of 16 bytes without their alignment
+    del BAD["misaligned_vector"]  # clang does not report the alignment of 16-byte copies
 BAD_LAUNCHES = {
     "more_shared_memory_than_there_is": "kernel bad: a block has at most 232448 bytes of shared memory, got 240000",
     "part_of_a_warp": "kernel bad: a block must have 32 to 1024 threads, whole warps, got 48",
@@ -88,7 +88,7 @@ def run_bad(name):
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_mistake_is_caught(name, seed):
+def test_error_is_detected(name, seed):
     with pytest.raises(RuntimeError, match=f"^{name}: kernel bad, {THREAD}") as caught:
         run_bad(name)
     with pytest.raises(RuntimeError, match=BAD[name]):
@@ -101,14 +101,14 @@ def test_launch_is_refused(name):
         run_bad(name)
 
 
-def test_gap_between_rows_is_no_part_of_a_tensor():
+def test_gap_between_rows_is_out_of_bounds():
     rows = torch.zeros(4, 32)[:, :24]
     run("reads_between_rows", a=rows, c=torch.zeros(128), n=23)
     with pytest.raises(RuntimeError, match=r"reads 4 bytes at a \+ 96 bytes: out of bounds"):
         run("reads_between_rows", a=rows, c=torch.zeros(128), n=24)
 
 
-def test_a_mistake_leaves_the_machine_healthy():
+def test_emulator_works_after_an_error():
     for name in ("missing_wait", "deadlock_by_wrong_count", "different_shuffles"):
         with pytest.raises(RuntimeError):
             run_bad(name)
@@ -137,8 +137,8 @@ def test_tf32(seed):
     torch.testing.assert_close(c.double(), rounded[0] @ rounded[1], rtol=1e-5, atol=1e-6)
 
 
-def test_products_are_cut_off_and_their_sum_rounded_towards_zero():
-    """1 + 1.5 x 2^-24 is 1 there, where rounding to nearest gives 1 + 2^-23; NaN and infinity stay."""
+def test_products_are_truncated_and_their_sum_rounded_towards_zero():
+    """1 + 1.5 x 2^-24 gives 1, while rounding to nearest would give 1 + 2^-23; NaN and infinity propagate."""
     a, b, c = torch.zeros(16, 8), torch.zeros(8, 8), torch.zeros(16, 8)
     a[:, 0], a[:, 1], b[:2] = 1.0, 1.5 * 2.0**-12, torch.tensor([[1.0], [2.0**-12]])
     a[8:] *= -1
@@ -223,7 +223,7 @@ def test_launches_are_recorded():
     assert names == [("early_exit", 1, 128, 0), ("pipeline", 1, 128, 3 * 4 * 128 * 4)]
 
 
-def test_ops_run_on_the_machine_as_long_as_asked():
+def test_ops_are_emulated_within_the_context_only():
     machine = emulation.module()
     q, state = torch.randn(1, 1, 1, 8), torch.zeros(1, 1, 8, 8)
     machine.forget_launches()

@@ -1,4 +1,4 @@
-"""The gated delta rule over whole sequences: chunk and recurrent form against the loop over t, values and gradients."""
+"""The gated delta rule over whole sequences: chunk and recurrent form against the reference, values and gradients."""
 
 import pytest
 import torch
@@ -27,13 +27,13 @@ class DeltaRule(SequenceOp):
     @pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
     @pytest.mark.parametrize("keys", ["random", "identical", "periodic"])
     def test_hard_systems(self, keys, beta):
-        """Keys that repeat make the triangular system of a chunk as ill-conditioned as it gets; beta = 2 reflects."""
+        """Repeated keys make the triangular system of a chunk as ill-conditioned as possible."""
         shape = Shape(1, 103, 1, 2, 64, 64)
         inputs = make_inputs(shape, True, torch.float64, decay_kind="none")
         inputs["beta"].fill_(beta)
         if keys != "random":
             inputs["k"] = inputs["k"][:, : 1 if keys == "identical" else 4].repeat(1, 103, 1, 1)[:, :103]
-        if beta == 0:  # nothing is written: v has no gradient
+        if beta == 0:  # nothing is written to the state: the gradient of v is 0
             assert_forward(self.op, self.reference, inputs)
             assert (gradients(self.op, inputs, *cotangents(inputs))["v"] == 0).all()
             return
@@ -41,8 +41,8 @@ class DeltaRule(SequenceOp):
         assert_gradients(self.op, self.reference, inputs)
         single = {name: x.float() for name, x in inputs.items()}
         expected = forward(self.reference, in_double(single))
-        # A reflection hands errors on undiminished, and with equal keys all errors of k . k are one and the same: no
-        # float32 Gram matrix does better than exact arithmetic on keys that are half a unit in the last place too long.
+        # With beta = 2 errors do not decay, and with equal keys all products k . k have the same rounding error: a
+        # float32 Gram matrix is then no better than exact arithmetic on keys that are too long by half an ulp.
         longer = in_double(single) | {"k": single["k"].double() * (1 + torch.finfo(torch.float32).eps / 2)}
         eager = forward(self.reference, longer) if beta == 2 else (None, None)
         for name, x, y, z in zip(("o", "final_state"), forward(self.op, single), expected, eager, strict=True):

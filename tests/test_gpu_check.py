@@ -1,4 +1,4 @@
-"""bench/gpu_check.sh without a GPU: the order of its stages, what survives a failure, what it says at the end."""
+"""bench/gpu_check.sh without a GPU: order of the stages, what survives a failure, and the summary."""
 
 import os
 import re
@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "bench" / "gpu_check.sh"
 TESTS = sorted(path.stem.removeprefix("test_cuda_") for path in (ROOT / "tests").glob("test_cuda_*.py"))
-TESTS.remove("build")  # of it nothing needs a GPU
+TESTS.remove("build")  # needs no GPU
 FIRST = ["device", "build", "self-test", "timing-first"]
 LAST = ["timing", "memcheck", "synccheck", "racecheck"]
 TOTAL = 570  # seconds
@@ -20,8 +20,8 @@ case "$*" in
     setup.py*) echo "built for $TORCH_CUDA_ARCH_LIST" ;;
     "-m pytest"*step.py) echo "1 failed, 3 passed"; exit 1 ;;
     "-m pytest"*) echo "4 passed" ;;
-    "-m bench.ops"*--quick) echo first >"$4"; echo timed ;;
-    "-m bench.ops"*) echo '{"rows": []}' >"$4"; sleep "$FAKE_SECONDS"; echo timed ;;
+    "-m bench.supervise"*--quick) echo first >"$4"; echo timed ;;
+    "-m bench.supervise"*) echo '{"rows": []}' >"$4"; sleep "$FAKE_SECONDS"; echo timed ;;
     "-m bench.tables"*) echo "table of $(cat "$3")" ;;
     *) echo "ran $*" ;;
 esac
@@ -33,7 +33,7 @@ echo "checked by $2: ERROR SUMMARY: 0 errors"
 
 @pytest.fixture
 def machine(tmp_path):
-    """Environment of a machine on which python, nvcc, nvidia-smi and compute-sanitizer are puppets."""
+    """Environment of a machine on which python, nvcc, nvidia-smi and compute-sanitizer are fakes."""
     for name, text in {
         "python": PYTHON,
         "compute-sanitizer": SANITIZER,
@@ -56,7 +56,7 @@ def rows(folder):
     return {name: (result, last) for name, result, _, last in cells[1:]}
 
 
-def test_failure_of_a_stage_stops_no_other(machine, tmp_path):
+def test_a_failing_stage_does_not_stop_the_others(machine, tmp_path):
     ran = run(machine)
     assert ran.returncode == 1 and "1 stages did not pass" in ran.stdout, ran.stdout + ran.stderr
     found = rows(tmp_path / "results")
@@ -71,22 +71,22 @@ def test_failure_of_a_stage_stops_no_other(machine, tmp_path):
     assert re.search(r"\n== timing: .*\ntimed\n", log) and log.count("\n== ") == len([*FIRST, *TESTS, *LAST])
 
 
-def test_says_what_it_was_given_for_the_commit(machine, tmp_path):
-    """On a machine without git."""
+def test_reports_the_commit_from_the_environment(machine, tmp_path):
+    """For a machine without git."""
     run(machine | {"COMMIT": "0123abc"})
     assert "commit 0123abc" in (tmp_path / "results" / "gpu_check.md").read_text()
 
 
-def test_what_was_measured_survives_the_end_of_the_time(machine, tmp_path):
-    """Results go to a folder that is named, from anywhere."""
+def test_results_survive_a_timeout(machine, tmp_path):
+    """Also: OUT is relative to the working directory of the caller."""
     ran = run(machine | {"FAKE_SECONDS": "60", "GPU_CHECK_SECONDS": "3"}, "out", cwd=tmp_path)
     assert ran.returncode == 1, ran.stdout + ran.stderr
     found = rows(tmp_path / "out")
-    assert found["timing"][0].startswith("did not end in") and found["memcheck"][0] == "not run: no time left"
+    assert found["timing"][0].startswith("timed out after") and found["memcheck"][0] == "not run: no time left"
     assert (tmp_path / "out" / "ops.json").read_text() == '{"rows": []}\n'
 
 
-def test_record_of_an_earlier_run_is_not_gone_on_with(machine, tmp_path):
+def test_record_of_an_earlier_run_is_not_resumed(machine, tmp_path):
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "ops.json").write_text("earlier")
     run(machine | {"GPU_CHECK_SECONDS": "0"})
@@ -94,7 +94,7 @@ def test_record_of_an_earlier_run_is_not_gone_on_with(machine, tmp_path):
     assert {result for result, _ in rows(tmp_path / "results").values()} == {"not run: no time left"}
 
 
-def test_no_gpu_is_said(machine, tmp_path):
+def test_without_a_gpu_it_reports_and_exits_2(machine, tmp_path):
     ran = run(machine | {"FAKE_FACTS": ""}, tmp_path / "out")
     assert ran.returncode == 2 and "sees no GPU" in ran.stderr and not (tmp_path / "out").exists()
 
@@ -108,7 +108,7 @@ def test_dry_run_prints_every_stage_and_runs_none(machine, tmp_path):
     assert all(f"--tool {tool}" in ran.stdout for tool in LAST[1:])
 
 
-def test_help_is_the_head_of_the_script():
+def test_help_prints_the_header_of_the_script():
     ran = run(os.environ, "--help")
     assert ran.returncode == 0 and "--dry-run" in ran.stdout and "#" not in ran.stdout
     assert run(os.environ, "--fast").returncode == 2

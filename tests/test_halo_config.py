@@ -1,4 +1,4 @@
-"""Every mistake in a configuration is one line that names file, key, rule and value; the shipped files are valid."""
+"""An error in a configuration is one line that names file, key, rule and value; the shipped files are valid."""
 
 import pytest
 import yaml
@@ -29,7 +29,7 @@ def write(tmp_path):
     return write_tree
 
 
-# (change of the valid tree, what the line must hold after the file's name)
+# (change of the valid configuration, expected message after the file name)
 MISTAKES = {
     "unknown key": ({"alin": {}}, "alin: is not a key of this section"),
     "unknown key in a section": ({"align": {"stepz": 3}}, "align.stepz: is not a key of this section"),

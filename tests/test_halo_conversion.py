@@ -1,4 +1,4 @@
-"""The whole conversion from the command line, on a teacher of three layers: results, reuse, and clear refusals."""
+"""The whole conversion from the command line, with a teacher of three layers: results, reuse and error messages."""
 
 import json
 from types import SimpleNamespace
@@ -53,7 +53,7 @@ def test_every_stage_leaves_its_result(converted):
         assert [line["step"] for line in lines] == [1, 2, 3, 4]
         assert {"loss", "lr", "grad_norm", "seconds", "tokens_per_second"} <= lines[0].keys()
         assert not (converted.out / stage / "checkpoint.pt").exists()
-        # Not a terminal: plain lines with loss and speed.
+        # The output is not a terminal: plain lines with loss and speed.
         assert f"{stage:10} 4/4  loss {lines[-1]['loss']:.4f}" in converted.output and "tokens/s" in converted.output
 
 
@@ -81,12 +81,12 @@ def test_evaluation_covers_models_and_lengths(converted):
 
 
 @pytest.mark.parametrize("stage", ["select", "scale", "eval"])
-def test_interrupted_measurement_takes_up_where_it_was(converted, tmp_path, monkeypatch, stage):
+def test_interrupted_measurement_resumes(converted, tmp_path, monkeypatch, stage):
     config = make_config(yaml.safe_load((converted.out / "config.yaml").read_text()))
     result = {"select": "selection.json", "scale": "scale.json", "eval": "results.json"}[stage]
     directory = converted.out / stage
     expected, lines = json.loads((directory / result).read_text()), (directory / "metrics.jsonl").read_text()
-    # Settings and two pieces are whole; a kill cut the third.
+    # Keep the settings and two entries; the third is truncated, as by a kill.
     whole = lines.splitlines(keepends=True)[:3]
     (directory / "metrics.jsonl").write_text("".join(whole) + lines.splitlines()[3][:20])
     for name in ("done.json", result):
@@ -100,7 +100,7 @@ def test_interrupted_measurement_takes_up_where_it_was(converted, tmp_path, monk
 
 
 def _counting(once, counted):
-    """Notes for every piece whether it had to be measured."""
+    """Wrap Journal.once to record for every entry whether it had to be measured."""
 
     def counting(self, key, measure):
         counted.append(key not in self.pieces)
@@ -251,7 +251,7 @@ def test_measured_swaps_are_paired_over_the_same_samples(corpus, tmp_path):
 
 
 class NextTokenOracle(nn.Module):
-    """Knows the token after each position, with a certainty that its scale base decides."""
+    """Predicts the next token with a confidence that depends on its scale base."""
 
     def __init__(self, vocabulary, rows=None):
         super().__init__()

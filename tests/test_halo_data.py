@@ -1,4 +1,4 @@
-"""Chunks hold every token of every document once an epoch, know where documents begin, and resume at the next batch."""
+"""Chunks contain every token once per epoch, with document boundaries, and resume at the next batch."""
 
 import json
 from itertools import islice

@@ -1,4 +1,4 @@
-"""The losses over the vocabulary equal their definitions in float64, for any chunking, in value and gradient."""
+"""The losses over the vocabulary equal their definitions in float64, in value and gradient, for any chunking."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from compare import assert_matches_reference
 from halo.losses import IGNORE, kl_divergence, mixer_mse, next_token_labels, next_token_loss, token_losses
 
 N, D, V = 37, 16, 53
-# One piece, pieces that divide, that leave a rest, and one token or entry at a time.
+# Chunk sizes: a single chunk, divisors, non-divisors, and one token or vocabulary entry at a time.
 CHUNKS = [(1024, None), (37, 53), (8, None), (10, 20), (5, 53), (1, 1)]
 
 
@@ -35,7 +35,7 @@ def direct_kl(h, w, teacher_h, teacher_w):
 def gradients(loss, h, w):
     h, w = h.clone().requires_grad_(), w.clone().requires_grad_()
     value = loss(h, w)
-    # A factor, because gradients are formed before the one that arrives is known.
+    # A factor on the loss, because the gradients are computed before the incoming one is known.
     (3 * value).backward()
     return value.detach(), h.grad, w.grad
 

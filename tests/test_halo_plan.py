@@ -1,4 +1,4 @@
-"""Scores order layers as their definitions say, and a choice that the samples do not support is called unstable."""
+"""Scores rank layers as defined, and a choice that the samples do not support is reported as unstable."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ EPISODES, CHUNKS = 60, 40
 
 
 def measurements(recall_drops, loss_rises, noise=0.01, seed=0):
-    """Swaps with these mean drops; every layer has its own noise around what the teacher gets on each sample."""
+    """Return measurements with these mean drops and independent noise per layer around the teacher's scores."""
     rng = np.random.default_rng(seed)
     recall_drops, loss_rises = np.array(recall_drops, float), np.array(loss_rises, float)
     layers = len(recall_drops)
@@ -23,7 +23,7 @@ def measurements(recall_drops, loss_rises, noise=0.01, seed=0):
     return Measurements(recall, loss, 1.0 - failed, loss + loss_rises[:, None] + jitter)
 
 
-# Layer 2 does nothing at all; layer 6 alone carries recall, at a small cost in language.
+# Swapping layer 2 changes almost nothing; only layer 6 matters for recall, at a small cost in language modelling.
 FRAGILE = measurements(
     recall_drops=[0.05, 0.4, 0.05, 0.0, 0.05, 0.0, 1.0, 0.0],
     loss_rises=[0.4, 0.1, 0.0001, 0.01, 0.0002, 0.02, 0.05, 0.03],
@@ -83,7 +83,7 @@ def test_ratio_floor_is_twice_the_largest_error():
 def test_published_form_depends_on_eps():
     recall, language = np.array([0.80, 0.70, 0.60]), np.array([0.57, 0.569, 0.50])
     assert np.allclose(paper_scores(recall, language, 1e-3), [0, 0.1 / 0.002, 0.2 / 0.071])
-    # The layer with the best language divides by eps alone.
+    # For the layer with the lowest loss the denominator is eps.
     recall[0] = 0.79
     recall = np.append(recall, 0.80)
     language = np.append(language, 0.4)

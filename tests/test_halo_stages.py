@@ -1,4 +1,4 @@
-"""Every stage trains what it should and nothing else, overfits one batch, and resumes bit for bit after a kill."""
+"""Every stage trains the intended parameters only, overfits one batch, and resumes bit for bit after a kill."""
 
 import json
 import signal
@@ -30,7 +30,7 @@ STAGES = ("align", "distill", "finetune")
 
 
 class OneBatch:
-    """The same batch for ever, in place of a loader."""
+    """Yield the same batch forever, in place of a data loader."""
 
     def __init__(self, batch):
         self.batch = batch
@@ -69,7 +69,7 @@ def losses(directory):
 def test_stage_overfits_one_batch(name, isolate, tmp_path):
     train(make_stage(name, isolate=isolate), OneBatch(random_batch()), tmp_path, CPU)
     first, *_, last = losses(tmp_path)
-    # Alignment cannot reach zero: a decaying recurrence has no softmax. The other two can.
+    # Alignment cannot reach a loss of 0, because a decaying recurrence is no softmax; the other two stages can.
     assert last < (0.4 if name == "align" else 0.1) * first
 
 
@@ -191,7 +191,7 @@ def test_isolated_documents_do_not_see_each_other():
 
 
 def test_open_gate_starts_where_the_teacher_is():
-    """A random gate halves the output of attention; an open one leaves it."""
+    """A randomly initialised gate halves the attention output; an open gate leaves it unchanged."""
     teacher = tiny_teacher(vocab_size=VOCABULARY)
     twins = models.make_twins(teacher, "lightning")
     outputs = {}
@@ -267,7 +267,7 @@ def run_until(conversion, stage):
 
 
 def metrics(directory):
-    """What a stage logged, without the clock."""
+    """Return the metrics that a stage logged, without times."""
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [
         {key: value for key, value in line.items() if key not in ("seconds", "tokens_per_second")} for line in lines

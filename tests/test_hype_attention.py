@@ -1,4 +1,4 @@
-"""HyPE attention, forward and backward, against its reference in float64 and against closed forms."""
+"""HyPE attention, forward and backward, against the float64 reference and closed forms."""
 
 import itertools
 from typing import NamedTuple
@@ -42,7 +42,7 @@ shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 
 
 def make_inputs(shape, dtype=torch.float64, gate=False):
-    """q, k, v and, if asked for, gate; all of them want a gradient."""
+    """Return q, k, v and optionally gate, all with requires_grad."""
     B, T, H, HK, D, offset = shape
     sizes = [(T, H), (offset + T, HK), (offset + T, HK)] + [(T, H)] * gate
     return [torch.randn(B, rows, heads, D, dtype=dtype).requires_grad_() for rows, heads in sizes]
@@ -54,7 +54,7 @@ def run(attention, inputs, **options):
 
 
 def run_with_gradients(attention, inputs, do, **options):
-    """[o, dq, dk, dv, dgate] by name."""
+    """Return o, dq, dk, dv and dgate by name."""
     inputs = [x.detach().to(do.dtype).requires_grad_() for x in inputs]
     o = run(attention, inputs, **options)
     gradients = torch.autograd.grad(o, inputs, do)
@@ -68,12 +68,12 @@ def assert_op_matches_reference(inputs, **options):
     eager = run_with_gradients(reference.hype_attention, inputs, do, **options) if dtype == torch.bfloat16 else {}
     for name, x in run_with_gradients(hype_attention, inputs, do, **options).items():
         assert x.dtype == dtype
-        only_key = inputs[1].shape[1] == 1 and name in ("dq", "dk")  # then it is zero: measured against one
+        only_key = inputs[1].shape[1] == 1 and name in ("dq", "dk")  # gradient is 0: compare it plus 1
         references = [y[name] + only_key if name in y else None for y in (expected, eager)]
         assert_matches_reference(name, x + only_key, *references)
 
 
-# ---- the reference's meaning
+# ---- against the reference
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -247,7 +247,7 @@ def test_expanded_output_gradient():
         assert torch.equal(dx, expected)
 
 
-# ---- hostile values
+# ---- extreme values
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -273,7 +273,7 @@ def test_rising_maxima_over_many_blocks():
         assert_matches_reference("o", hype_attention(q, keys, v), reference.hype_attention(q, keys, v))
 
 
-def test_the_future_changes_nothing():
+def test_attention_is_causal():
     q, k, v = (x.detach() for x in make_inputs(Shape(1, 2 * BLOCK, 2, 1, 16)))
     before = hype_attention(q, k, v)
     seen = BLOCK + 10
@@ -295,7 +295,7 @@ def test_nan_stays_in_its_sequence():
         assert torch.equal(x[:, 30:], clean[name][:, 30:])
 
 
-# ---- the same bits every time
+# ---- determinism
 
 
 @pytest.fixture
@@ -308,7 +308,7 @@ def restore_threads():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [Shape(1, 3 * BLOCK + 5, 2, 1, 32), Shape(2, 2 * BLOCK, 6, 3, 16, 17)], ids=str)
 def test_any_number_of_threads_gives_the_same_bits(shape, dtype, restore_threads):
-    """One key head and several threads make the backward split dq from dk and dv; one thread does not."""
+    """With one key head and several threads the backward computes dq separately from dk and dv."""
     inputs = make_inputs(shape, dtype, gate=True)
     do = torch.randn(inputs[0].shape, dtype=dtype)
     results = []
@@ -356,7 +356,7 @@ def test_compiles_without_a_graph_break(options):
 
 @pytest.mark.parametrize("wanted", range(4), ids=["dq", "dk", "dv", "dgate"])
 def test_a_second_derivative_raises(wanted):
-    """Also where only the first derivative's dependence on q, k, v or gate is asked for, beside other terms."""
+    """Also if the second derivative is with respect to a single input, and the loss has other terms."""
     inputs = make_inputs(Shape(1, 5, 2, 1, 4), gate=True)
     o = run(hype_attention, inputs, logit_scale_base=3.0)
     gradient = torch.autograd.grad(o.sum(), inputs, create_graph=True)[wanted]
@@ -371,7 +371,7 @@ def test_gradients_of_some_inputs_only():
     assert torch.equal(dv, expected)
 
 
-# ---- what is refused
+# ---- errors
 
 Q, KV, PACKED = (2, 6, 4, 8), (2, 6, 2, 8), (1, 6, 4, 8)
 

@@ -1,4 +1,4 @@
-"""HyPE attention's decode form: a few query tokens against a cache, held to its reference and to the full call."""
+"""hype_attention_decode, a few query tokens against a KV cache: against the reference and hype_attention."""
 
 import functools
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from compare import assert_matches_reference
 from hypenet_kernels import hype_attention, hype_attention_decode, reference
 
 SPLIT = 64  # keys per partial result of the CPU kernel for short sequences (csrc/cpu/hype_attention_decode.cpp)
-LONGEST_SPLIT = 512  # likewise, for long ones; reached after 64 splits
+LONGEST_SPLIT = 512  # the same for long sequences, of more than 64 splits
 ROWS = 64  # query rows per key head and round, likewise
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
@@ -30,7 +30,7 @@ SHAPES = {
     "three tokens over the end of a split": Shape(3, 8, 1, 100, [SPLIT - 2, 2 * SPLIT - 1, 7]),
     "one row per key head": Shape(1, 3, 3, 128, [3 * SPLIT - 4, SPLIT + 2]),
     "tiles of four, two and one rows": Shape(1, 7, 1, 48, [SPLIT + 26]),
-    "head dimension of no vector": Shape(2, 3, 3, 5, [17, 40]),
+    "head dimension shorter than a vector": Shape(2, 3, 3, 5, [17, 40]),
     "long head": Shape(1, 2, 1, 256, [77]),
     "more rows than one round takes": Shape(ROWS // 8 + 3, 16, 2, 16, [70, SPLIT - 4]),
 }
@@ -39,7 +39,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def make_caches(lengths, capacity, HK, D, dtype):
-    """Two caches whose rows beyond the lengths are NaN."""
+    """Return two caches whose rows beyond the lengths are NaN."""
     caches = [torch.full((len(lengths), capacity, HK, D), float("nan"), dtype=dtype) for _ in range(2)]
     for cache in caches:
         for b, length in enumerate(lengths):
@@ -48,7 +48,7 @@ def make_caches(lengths, capacity, HK, D, dtype):
 
 
 def make_inputs(shape, dtype, appends=True):
-    """Arguments by name, with room for a few tokens more than are written."""
+    """Return the arguments by name; the caches have a capacity of 3 tokens more than are written."""
     T, H, HK, D, lengths = shape
     B = len(lengths)
     held = lengths if appends else [length + T for length in lengths]
@@ -61,7 +61,7 @@ def make_inputs(shape, dtype, appends=True):
 
 
 def copies(inputs, dtype=None):
-    """The same arguments, float tensors in another dtype."""
+    """Return copies of the arguments, with float tensors in another dtype."""
     return {name: x.to(dtype if x.is_floating_point() else None, copy=True) for name, x in inputs.items()}
 
 
@@ -79,7 +79,7 @@ def assert_op_matches_reference(inputs, **options):
         torch.testing.assert_close(inputs[name].double(), expected_inputs[name], rtol=0, atol=0, equal_nan=True)
 
 
-# ---- the reference's meaning
+# ---- against the reference
 
 
 @dtypes
@@ -144,7 +144,7 @@ def test_sequences_do_not_see_their_batch():
         assert torch.equal(alone[0], together[b])
 
 
-# ---- closed forms and hostile values
+# ---- closed forms and extreme values
 
 
 @dtypes
@@ -181,7 +181,7 @@ def head_major(cache):
 
 
 def pool(cache):
-    """A slice of a larger allocation: every second sequence, padded rows, one half of fused heads."""
+    """Return x as a slice of a larger allocation: every second sequence, padded rows, half of fused heads."""
     B, capacity, HK, D = cache.shape
     larger = cache.new_full((2 * B, capacity + 5, 2 * HK, D), float("nan"))
     view = larger[::2, 2 : capacity + 2, HK:]
@@ -222,7 +222,7 @@ def test_empty_problems(B, T):
     assert hype_attention_decode(q, k_cache, v_cache, lengths, k=k, v=k).shape == q.shape
 
 
-# ---- the same bits every time
+# ---- determinism
 
 
 @dtypes
@@ -262,7 +262,7 @@ def test_compiles_without_a_graph_break():
         torch.testing.assert_close(inputs[name], expected_inputs[name], rtol=0, atol=0, equal_nan=True)
 
 
-# ---- what is refused
+# ---- errors
 
 
 def ones(*shape, dtype=torch.float32, device="cpu"):

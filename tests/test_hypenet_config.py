@@ -1,4 +1,4 @@
-"""HypeNetConfig: fields derived from each other, published values reproduced, refusals."""
+"""HypeNetConfig: derived fields, published values and error messages."""
 
 import json
 import math
@@ -96,7 +96,7 @@ def test_base_as_published():
 
 @pytest.mark.parametrize("base", SCALES)
 def test_position_scale_table(base):
-    """One key stands out by a logit of 1 among t + 1, so its weight w tells the scale: ln(w t / (1 - w))."""
+    """One of t + 1 keys has logit 1, the others 0, so that its weight w gives the scale: ln(w t / (1 - w))."""
     config = HypeNetConfig(attn_logits_scaling=f"hype {base}")
     assert config.logit_scale_base == base
     for t, expected in zip((2**12, 2**15, 2**17), SCALES[base], strict=False):
@@ -151,7 +151,7 @@ def test_refusals(fields, message):
 
 
 def test_published_field_names_load(tmp_path):
-    """A config.json as the published code writes it: rope_theta beside, shared heads named, fields we do not know."""
+    """A config.json of the published code, with a top-level rope_theta, shared heads, and fields unknown to us."""
     fields = {
         "model_type": "hypenet",
         "num_hidden_layers": 2,

@@ -1,4 +1,4 @@
-"""from_qwen3: a teacher's weights in a HypeNet, whole or one mixer at a time."""
+"""from_qwen3: a teacher's weights in a HypeNet, for the whole model or a single mixer."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ TEACHER_FORM = {"attn_use_rope": True, "attn_use_output_gate": False}
 
 
 def layer_inputs(teacher, layer_idx, length=25):
-    """What the teacher's mixer sees in one layer, [2, length, hidden], and a context for ours."""
+    """Return the input of the teacher's mixer in one layer, [2, length, hidden], and a context for ours."""
     hidden = torch.randn(2, length, teacher.config.hidden_size, dtype=teacher.dtype)
     positions = torch.arange(length)[None]
     x = teacher.model.layers[layer_idx].input_layernorm(hidden)
@@ -90,8 +90,8 @@ def test_open_gates_change_nothing(mixer_class):
     assert gate.weight.grad.abs().max() > 0
 
 
-def test_a_mixer_alone_is_the_layer_in_the_model():
-    """Trained against one layer of the teacher, then swapped in: what the mixer saw alone is what it sees there."""
+def test_standalone_mixer_equals_the_layer_in_the_model():
+    """A mixer called alone on the teacher's hidden states gives what it gives when swapped into the model."""
     teacher = small_teacher()
     student = from_qwen3(teacher, range(4), **TEACHER_FORM)
     ids = tokens(2, 25)

@@ -1,4 +1,4 @@
-"""The cache: any way to cut a sequence into calls gives what one call gives, and `generate` is unaffected by it."""
+"""The cache: splitting a sequence into calls in any way changes no logits, and `generate` is the same with it."""
 
 import copy
 
@@ -20,7 +20,7 @@ SPLITS = {
 
 
 def in_pieces(model, ids, ends, mask=None):
-    """Logits of all tokens, computed by a call for each piece."""
+    """Return the logits of all tokens, computed with one call per piece."""
     cache, logits, start = None, [], 0
     for end in ends:
         seen = None if mask is None else mask[:, :end]
@@ -64,7 +64,7 @@ def test_pieces_equal_one_call_in_every_form_of_layer(mixers, fields):
 @pytest.mark.parametrize("split", SPLITS)
 @torch.no_grad()
 def test_padded_pieces_equal_each_sequence_alone(split):
-    """Padding in front, at the end and between pieces, so that at some calls a sequence gets nothing new."""
+    """Padding at the start, the end and between pieces; in some calls a sequence gets no new token."""
     model = small_model(attn_logits_scaling="hype 50")
     ids = tokens(3, 30)
     mask = torch.ones(3, 30, dtype=torch.long)
@@ -81,7 +81,7 @@ def test_padded_pieces_equal_each_sequence_alone(split):
 @pytest.mark.parametrize("length", [2, 12])
 @torch.no_grad()
 def test_unpadded_piece_after_a_padded_prompt(length):
-    """Nothing in the second call says that the sequences differ in length; the cache knows."""
+    """The second call has no mask; only the cache knows that the sequences differ in length."""
     model = small_model(attn_logits_scaling="hype 50")
     ids, following = tokens(2, 9), tokens(2, length)
     mask = torch.ones(2, 9, dtype=torch.long)
@@ -140,7 +140,7 @@ def test_generate_continues_a_cache():
 
 
 @torch.no_grad()
-def test_copies_of_a_prompt_cache_go_their_own_ways():
+def test_copies_of_a_prompt_cache_are_independent():
     model = small_model()
     prompt, endings = tokens(1, 9), [tokens(1, 3), tokens(1, 12)]
     cache = model(prompt).past_key_values
@@ -152,7 +152,7 @@ def test_copies_of_a_prompt_cache_go_their_own_ways():
 
 @torch.no_grad()
 def test_recurrent_state_is_present_after_the_prompt():
-    """A layer without convolution state must not decode from zero."""
+    """A layer without a convolution state must not restart decoding from a zero state."""
     model = small_model()
     cache = model(tokens(2, 9)).past_key_values
     for i in model.config.recurrent_layers:

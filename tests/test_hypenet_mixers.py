@@ -1,4 +1,4 @@
-"""Each mixer against its equations, written out token by token in float64."""
+"""Each mixer against its equations, evaluated token by token in float64."""
 
 import math
 
@@ -12,7 +12,7 @@ LENGTH, HEADS, D = 19, 4, 16
 
 
 def inputs(mixer):
-    """A batch of one sequence, a context with plain rotary angles, and a mixer whose weights all matter."""
+    """Return one sequence, a context with standard rotary angles, and a mixer whose weights all matter."""
     for name, parameter in mixer.named_parameters():
         if "norm" in name:
             torch.nn.init.normal_(parameter, 1.0, 0.3)
@@ -25,7 +25,7 @@ def inputs(mixer):
 
 
 def heads(x, linear):
-    """[T, heads, D] of a projection of x [1, T, C]."""
+    """Return a projection of x [1, T, C] as [T, heads, D]."""
     return (x[0] @ linear.weight.T).unflatten(-1, (-1, D))
 
 
@@ -34,7 +34,7 @@ def normed(x, norm):
 
 
 def rotated(x, context):
-    """Component i and i + D/2 of every head turn together by the angle of position t."""
+    """Rotate components i and i + D/2 of every head by the angle of position t."""
     cos, sin = (table[0, :, None, : D // 2] for table in context.position_embeddings)
     z = torch.complex(x[..., : D // 2], x[..., D // 2 :]) * torch.complex(cos, sin)
     return torch.cat((z.real, z.imag), dim=-1)
@@ -87,8 +87,8 @@ def test_gated_delta_net():
     for h in range(HEADS):
         S = torch.zeros(D, D, dtype=torch.float64)
         for t in range(LENGTH):
-            reflect = torch.eye(D, dtype=torch.float64) - beta[t, h] * torch.outer(k[t, h], k[t, h])
-            S = alpha[t, h] * reflect @ S + beta[t, h] * torch.outer(k[t, h], v[t, h])
+            transition = torch.eye(D, dtype=torch.float64) - beta[t, h] * torch.outer(k[t, h], k[t, h])
+            S = alpha[t, h] * transition @ S + beta[t, h] * torch.outer(k[t, h], v[t, h])
             o[t, h] = q[t, h] @ S / math.sqrt(D)
     g = heads(x, mixer.g_proj)
     y = (normed(o, mixer.o_norm) * g * g.sigmoid()).flatten(1) @ mixer.o_proj.weight.T

@@ -1,4 +1,4 @@
-"""HypeNetForCausalLM without a cache: a Qwen3 in disguise, padding, packing, training, saving."""
+"""HypeNetForCausalLM without a cache: equality with Qwen3, padding, packing, training, saving."""
 
 import copy
 
@@ -47,7 +47,7 @@ def test_padding_changes_nothing(layout):
 
 
 def pad(documents, layout):
-    """Documents [1, n] in one batch with random tokens at the padding, and the mask."""
+    """Return documents [1, n] as one batch, with random tokens as padding, and the mask."""
     width = max(x.shape[1] for x in documents) + 3
     ids, mask = tokens(len(documents), width), torch.zeros(len(documents), width, dtype=torch.long)
     for b, document in enumerate(documents):

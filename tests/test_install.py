@@ -1,4 +1,4 @@
-"""What setup.py decides, and that what it builds works: the sdist is complete, the wheel runs from anywhere."""
+"""The decisions of setup.py, and its results: the sdist is complete, the wheel runs from any directory."""
 
 import importlib.util
 import os
@@ -51,7 +51,7 @@ def test_nvcc_is_found_in_this_order(tmp_path):
     assert setup.find_nvcc(env, usual=f"{tmp_path}/usual", site_packages=[str(tmp_path / "site")]) is None
 
 
-def test_cuda_is_built_where_nvcc_is_and_nowhere_silently_left_out():
+def test_cuda_is_built_if_nvcc_is_found_and_never_skipped_silently():
     assert setup.cuda_decision({}, "/opt/cuda/bin/nvcc") == (True, "/opt/cuda/bin/nvcc")
     build, why = setup.cuda_decision({}, None)
     assert not build and "no nvcc" in why
@@ -77,7 +77,7 @@ def test_arch_list(targets, expected):
 
 
 @pytest.mark.parametrize("targets", ["7.5", "Hopper", "sm_90", "9"])
-def test_arch_list_that_is_not_built(targets):
+def test_unsupported_arch_list(targets):
     with pytest.raises(SystemExit, match=f"TORCH_CUDA_ARCH_LIST must name targets .* got '{targets}'"):
         setup.gencode(targets)
 
@@ -132,7 +132,7 @@ def test_sdist_holds_all_that_a_build_needs(tmp_path):
 
 
 def test_wheel_builds_without_torch_and_runs_from_anywhere(tmp_path):
-    """An ordinary `pip install .`: the same hooks, torch hidden; objects are taken from the build folder if there."""
+    """What `pip install .` runs, with torch hidden; reuses objects from the build folder if there are any."""
     build = (
         "import sys; sys.modules['torch'] = None; from setuptools.build_meta import build_wheel as b; b(sys.argv[1])"
     )
@@ -157,7 +157,7 @@ def test_wheel_builds_without_torch_and_runs_from_anywhere(tmp_path):
 
 
 def test_builds_in_a_folder_with_spaces(tmp_path):
-    """The rules of setup.py over sources that take no time: modules, levels, CUDA where there is nvcc, a second run."""
+    """The build rules on trivial sources: modules, CPU levels, CUDA if nvcc is there, an incremental build."""
     root = tmp_path / "a folder"
     for folder in ("csrc/cpu", "csrc/cuda", "hypenet_kernels"):
         (root / folder).mkdir(parents=True)
@@ -186,7 +186,7 @@ def test_source_tree_that_is_not_built_says_how_to_build(tmp_path):
     shutil.copytree(
         ROOT / "hypenet_kernels", tmp_path / "hypenet_kernels", ignore=shutil.ignore_patterns("*.so", "_build*")
     )
-    # -S: without the .pth file of an editable install, which would find the checkout's modules
+    # -S ignores the .pth file of an editable install, which would find the checkout's modules
     command, env = [sys.executable, "-S", "-m", "hypenet_kernels"], {"PYTHONPATH": sysconfig.get_path("purelib")}
     ran = subprocess.run(command, cwd=tmp_path, env=os.environ | env, capture_output=True, text=True)
     assert ran.returncode == 1 and "is not built in" in ran.stderr and "pip install -e ." in ran.stderr, ran.stderr

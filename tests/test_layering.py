@@ -32,7 +32,7 @@ def imported_modules(path):
 
 
 def within(module, forbidden):
-    """'hypenet_kernels._c' stands for all native modules."""
+    """Return whether `module` is `forbidden` or inside it; 'hypenet_kernels._c' matches all native modules."""
     return module == forbidden or module.startswith(forbidden + ("" if forbidden.endswith("._c") else "."))
 
 
@@ -59,18 +59,18 @@ def test_native_code_knows_neither_torch_nor_python():
         assert path.name in allowed or not [h for h in headers if h == "Python.h" or h.startswith("pybind11")], path
 
 
-def test_files_fit_in_a_head():
+def test_files_are_short():
     long = {path.relative_to(ROOT): text.count("\n") for path in NATIVE + PYTHON if (text := path.read_text())}
     assert not {path: lines for path, lines in long.items() if lines > MAX_LINES}
     assert (ROOT / "setup.py").read_text().count("\n") <= 150
 
 
-def test_no_file_is_a_room_without_a_purpose():
+def test_file_names_state_a_purpose():
     vague = {"utils", "helpers", "common", "misc"}
     assert not [path for path in NATIVE + PYTHON if path.stem in vague]
 
 
-def test_ptx_and_launches_stand_in_one_place():
+def test_ptx_and_launches_are_in_one_place():
     for path in (ROOT / "csrc" / "cuda").rglob("*.cu*"):
         code = re.sub(r"//.*", "", path.read_text())
         if path.parent.name != "arch":

@@ -1,6 +1,6 @@
-"""Every op over sizes around its blocks, its inputs views into memory full of NaN: what it reads beside them shows.
+"""Every op at sizes around its block sizes, on inputs surrounded by NaN, so that a read out of bounds shows.
 
-Written for `make test-asan`, where a read or write out of bounds ends the run; elsewhere a NaN in a result does.
+Made for `make test-asan`, which aborts at any access out of bounds; without it, a NaN in a result fails the test.
 """
 
 import pytest
@@ -15,7 +15,7 @@ HEADS = ((1, 1), (2, 2), (1, 3))  # H, HV (or HK, H)
 
 
 def inside_nan(*shape, dtype=torch.float32, low=-1.0, high=1.0):
-    """Random numbers, one row inside a tensor that is NaN everywhere else."""
+    """Return random numbers as a slice, one element from each border, of a tensor that is NaN elsewhere."""
     outer = torch.full([n + 2 for n in shape], float("nan"), dtype=dtype)
     inner = outer[tuple(slice(1, n + 1) for n in shape)]
     return inner.copy_(low + (high - low) * torch.rand(shape))
@@ -94,7 +94,7 @@ def test_packed_attention(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("T", [0, 1, 3])
 def test_decode(T, dtype):
-    """Rows of the cache past a sequence's length are NaN, and stay out of the result."""
+    """Cache rows beyond a sequence's length are NaN and must not affect the result."""
     for capacity, ((D, _), (HK, H)) in zip(
         (T, 17, 32, 33, 65, 130), zip(HEAD_DIMS, 2 * HEADS, strict=True), strict=True
     ):

@@ -1,4 +1,4 @@
-"""Needle episodes are what they say they are, and recall counts exactly the answers."""
+"""Needle episodes have the stated contents and length, and recall counts exactly the answers."""
 
 from types import SimpleNamespace
 
@@ -28,7 +28,7 @@ def task(tokenizer, stream):
 
 
 class Oracle:
-    """Knows the next token, except that it gets `num_wrong` of the asked-for positions wrong."""
+    """Predicts the next token, except at `num_wrong` of the answers' positions."""
 
     device = torch.device("cpu")
     training = False
@@ -80,7 +80,7 @@ def test_more_queries_than_needles_is_an_error(task):
         task.episode(np.random.default_rng(0), 512, num_needles=2, num_queries=3)
 
 
-def test_answers_stand_in_the_text(task, tokenizer):
+def test_answers_are_in_the_text(task, tokenizer):
     rng = np.random.default_rng(3)
     for _ in range(20):
         episode = task.episode(rng, 400)
@@ -89,7 +89,7 @@ def test_answers_stand_in_the_text(task, tokenizer):
         needles = [tokenizer.decode(ids).strip() for ids in episode.input_ids[episode.needle_starts[:, None] + digits]]
         assert tuple(answers) == episode.answers
         assert set(answers) <= set(needles) and len(needles) == 4
-        # The whole sentence, key and all, stands once as a needle and once as the query.
+        # The whole sentence, with its key, occurs twice: as a needle and as the query.
         text = tokenizer.decode(episode.input_ids)
         for answer in answers:
             sentence = next(line for line in text.splitlines() if line.endswith(f" is {answer}."))
@@ -136,4 +136,4 @@ def test_random_model_recalls_nothing(tokenizer, stream):
         )
     )
     assert recall(model, tokenizer, 256, 20, haystack=stream, batch_size=20)["recall"] == 0.0
-    assert model.training  # as it was
+    assert model.training  # unchanged

@@ -1,4 +1,4 @@
-"""Bits per byte, held to closed forms."""
+"""Bits per byte against closed forms."""
 
 import math
 

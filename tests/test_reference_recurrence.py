@@ -1,4 +1,4 @@
-"""The references of the gated delta rule and of simple GLA, held to closed forms."""
+"""The references of the gated delta rule and simple GLA against closed forms."""
 
 import torch
 from compare import assert_matches_reference

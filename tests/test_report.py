@@ -1,4 +1,4 @@
-"""What the library says about itself: report(), the log line at first use, python -m hypenet_kernels."""
+"""Information about the installation: report(), the log line at first use, python -m hypenet_kernels."""
 
 import json
 import logging
@@ -56,10 +56,10 @@ def test_wrong_kernel_fails_the_self_test(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("bf16, best", [(True, "v4_bf16"), (False, "v4"), (None, "v4")])
-def test_level_is_the_best_of_the_processor_unless_the_environment_names_one(monkeypatch, bf16, best):
+def test_level_is_the_best_of_the_cpu_unless_the_environment_sets_one(monkeypatch, bf16, best):
     monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    if bf16 is None:  # a torch that cannot say
+    if bf16 is None:  # this torch cannot tell
         monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     else:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16}, raising=False)
@@ -81,14 +81,14 @@ def test_self_test_passes_at_every_level(capability):
 
 
 def test_self_test_passes_on_cuda(device, capsys):
-    """Of every op, in every dtype that its CUDA kernels take."""
+    """Every op, in every dtype that its CUDA kernels support."""
     assert all(_selftest.run(device.type)), capsys.readouterr().out
     printed = capsys.readouterr().out
     assert all(f" {op} " in printed for op in _native.CUDA_OPS) and "float32" in printed
 
 
 def test_one_openmp_runtime():
-    """torch's and ours are one, whichever is used first."""
+    """torch and our modules share one runtime, whichever is used first."""
     use = "import torch, hypenet_kernels as h; q = torch.randn(1, 4, 2, 8); h.hype_attention(q, q, q); (q @ q.mT).sum()"
     show = "print(*h.report()['openmp'], sep='\\n')"
     ran = subprocess.run([sys.executable, "-c", f"{use}; {show}"], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""Simple GLA over whole sequences: chunk and recurrent form against the loop over t, in value and gradient."""
+"""Simple GLA over whole sequences: chunk and recurrent form against the reference, values and gradients."""
 
 import torch
 from recurrence_suite import (
@@ -21,7 +21,7 @@ class SimpleGLA(SequenceOp):
     reference = staticmethod(reference.chunk_simple_gla)
 
     def constant(self, dtype=torch.float32):
-        """Inputs with g_gamma: the slopes of Lightning attention, from nearly none to strong."""
+        """Return inputs with g_gamma, the decays of Lightning attention, from weak to strong."""
         inputs = self.inputs(ORDINARY, dtype)
         del inputs["g"]
         return inputs | {"g_gamma": -torch.tensor([1e-3, 0.1, 1.0, 8.0]).to(inputs["initial_state"].dtype)}

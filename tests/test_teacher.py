@@ -1,4 +1,4 @@
-"""The shipped teacher is small, loads with transformers and recalls; its training resumes where it was killed."""
+"""The shipped teacher is small, loads with transformers and recalls needles; its training resumes after a kill."""
 
 import argparse
 import json
@@ -59,7 +59,7 @@ def test_recall_is_greedy_decoding(model, tokenizer, heldout):
 
 
 def test_models_its_text(model, tokenizer, heldout):
-    """Held-out text costs less than the uncompressed tokens would, and the recorded number is what is measured."""
+    """The measured bits per byte agree with the recorded value, and the recorded recall is high enough."""
     recorded = json.loads((TEACHER / "metrics.json").read_text())
     measured = bits_per_byte(model, tokenizer, heldout, TRAINING_LENGTH, 16384, batch_size=8)
     expected = recorded[f"bits_per_byte_{TRAINING_LENGTH}"]["bits_per_byte"]

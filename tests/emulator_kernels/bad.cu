@@ -1,4 +1,4 @@
-// Kernels that are wrong, each in the one way that its name says. The tests hold the emulator to the message.
+// Kernels with one error each, which their name states. test_emulator.py checks the message of the emulator.
 #include <cstring>
 
 #include "cuda/arch/sm80.cuh"
@@ -24,7 +24,7 @@ struct Twelve {
 __device__ float* out(const Operands& p) { return static_cast<float*>(p.c); }
 __device__ const float* in(const Operands& p) { return static_cast<const float*>(p.a); }
 
-// x[0..255] = 0, seen by all.
+// x[0..255] = 0, followed by a barrier.
 __device__ Smem& cleared() {
   auto& smem = arch::shared_memory<Smem>();
   const int i = arch::thread_idx();
@@ -88,7 +88,7 @@ __device__ void second_barrier_missing(const Operands& p) {
 __device__ void all_write_one_place(const Operands&) { cleared().x[7] = 1.0f; }
 
 __device__ void neighbours_write_one_word(const Operands&) {
-  // two threads, two halves of a word: right; then a third the whole word
+  // two threads write the halves of a word, which is correct; then a third one writes the whole word
   auto& smem = cleared();
   const int i = arch::thread_idx();
   arch::from_float(smem.half[i], 1.0f);
@@ -306,7 +306,7 @@ __device__ void deadlock_of_two_barriers(const Operands&) {
   }
 }
 
-// ---- the rest
+// ---- other errors
 
 __device__ void bank_conflicts(const Operands&) {
   auto& smem = arch::shared_memory<Tile<arch::bf16, 64, 64>>();

@@ -1,4 +1,4 @@
-// Kernels that are right, and use every function of cuda/arch and of tile.cuh.
+// Correct kernels that together use every function of cuda/arch and of tile.cuh.
 #include "cuda/arch/sm80.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/tile.cuh"
@@ -11,7 +11,7 @@ using namespace cuda;
 constexpr int kThreads = 128;
 constexpr int kM = 64, kN = 64, kK = 128;
 
-// ---- C [64, 64] = A [64, 128] B [128, 64]: 4 warps, 16 rows each. A and B lie as they are or transposed.
+// ---- C [64, 64] = A [64, 128] B [128, 64]: 4 warps with 16 rows each. A and B are stored as they are or transposed.
 
 template <class Element, bool kTransposedA, bool kTransposedB>
 struct GemmSmem {
@@ -100,8 +100,8 @@ Status shuffles(const Operands& p, Stream stream) {
   return launch("shuffles", shuffles_kernel<T>, p.num_blocks, 64, 0, stream, p);
 }
 
-// One group of warps fills a ring of two slots, the other doubles what it finds. The barrier of one round
-// says both that its slot is full and that the other one is empty.
+// One group of warps fills a ring of two slots, the other reads and doubles the values. The barrier of a round
+// signals both that its slot is full and that the other one is empty.
 struct Slots {
   float x[2][64];
 };
@@ -154,7 +154,7 @@ Status pipeline(const Operands& p, Stream stream) {
   return launch("pipeline", pipeline_kernel, p.num_blocks, kThreads, sizeof(Stages), stream, p);
 }
 
-// Threads may leave a block that has no barrier ahead.
+// Threads may exit if no barrier follows.
 __global__ void __launch_bounds__(kThreads, 1) early_exit_kernel(const __grid_constant__ Operands p) {
   const int i = arch::thread_idx();
   if (i % 3 == 0) return;

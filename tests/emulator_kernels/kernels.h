@@ -1,4 +1,4 @@
-// Little kernels for the tests of the emulator: some right, some each wrong in one way.
+// Small kernels for the tests of the emulator: some correct, the others with one error each.
 #pragma once
 
 #include "cuda/kernels.h"
@@ -20,7 +20,7 @@ struct Entry {
   Kernel kernel;
 };
 
-// In bad.cu and good.cu; the last entry has no name.
+// Defined in bad.cu and good.cu; a nullptr name ends the list.
 extern const Entry kBad[];
 extern const Entry kGood[];
 
