@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from hypenet_kernels import _native
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-CPU_FLOATS = (torch.float64, torch.float32, torch.bfloat16)
+CPU_FLOATS = FLOATS
 
 
 def fail(error, op, argument, rule, got):

@@ -9,7 +9,7 @@ import torch
 import hypenet_kernels as kernels
 
 LENGTHS = (0, 1, 2, 15, 16, 17, 31, 33, 65)  # around every chunk and block
-DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIMS = ((1, 1), (3, 5), (16, 16), (17, 8), (40, 33), (64, 72))  # K, V: below, at and past a vector
 HEADS = ((1, 1), (2, 2), (1, 3))  # H, HV (or HK, H)
 

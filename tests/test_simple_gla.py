@@ -1,7 +1,16 @@
 """Simple GLA over whole sequences: chunk and recurrent form against the loop over t, in value and gradient."""
 
 import torch
-from recurrence_suite import ORDINARY, SequenceOp, assert_forward, assert_gradients, cotangents, forward, gradients
+from recurrence_suite import (
+    DTYPES,
+    ORDINARY,
+    SequenceOp,
+    assert_forward,
+    assert_gradients,
+    cotangents,
+    forward,
+    gradients,
+)
 
 import hypenet_kernels
 from hypenet_kernels import reference
@@ -18,7 +27,7 @@ class SimpleGLA(SequenceOp):
         return inputs | {"g_gamma": -torch.tensor([1e-3, 0.1, 1.0, 8.0]).to(inputs["initial_state"].dtype)}
 
     def test_constant_decay(self):
-        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for dtype in DTYPES:
             assert_forward(self.op, self.reference, self.constant(dtype))
             assert_gradients(self.op, self.reference, self.constant(dtype))
 

@@ -118,11 +118,11 @@ template <class Element, class Factor, class Acc>
 Acc load_output_gradient(const HypeAttentionBwdParams& p, const Sequence& s, int64_t head, int64_t token,
                          bool with_dgate, const Blocks<Factor, Acc>& b, Acc* do_row) {
   const int64_t D = p.D, row = s.first + token;
-  load_row(head_rows<Element>(p.do_, s.batch, row, head)[0], D, do_row);
-  load_row(head_rows<const Element>(p.o_ungated, p.T, p.H, D, s.batch, row, head)[0], D, b.o_row);
+  convert_row(head_rows<Element>(p.do_, s.batch, row, head)[0], D, do_row);
+  convert_row(head_rows<const Element>(p.o_ungated, p.T, p.H, D, s.batch, row, head)[0], D, b.o_row);
   if (p.gate.data != nullptr) {
     Element* dgate = head_rows<Element>(p.dgate, p.T, p.H, D, s.batch, row, head)[0];
-    load_row(head_rows<Element>(p.gate, s.batch, row, head)[0], D, b.gate_row);
+    convert_row(head_rows<Element>(p.gate, s.batch, row, head)[0], D, b.gate_row);
     sigmoid_in_place(b.gate_row, D);
     for (int64_t d = 0; d < D; ++d) {
       const Acc gated = do_row[d] * b.gate_row[d];
@@ -231,7 +231,8 @@ void store_dq(const HypeAttentionBwdParams& p, const Sequence& s, const Tile& ti
   transpose(D, tile.lanes(), t.dq, kTileLanes, b.rows, D);
   for (int64_t lane = 0; lane < tile.lanes(); ++lane) {
     const int64_t head = tile.head + lane / tile.num_tokens, token = tile.begin + lane % tile.num_tokens;
-    store_row(b.rows + lane * D, D, head_rows<Element>(p.dq, p.T, p.H, D, s.batch, s.first + token, head)[0]);
+    convert_row(b.rows + lane * D, D,
+                head_rows<Element>(p.dq, p.T, p.H, D, s.batch, s.first + token, head)[0]);
   }
 }
 
@@ -239,7 +240,7 @@ template <class Element, class Acc>
 void store_keys(void* out, const HypeAttentionBwdParams& p, const Sequence& s, int64_t key_head,
                 int64_t start, int64_t keys, Rows<Acc> x) {
   const auto rows = head_rows<Element>(out, p.S, p.HK, p.D, s.batch, s.first + start, key_head);
-  for (int64_t r = 0; r < keys; ++r) store_row(x[r], p.D, rows[r]);
+  for (int64_t r = 0; r < keys; ++r) convert_row(x[r], p.D, rows[r]);
 }
 
 // body(head, heads, begin, end) for blocks of queries from `begin` on, and in each for a few heads of a key

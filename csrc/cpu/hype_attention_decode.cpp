@@ -396,11 +396,11 @@ void combine(const HypeAttentionDecodeParams& p, int64_t b, int64_t token, int64
   const Acc norm = 1 / total;
   for (int64_t d = 0; d < D; ++d) o[d] *= norm;
   if (p.gate.data != nullptr) {
-    load_row(head_rows<Element>(p.gate, b, token, head)[0], D, gate_row);
+    convert_row(head_rows<Element>(p.gate, b, token, head)[0], D, gate_row);
     sigmoid_in_place(gate_row, D);
     for (int64_t d = 0; d < D; ++d) o[d] *= gate_row[d];
   }
-  store_row(o, D, head_rows<Element>(p.o, p.T, p.H, D, b, token, head)[0]);
+  convert_row(o, D, head_rows<Element>(p.o, p.T, p.H, D, b, token, head)[0]);
 }
 
 template <class Element>

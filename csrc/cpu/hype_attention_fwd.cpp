@@ -214,12 +214,12 @@ void store_output(const HypeAttentionFwdParams& p, const Sequence& s, const Tile
     for (int64_t d = 0; d < D; ++d) x[d] *= norm;
     if (gate.data != nullptr) {
       const auto ungated = head_rows<Element>(p.o_ungated, p.T, p.H, D, s.batch, token, head);
-      if (ungated.data != nullptr) store_row(x, D, ungated[r]);
-      load_row(gate[r], D, gate_row);
+      if (ungated.data != nullptr) convert_row(x, D, ungated[r]);
+      convert_row(gate[r], D, gate_row);
       sigmoid_in_place(gate_row, D);
       for (int64_t d = 0; d < D; ++d) x[d] *= gate_row[d];
     }
-    store_row(x, D, head_rows<Element>(p.o, p.T, p.H, D, s.batch, token, head)[r]);
+    convert_row(x, D, head_rows<Element>(p.o, p.T, p.H, D, s.batch, token, head)[r]);
   }
 }
 
