@@ -274,6 +274,17 @@ def test_rising_maxima_over_many_blocks():
         assert_matches_reference("o", hype_attention(q, keys, v), reference.hype_attention(q, keys, v))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masked_logits_far_above_the_visible_ones(dtype):
+    """Further than exp has values for: they are computed and thrown away."""
+    inputs = make_inputs(Shape(1, BLOCK - 3, 2, 1, 16), dtype)
+    q, k = (x.data for x in inputs[:2])
+    q.abs_()
+    q[:, -1], k[:, -1] = 0, 1000  # what only the last query sees, and weighs as the others
+    assert (q[0, :-1] @ k[0, -1, 0] * 16**-0.5 > 1000).all()
+    assert_op_matches_reference(inputs)
+
+
 def test_the_future_changes_nothing():
     q, k, v = (x.detach() for x in make_inputs(Shape(1, 2 * BLOCK, 2, 1, 16)))
     before = hype_attention(q, k, v)
