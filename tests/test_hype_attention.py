@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from compare import assert_matches_reference
+from compare import assert_as_accurate, assert_matches_reference
 
 from hypenet_kernels import hype_attention, reference
 
@@ -117,6 +117,23 @@ def test_without_scale_and_gate_it_is_scaled_dot_product_attention(groups, dtype
     q, k, v = (x.detach().double().transpose(1, 2) for x in inputs)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     assert_matches_reference("o", run(hype_attention, inputs), expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("shape", [Shape(1, 512, 9, 1, 64), Shape(2, 300, 4, 4, 64), Shape(1, 100, 32, 2, 32)], ids=str)
+def test_float32_is_as_accurate_as_torchs(shape):
+    """The gradients of a key of grouped queries are sums over thousands of terms."""
+
+    def torchs(q, k, v, gate):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        o = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return o.transpose(1, 2)
+
+    inputs = make_inputs(shape, torch.float32)
+    do = torch.randn_like(inputs[0])
+    expected = run_with_gradients(torchs, inputs, do.double())
+    results, others = (run_with_gradients(attention, inputs, do) for attention in (hype_attention, torchs))
+    for name, x in results.items():
+        assert_as_accurate(name, x, others[name], expected[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

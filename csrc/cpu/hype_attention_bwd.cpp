@@ -12,8 +12,8 @@
 // queries and for each over the key blocks, dq staying and dk, dv adding up in memory. Or, where those tasks
 // are too few for the threads, (2) a task per (key head, block of queries) computes dq, and (3) one per (key
 // head, block of keys) dk and dv, both of which recompute P and dX. Queries are cut into tiles as in the
-// forward, and every sum is taken in one order either way: dq over rising keys; dk, dv over rising tiles. So
-// neither the choice nor the number of threads changes a bit.
+// forward, and every sum is taken in one order either way: dq over rising blocks of keys; dk, dv over the tiles of
+// a block of queries, then over rising blocks. So neither the choice nor the number of threads changes a bit.
 //
 // Products, for the lanes c of a tile and the keys i of a block:
 //   X^T[i, c] = K[i, :] Q^T[:, c]         dP^T[i, c] = V[i, :] dO^T[:, c]
@@ -86,18 +86,23 @@ struct Blocks {
   }
 };
 
-// Keys [start, start + keys) with their values, and where their gradients add up, or null.
+// Keys [start, start + keys) with their values; where their gradients add up, or null; and the part of those that
+// one block of queries adds, summed by itself so that rounding errors grow with the number of blocks, not of
+// tokens.
 template <class Factor, class Acc>
 struct KeyBlock {
-  Factor *k, *v;         // [kKeyBlock, packed(D)]
-  Factor* k_transposed;  // [packed(kKeyBlock), D]: factors of a sum over keys
+  Factor *k, *v;           // [kKeyBlock, packed(D)]
+  Factor* k_transposed;    // [packed(kKeyBlock), D]: factors of a sum over keys
+  Acc *dk_part, *dv_part;  // [kKeyBlock, D]
   Rows<Acc> dk{}, dv{};
   int64_t start = 0, keys = 0;
 
   KeyBlock(Arena<Acc>& arena, int64_t D)
       : k(arena.template take<Factor>(kKeyBlock * packed<Factor>(D))),
         v(arena.template take<Factor>(kKeyBlock * packed<Factor>(D))),
-        k_transposed(k) {
+        k_transposed(k),
+        dk_part(arena.take(kKeyBlock * D)),
+        dv_part(arena.take(kKeyBlock * D)) {
     if (kPacked<Factor> > 1) k_transposed = arena.template take<Factor>(packed<Factor>(kKeyBlock) * D);
   }
 
@@ -110,6 +115,19 @@ struct KeyBlock {
     pack_rows(k_rows, keys, p.D, k);
     if (kPacked<Factor> > 1) pack_across_rows(k_rows, keys, p.D, k_transposed);
     pack_rows(head_rows<Element>(p.v, s.batch, s.first + start, key_head), keys, p.D, v);
+  }
+
+  void begin_queries(int64_t D) const {
+    if (dk.data == nullptr) return;
+    for (Acc* part : {dk_part, dv_part}) std::fill_n(part, keys * D, Acc(0));
+  }
+
+  void end_queries(int64_t D) const {
+    if (dk.data == nullptr) return;
+    for (int64_t r = 0; r < keys; ++r) {
+      for (int64_t d = 0; d < D; ++d) dk[r][d] += dk_part[r * D + d];
+      for (int64_t d = 0; d < D; ++d) dv[r][d] += dv_part[r * D + d];
+    }
   }
 };
 
@@ -213,14 +231,17 @@ void add_gradients(const Sequence& s, const Tile& tile, const KeyBlock<Factor, A
   if (seen <= 0) return;
   differentiate(tile, block, seen, first_visible < seen, D, b, t);
   if (with_dq) {
-    gemm<Op::kTN, true>(D, tile.padded<Acc>(), packed<Factor>(seen), block.k_transposed, D, b.dlogits_of_keys,
-                        kTileLanes, t.dq, kTileLanes);
+    gemm_from<Op::kTN>(AddedLast<Acc>{t.dq, kTileLanes}, D, tile.padded<Acc>(), packed<Factor>(seen),
+                       block.k_transposed, D, b.dlogits_of_keys, kTileLanes, t.dq, kTileLanes);
   }
   if (block.dk.data != nullptr) {
     const auto *P = reinterpret_cast<const Factor*>(b.weights),
                *dX = reinterpret_cast<const Factor*>(b.dlogits);
-    gemm<Op::kNN, true>(seen, D, lanes, dX, kTileLanes, t.q, D, block.dk.data, block.dk.stride);
-    gemm<Op::kNN, true>(seen, D, lanes, P, kTileLanes, t.do_, D, block.dv.data, block.dv.stride);
+    const auto add = [&](const Factor* weights, const Factor* rows, Acc* sum) {
+      gemm_from<Op::kNN>(AddedLast<Acc>{sum, D}, seen, D, lanes, weights, kTileLanes, rows, D, sum, D);
+    };
+    add(dX, t.q, block.dk_part);
+    add(P, t.do_, block.dv_part);
   }
 }
 
@@ -278,7 +299,9 @@ void run_queries(const HypeAttentionBwdParams& p, const Sequence& s, int64_t hea
       block.dk = {dk[start], dk.stride};
       block.dv = {dv[start], dv.stride};
     }
+    block.begin_queries(p.D);
     for_each([&](const Tile& tile, const InTile& t) { add_gradients(s, tile, block, p.D, b, t, true); });
+    block.end_queries(p.D);
   }
   for_each([&](const Tile& tile, const InTile& t) { store_dq<Element>(p, s, tile, b, t); });
 }
@@ -325,13 +348,15 @@ void run_keys(const HypeAttentionBwdParams& p, const Sequence& s, int64_t key_he
     blocks.back().dv = {dv[start - begin], D};
   }
   const int64_t first_query = std::max<int64_t>(begin - s.offset, 0) / kQueryBlock * kQueryBlock;
-  for_each_query_block(p, s, key_head, first_query,
-                       [&](int64_t head, int64_t num_heads, int64_t from, int64_t to) {
-                         for_each_tile(head, num_heads, from, to, [&](const Tile& tile) {
-                           load_tile<Element>(p, s, tile, false, b, t);
-                           for (const auto& block : blocks) add_gradients(s, tile, block, D, b, t, false);
-                         });
-                       });
+  const auto add_queries = [&](int64_t head, int64_t num_heads, int64_t from, int64_t to) {
+    for (const auto& block : blocks) block.begin_queries(D);
+    for_each_tile(head, num_heads, from, to, [&](const Tile& tile) {
+      load_tile<Element>(p, s, tile, false, b, t);
+      for (const auto& block : blocks) add_gradients(s, tile, block, D, b, t, false);
+    });
+    for (const auto& block : blocks) block.end_queries(D);
+  };
+  for_each_query_block(p, s, key_head, first_query, add_queries);
   store_keys<Element>(p.dk, p, s, key_head, begin, end - begin, dk);
   store_keys<Element>(p.dv, p, s, key_head, begin, end - begin, dv);
 }

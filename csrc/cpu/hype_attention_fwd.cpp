@@ -191,7 +191,8 @@ void add_keys(const Tile& tile, int64_t keys, int64_t first_visible, int64_t D, 
   for (; c + kWide <= padded; c += kWide) softmax(c, std::integral_constant<int, 4>());
   for (; c < padded; c += L) softmax(c, std::integral_constant<int, 1>());
   const Factor* weights = reinterpret_cast<const Factor*>(b.logits);
-  gemm<Op::kTN, true>(D, padded, packed<Factor>(keys), b.v, D, weights, kTileLanes, t.o, kTileLanes);
+  gemm_from<Op::kTN>(AddedLast<Acc>{t.o, kTileLanes}, D, padded, packed<Factor>(keys), b.v, D, weights,
+                     kTileLanes, t.o, kTileLanes);
 }
 
 // Writes o, gated where there is a gate, and what the backward reads: the output before the gate and the
