@@ -34,6 +34,7 @@
 #include "gemm.h"
 #include "hype_attention.h"
 #include "kernels.h"
+#include "masked_product.h"
 #include "simd.h"
 
 namespace hypenet::cpu {
@@ -226,23 +227,47 @@ void differentiate(const Tile& tile, const KeyBlock<Factor, Acc>& block, int64_t
 template <class Factor, class Acc>
 void add_gradients(const Sequence& s, const Tile& tile, const KeyBlock<Factor, Acc>& block, int64_t D,
                    const Blocks<Factor, Acc>& b, const TileBlocks<Factor, Acc>& t, bool with_dq) {
-  const int64_t lanes = packed<Factor>(tile.lanes()), first_visible = s.offset + tile.begin - block.start + 1;
+  const int64_t lanes = tile.lanes(), first_visible = s.offset + tile.begin - block.start + 1;
   const int64_t seen = std::min(block.keys, first_visible + tile.num_tokens - 1);
   if (seen <= 0) return;
-  differentiate(tile, block, seen, first_visible < seen, D, b, t);
+  const bool masked = first_visible < packed<Factor>(seen) * kPacked<Factor>;
+  differentiate(tile, block, seen, masked, D, b, t);
+  const auto multiply = [&](int64_t rows, const Factor* x, auto&& product, auto&& add_row) {
+    if (!masked) return product(x);
+    product_of_visible<Acc>(rows, D, x, reinterpret_cast<Factor*>(b.rows), product, add_row);
+  };
+  const auto visible = [&](int64_t i, int64_t c) { return i < first_visible + c % tile.num_tokens; };
   if (with_dq) {
-    gemm_from<Op::kTN>(AddedLast<Acc>{t.dq, kTileLanes}, D, tile.padded<Acc>(), packed<Factor>(seen),
-                       block.k_transposed, D, b.dlogits_of_keys, kTileLanes, t.dq, kTileLanes);
-  }
-  if (block.dk.data != nullptr) {
-    const auto *P = reinterpret_cast<const Factor*>(b.weights),
-               *dX = reinterpret_cast<const Factor*>(b.dlogits);
-    const auto add = [&](const Factor* weights, const Factor* rows, Acc* sum) {
-      gemm_from<Op::kNN>(AddedLast<Acc>{sum, D}, seen, D, lanes, weights, kTileLanes, rows, D, sum, D);
+    const auto product = [&](const Factor* k) {
+      gemm_from<Op::kTN>(AddedLast<Acc>{t.dq, kTileLanes}, D, tile.padded<Acc>(), packed<Factor>(seen), k, D,
+                         b.dlogits_of_keys, kTileLanes, t.dq, kTileLanes);
     };
-    add(dX, t.q, block.dk_part);
-    add(P, t.do_, block.dv_part);
+    multiply(seen, block.k_transposed, product, [&](int64_t i) {
+      for (int64_t c = 0; c < lanes; ++c) {
+        if (!visible(i, c)) continue;
+        const Acc dX = static_cast<Acc>(element(b.dlogits_of_keys, kTileLanes, i, c));
+        for (int64_t d = 0; d < D; ++d)
+          t.dq[d * kTileLanes + c] += dX * static_cast<Acc>(element(block.k_transposed, D, i, d));
+      }
+    });
   }
+  if (block.dk.data == nullptr) return;
+  const auto add = [&](const Acc* weights, const Factor* x, Acc* sum) {
+    const auto product = [&](const Factor* rows) {
+      gemm_from<Op::kNN>(AddedLast<Acc>{sum, D}, seen, D, packed<Factor>(lanes),
+                         reinterpret_cast<const Factor*>(weights), kTileLanes, rows, D, sum, D);
+    };
+    multiply(lanes, x, product, [&](int64_t c) {
+      for (int64_t i = 0; i < seen; ++i) {
+        if (!visible(i, c)) continue;
+        const auto* row = reinterpret_cast<const packed_t<Factor>*>(weights + i * kTileLanes);
+        const Acc weight = static_cast<Acc>(row[c]);
+        for (int64_t d = 0; d < D; ++d) sum[i * D + d] += weight * static_cast<Acc>(element(x, D, c, d));
+      }
+    });
+  };
+  add(b.dlogits, t.q, block.dk_part);
+  add(b.weights, t.do_, block.dv_part);
 }
 
 template <class Element, class Factor, class Acc>
