@@ -92,18 +92,18 @@ struct Blocks {
 // tokens.
 template <class Factor, class Acc>
 struct KeyBlock {
-  Factor *k, *v;           // [kKeyBlock, packed(D)]
-  Factor* k_transposed;    // [packed(kKeyBlock), D]: factors of a sum over keys
-  Acc *dk_part, *dv_part;  // [kKeyBlock, D]
-  Rows<Acc> dk{}, dv{};
+  Factor *k, *v;         // [kKeyBlock, packed(D)]
+  Factor* k_transposed;  // [packed(kKeyBlock), D]: factors of a sum over keys
+  Acc* parts;            // [2, kKeyBlock, D]
+  Rows<Acc> dk{}, dv{}, dk_part{}, dv_part{};
   int64_t start = 0, keys = 0;
+  bool own_parts = false;
 
   KeyBlock(Arena<Acc>& arena, int64_t D)
       : k(arena.template take<Factor>(kKeyBlock * packed<Factor>(D))),
         v(arena.template take<Factor>(kKeyBlock * packed<Factor>(D))),
         k_transposed(k),
-        dk_part(arena.take(kKeyBlock * D)),
-        dv_part(arena.take(kKeyBlock * D)) {
+        parts(arena.take(2 * kKeyBlock * D)) {
     if (kPacked<Factor> > 1) k_transposed = arena.template take<Factor>(packed<Factor>(kKeyBlock) * D);
   }
 
@@ -118,16 +118,20 @@ struct KeyBlock {
     pack_rows(head_rows<Element>(p.v, s.batch, s.first + start, key_head), keys, p.D, v);
   }
 
-  void begin_queries(int64_t D) const {
-    if (dk.data == nullptr) return;
-    for (Acc* part : {dk_part, dv_part}) std::fill_n(part, keys * D, Acc(0));
+  // Starts a block of queries of `num_heads` heads. A single tile needs no part of its own, since its product is
+  // summed before it is added, and neither do products of bfloat16, whose own rounding errors are far larger.
+  void begin_queries(int64_t num_heads, int64_t D) {
+    own_parts = kPacked<Factor> == 1 && dk.data != nullptr && num_heads * kQueryBlock > kTileLanes;
+    dk_part = own_parts ? Rows<Acc>{parts, D} : dk;
+    dv_part = own_parts ? Rows<Acc>{parts + kKeyBlock * D, D} : dv;
+    if (own_parts) std::fill_n(parts, 2 * kKeyBlock * D, Acc(0));
   }
 
   void end_queries(int64_t D) const {
-    if (dk.data == nullptr) return;
+    if (!own_parts) return;
     for (int64_t r = 0; r < keys; ++r) {
-      for (int64_t d = 0; d < D; ++d) dk[r][d] += dk_part[r * D + d];
-      for (int64_t d = 0; d < D; ++d) dv[r][d] += dv_part[r * D + d];
+      for (int64_t d = 0; d < D; ++d) dk[r][d] += dk_part[r][d];
+      for (int64_t d = 0; d < D; ++d) dv[r][d] += dv_part[r][d];
     }
   }
 };
@@ -252,17 +256,17 @@ void add_gradients(const Sequence& s, const Tile& tile, const KeyBlock<Factor, A
     });
   }
   if (block.dk.data == nullptr) return;
-  const auto add = [&](const Acc* weights, const Factor* x, Acc* sum) {
+  const auto add = [&](const Acc* weights, const Factor* x, Rows<Acc> sum) {
     const auto product = [&](const Factor* rows) {
-      gemm_from<Op::kNN>(AddedLast<Acc>{sum, D}, seen, D, packed<Factor>(lanes),
-                         reinterpret_cast<const Factor*>(weights), kTileLanes, rows, D, sum, D);
+      gemm_from<Op::kNN>(AddedLast<Acc>{sum.data, sum.stride}, seen, D, packed<Factor>(lanes),
+                         reinterpret_cast<const Factor*>(weights), kTileLanes, rows, D, sum.data, sum.stride);
     };
     multiply(lanes, x, product, [&](int64_t c) {
       for (int64_t i = 0; i < seen; ++i) {
         if (!visible(i, c)) continue;
         const auto* row = reinterpret_cast<const packed_t<Factor>*>(weights + i * kTileLanes);
         const Acc weight = static_cast<Acc>(row[c]);
-        for (int64_t d = 0; d < D; ++d) sum[i * D + d] += weight * static_cast<Acc>(element(x, D, c, d));
+        for (int64_t d = 0; d < D; ++d) sum[i][d] += weight * static_cast<Acc>(element(x, D, c, d));
       }
     });
   };
@@ -324,7 +328,7 @@ void run_queries(const HypeAttentionBwdParams& p, const Sequence& s, int64_t hea
       block.dk = {dk[start], dk.stride};
       block.dv = {dv[start], dv.stride};
     }
-    block.begin_queries(p.D);
+    block.begin_queries(num_heads, p.D);
     for_each([&](const Tile& tile, const InTile& t) { add_gradients(s, tile, block, p.D, b, t, true); });
     block.end_queries(p.D);
   }
@@ -374,7 +378,7 @@ void run_keys(const HypeAttentionBwdParams& p, const Sequence& s, int64_t key_he
   }
   const int64_t first_query = std::max<int64_t>(begin - s.offset, 0) / kQueryBlock * kQueryBlock;
   const auto add_queries = [&](int64_t head, int64_t num_heads, int64_t from, int64_t to) {
-    for (const auto& block : blocks) block.begin_queries(D);
+    for (auto& block : blocks) block.begin_queries(num_heads, D);
     for_each_tile(head, num_heads, from, to, [&](const Tile& tile) {
       load_tile<Element>(p, s, tile, false, b, t);
       for (const auto& block : blocks) add_gradients(s, tile, block, D, b, t, false);
