@@ -14,7 +14,6 @@ from torch.autograd import forward_ad
 from hypenet_kernels import _native, _ops
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-CPU_FLOATS = (torch.float64, torch.float32, torch.bfloat16)
 STRIDED = torch.strided
 LONGEST = 12  # values of a list that a message shows
 
@@ -69,12 +68,11 @@ def dtype(op: str, name: str, x: Tensor, allowed: Iterable[torch.dtype]) -> None
 
 
 def element(op: str, name: str, x: Tensor) -> None:
-    """Check that x has a float type that is built for its device."""
-    on_cuda = _native.on_cuda(x)
-    built = _native.CUDA_OPS[op.removesuffix("_bwd")] if on_cuda else FLOATS if x.is_meta else CPU_FLOATS
+    """Check that x has a float type that is built for its device: all on the CPU, on CUDA those of CUDA_OPS."""
+    built = _native.CUDA_OPS[op.removesuffix("_bwd")] if _native.on_cuda(x) else FLOATS
     if x.dtype not in built:
         dtype(op, name, x, FLOATS)
-        rule = f"be {' or '.join(_name(d) for d in built)} on {'CUDA' if on_cuda else 'CPU'}"
+        rule = f"be {' or '.join(_name(d) for d in built)} on CUDA"
         fail(NotImplementedError, op, name, rule, _name(x.dtype))
 
 

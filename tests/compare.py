@@ -34,6 +34,12 @@ def assert_accurate_as_hi_lo(name, result, reference, dtype):
     assert ratio <= bound + ACCUMULATED[torch.float32], f"{name}: RMS error {ratio:.1e} of the reference's RMS"
 
 
+def assert_as_accurate(name, result, other, reference):
+    """RMS(result - reference) <= RMS(other - reference) and a tenth, by which equally good orders of a sum differ."""
+    error, allowed = rms(result.double() - reference), 1.1 * rms(other.double() - reference)
+    assert error <= allowed, f"{name}: RMS error {error:.2e}, at most {allowed:.2e} allowed"
+
+
 def assert_matches_reference(name, result, reference, eager=None, dtype=None):
     """Assert RMS(result - reference) <= bound * RMS(reference).
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from compare import assert_matches_reference
-from recurrence_suite import DECAYS, Shape, forward, in_double, make_inputs, rounded
+from recurrence_suite import DECAYS, DTYPES, Shape, forward, in_double, make_inputs, rounded
 
 import hypenet_kernels
 from hypenet_kernels import _native, reference
@@ -16,7 +16,6 @@ SHAPES = (
     Shape(2, 5, 2, 2, 24, 40),  # several tokens
 )
 ORDINARY = Shape(3, 2, 2, 4, 24, 40)
-DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
 class StepOp:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypenet_models import VOCABULARY, small_model, small_teacher
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from hypenet_cli.main import app
@@ -39,6 +39,12 @@ def test_generate_streams_the_continuation(folder):
     words = text.removeprefix(PROMPT).split()
     assert words and set(words) <= {f"w{i}" for i in range(VOCABULARY)}
     assert continuation("--model", folder, "--prompt", "-", "--max-new-tokens", 5, input=PROMPT) == text
+
+
+def test_a_model_saved_in_float16_runs_on_the_cpu(folder, tmp_path):
+    AutoModelForCausalLM.from_pretrained(folder).half().save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    assert len(continuation("--model", tmp_path, "--prompt", PROMPT, "--max-new-tokens", 5)) > len(PROMPT)
 
 
 def test_sampling_follows_the_seed(folder):

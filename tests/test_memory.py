@@ -1,16 +1,27 @@
 """Every op at sizes around its block sizes, on inputs surrounded by NaN, so that a read out of bounds shows.
 
 Made for `make test-asan`, which aborts at any access out of bounds; without it, a NaN in a result fails the test.
+The last tests put NaN and infinity into single tokens, and hold how far these spread to the README's numbers.
 """
+
+import itertools
 
 import pytest
 import torch
+from compare import assert_matches_reference
 
 import hypenet_kernels as kernels
+from hypenet_kernels import reference
 
 LENGTHS = (0, 1, 2, 15, 16, 17, 31, 33, 65)  # around every chunk and block
-DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIMS = ((1, 1), (3, 5), (16, 16), (17, 8), (40, 33), (64, 72))  # K, V: below, at and past a vector
+RECURRENCES = {  # (o, gradients): how many tokens away NaN can show where it does not belong
+    kernels.chunk_gated_delta_rule: (15, 31),
+    kernels.fused_recurrent_gated_delta_rule: (0, 31),
+    kernels.chunk_simple_gla: (15, 31),
+    kernels.fused_recurrent_simple_gla: (0, 31),
+}
 HEADS = ((1, 1), (2, 2), (1, 3))  # H, HV (or HK, H)
 
 
@@ -105,3 +116,89 @@ def test_decode(T, dtype):
         k_cache[0], v_cache[0] = float("nan"), float("nan")
         o = kernels.hype_attention_decode(q, k_cache, v_cache, lengths, k=k, v=v, gate=gate, logit_scale_base=50.0)
         assert o.isfinite().all() and k_cache[1].isfinite().all() and k_cache[0, T:].isnan().all()
+
+
+def depends(result, name, result_token, token):
+    """Whether a token of a result of attention or of a recurrence depends on a token of an input (or of do).
+
+    o and dq of a token are made of earlier k, v, g and beta; the other gradients are sums over the do of later tokens,
+    each of them times what its own o depends on.
+    """
+    if result in ("o", "dq", "dgate"):
+        return token == result_token if name in ("q", "do", "gate") else token <= result_token
+    return name not in ("q", "do", "gate") or result_token <= token
+
+
+def farthest(op, inputs, tokens):
+    """(forward, backward): the greatest distance at which a value that is not finite shows where it has no business."""
+
+    def results(inputs, do):
+        leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+        o = op(**leaves)
+        gradients = torch.autograd.grad(o, list(leaves.values()), do)
+        return {"o": o.detach()} | {f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}
+
+    do = torch.randn_like(op(**inputs))
+    clean = results(inputs, do)
+    T, forward, backward = do.shape[1], 0, 0
+    for name, token, value in itertools.product((*inputs, "do"), tokens, (torch.nan, torch.inf)):
+        poisoned = {n: x.clone() for n, x in (inputs | {"do": do}).items()}
+        poisoned[name][:, token] = value
+        for result, x in results({n: poisoned[n] for n in inputs}, poisoned["do"]).items():
+            changed = ~((x == clean[result]) | (x.isnan() & clean[result].isnan())).movedim(1, 0).flatten(1).all(1)
+            wrong = [t for t in range(T) if changed[t] and not depends(result, name, t, token)]
+            distance = max((abs(t - token) for t in wrong), default=0)
+            if result == "o":
+                forward = max(forward, distance)
+            else:
+                backward = max(backward, distance)
+    return forward, backward
+
+
+def attention(q, k, v, gate):
+    return kernels.hype_attention(q, k, v, gate=gate)
+
+
+SINGLE_TOKENS = (0, 15, 31, 32, 40, 63, 69)  # around blocks
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("HK, H", [(1, 1), (1, 3), (1, 5), (2, 2)])
+def test_attention_keeps_nan_and_infinity_from_what_does_not_see_them(HK, H, dtype):
+    q, k, v, gate = (torch.randn(1, 70, heads, 8).to(dtype) for heads in (H, HK, HK, H))
+    assert farthest(attention, {"q": q, "k": k, "v": v, "gate": gate}, SINGLE_TOKENS) == (0, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rule, reach", RECURRENCES.items(), ids=lambda x: getattr(x, "__name__", ""))
+def test_recurrences_spread_nan_and_infinity_within_a_chunk(rule, reach, dtype):
+    q, k, v, g, beta = (x.contiguous() for x in recurrence_inputs(1, 70, 1, 2, 64, 64, dtype))
+    inputs = {"q": q, "k": k, "v": v, "g": g} | ({"beta": beta} if "delta" in rule.__name__ else {})
+    assert farthest(lambda **x: rule(**x)[0], inputs, SINGLE_TOKENS) == reach
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinity_in_one_column_stays_in_it(dtype):
+    q, k, v = (torch.randn(1, 70, heads, 8).to(dtype) for heads in (4, 2, 2))
+    expected = reference.hype_attention(q.double(), k.double(), v.double())
+    eager = reference.hype_attention(q, k, v) if torch.finfo(dtype).bits == 16 else None
+    v[:, 40, :, 3] = torch.inf
+    o = kernels.hype_attention(q, k, v)
+    assert (o[:, 40:, :, 3] == torch.inf).all()
+    o[:, 40:, :, 3] = expected[:, 40:, :, 3].to(dtype)
+    assert_matches_reference("o", o, expected, eager)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_decode_keeps_nan_and_infinity_from_what_does_not_see_them(dtype):
+    q, k, v = (torch.randn(1, 4, heads, 8).to(dtype) for heads in (4, 2, 2))
+    caches = torch.randn(2, 1, 70, 2, 8).to(dtype)
+    for length, bad, token in itertools.product((0, 5, 62), (torch.nan, torch.inf), range(4)):
+        outputs = []
+        for poison in (False, True):
+            new = [x.clone() for x in (k, v)]
+            for x in new:
+                x[:, token] = bad if poison else x[:, token]
+            lengths = torch.tensor([length])
+            outputs.append(kernels.hype_attention_decode(q, *caches.clone(), lengths, k=new[0], v=new[1]))
+        assert outputs[1][:, :token].equal(outputs[0][:, :token]) and not outputs[1][:, token:].isfinite().any()

@@ -2,6 +2,7 @@
 
 import torch
 from recurrence_suite import (
+    DTYPES,
     ORDINARY,
     SequenceOp,
     arguments,
@@ -27,7 +28,7 @@ class SimpleGLA(SequenceOp):
         return inputs | {"g_gamma": -torch.tensor([1e-3, 0.1, 1.0, 8.0]).to(inputs["initial_state"].dtype)}
 
     def test_constant_decay(self):
-        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for dtype in DTYPES:
             assert_forward(self.op, self.reference, self.constant(dtype))
             assert_gradients(self.op, self.reference, self.constant(dtype))
 

@@ -23,6 +23,36 @@ struct bfloat16 {
   explicit operator float() const { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
 };
 
+// IEEE binary16; storage only as well. Free of branches, so that loops over rows become vectors.
+struct float16 {
+  uint16_t bits;
+
+  float16() = default;
+  explicit float16(float x) {
+    const uint32_t u = std::bit_cast<uint32_t>(x);
+    const int32_t size = u & 0x7fffffff;
+    // Round to nearest even: below 2^-14 to a multiple of 2^-24, which is the last bit of 0.5; else the 13 bits
+    // that are dropped.
+    const int32_t subnormal =
+        std::bit_cast<int32_t>(std::bit_cast<float>(size) + 0.5f) - std::bit_cast<int32_t>(0.5f);
+    const int32_t normal = (size - (kBias << 23) + 0xfff + ((size >> 13) & 1)) >> 13;
+    int32_t half = size < 0x38800000 ? subnormal : normal;
+    half = size < 0x477ff000 ? half : 0x7c00;   // 65520 is halfway to 2^16: infinity
+    half = size <= 0x7f800000 ? half : 0x7e00;  // NaN
+    bits = static_cast<uint16_t>(half | ((u >> 16) & 0x8000u));
+  }
+  explicit operator float() const {
+    const int32_t size = bits & 0x7fff;
+    const int32_t subnormal = std::bit_cast<int32_t>(static_cast<float>(size) * 0x1p-24f);
+    const int32_t normal = (size << 13) + ((size < 0x7c00 ? kBias : 2 * kBias) << 23);
+    const uint32_t sign = bits & 0x8000u;
+    return std::bit_cast<float>((size < 0x400 ? subnormal : normal) | (sign << 16));
+  }
+
+ private:
+  static constexpr int32_t kBias = 112;  // of float's exponent over float16's
+};
+
 template <class Element>
 struct Accumulator {
   using type = float;
@@ -44,8 +74,10 @@ Status dispatch_dtype(DType dtype, Run&& run) {
       return run.template operator()<float>();
     case DType::kBFloat16:
       return run.template operator()<bfloat16>();
+    case DType::kFloat16:
+      return run.template operator()<float16>();
     default:
-      return "dtype is not built for the CPU";
+      return "dtype is unknown";
   }
 }
 

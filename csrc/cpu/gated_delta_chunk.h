@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "../params.h"
+#include "convert.h"
 #include "dtype.h"
 #include "gemm.h"
 #include "workspace.h"
@@ -76,7 +77,7 @@ void load_rows(int64_t rows, int64_t dim, const Element* src, int64_t src_ld, T*
     if constexpr (std::is_same_v<Element, T>) {
       std::memcpy(dst + i * dst_ld, src + i * src_ld, dim * sizeof(T));
     } else {
-      for (int64_t j = 0; j < dim; ++j) dst[i * dst_ld + j] = T(src[i * src_ld + j]);
+      convert_row(src + i * src_ld, dim, dst + i * dst_ld);
     }
   }
 }

@@ -14,7 +14,9 @@ namespace hypenet::cpu {
 
 enum class Op { kNN, kTN };  // kTN: A is stored [K, M]
 
-// What the sums of a product start from: zero, `factor` times a matrix, or its rows times a factor each.
+// What the sums of a product start from: zero, `factor` times a matrix, or its rows times a factor each. Or
+// zero, and a matrix is added at the end: where many products add up, their rounding errors then do, and not
+// those of all their terms.
 struct FromZero {
   FromZero at(int64_t, int64_t) const { return *this; }
 };
@@ -35,6 +37,12 @@ struct FromScaledRows {
     return {from + row * ld + column, ld, factor + row};
   }
   T of_row(int row) const { return factor[row]; }
+};
+template <class T>
+struct AddedLast {
+  const T* from;
+  int64_t ld;
+  AddedLast at(int64_t row, int64_t column) const { return {from + row * ld + column, ld}; }
 };
 
 namespace gemm_detail {
@@ -72,7 +80,7 @@ HYPENET_INLINE void tile(int64_t K, const Factor* A, int64_t lda, const Factor* 
 #pragma GCC unroll 4
     for (int c = 0; c < kVecs; ++c) {
       acc[r][c] = vec<T>{};
-      if constexpr (!std::is_same_v<Start, FromZero>)
+      if constexpr (requires { start.of_row(r); })
         acc[r][c] = start.of_row(r) * read(start.from + r * start.ld + c * L);
     }
   }
@@ -92,6 +100,7 @@ HYPENET_INLINE void tile(int64_t K, const Factor* A, int64_t lda, const Factor* 
 #pragma GCC unroll 4
     for (int c = 0; c < kVecs; ++c) {
       T* p = C + r * ldc + c * L;
+      if constexpr (std::is_same_v<Start, AddedLast<T>>) acc[r][c] += read(start.from + r * start.ld + c * L);
       if constexpr (kTail) {
         store_partial(p, acc[r][c], tail);
       } else {

@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "../params.h"
+#include "convert.h"
 #include "dtype.h"
 #include "pairs.h"
 #include "simd.h"
@@ -91,53 +92,6 @@ void for_each_tile(int64_t head, int64_t num_heads, int64_t begin, int64_t end, 
   constexpr int64_t kStep = kTileLanes / kTileHeads;
   const int64_t tokens = kTileLanes / num_heads / kStep * kStep;
   for (; begin < end; begin += tokens) body(Tile{head, num_heads, begin, std::min(tokens, end - begin)});
-}
-
-// kLanes<Acc> elements in the accumulation type.
-template <class Acc, class Element>
-inline vec<Acc> load_as(const Element* x) {
-  if constexpr (std::is_same_v<Acc, Element>) {
-    return load(x);
-  } else {
-    static_assert(std::is_same_v<Element, bfloat16> && std::is_same_v<Acc, float>);
-    typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
-    typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
-    Halves halves;
-    std::memcpy(&halves, x, sizeof(halves));
-    const Words words = __builtin_convertvector(halves, Words) << 16;
-    vec<Acc> y;
-    std::memcpy(&y, &words, sizeof(y));
-    return y;
-  }
-}
-
-// The first n of them, 0 < n < kLanes<Acc>; the other lanes are zero.
-template <class Acc, class Element>
-inline vec<Acc> load_partial_as(const Element* x, int n) {
-  if constexpr (std::is_same_v<Acc, Element>) {
-    return load_partial(x, n);
-  } else {
-    Element padded[kLanes<Acc>] = {};
-    std::copy_n(x, n, padded);
-    return load_as<Acc>(padded);
-  }
-}
-
-template <class Element, class Acc>
-void load_row(const Element* x, int64_t D, Acc* y) {
-  for (int64_t d = 0; d < D; ++d) y[d] = static_cast<Acc>(x[d]);
-}
-
-template <class Element, class Acc>
-void store_row(const Acc* x, int64_t D, Element* y) {
-  for (int64_t d = 0; d < D; ++d) y[d] = static_cast<Element>(x[d]);
-}
-
-// Copies the rows to y [rows, D] in the accumulation type: what several products read is contiguous, since
-// lines a power of two apart would evict one another from the first cache.
-template <class Element, class Acc>
-void load_rows(Rows<Element> x, int64_t rows, int64_t D, Acc* y) {
-  for (int64_t r = 0; r < rows; ++r) load_row(x[r], D, y + r * D);
 }
 
 // y [rows, packed(D)]: the rows as factors of a product that sums over D.

@@ -12,8 +12,8 @@
 // queries and for each over the key blocks, dq staying and dk, dv adding up in memory. Or, where those tasks
 // are too few for the threads, (2) a task per (key head, block of queries) computes dq, and (3) one per (key
 // head, block of keys) dk and dv, both of which recompute P and dX. Queries are cut into tiles as in the
-// forward, and every sum is taken in one order either way: dq over rising keys; dk, dv over rising tiles. So
-// neither the choice nor the number of threads changes a bit.
+// forward, and every sum is taken in one order either way: dq over rising blocks of keys; dk, dv over the tiles of
+// a block of queries, then over rising blocks. So neither the choice nor the number of threads changes a bit.
 //
 // Products, for the lanes c of a tile and the keys i of a block:
 //   X^T[i, c] = K[i, :] Q^T[:, c]         dP^T[i, c] = V[i, :] dO^T[:, c]
@@ -34,6 +34,7 @@
 #include "gemm.h"
 #include "hype_attention.h"
 #include "kernels.h"
+#include "masked_product.h"
 #include "simd.h"
 
 namespace hypenet::cpu {
@@ -86,18 +87,23 @@ struct Blocks {
   }
 };
 
-// Keys [start, start + keys) with their values, and where their gradients add up, or null.
+// Keys [start, start + keys) with their values; where their gradients add up, or null; and the part of those that
+// one block of queries adds, summed by itself so that rounding errors grow with the number of blocks, not of
+// tokens.
 template <class Factor, class Acc>
 struct KeyBlock {
   Factor *k, *v;         // [kKeyBlock, packed(D)]
   Factor* k_transposed;  // [packed(kKeyBlock), D]: factors of a sum over keys
-  Rows<Acc> dk{}, dv{};
+  Acc* parts;            // [2, kKeyBlock, D]
+  Rows<Acc> dk{}, dv{}, dk_part{}, dv_part{};
   int64_t start = 0, keys = 0;
+  bool own_parts = false;
 
   KeyBlock(Arena<Acc>& arena, int64_t D)
       : k(arena.template take<Factor>(kKeyBlock * packed<Factor>(D))),
         v(arena.template take<Factor>(kKeyBlock * packed<Factor>(D))),
-        k_transposed(k) {
+        k_transposed(k),
+        parts(arena.take(2 * kKeyBlock * D)) {
     if (kPacked<Factor> > 1) k_transposed = arena.template take<Factor>(packed<Factor>(kKeyBlock) * D);
   }
 
@@ -111,6 +117,23 @@ struct KeyBlock {
     if (kPacked<Factor> > 1) pack_across_rows(k_rows, keys, p.D, k_transposed);
     pack_rows(head_rows<Element>(p.v, s.batch, s.first + start, key_head), keys, p.D, v);
   }
+
+  // Starts a block of queries of `num_heads` heads. A single tile needs no part of its own, since its product is
+  // summed before it is added, and neither do products of bfloat16, whose own rounding errors are far larger.
+  void begin_queries(int64_t num_heads, int64_t D) {
+    own_parts = kPacked<Factor> == 1 && dk.data != nullptr && num_heads * kQueryBlock > kTileLanes;
+    dk_part = own_parts ? Rows<Acc>{parts, D} : dk;
+    dv_part = own_parts ? Rows<Acc>{parts + kKeyBlock * D, D} : dv;
+    if (own_parts) std::fill_n(parts, 2 * kKeyBlock * D, Acc(0));
+  }
+
+  void end_queries(int64_t D) const {
+    if (!own_parts) return;
+    for (int64_t r = 0; r < keys; ++r) {
+      for (int64_t d = 0; d < D; ++d) dk[r][d] += dk_part[r][d];
+      for (int64_t d = 0; d < D; ++d) dv[r][d] += dv_part[r][d];
+    }
+  }
 };
 
 // One (head, token) of a tile: do_row = do'_t as products take it; returns delta_t. Writes dgate where asked.
@@ -118,11 +141,11 @@ template <class Element, class Factor, class Acc>
 Acc load_output_gradient(const HypeAttentionBwdParams& p, const Sequence& s, int64_t head, int64_t token,
                          bool with_dgate, const Blocks<Factor, Acc>& b, Acc* do_row) {
   const int64_t D = p.D, row = s.first + token;
-  load_row(head_rows<Element>(p.do_, s.batch, row, head)[0], D, do_row);
-  load_row(head_rows<const Element>(p.o_ungated, p.T, p.H, D, s.batch, row, head)[0], D, b.o_row);
+  convert_row(head_rows<Element>(p.do_, s.batch, row, head)[0], D, do_row);
+  convert_row(head_rows<const Element>(p.o_ungated, p.T, p.H, D, s.batch, row, head)[0], D, b.o_row);
   if (p.gate.data != nullptr) {
     Element* dgate = head_rows<Element>(p.dgate, p.T, p.H, D, s.batch, row, head)[0];
-    load_row(head_rows<Element>(p.gate, s.batch, row, head)[0], D, b.gate_row);
+    convert_row(head_rows<Element>(p.gate, s.batch, row, head)[0], D, b.gate_row);
     sigmoid_in_place(b.gate_row, D);
     for (int64_t d = 0; d < D; ++d) {
       const Acc gated = do_row[d] * b.gate_row[d];
@@ -208,20 +231,47 @@ void differentiate(const Tile& tile, const KeyBlock<Factor, Acc>& block, int64_t
 template <class Factor, class Acc>
 void add_gradients(const Sequence& s, const Tile& tile, const KeyBlock<Factor, Acc>& block, int64_t D,
                    const Blocks<Factor, Acc>& b, const TileBlocks<Factor, Acc>& t, bool with_dq) {
-  const int64_t lanes = packed<Factor>(tile.lanes()), first_visible = s.offset + tile.begin - block.start + 1;
+  const int64_t lanes = tile.lanes(), first_visible = s.offset + tile.begin - block.start + 1;
   const int64_t seen = std::min(block.keys, first_visible + tile.num_tokens - 1);
   if (seen <= 0) return;
-  differentiate(tile, block, seen, first_visible < seen, D, b, t);
+  const bool masked = first_visible < packed<Factor>(seen) * kPacked<Factor>;
+  differentiate(tile, block, seen, masked, D, b, t);
+  const auto multiply = [&](int64_t rows, const Factor* x, auto&& product, auto&& add_row) {
+    if (!masked) return product(x);
+    product_of_visible<Acc>(rows, D, x, reinterpret_cast<Factor*>(b.rows), product, add_row);
+  };
+  const auto visible = [&](int64_t i, int64_t c) { return i < first_visible + c % tile.num_tokens; };
   if (with_dq) {
-    gemm<Op::kTN, true>(D, tile.padded<Acc>(), packed<Factor>(seen), block.k_transposed, D, b.dlogits_of_keys,
-                        kTileLanes, t.dq, kTileLanes);
+    const auto product = [&](const Factor* k) {
+      gemm_from<Op::kTN>(AddedLast<Acc>{t.dq, kTileLanes}, D, tile.padded<Acc>(), packed<Factor>(seen), k, D,
+                         b.dlogits_of_keys, kTileLanes, t.dq, kTileLanes);
+    };
+    multiply(seen, block.k_transposed, product, [&](int64_t i) {
+      for (int64_t c = 0; c < lanes; ++c) {
+        if (!visible(i, c)) continue;
+        const Acc dX = static_cast<Acc>(element(b.dlogits_of_keys, kTileLanes, i, c));
+        for (int64_t d = 0; d < D; ++d)
+          t.dq[d * kTileLanes + c] += dX * static_cast<Acc>(element(block.k_transposed, D, i, d));
+      }
+    });
   }
-  if (block.dk.data != nullptr) {
-    const auto *P = reinterpret_cast<const Factor*>(b.weights),
-               *dX = reinterpret_cast<const Factor*>(b.dlogits);
-    gemm<Op::kNN, true>(seen, D, lanes, dX, kTileLanes, t.q, D, block.dk.data, block.dk.stride);
-    gemm<Op::kNN, true>(seen, D, lanes, P, kTileLanes, t.do_, D, block.dv.data, block.dv.stride);
-  }
+  if (block.dk.data == nullptr) return;
+  const auto add = [&](const Acc* weights, const Factor* x, Rows<Acc> sum) {
+    const auto product = [&](const Factor* rows) {
+      gemm_from<Op::kNN>(AddedLast<Acc>{sum.data, sum.stride}, seen, D, packed<Factor>(lanes),
+                         reinterpret_cast<const Factor*>(weights), kTileLanes, rows, D, sum.data, sum.stride);
+    };
+    multiply(lanes, x, product, [&](int64_t c) {
+      for (int64_t i = 0; i < seen; ++i) {
+        if (!visible(i, c)) continue;
+        const auto* row = reinterpret_cast<const packed_t<Factor>*>(weights + i * kTileLanes);
+        const Acc weight = static_cast<Acc>(row[c]);
+        for (int64_t d = 0; d < D; ++d) sum[i][d] += weight * static_cast<Acc>(element(x, D, c, d));
+      }
+    });
+  };
+  add(b.dlogits, t.q, block.dk_part);
+  add(b.weights, t.do_, block.dv_part);
 }
 
 template <class Element, class Factor, class Acc>
@@ -231,7 +281,8 @@ void store_dq(const HypeAttentionBwdParams& p, const Sequence& s, const Tile& ti
   transpose(D, tile.lanes(), t.dq, kTileLanes, b.rows, D);
   for (int64_t lane = 0; lane < tile.lanes(); ++lane) {
     const int64_t head = tile.head + lane / tile.num_tokens, token = tile.begin + lane % tile.num_tokens;
-    store_row(b.rows + lane * D, D, head_rows<Element>(p.dq, p.T, p.H, D, s.batch, s.first + token, head)[0]);
+    convert_row(b.rows + lane * D, D,
+                head_rows<Element>(p.dq, p.T, p.H, D, s.batch, s.first + token, head)[0]);
   }
 }
 
@@ -239,7 +290,7 @@ template <class Element, class Acc>
 void store_keys(void* out, const HypeAttentionBwdParams& p, const Sequence& s, int64_t key_head,
                 int64_t start, int64_t keys, Rows<Acc> x) {
   const auto rows = head_rows<Element>(out, p.S, p.HK, p.D, s.batch, s.first + start, key_head);
-  for (int64_t r = 0; r < keys; ++r) store_row(x[r], p.D, rows[r]);
+  for (int64_t r = 0; r < keys; ++r) convert_row(x[r], p.D, rows[r]);
 }
 
 // body(head, heads, begin, end) for blocks of queries from `begin` on, and in each for a few heads of a key
@@ -277,7 +328,9 @@ void run_queries(const HypeAttentionBwdParams& p, const Sequence& s, int64_t hea
       block.dk = {dk[start], dk.stride};
       block.dv = {dv[start], dv.stride};
     }
+    block.begin_queries(num_heads, p.D);
     for_each([&](const Tile& tile, const InTile& t) { add_gradients(s, tile, block, p.D, b, t, true); });
+    block.end_queries(p.D);
   }
   for_each([&](const Tile& tile, const InTile& t) { store_dq<Element>(p, s, tile, b, t); });
 }
@@ -324,13 +377,15 @@ void run_keys(const HypeAttentionBwdParams& p, const Sequence& s, int64_t key_he
     blocks.back().dv = {dv[start - begin], D};
   }
   const int64_t first_query = std::max<int64_t>(begin - s.offset, 0) / kQueryBlock * kQueryBlock;
-  for_each_query_block(p, s, key_head, first_query,
-                       [&](int64_t head, int64_t num_heads, int64_t from, int64_t to) {
-                         for_each_tile(head, num_heads, from, to, [&](const Tile& tile) {
-                           load_tile<Element>(p, s, tile, false, b, t);
-                           for (const auto& block : blocks) add_gradients(s, tile, block, D, b, t, false);
-                         });
-                       });
+  const auto add_queries = [&](int64_t head, int64_t num_heads, int64_t from, int64_t to) {
+    for (auto& block : blocks) block.begin_queries(num_heads, D);
+    for_each_tile(head, num_heads, from, to, [&](const Tile& tile) {
+      load_tile<Element>(p, s, tile, false, b, t);
+      for (const auto& block : blocks) add_gradients(s, tile, block, D, b, t, false);
+    });
+    for (const auto& block : blocks) block.end_queries(D);
+  };
+  for_each_query_block(p, s, key_head, first_query, add_queries);
   store_keys<Element>(p.dk, p, s, key_head, begin, end - begin, dk);
   store_keys<Element>(p.dv, p, s, key_head, begin, end - begin, dv);
 }

@@ -34,6 +34,7 @@
 
 #include "hype_attention.h"
 #include "kernels.h"
+#include "masked_product.h"
 #include "simd.h"
 
 namespace hypenet::cpu {
@@ -186,6 +187,18 @@ void add_values(int64_t keys, int64_t D, const Acc* weights, int64_t num_rows, R
   if (d < D) {
     const auto part = [&](const Element* x) { return load_partial_as<Acc>(x, static_cast<int>(D - d)); };
     values_tile<kRows, 1>(keys, weights, num_rows, at(d), ahead + d * keys, o + d, o_stride, part);
+  }
+}
+
+// The same one by one, for rows of which row r sees the first seen(r) keys and nothing of the others.
+template <class Element, class Acc, class Seen>
+void add_visible_values(int64_t keys, int64_t D, const Acc* weights, int64_t num_rows, int64_t rows,
+                        Rows<const Element> v, Acc* o, const Seen& seen) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t j = 0; j < std::min(keys, seen(r)); ++j) {
+      for (int64_t d = 0; d < D; ++d)
+        o[r * padded<Acc>(D) + d] += weights[j * num_rows + r] * static_cast<Acc>(v[j][d]);
+    }
   }
 }
 
@@ -361,13 +374,22 @@ void run_split(const HypeAttentionDecodeParams& p, const Task& task, const Round
       }
     });
   });
-  softmax_over_keys(task.keys, num_rows, b.weights, out.max, out.sum, [&](int64_t row) {
+  const auto seen = [&](int64_t row) {
     return std::clamp<int64_t>(position + row % rows / group + 1 - task.start, 0, task.keys);
-  });
+  };
+  softmax_over_keys(task.keys, num_rows, b.weights, out.max, out.sum, seen);
   std::fill_n(out.o, num_rows * D_padded, Acc(0));
   v_rows.for_each_block(kValueKeys<Element>, [&](int64_t head, int64_t begin, int64_t keys, int64_t before) {
     const auto v = v_rows.of_head(head);
     const Element* ahead = v_rows[std::min(before + rows_ahead, v_rows.count() - keys)];
+    bool finite = true;  // or seen by all rows
+    for (int64_t j = std::max(begin, seen(0)); j < begin + keys; ++j) finite &= all_finite<Acc>(v[j], D);
+    if (!finite) {
+      add_visible_values(keys, D, b.weights + begin * num_rows + head * rows, num_rows, rows,
+                         Rows<const Element>{v[begin], v.stride}, out.o + head * rows * D_padded,
+                         [&](int64_t r) { return seen(r) - begin; });
+      return;
+    }
     for_each_row_tile(rows, [&]<int kRows>(int64_t r) {
       add_values<kRows, Element>(keys, D, b.weights + begin * num_rows + head * rows + r, num_rows,
                                  {v[begin], v.stride}, ahead, out.o + (head * rows + r) * D_padded);
@@ -396,11 +418,11 @@ void combine(const HypeAttentionDecodeParams& p, int64_t b, int64_t token, int64
   const Acc norm = 1 / total;
   for (int64_t d = 0; d < D; ++d) o[d] *= norm;
   if (p.gate.data != nullptr) {
-    load_row(head_rows<Element>(p.gate, b, token, head)[0], D, gate_row);
+    convert_row(head_rows<Element>(p.gate, b, token, head)[0], D, gate_row);
     sigmoid_in_place(gate_row, D);
     for (int64_t d = 0; d < D; ++d) o[d] *= gate_row[d];
   }
-  store_row(o, D, head_rows<Element>(p.o, p.T, p.H, D, b, token, head)[0]);
+  convert_row(o, D, head_rows<Element>(p.o, p.T, p.H, D, b, token, head)[0]);
 }
 
 template <class Element>

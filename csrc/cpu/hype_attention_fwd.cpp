@@ -19,11 +19,9 @@
 // products are of pairs of bfloat16 (pairs.h), weights are rounded to it for the product with V, not in their
 // sum. Every exponent taken is <= 0 but for rounding: every query sees the first key of the first block, so
 // its maximum is finite from there on. Keys after a query's position enter neither maximum nor sum and weigh
-// zero.
+// zero; where a value among them is not finite, masked_product.h keeps it from the queries before it.
 //
 // Cost: 4 D FLOPs per visible (query, key) pair; compute bound. Memory: a few blocks per thread.
-//
-// Limits: a value v_i that is not finite reaches back to the queries of its tile, 0 times it being NaN.
 #include <omp.h>
 
 #include <cstdint>
@@ -32,6 +30,7 @@
 #include "gemm.h"
 #include "hype_attention.h"
 #include "kernels.h"
+#include "masked_product.h"
 #include "simd.h"
 
 namespace hypenet::cpu {
@@ -191,7 +190,19 @@ void add_keys(const Tile& tile, int64_t keys, int64_t first_visible, int64_t D, 
   for (; c + kWide <= padded; c += kWide) softmax(c, std::integral_constant<int, 4>());
   for (; c < padded; c += L) softmax(c, std::integral_constant<int, 1>());
   const Factor* weights = reinterpret_cast<const Factor*>(b.logits);
-  gemm<Op::kTN, true>(D, padded, packed<Factor>(keys), b.v, D, weights, kTileLanes, t.o, kTileLanes);
+  const auto product = [&](const Factor* v) {
+    gemm_from<Op::kTN>(AddedLast<Acc>{t.o, kTileLanes}, D, padded, packed<Factor>(keys), v, D, weights,
+                       kTileLanes, t.o, kTileLanes);
+  };
+  if (first_visible >= packed<Factor>(keys) * kPacked<Factor>) return product(b.v);
+  product_of_visible<Acc>(keys, D, b.v, reinterpret_cast<Factor*>(b.rows), product, [&](int64_t i) {
+    for (int64_t c = 0; c < tile.lanes(); ++c) {
+      if (i >= first_visible + c % tile.num_tokens) continue;
+      const Acc weight = static_cast<Acc>(element(weights, kTileLanes, i, c));
+      for (int64_t d = 0; d < D; ++d)
+        t.o[d * kTileLanes + c] += weight * static_cast<Acc>(element(b.v, D, i, d));
+    }
+  });
 }
 
 // Writes o, gated where there is a gate, and what the backward reads: the output before the gate and the
@@ -214,12 +225,12 @@ void store_output(const HypeAttentionFwdParams& p, const Sequence& s, const Tile
     for (int64_t d = 0; d < D; ++d) x[d] *= norm;
     if (gate.data != nullptr) {
       const auto ungated = head_rows<Element>(p.o_ungated, p.T, p.H, D, s.batch, token, head);
-      if (ungated.data != nullptr) store_row(x, D, ungated[r]);
-      load_row(gate[r], D, gate_row);
+      if (ungated.data != nullptr) convert_row(x, D, ungated[r]);
+      convert_row(gate[r], D, gate_row);
       sigmoid_in_place(gate_row, D);
       for (int64_t d = 0; d < D; ++d) x[d] *= gate_row[d];
     }
-    store_row(x, D, head_rows<Element>(p.o, p.T, p.H, D, s.batch, token, head)[r]);
+    convert_row(x, D, head_rows<Element>(p.o, p.T, p.H, D, s.batch, token, head)[r]);
   }
 }
 

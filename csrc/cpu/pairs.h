@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "convert.h"
 #include "dtype.h"
 #include "simd.h"
 
@@ -112,7 +113,7 @@ const Factor* as_factors(int64_t rows, int64_t columns, const Acc* x, int64_t ld
 template <class Element, class Factor>
 void pack_row(const Element* x, int64_t n, Factor* y) {
   if constexpr (kPacked<Factor> == 1) {
-    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<Factor>(x[i]);
+    convert_row(x, n, y);
   } else {
     std::memcpy(y, x, n / 2 * sizeof(Factor));
     if (n % 2 != 0) y[n / 2] = {x[n - 1], bfloat16(0.0f)};
@@ -123,7 +124,7 @@ void pack_row(const Element* x, int64_t n, Factor* y) {
 template <class Element, class Factor>
 void pack_columns(const Element* x, [[maybe_unused]] const Element* next, int64_t n, Factor* y) {
   if constexpr (kPacked<Factor> == 1) {
-    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<Factor>(x[i]);
+    convert_row(x, n, y);
   } else if (next == nullptr) {
     for (int64_t i = 0; i < n; ++i) y[i] = {x[i], bfloat16(0.0f)};
   } else {

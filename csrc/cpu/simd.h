@@ -25,7 +25,7 @@ struct Vector;
 template <>
 struct Vector<float> {
   typedef float type __attribute__((vector_size(kVectorBytes)));
-  typedef int32_t bits __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t bits __attribute__((vector_size(kVectorBytes)));
   static constexpr int kMantissa = 23;
   static constexpr int kExpDegree = 7;             // first Taylor term left out: (ln2 / 2)^8 / 8! < 2^-27
   static constexpr float kExpLowest = -87.3f;      // below, the result is not a normal number and becomes 0
@@ -36,7 +36,7 @@ struct Vector<float> {
 template <>
 struct Vector<double> {
   typedef double type __attribute__((vector_size(kVectorBytes)));
-  typedef int64_t bits __attribute__((vector_size(kVectorBytes)));
+  typedef uint64_t bits __attribute__((vector_size(kVectorBytes)));
   static constexpr int kMantissa = 52;
   static constexpr int kExpDegree = 13;
   static constexpr double kExpLowest = -708.0;
