@@ -3,9 +3,11 @@
 Importing this package registers the model type "hypenet" with transformers' Auto classes.
 """
 
-from hypenet_cli.extras import require, version
+import importlib.util
 
-require("hypenet", "model", "transformers", "safetensors")
+if missing := [name for name in ("transformers", "safetensors") if importlib.util.find_spec(name) is None]:
+    message = f'hypenet: needs {", ".join(missing)}; install with: pip install "hypenet[model]"'
+    raise ModuleNotFoundError(message, name=missing[0])
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -15,8 +17,7 @@ from hypenet.context import MixerContext
 from hypenet.conversion import config_from_qwen3, from_qwen3
 from hypenet.mixers import GatedDeltaNet, LightningAttention, SoftmaxAttention
 from hypenet.modeling_hypenet import HypeNetForCausalLM, HypeNetModel, HypeNetPreTrainedModel
-
-__version__ = version()
+from hypenet_kernels import __version__
 
 AutoConfig.register("hypenet", HypeNetConfig, exist_ok=True)
 AutoModel.register(HypeNetConfig, HypeNetModel, exist_ok=True)

@@ -105,7 +105,7 @@ def gradients(op, inputs, do, dfinal_state, **options):
 
 
 def rounded(reference, dtype):
-    """Return the result of an eager implementation that computes exactly and rounds once; None unless bfloat16 or float16."""
+    """Return the result of an eager implementation that computes exactly and rounds once; None in high precision."""
     return reference.to(dtype).double() if dtype in (torch.bfloat16, torch.float16) else None
 
 

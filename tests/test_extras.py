@@ -12,18 +12,17 @@ import pytest
 
 import halo
 import hypenet
-from hypenet_cli.extras import PACKAGES, require
+from halo.extras import PACKAGES, require
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 IMPORTED_AS = {"pyyaml": "yaml"}
 # What a package may import at all: of the standard library anything, of the rest what the extra installs.
 CORE = {"torch", "numpy"}
-OURS = {"hypenet_kernels", "hypenet_cli", "hypenet", "halo"}
+OURS = {"hypenet_kernels", "hypenet", "halo"}
 ALLOWED = {
     "hypenet_kernels": CORE,
     "hypenet": CORE | set(PACKAGES["model"]),
-    "hypenet_cli": CORE | set(PACKAGES["model"]),
     # tokenizers and transformers' other dependencies come with it
     "halo": CORE | set(PACKAGES["halo"]) | {"tokenizers"},
 }
@@ -48,9 +47,9 @@ def run(code):
 
 def command(name, *arguments, hide=()):
     """Run a command in a process in which the packages `hide` cannot be imported."""
-    module = {"hypenet": "hypenet_cli", "halo": "halo"}[name]
+    main = {"hypenet": "hypenet", "halo": "main"}[name]
     hidden = "".join(f"sys.modules[{package!r}] = None; " for package in hide)
-    return run(f"import sys; {hidden}from {module}.__main__ import main; sys.argv = {[name, *arguments]!r}; main()")
+    return run(f"import sys; {hidden}from halo.__main__ import {main}; sys.argv = {[name, *arguments]!r}; {main}()")
 
 
 def test_only_torch_and_numpy_are_always_installed():
@@ -127,10 +126,10 @@ def test_version():
 )
 def test_help_imports_nothing_that_takes_seconds(arguments):
     name, *rest = arguments
-    module = {"hypenet": "hypenet_cli", "halo": "halo"}[name]
+    main = {"hypenet": "hypenet", "halo": "main"}[name]
     code = (
-        f"import sys; from {module}.__main__ import main; sys.argv = {[name, *rest]!r}\n"
-        f"try: main()\nfinally: print('loaded', [m for m in {HEAVY!r} if m in sys.modules])"
+        f"import sys; from halo.__main__ import {main}; sys.argv = {[name, *rest]!r}\n"
+        f"try: {main}()\nfinally: print('loaded', [m for m in {HEAVY!r} if m in sys.modules])"
     )
     result = run(code)
     assert result.returncode == 0, result.stderr

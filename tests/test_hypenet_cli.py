@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from hypenet_cli.main import app
+from halo.hypenet_cli import app
 
 PROMPT = "w1 w20 w3"
 

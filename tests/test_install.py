@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("hypenet_kernels", "hypenet_cli", "hypenet", "halo")
+PACKAGES = ("hypenet_kernels", "hypenet", "halo")
 _spec = importlib.util.spec_from_file_location("hypenet_setup", ROOT / "setup.py")
 setup = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(setup)
@@ -144,7 +144,7 @@ def test_wheel_builds_without_torch_and_runs_from_anywhere(tmp_path):
     assert {f"halo/configs/{path.name}" for path in (ROOT / "halo" / "configs").glob("*.yaml")} <= set(names)
     assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
     entry_points = next((tmp_path / "with space").glob("*/entry_points.txt")).read_text()
-    assert "hypenet = hypenet_cli.__main__:main" in entry_points and "halo = halo.__main__:main" in entry_points
+    assert "hypenet = halo.__main__:hypenet" in entry_points and "halo = halo.__main__:main" in entry_points
     metadata = next((tmp_path / "with space").glob("*/METADATA")).read_text()
     needed = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
     assert needed == ["Requires-Dist: torch>=2.9", "Requires-Dist: numpy"]

@@ -1,4 +1,8 @@
-"""The `hypenet` command: continue a prompt, describe a model."""
+"""The `hypenet` command: continue a prompt, describe a model.
+
+It is in this package because importing `hypenet` loads torch and transformers, which takes seconds: help, the version and
+the line that names a missing package appear at once.
+"""
 
 from enum import StrEnum
 from pathlib import Path
@@ -6,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hypenet_cli.extras import version
+from halo.extras import version
 
 if TYPE_CHECKING:
     from hypenet import HypeNetConfig
