@@ -1,4 +1,4 @@
-"""What every op means: one loop over t each, in plain PyTorch, in the dtype of its inputs.
+"""The definition of every op: one loop over t each, in plain PyTorch, in the dtype of its inputs.
 
 Slow and obviously right. The native kernels are tested against these functions in float64; nothing else calls them.
 Names, argument order and layouts are those of the public ops: q, k [B, T, H, K]; v [B, T, HV, V]; g, beta [B, T, HV];
@@ -6,36 +6,38 @@ state [N, HV, K, V]; value head j reads key head j // (HV / H).
 """
 
 import math
+from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def chunk_gated_delta_rule(
-    q,
-    k,
-    v,
-    g,
-    beta,
-    scale=None,
-    initial_state=None,
-    output_final_state=False,
-    use_qk_l2norm_in_kernel=False,
-    use_beta_sigmoid_in_kernel=False,
-    allow_neg_eigval=False,
-    cu_seqlens=None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    cu_seqlens: Tensor | None = None,
     *,
-    use_gate_in_kernel=False,
-    A_log=None,
-    dt_bias=None,
-    **serving,
-):
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    **serving: Any,
+) -> Any:
     """S_t = e^{g_t} (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T ;  o_t = scale S_t^T q_t.
 
     serving: state_indices and checkpoint_every, as in `_recurrence`.
     """
     if use_qk_l2norm_in_kernel:
         q, k = l2norm(q), l2norm(k)
-    if use_gate_in_kernel:
+    if use_gate_in_kernel and A_log is not None:
         g = log_decay(g, A_log, 0.0 if dt_bias is None else dt_bias)
     if use_beta_sigmoid_in_kernel:
         beta = (2 if allow_neg_eigval else 1) * beta.sigmoid()
@@ -43,8 +45,17 @@ def chunk_gated_delta_rule(
 
 
 def chunk_simple_gla(
-    q, k, v, g=None, g_gamma=None, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None, **serving
-):
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    g_gamma: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    **serving: Any,
+) -> Any:
     """S_t = e^{g_t} S_{t-1} + k_t v_t^T ;  o_t = scale S_t^T q_t. `g_gamma` [HV] is a `g` constant in t.
 
     serving: state_indices and checkpoint_every, as in `_recurrence`.
@@ -54,7 +65,7 @@ def chunk_simple_gla(
     return _recurrence(q, k, v, g, None, scale, initial_state, output_final_state, cu_seqlens, **serving)
 
 
-def commit_states(state, states, num_accepted, state_indices=None):
+def commit_states(state: Tensor, states: Tensor, num_accepted: Tensor, state_indices: Tensor | None = None) -> None:
     """Slot of sequence b := states[b, num_accepted[b] - 1], in place; unchanged where num_accepted[b] = 0.
 
     states [B, T, HV, K, V]: the state after each of T draft tokens, as the recurrence returns it for
@@ -66,14 +77,24 @@ def commit_states(state, states, num_accepted, state_indices=None):
             state[slot] = states[b, accepted - 1]
 
 
-def hype_attention(q, k, v, *, logit_scale_base=None, gate=None, scale=None, query_offset=0, cu_seqlens=None):
+def hype_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    logit_scale_base: float | None = None,
+    gate: Tensor | None = None,
+    scale: float | None = None,
+    query_offset: int = 0,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
     """o_t = sum_{i <= t} softmax_i(s_t scale q_t . k_i) v_i, times sigmoid(gate_t); s_t = ln(t + a) / ln(a).
 
     q, gate [B, T, H, D]; k, v [B, S, HK, D] with S = query_offset + T; t counts from the start of the keys.
     """
     if cu_seqlens is not None:
         spans = list(zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:], strict=False))
-        options = {"logit_scale_base": logit_scale_base, "scale": scale}
+        options: dict[str, Any] = {"logit_scale_base": logit_scale_base, "scale": scale}
         parts = [
             hype_attention(*(x[:, i:j] for x in (q, k, v)), gate=None if gate is None else gate[:, i:j], **options)
             for i, j in spans
@@ -82,24 +103,33 @@ def hype_attention(q, k, v, *, logit_scale_base=None, gate=None, scale=None, que
     group = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    o = []
+    outputs = []
     for i in range(q.shape[1]):
         t = query_offset + i
         s_t = 1.0 if logit_scale_base is None else math.log(t + logit_scale_base) / math.log(logit_scale_base)
         logits = torch.einsum("bhd,bshd->bhs", q[:, i] * (s_t * scale), k[:, : t + 1])
-        o.append(torch.einsum("bhs,bshd->bhd", logits.softmax(-1), v[:, : t + 1]))
-    o = torch.stack(o, dim=1) if o else torch.zeros_like(q)
+        outputs.append(torch.einsum("bhs,bshd->bhd", logits.softmax(-1), v[:, : t + 1]))
+    o = torch.stack(outputs, dim=1) if outputs else torch.zeros_like(q)
     return o if gate is None else o * gate.sigmoid()
 
 
 def hype_attention_decode(
-    q, k_cache, v_cache, cache_seqlens, *, k=None, v=None, logit_scale_base=None, gate=None, scale=None
-):
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    *,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    logit_scale_base: float | None = None,
+    gate: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
     """The last q.shape[1] tokens of each sequence against its own cache; k and v, if given, are appended in place."""
     T = q.shape[1]
     o = torch.empty_like(q)
     for b, length in enumerate(cache_seqlens.tolist()):
-        if k is not None:
+        if k is not None and v is not None:
             k_cache[b, length : length + T], v_cache[b, length : length + T] = k[b], v[b]
             length += T
         o[b] = hype_attention(
@@ -114,29 +144,29 @@ def hype_attention_decode(
     return o
 
 
-def log_decay(a, A_log, dt_bias=0.0):
+def log_decay(a: Tensor, A_log: Tensor, dt_bias: Tensor | float = 0.0) -> Tensor:
     """Return what use_gate_in_kernel makes of g: -e^A_log softplus(a + dt_bias). a [B, T, HV]; A_log, dt_bias [HV]."""
     return -A_log.exp() * torch.nn.functional.softplus(a + dt_bias)
 
 
-def l2norm(x, eps=1e-6):
+def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(sum(x^2) + eps) over the last dimension."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
 
 
 def _recurrence(
-    q,
-    k,
-    v,
-    g,
-    beta,
-    scale,
-    initial_state,
-    output_final_state,
-    cu_seqlens,
-    state_indices=None,
-    checkpoint_every=None,
-):
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor | None,
+    scale: float | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    state_indices: Tensor | None = None,
+    checkpoint_every: int | None = None,
+) -> Any:
     """Return (o, final_state or None), with checkpoint_every (o, final_state or None, checkpoints).
 
     cu_seqlens may end before T: the rest of o is zero.
@@ -155,7 +185,7 @@ def _recurrence(
     if state_indices is not None:
         used = (state_indices >= 0).view(N, 1, 1, 1)
         state = torch.where(used, state[state_indices.clamp(min=0).long()], 0)
-    o, final_states, checkpoints = [], [], q.new_zeros(B, T // every, HV, K, V)
+    outputs, final_states, checkpoints = [], [], q.new_zeros(B, T // every, HV, K, V)
     for n, (start, stop) in enumerate(spans):
         which = slice(None) if cu_seqlens is None else slice(n, n + 1)
         S = state[which]
@@ -165,14 +195,14 @@ def _recurrence(
             if beta is not None:
                 write = beta[:, t, :, None] * (write - torch.einsum("bhk,bhkv->bhv", k[:, t], S))
             S = S + torch.einsum("bhk,bhv->bhkv", k[:, t], write)
-            o.append(torch.where(used[which, 0], scale * torch.einsum("bhk,bhkv->bhv", q[:, t], S), 0))
+            outputs.append(torch.where(used[which, 0], scale * torch.einsum("bhk,bhkv->bhv", q[:, t], S), 0))
             if (t + 1 - start) % every == 0:
                 checkpoints[:, start // every + (t + 1 - start) // every - 1] = torch.where(used[which], S.detach(), 0)
         final_states.append(S)
-    o += [torch.zeros_like(v[:, 0])] * (T - len(o))
-    o = torch.stack(o, dim=1) if o else torch.zeros_like(v)
+    outputs += [torch.zeros_like(v[:, 0])] * (T - len(outputs))
+    o = torch.stack(outputs, dim=1) if outputs else torch.zeros_like(v)
     final_state = torch.cat(final_states) if final_states else state
-    if state_indices is not None:
+    if state_indices is not None and initial_state is not None:
         initial_state[state_indices[used.flatten()].long()] = final_state[used.flatten()].to(initial_state.dtype)
         final_state = initial_state
     results = o, final_state if output_final_state else None
