@@ -1,7 +1,7 @@
 """The `hypenet` command: continue a prompt, describe a model.
 
-It is in this package because importing `hypenet` loads torch and transformers, which takes seconds: here help, the version
-and the line that names a missing package appear at once.
+It is in this package because importing `hypenet` loads torch and transformers, which takes seconds: here help, the
+version and the line that names a missing package appear at once.
 """
 
 from enum import StrEnum
