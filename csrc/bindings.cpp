@@ -25,6 +25,9 @@ void bind_kernels(py::module_& m) {
   def_kernel(m, "hype_attention_fwd", device::hype_attention_fwd);
   def_kernel(m, "hype_attention_bwd", device::hype_attention_bwd);
   def_kernel(m, "hype_attention_decode", device::hype_attention_decode);
+  def_kernel(m, "causal_conv1d_fwd", device::causal_conv1d_fwd);
+  def_kernel(m, "causal_conv1d_bwd", device::causal_conv1d_bwd);
+  def_kernel(m, "causal_conv1d_update", device::causal_conv1d_update);
 #if !HYPENET_CUDA
   def_kernel(m, "gated_delta_recurrent_fwd", cpu::gated_delta_recurrent_fwd);
 #endif

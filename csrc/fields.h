@@ -102,4 +102,34 @@ inline Fields<HypeAttentionDecodeParams> fields_of() {
                         OPTIONAL(num_segments), OPTIONAL(partial_o), OPTIONAL(partial_softmax)};
 }
 
+template <class Params>
+Fields<Params> causal_conv1d_operands() {
+  return {FIELD(dtype), FIELD(silu), FIELD(num_threads), FIELD(B),      FIELD(T),
+          FIELD(C),     FIELD(W),    FIELD(x),           FIELD(weight), FIELD(bias)};
+}
+
+template <>
+inline Fields<CausalConv1dFwdParams> fields_of() {
+  using Params = CausalConv1dFwdParams;
+  return causal_conv1d_operands<Params>() +
+         Fields<Params>{FIELD(positions), FIELD(sequences), FIELD(initial_states), FIELD(y)};
+}
+
+template <>
+inline Fields<CausalConv1dBwdParams> fields_of() {
+  using Params = CausalConv1dBwdParams;
+  return causal_conv1d_operands<Params>() +
+         Fields<Params>{FIELD(positions), FIELD(sequences),       FIELD(initial_states),
+                        FIELD(dy),        FIELD(num_blocks),      FIELD(dx),
+                        FIELD(dweight),   FIELD(dinitial_states), FIELD(partials)};
+}
+
+template <>
+inline Fields<CausalConv1dUpdateParams> fields_of() {
+  using Params = CausalConv1dUpdateParams;
+  return causal_conv1d_operands<Params>() +
+         Fields<Params>{FIELD(L),     FIELD(num_slots), FIELD(cache_seqlens), FIELD(state_indices),
+                        FIELD(state), FIELD(y)};
+}
+
 }  // namespace hypenet

@@ -193,4 +193,51 @@ struct HypeAttentionDecodeParams : HypeAttentionOperands {
   void* partial_softmax;  // [B, num_segments, T, H, 2] float
 };
 
+// ---- causal depthwise convolution ----
+
+constexpr int64_t kConvBlock = 64;  // tokens whose part of dweight is summed together
+
+// What every kernel of the family reads. W taps, C channels.
+struct CausalConv1dOperands {
+  DType dtype;
+  bool silu;
+  int64_t num_threads, B, T, C, W;
+  View x;              // [B, T, C] dtype, channels contiguous
+  const void* weight;  // [W, C] acc, the tap of the token itself last
+  const void* bias;    // [C] acc, or null
+};
+
+struct CausalConv1dFwdParams : CausalConv1dOperands {
+  const int32_t* positions;    // [B, T] tokens of the same sequence before each, or null: t
+  const int32_t* sequences;    // [B, T] sequence of each token, -1 for none (y = 0), or null: the batch
+  const void* initial_states;  // [N, W - 1, C] dtype, inputs before each sequence, or null for 0
+  // outputs
+  void* y;  // [B, T, C] dtype
+};
+
+struct CausalConv1dBwdParams : CausalConv1dOperands {
+  const int32_t* positions;
+  const int32_t* sequences;
+  const void* initial_states;
+  View dy;             // [B, T, C] dtype, channels contiguous
+  int64_t num_blocks;  // B ceil(T / kConvBlock)
+  // outputs
+  void* dx;               // [B, T, C] dtype
+  void* dweight;          // [W + 1, C] acc, dbias last
+  void* dinitial_states;  // [N, W - 1, C] dtype, zeros before the call, or null
+  // workspace
+  void* partials;  // [num_blocks, W + 1, C] acc
+};
+
+// Decode: T tokens (usually one) per sequence.
+struct CausalConv1dUpdateParams : CausalConv1dOperands {
+  int64_t L, num_slots;
+  Indices cache_seqlens;  // [B] inputs seen before: state is a ring, input i at i % L; null data: a window
+  Indices state_indices;  // [B] slot of each sequence, negative = skip it (y = 0); null data = slot b
+  // in place
+  View state;  // [num_slots, C, L] dtype; batch, token, head: strides of slot, channel, input
+  // outputs
+  void* y;  // [B, T, C] dtype
+};
+
 }  // namespace hypenet

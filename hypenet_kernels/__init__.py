@@ -2,6 +2,7 @@
 
 from hypenet_kernels._installation import __version__, report, show_config
 from hypenet_kernels.attention import hype_attention, hype_attention_decode
+from hypenet_kernels.convolution import causal_conv1d_fn, causal_conv1d_update
 from hypenet_kernels.gated_delta import (
     chunk_gated_delta_rule,
     chunk_gdn,
@@ -20,6 +21,8 @@ from hypenet_kernels.states import commit_states
 
 __all__ = [
     "__version__",
+    "causal_conv1d_fn",
+    "causal_conv1d_update",
     "chunk_gated_delta_rule",
     "chunk_gdn",
     "chunk_lightning_attn",

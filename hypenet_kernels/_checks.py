@@ -136,14 +136,14 @@ def pool(op: str, name: str, x: Tensor) -> None:
         fail(ValueError, op, name, "have contiguous slots that do not overlap", f"strides {list(x.stride())}")
 
 
-def slots(op: str, state_indices: Tensor, num_slots: int) -> None:
+def slots(op: str, state_indices: Tensor, num_slots: int, name: str = "state_indices") -> None:
     """Check the values of state_indices: below num_slots, and none twice; negative ones skip their sequence."""
     values = state_indices.tolist()
     used = [slot for slot in values if slot >= 0]
     if used and max(used) >= num_slots:
-        fail(ValueError, op, "state_indices", f"be below the number of slots, {num_slots}", values)
+        fail(ValueError, op, name, f"be below the number of slots, {num_slots}", values)
     if len(set(used)) < len(used):
-        fail(ValueError, op, "state_indices", "name no slot twice", values)
+        fail(ValueError, op, name, "name no slot twice", values)
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

@@ -26,6 +26,8 @@ CUDA_OPS = {  # the ops that have a CUDA kernel, and for which dtypes
     "hype_attention": HALF,
     "hype_attention_decode": HALF,
     "commit_states": (torch.float32,),
+    "causal_conv1d_fn": (torch.float32, *HALF),
+    "causal_conv1d_update": (torch.float32, *HALF),
 }
 ABSENT = (0, 0, 0, 0)  # the View of an optional tensor that was not given
 

@@ -77,6 +77,34 @@ def commit_states(state: Tensor, states: Tensor, num_accepted: Tensor, state_ind
             state[slot] = states[b, accepted - 1]
 
 
+def causal_conv1d_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    activation: str | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return (y, final_states): y_t = act(bias + sum_w weight_w x_{t-W+1+w}), x before a sequence its initial state.
+
+    x, y [B, C, T]; weight [C, W]; bias [C]; states [N, C, W - 1].
+    """
+    (B, C, T), W = x.shape, weight.shape[1]
+    spans = [(0, T)] if cu_seqlens is None else list(zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:], strict=False))
+    state = x.new_zeros(B * len(spans), C, W - 1) if initial_states is None else initial_states
+    outputs, final_states = [], []
+    for n, (start, stop) in enumerate(spans):
+        own = state if cu_seqlens is None else state[n : n + 1]
+        inputs = torch.cat([own, x[:, :, start:stop]], dim=2)
+        for t in range(stop - start):
+            z = (inputs[:, :, t : t + W] * weight).sum(-1) + (0 if bias is None else bias)
+            outputs.append(z if activation is None else z * z.sigmoid())
+        final_states.append(inputs[:, :, stop - start :])
+    outputs += [x.new_zeros(B, C)] * (T - len(outputs))
+    y = torch.stack(outputs, dim=2) if outputs else torch.zeros_like(x)
+    return y, torch.cat(final_states) if final_states else state
+
+
 def hype_attention(
     q: Tensor,
     k: Tensor,

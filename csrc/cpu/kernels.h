@@ -13,5 +13,8 @@ Status commit_states(const CommitStatesParams& params);
 Status hype_attention_fwd(const HypeAttentionFwdParams& params);
 Status hype_attention_bwd(const HypeAttentionBwdParams& params);
 Status hype_attention_decode(const HypeAttentionDecodeParams& params);
+Status causal_conv1d_fwd(const CausalConv1dFwdParams& params);
+Status causal_conv1d_bwd(const CausalConv1dBwdParams& params);
+Status causal_conv1d_update(const CausalConv1dUpdateParams& params);
 
 }  // namespace hypenet::cpu

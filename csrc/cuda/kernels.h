@@ -29,4 +29,8 @@ constexpr int kDecodeMaxDim = 256, kDecodeSegment = 256, kDecodeMaxSegments = 25
 
 Status hype_attention_decode(const HypeAttentionDecodeParams& params, Stream stream);
 
+Status causal_conv1d_fwd(const CausalConv1dFwdParams& params, Stream stream);
+Status causal_conv1d_bwd(const CausalConv1dBwdParams& params, Stream stream);
+Status causal_conv1d_update(const CausalConv1dUpdateParams& params, Stream stream);
+
 }  // namespace hypenet::cuda
