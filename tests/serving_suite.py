@@ -130,11 +130,8 @@ def check_tail(op, inputs, cu_seqlens, device="cpu", **options):
             assert x[:, :end].equal(expected[name]) and (x[:, end:] == 0).all(), name
 
 
-def check_draft(delta, inputs, slots, accepted, commit, device="cpu", gap=12, index_dtype=torch.int64):
-    """A draft leaves the pool as it is; committing its first n tokens gives the bits of n steps.
-
-    commit: called as commit_states is.
-    """
+def check_draft(delta, inputs, slots, accepted, device="cpu", gap=12, index_dtype=torch.int64):
+    """A draft leaves the pool as it is; committing its first n tokens gives the bits of n steps."""
     step, states = STEP[delta], inputs.pop("initial_state").to(device)
     inputs, indices = on(device, inputs), torch.tensor(slots, dtype=index_dtype, device=device)
     pool, other = (Pool(states, slots, gap) for _ in range(2))
@@ -148,13 +145,13 @@ def check_draft(delta, inputs, slots, accepted, commit, device="cpu", gap=12, in
         history.append(other.states.clone())
         for b, slot in enumerate(slots):
             assert drafts[b, t].equal(other.states[slot]) if slot >= 0 else (drafts[b, t] == 0).all()
-    commit(pool.states, drafts, torch.tensor(accepted, dtype=index_dtype, device=device), indices)
+    kernels.commit_states(pool.states, drafts, torch.tensor(accepted, dtype=index_dtype, device=device), indices)
     for slot, n in zip(slots, accepted, strict=True):
         assert slot < 0 or pool.states[slot].equal(history[n][slot])
     pool.assert_rest_is_untouched()
 
 
-def check_draft_of_contiguous_states(delta, inputs, accepted, commit, device="cpu"):
+def check_draft_of_contiguous_states(delta, inputs, accepted, device="cpu"):
     """The same without state_indices, and against the reference."""
     state = inputs["initial_state"].to(device, copy=True)
     given = {name: x for name, x in on(device, inputs).items() if name != "initial_state"}
@@ -163,7 +160,7 @@ def check_draft_of_contiguous_states(delta, inputs, accepted, commit, device="cp
     assert_close("o", o, expected[0], inputs["q"].dtype)
     assert_close("states", drafts, expected[2], inputs["q"].dtype)
     committed, counts = inputs["initial_state"].to(device, copy=True), torch.tensor(accepted)
-    commit(committed, drafts, counts.to(device), None)
+    kernels.commit_states(committed, drafts, counts.to(device))
     meant = inputs["initial_state"].clone()
     reference.commit_states(meant, drafts.cpu(), counts)
     assert committed.cpu().equal(meant)

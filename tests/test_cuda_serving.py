@@ -3,7 +3,6 @@
 import contextlib
 from unittest import mock
 
-import emulation
 import pytest
 import torch
 from recurrence_suite import Shape, bounds, make_inputs, reflect
@@ -21,8 +20,8 @@ from serving_suite import (
     on,
 )
 
-from hypenet_kernels import _native
 from hypenet_kernels import _recurrence_cuda as cuda
+from hypenet_kernels import commit_states
 
 BF16, FP16 = torch.bfloat16, torch.float16
 LENGTHS = (70, 0, 5, 64, 130, 0)
@@ -35,20 +34,6 @@ SHAPES = {
 
 deltas = pytest.mark.parametrize("delta", [True, False], ids=["delta", "gla"])
 shapes = pytest.mark.parametrize("name", SHAPES)
-
-
-def commit(state, states, num_accepted, state_indices):
-    B, T, HV, K, V = states.shape
-    fields = {"dtype": _native.DTYPES[state.dtype], "num_threads": 1, "slot_stride": state.stride(0)}
-    fields |= {"B": B, "T": T, "HV": HV, "K": K, "V": V, "num_slots": state.shape[0]}
-    fields |= {"state_indices": _native.indices(state_indices), "num_accepted": _native.indices(num_accepted)}
-    fields |= {"states": states.data_ptr(), "state": state.data_ptr()}
-    if state.is_cuda:
-        _native.cuda().commit_states(fields, torch.cuda.current_stream().cuda_stream)
-        return
-    tensors = {"states": states, "state": state, "num_accepted": num_accepted, "state_indices": state_indices}
-    tensors = {name: x for name, x in tensors.items() if x is not None}
-    emulation.launch(emulation.module(), emulation.module().commit_states, tensors, **fields)
 
 
 def split():
@@ -213,14 +198,14 @@ def test_many_sequences_to_skip(device, delta):
 )
 def test_draft_tokens(device, K, V, dtype, gap, delta):
     inputs = make_inputs(Shape(4, 3, 1, 2, K, V), delta, dtype)
-    check_draft(delta, inputs, [3, -1, 0, 5], [2, 3, 0, 3], commit, device, gap)
+    check_draft(delta, inputs, [3, -1, 0, 5], [2, 3, 0, 3], device, gap)
 
 
 @deltas
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
 def test_draft_tokens_of_contiguous_states(device, dtype, delta):
     inputs = make_inputs(Shape(3, 4, 1, 2, 64, 64), delta, dtype)
-    check_draft_of_contiguous_states(delta, inputs, [4, 0, 1], commit, device)
+    check_draft_of_contiguous_states(delta, inputs, [4, 0, 1], device)
 
 
 def test_draft_in_a_slot_that_does_not_exist(device):
@@ -229,13 +214,13 @@ def test_draft_in_a_slot_that_does_not_exist(device):
     slots = torch.tensor([NUM_SLOTS], device=device)
     o, states = STEP[True](**inputs, state=pool.states, state_indices=slots, output_states=True)
     assert o.isnan().all() and states.isnan().all()
-    commit(pool.states, torch.zeros_like(states), torch.tensor([1], device=device), slots)
+    commit_states(pool.states, torch.zeros_like(states), torch.tensor([1], device=device), slots)
     pool.assert_rest_is_untouched()
 
 
 def test_commit_leaves_slots_alone_where_the_count_is_out_of_range(device):
     state, states = torch.ones(3, 1, 4, 4, device=device), torch.zeros(3, 2, 1, 4, 4, device=device)
-    commit(state, states, torch.tensor([3, -1, 1], device=device), None)
+    commit_states(state, states, torch.tensor([3, -1, 1], device=device))
     assert (state[:2] == 1).all() and (state[2] == 0).all()
 
 

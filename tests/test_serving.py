@@ -16,7 +16,7 @@ from serving_suite import (
     check_tail,
 )
 
-from hypenet_kernels import _native
+from hypenet_kernels import commit_states
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 ORDINARY = Shape(4, 71, 2, 4, 24, 40)
@@ -26,14 +26,6 @@ PACKED = Shape(1, sum(LENGTHS), 1, 2, 40, 72)
 deltas = pytest.mark.parametrize("delta", [True, False], ids=["delta", "gla"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 forms = pytest.mark.parametrize("ops", [CHUNK, RECURRENT], ids=["chunk", "recurrent"])
-
-
-def commit(state, states, num_accepted, state_indices):
-    B, T, HV, K, V = states.shape
-    fields = {"dtype": _native.DTYPES[state.dtype], "num_threads": torch.get_num_threads()}
-    fields |= {"B": B, "T": T, "HV": HV, "K": K, "V": V, "num_slots": state.shape[0], "slot_stride": state.stride(0)}
-    fields |= {"state_indices": _native.indices(state_indices), "num_accepted": _native.indices(num_accepted)}
-    _native.cpu().commit_states(fields | {"states": states.data_ptr(), "state": state.data_ptr()})
 
 
 @deltas
@@ -127,14 +119,14 @@ def test_sequences_that_end_before_T(ops, lengths, dtype, delta):
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
 def test_draft_tokens(index_dtype, dtype, delta):
     inputs = make_inputs(Shape(4, 5, 2, 4, 24, 40), delta, dtype)
-    check_draft(delta, inputs, [3, -1, 0, 5], [2, 3, 0, 5], commit, index_dtype=index_dtype)
+    check_draft(delta, inputs, [3, -1, 0, 5], [2, 3, 0, 5], index_dtype=index_dtype)
 
 
 @deltas
 @dtypes
 def test_draft_tokens_of_contiguous_states(dtype, delta):
     inputs = make_inputs(Shape(3, 4, 1, 2, 33, 45), delta, dtype)
-    check_draft_of_contiguous_states(delta, inputs, [4, 0, 1], commit)
+    check_draft_of_contiguous_states(delta, inputs, [4, 0, 1])
 
 
 @deltas
@@ -144,14 +136,21 @@ def test_drafts_without_tokens(delta):
     before = state.clone()
     o, states = STEP[delta](**inputs, state=state, output_states=True)
     assert o.shape == (2, 0, 2, 8) and states.shape == (2, 0, 2, 8, 8) and state.equal(before)
-    commit(state, states, torch.tensor([0, 0]), None)
+    commit_states(state, states, torch.tensor([0, 0]))
     assert state.equal(before)
 
 
-def test_commit_refuses_other_dtypes():
-    state = torch.zeros(1, 1, 1, 1, dtype=torch.bfloat16)
-    with pytest.raises(RuntimeError, match="commit_states: states must be float32 or float64"):
-        commit(state, state[None], torch.tensor([1]), None)
+def test_wrong_commits():
+    state, states, none = torch.zeros(2, 1, 4, 4), torch.zeros(2, 3, 1, 4, 4), torch.tensor([0, 0])
+    for error, message, arguments in (
+        (TypeError, "states must be float32 or float64", (state, states.bfloat16(), none)),
+        (ValueError, r"num_accepted must be in \[0, T = 3\]", (state, states, torch.tensor([0, 4]))),
+        (ValueError, r"num_accepted must be in \[0, T = 3\]", (state, states, torch.tensor([-1, 0]))),
+        (ValueError, "state_indices must be below", (state, states, none, torch.tensor([0, 2]))),
+        (ValueError, "state_indices must name no slot twice", (state, states, none, torch.tensor([1, 1]))),
+    ):
+        with pytest.raises(error, match=f"^commit_states: {message}"):
+            commit_states(*arguments)
 
 
 @deltas
