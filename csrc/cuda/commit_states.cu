@@ -2,14 +2,14 @@
 //
 //   slot of sequence b := states[b, num_accepted[b] - 1]
 //
-// Shapes: CommitStatesParams (params.h). A slot stays as it is where nothing is accepted, and where its index or
-// the number is out of range.
+// Shapes: CommitStatesParams (params.h). A slot keeps its state where num_accepted is 0, and where its index
+// or num_accepted is out of range.
 //
-// Mapping: a state [HV, K, V] is contiguous on both sides; a block copies kVectors vectors of 16 bytes a thread of
-// one sequence's (4-byte words where an address or a size is no multiple of 16 bytes). All loads of a block are
-// under way at once.
+// Mapping: a state [HV, K, V] is contiguous on both sides. A block copies part of one sequence's state,
+// kVectors 16-byte vectors a thread (4-byte words where an address or a size is no multiple of 16 bytes); all
+// loads of a thread are in flight at once.
 //
-// Cost: two states of memory traffic per sequence. Bound by memory.
+// Cost: reads and writes a state per sequence. Bound by memory.
 #include "arch/sm80.cuh"
 #include "kernels.h"
 #include "launch.cuh"
@@ -19,9 +19,8 @@ namespace hypenet::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kVectors = 4;  // of a thread
+constexpr int kVectors = 4;  // per thread
 
-// The bytes of a state, and between slots.
 __host__ __device__ __forceinline__ int64_t element_bytes(const CommitStatesParams& params) {
   return params.dtype == DType::kFloat64 ? 8 : 4;
 }

@@ -1,11 +1,12 @@
-// Fills the rows of outputs over whole sequences that no sequence computes: those from cu_seqlens[N] on, and in
-// the forward those of sequences whose slot in the pool of states is negative (zero) or does not exist (NaN).
+// Fills the output rows that the other kernels over whole sequences do not write: zeros from cu_seqlens[N]
+// on, and in the forward zeros for a sequence whose slot in the pool of states is negative, NaN where the
+// slot does not exist.
 //
 // Shapes: GatedDeltaFwdParams, GatedDeltaBwdParams (params.h). The end of the last sequence is read on the
-// device, so that the host need not wait for it.
+// device, so that nothing waits for the host.
 //
-// Mapping: the rows of a sequence, or of the tail, are contiguous in every output. All threads of the grid store
-// 16-byte vectors of each such run, one after the other; every warp looks at the slots of 32 sequences at once.
+// Mapping: the rows of a sequence, or of the tail, are contiguous in every output. All threads of the grid
+// store 16-byte vectors of one such range after the other; each warp reads the slots of 32 sequences at once.
 // The size of the grid follows from shapes alone.
 //
 // Cost: the bytes to fill. Usually there are none, and the kernel costs its launch; it is launched only with
@@ -34,13 +35,13 @@ __device__ __forceinline__ void fill(void* array, int64_t first, int64_t last, u
   for (int64_t i = body + kVector * thread; i < end; i += kVector * num_threads) {
     arch::store_16_bytes(words + i, uint4{value, value, value, value});
   }
-  // What is left at the two ends, at most three words each.
+  // the remaining words at both ends, at most three each
   const int64_t head_end = body < last ? body : last, tail = end > head_end ? end : head_end;
   if (thread < head_end - first) words[first + thread] = value;
   if (thread < last - tail) words[tail + thread] = value;
 }
 
-// Fills rows [first, last) of all tokens in every output.
+// Fills rows [first, last), counted over the batch, of every output that has a row for each token.
 __device__ __forceinline__ void fill_rows(const GatedDeltaFwdParams& params, int64_t first, int64_t last,
                                           uint32_t value, int64_t num_threads) {
   const int64_t row = params.HV * params.V / 2;
@@ -56,7 +57,7 @@ __device__ __forceinline__ void fill_rows(const GatedDeltaBwdParams& params, int
   if (params.delta) fill(params.dbeta, first * HV, last * HV, value, num_threads);
 }
 
-// Of the grid: a 16-byte vector of every row per thread, up to kMaxBlocks.
+// The size of the grid: a thread for each 16-byte vector of o (of dv), at most kMaxBlocks blocks.
 template <class Params>
 __host__ __device__ __forceinline__ int64_t num_blocks(const Params& params) {
   const int64_t vectors = params.B * params.T * params.HV * params.V / kPiece;

@@ -143,8 +143,8 @@ __device__ __forceinline__ void store_output(typename C::Element*& o, unsigned s
   }
 }
 
-// S, after chunk number `c` of the block's segment, to the checkpoint that is due then, if any. Counted in
-// chunks, which 32 bits hold.
+// Stores S as a checkpoint if one is due after chunk `c` of the block's segment. Positions are counted in
+// chunks, which fit in 32 bits.
 template <class C>
 __device__ __forceinline__ void store_checkpoint(Results<C::kKeyDim / 8>& S,
                                                  const GatedDeltaFwdParams& params, unsigned num_tiles,
@@ -161,7 +161,7 @@ __device__ __forceinline__ void store_checkpoint(Results<C::kKeyDim / 8>& S,
                     [](float* to, float x) { *to = x; });
 }
 
-// Three blocks fit in the shared memory of an SM of Hopper for K = 64, no delta and four warps: so must registers.
+// With K = 64, no delta and four warps, the shared memory of a Hopper SM holds 3 blocks: so must registers.
 template <class C>
 constexpr int kMinBlocks = C::kKeyDim == 64 && !C::kDelta && C::kWarps == 4 ? 3 : 1;
 

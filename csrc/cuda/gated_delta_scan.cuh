@@ -88,7 +88,7 @@ struct Slot {
   __device__ int64_t state(const GatedDeltaFwdParams& params, int64_t n) const {
     return (n * params.HV + head) * C::kKeyDim * params.V + column;
   }
-  // Where those of sequence n lie in initial_state and final_state.
+  // The same of sequence n in initial_state and final_state.
   __device__ int64_t state_of_sequence(const GatedDeltaFwdParams& params, int64_t n) const {
     return slot_of(params, n) * slot_stride(params) + head * C::kKeyDim * params.V + column;
   }
