@@ -18,7 +18,7 @@ from serving_suite import (
 
 from hypenet_kernels import commit_states
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 ORDINARY = Shape(4, 71, 2, 4, 24, 40)
 LENGTHS = (70, 0, 5, 64, 130, 0)
 PACKED = Shape(1, sum(LENGTHS), 1, 2, 40, 72)
