@@ -43,8 +43,8 @@ struct GatedDeltaOperands {
   View beta;  // [B, T, HV] acc, null data without delta
 };
 
-// Chunk and recurrent forward. N = B without cu_seqlens; B = 1 with it, and rows of o from cu_seqlens[N] on are
-// written as zeros.
+// Chunk and recurrent forward. N = B without cu_seqlens; B = 1 with it, and rows of o from cu_seqlens[N] on
+// are written as zeros.
 struct GatedDeltaFwdParams : GatedDeltaOperands {
   int64_t N;
   const int64_t* cu_seqlens;  // [N + 1] or null

@@ -149,7 +149,8 @@ def allocate(x: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
         final_state = x.initial_state
     if x.checkpoint_every == 0:
         return o, final_state, None
-    new = x.q.new_empty if x.cu_seqlens is None else x.q.new_zeros  # packed sequences do not fill all of them
+    # Packed sequences do not fill all of them, nor do skipped ones.
+    new = x.q.new_empty if x.cu_seqlens is None and x.state_indices is None else x.q.new_zeros
     return o, final_state, new(B, T // x.checkpoint_every, HV, K, V, dtype=wide)
 
 
@@ -199,7 +200,7 @@ def _forward(rule: Rule, save: bool, *arguments: Any) -> Any:
         fields["num_slots"], fields["slot_stride"] = final_state.shape[0], final_state.stride(0)
     fields["initial_state"], fields["final_state"] = _native.pointer(initial_state), _native.pointer(wide_state)
     if checkpoints is not None:
-        wide = _native.buffer(checkpoints, K, V)
+        wide = _native.padded(checkpoints, K, V)  # zeros included
         fields["checkpoint_every"], fields["checkpoints"] = x.checkpoint_every, _native.pointer(wide)
     if not on_cuda:
         _native.kernel(op, rule.kernel, x.q.device)(fields)

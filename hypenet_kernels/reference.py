@@ -227,7 +227,7 @@ def _recurrence(
             if (t + 1 - start) % every == 0:
                 checkpoints[:, start // every + (t + 1 - start) // every - 1] = torch.where(used[which], S.detach(), 0)
         final_states.append(S)
-    outputs += [torch.zeros_like(v[:, 0])] * (T - len(outputs))
+    outputs += [v.new_zeros(B, HV, V)] * (T - len(outputs))
     o = torch.stack(outputs, dim=1) if outputs else torch.zeros_like(v)
     final_state = torch.cat(final_states) if final_states else state
     if state_indices is not None and initial_state is not None:

@@ -24,7 +24,10 @@ def run(device, say=lambda *_: None):
     say(family, dtype, D) is called before each group.
     """
     torch.manual_seed(0)
-    families = (_recurrences, _packed_recurrences, _split_recurrences, _steps, _attention, _packed_attention, _decode)
+    families = (
+        *(_recurrences, _packed_recurrences, _split_recurrences, _pools, _steps),
+        *(_attention, _packed_attention, _decode),
+    )
     for D, dtype, family in product(HEAD_DIMS, DTYPES, families):
         say(family.__name__, dtype, D)
         with contextlib.suppress(NotImplementedError), suppressed_where_a_gpu_is_too_small():
@@ -84,6 +87,18 @@ def _steps(device, dtype, D):
         inputs, state = [q[..., :K], k[..., :K], v, g], torch.zeros(1, beta.shape[2], K, D, device=device)
         _call(kernels.gated_delta_step, [*inputs, beta, state])
         _call(kernels.simple_gla_step, [*inputs, state])
+        _, states = kernels.gated_delta_step(*inputs, beta, state, output_states=True)
+        kernels.commit_states(state, states, torch.tensor([tokens], device=device))
+    odd_state = torch.zeros(1, 1, 3, 3, device=device)  # no whole 16-byte vectors
+    kernels.commit_states(odd_state, odd_state[None], torch.tensor([1], device=device))
+
+
+def _pools(device, dtype, D):
+    *inputs, beta = _recurrent_inputs(device, dtype, D, T)
+    pool, slots = torch.zeros(2, 2, D, D, device=device), torch.tensor([1], device=device)
+    options = {"initial_state": pool, "state_indices": slots, "checkpoint_every": cuda.CHUNK}
+    kernels.chunk_gated_delta_rule(*inputs, beta, **options)
+    kernels.chunk_simple_gla(*inputs, **options)
 
 
 def _attention(device, dtype, D, cu_seqlens=None):

@@ -14,7 +14,9 @@ from hypenet_kernels import _native
 
 REGISTERS_TO_SPARE = 8  # tolerance for other compiler versions
 WITHOUT_TENSOR_CORES = (  # name prefixes of kernels without matrix products
+    "commit_states_kernel",
     "gated_delta_step_kernel",
+    "gated_delta::gated_delta_fill_kernel",
     "gated_delta::gated_delta_map_kernel",
     "gated_delta::gated_delta_chain_kernel<128, false,",  # simple GLA
     "gated_delta::gated_delta_chain_kernel<256, false,",

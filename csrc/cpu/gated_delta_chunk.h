@@ -245,8 +245,8 @@ ColumnSplit split_columns(int64_t heads, int64_t V, int64_t num_threads) {
   return {blocks, columns, heads * blocks};
 }
 
-// Where the state after the first `tokens` tokens of a sequence is to be stored, from column `start` of a value
-// head on; null where no checkpoint is due.
+// Where to store the state after the first `tokens` tokens of a sequence, from column `start` of a value head
+// on; null where no checkpoint is due.
 template <class T>
 T* checkpoint(const GatedDeltaFwdParams& p, const Sequence& seq, int64_t head, int64_t start,
               int64_t tokens) {

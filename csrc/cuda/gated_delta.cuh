@@ -4,6 +4,7 @@
 #include "arch/sm80.cuh"
 #include "kernels.h"
 #include "tile.cuh"
+#include "view.cuh"
 
 namespace hypenet::cuda::gated_delta {
 
@@ -83,6 +84,13 @@ __device__ __forceinline__ Segment segment(const Params& params, int64_t i) {
   s.first = s.idx * tokens;
   s.length = s.ends() ? s.sequence.length - s.first : tokens;
   return s;
+}
+
+// Whether sequence n has no state to start from: its slot is negative or does not exist.
+__device__ __forceinline__ bool is_skipped(const GatedDeltaFwdParams& params, int64_t n) {
+  if (params.state_indices.data == nullptr) return false;
+  const int64_t slot = index_at(params.state_indices, n);
+  return slot < 0 || slot >= params.num_slots;
 }
 
 // Tokens of a sequence from token `first` on, at most a chunk's.
@@ -165,11 +173,14 @@ __device__ __forceinline__ void split_tf32(uint32_t& high, uint32_t& low, float 
   low = arch::to_tf32(x - __builtin_bit_cast(float, high));
 }
 
-// The kernels of the forward, in this order; the third only where sequences are split.
+// The kernels of the forward, in this order; the fourth only where sequences are split.
+Status fill_unused_rows(const GatedDeltaFwdParams& params, Stream stream);
 Status map_sequences(const GatedDeltaFwdParams& params, Stream stream);
 Status prepare(const GatedDeltaFwdParams& params, Stream stream);
 Status find_segment_states(const GatedDeltaFwdParams& params, Stream stream);
 Status scan(const GatedDeltaFwdParams& params, Stream stream);
+
+Status fill_unused_rows(const GatedDeltaBwdParams& params, Stream stream);
 
 // What the segments of split sequences do to the state gradients, from what each does alone (segment_states)
 // and the transfers of the forward.

@@ -355,6 +355,7 @@ Status scan(const GatedDeltaBwdParams& params, Stream stream) {
 
 Status gated_delta_chunk_bwd(const GatedDeltaBwdParams& params, Stream stream) {
   if (params.V % 64 != 0) return "V must be a multiple of 64";
+  if (const Status status = gated_delta::fill_unused_rows(params, stream); status != nullptr) return status;
   const Status status = gated_delta_bwd::scan(params, stream);
   return status == nullptr ? gated_delta_bwd::finish(params, stream) : status;
 }

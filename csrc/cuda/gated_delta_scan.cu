@@ -143,15 +143,37 @@ __device__ __forceinline__ void store_output(typename C::Element*& o, unsigned s
   }
 }
 
+// Stores S as a checkpoint if one is due after chunk `c` of the block's segment. Positions are counted in
+// chunks, which fit in 32 bits.
 template <class C>
-__global__ void __launch_bounds__(C::kThreads, 1)
+__device__ __forceinline__ void store_checkpoint(Results<C::kKeyDim / 8>& S,
+                                                 const GatedDeltaFwdParams& params, unsigned num_tiles,
+                                                 int c) {
+  const Slot<C> slot(params, num_tiles);  // recomputed: values that outlive the loop cost registers in it
+  const Segment segment = gated_delta::segment(params, slot.segment);
+  const auto every = static_cast<unsigned>(params.checkpoint_every / kChunk);
+  const unsigned chunks = static_cast<unsigned>(segment.first / kChunk) + c + 1;
+  if (chunks % every != 0) return;
+  const int64_t of_batch = static_cast<unsigned>(params.T / kChunk) / every;
+  const unsigned of_sequence = static_cast<unsigned>(segment.sequence.start / kChunk) / every;
+  const int64_t row = segment.sequence.batch * of_batch + of_sequence + chunks / every - 1;
+  for_each_of_state(S, static_cast<float*>(params.checkpoints) + slot.state(params, row), params.V,
+                    [](float* to, float x) { *to = x; });
+}
+
+// With K = 64, no delta and four warps, the shared memory of a Hopper SM holds 3 blocks: so must registers.
+template <class C>
+constexpr int kMinBlocks = C::kKeyDim == 64 && !C::kDelta && C::kWarps == 4 ? 3 : 1;
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, kMinBlocks<C>)
     gated_delta_scan_kernel(const __grid_constant__ GatedDeltaFwdParams params) {
   using Element = typename C::Element;
   auto& smem = arch::shared_memory<ScanSmem<C>>();
   const auto num_tiles = static_cast<unsigned>(params.V / (C::kWarps * kColumns));
   const Slot<C> slot(params, num_tiles);
   const Segment segment = gated_delta::segment(params, slot.segment);
-  if (segment.n < 0) return;
+  if (segment.n < 0 || is_skipped(params, segment.n)) return;
   const Place place = place_in(params, segment, slot.head, slot.column);
   const Lanes<C> lanes;
   const int64_t V = params.V;
@@ -161,12 +183,13 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   arch::commit_copies();
 
   Results<C::kKeyDim / 8> S;
-  const auto* states =
-      segment.starts() ? static_cast<const float*>(params.initial_state) : params.segment_states;
+  // Of several segments, the first has its state in segment_states too: the last one may write to its slot.
+  const bool whole = segment.starts() && segment.ends();
+  const auto* states = whole ? static_cast<const float*>(params.initial_state) : params.segment_states;
   if (states == nullptr) {
     set_zero(S);
   } else {
-    states += slot.state(params, segment.starts() ? segment.n : slot.segment);
+    states += whole ? slot.state_of_sequence(params, segment.n) : slot.state(params, slot.segment);
     for_each_of_state(S, states, V, [](const float* from, float& x) { x = *from; });
   }
   constexpr unsigned kSlabPieces = C::Slab::kPieces;
@@ -201,12 +224,13 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     compute_output<C>(stage, O, E, C::kWide ? 1.0f : scale, lanes);     // (4)
     update_state<C>(S, E, stage, lanes, in_pairs);                      // (5)
     store_output<C>(o, o_stride, num_tokens, stage.v[warp_idx()]);
+    if (params.checkpoint_every != 0 && num_tokens >= kChunk) store_checkpoint<C>(S, params, num_tiles, c);
   }
 
   const Slot<C> same(params, num_tiles);  // asked anew: what outlives the loop costs registers in it
   const Segment done = gated_delta::segment(params, same.segment);
   if (!done.ends()) return;
-  for_each_of_state(S, static_cast<float*>(params.final_state) + same.state(params, done.n), V,
+  for_each_of_state(S, static_cast<float*>(params.final_state) + same.state_of_sequence(params, done.n), V,
                     [](float* to, float x) { *to = x; });
 }
 
@@ -246,6 +270,7 @@ namespace hypenet::cuda {
 
 Status gated_delta_chunk_fwd(const GatedDeltaFwdParams& params, Stream stream) {
   using namespace gated_delta;
+  if (const Status status = fill_unused_rows(params, stream); status != nullptr) return status;
   for (const auto run : {map_sequences, prepare, find_segment_states, scan}) {
     if (const Status status = run(params, stream); status != nullptr) return status;
   }

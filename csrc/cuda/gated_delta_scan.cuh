@@ -88,6 +88,10 @@ struct Slot {
   __device__ int64_t state(const GatedDeltaFwdParams& params, int64_t n) const {
     return (n * params.HV + head) * C::kKeyDim * params.V + column;
   }
+  // The same of sequence n in initial_state and final_state.
+  __device__ int64_t state_of_sequence(const GatedDeltaFwdParams& params, int64_t n) const {
+    return slot_of(params, n) * slot_stride(params) + head * C::kKeyDim * params.V + column;
+  }
 };
 
 // What a thread reads next: its rows of the coming chunk.

@@ -7,7 +7,8 @@
 //   and
 //       M by the same recurrence on other columns, from S = I with V = 0. The first segment starts from the
 //       initial state instead, and needs no M. Simple GLA: M = product of gamma_last, a number.
-//   (2) one segment after the other: S_{i+1} = M_i S_i + N_i, where (1) left N_i in the place of S_{i+1}
+//   (2) one segment after the other: S_{i+1} = M_i S_i + N_i, where (1) left N_i in the place of S_{i+1}; S_0
+//   is copied from the initial state
 // In the backward the gradients of the states after the segments go from the last to the first:
 //   (2') dS_{i-1} = M_i^T dS_i + dN_i, where dN_i, the segment alone from dS = 0, lies in the place of
 //   dS_{i-1}
@@ -65,6 +66,7 @@ __global__ void __launch_bounds__(C::kThreads, 2)
   const int V = static_cast<int>(params.V), column = static_cast<int>(slot.column);
   const bool finds_M = C::kDelta && column >= V;  // all warps of a block alike: both parts are whole blocks
   if (segment.n < 0 || segment.ends() || (finds_M && segment.starts())) return;
+  if (is_skipped(params, segment.n)) return;
   const Place place = place_in(params, segment, slot.head, finds_M ? 0 : slot.column);
   const Lanes<C> lanes;
   Cursor<C> next(params, place);
@@ -75,8 +77,9 @@ __global__ void __launch_bounds__(C::kThreads, 2)
   if (finds_M) {
     set_identity(S, column - V);
   } else if (segment.starts() && params.initial_state != nullptr) {
-    const auto* states = static_cast<const float*>(params.initial_state) + slot.state(params, segment.n);
-    for_each_of_state(S, states, V, [](const float* from, float& x) { x = *from; });
+    const auto* states = static_cast<const float*>(params.initial_state);
+    for_each_of_state(S, states + slot.state_of_sequence(params, segment.n), V,
+                      [](const float* from, float& x) { x = *from; });
   } else {
     set_zero(S);
   }
@@ -160,6 +163,20 @@ __global__ void __launch_bounds__(kWarps* arch::kWarpSize, 2)
   }
   const int64_t state = params.HV * K * V;  // from a segment to the next
   float* states = params.segment_states + (first * params.HV + head) * K * V + block % num_tiles * kColumns;
+  if constexpr (!kBackward) {
+    if (is_skipped(params, n)) return;
+    if (count > 1) {  // copied here, as the scan's last segment may overwrite the slot
+      Results<kRows / 8> S;
+      set_zero(S);
+      if (params.initial_state != nullptr) {
+        const float* from = static_cast<const float*>(params.initial_state) +
+                            slot_of(params, n) * slot_stride(params) + (head * K + first_row) * V;
+        for_each_of_state(S, from + block % num_tiles * kColumns, V,
+                          [](const float* x, float& s) { s = *x; });
+      }
+      for_each_of_state(S, states + first_row * V, V, [](float* x, float s) { *x = s; });
+    }
+  }
   const int64_t step = kBackward ? -1 : 1;
   int64_t i = kBackward ? count - 2 : 1;
   for (int64_t left = count - 2; left > 0; --left, i += step) {

@@ -10,7 +10,9 @@
 // sigmoid(beta).
 //
 // Shapes: as in GatedDeltaStepParams (params.h). state_indices [B]: a negative slot leaves every state as it
-// is and gives o = 0; a slot that does not exist gives o = NaN. Two sequences must not name one slot.
+// is and gives o = 0; a slot that does not exist gives o = NaN. Two sequences must not name one slot. With
+// `states`, the state after each token is stored there, and the slot keeps its own; a slot that is skipped or
+// does not exist gives zeros or NaN there too.
 //
 // Mapping: a block owns kColumns columns of V of one (sequence, value head); blocks are numbered along x, the
 // column tile fastest, then the head. A thread owns 4 adjacent columns of kRows adjacent rows: a row of the
@@ -70,7 +72,9 @@ struct Tile {
 };
 
 __host__ __device__ __forceinline__ bool whole_vectors(const GatedDeltaStepParams& params) {
-  return params.V % kVector == 0 && reinterpret_cast<uintptr_t>(params.state) % 16 == 0;
+  const auto addresses =
+      reinterpret_cast<uintptr_t>(params.state) | reinterpret_cast<uintptr_t>(params.states);
+  return params.V % kVector == 0 && params.slot_stride % kVector == 0 && addresses % 16 == 0;
 }
 
 // What a column group of a state needs of one token: sums over K.
@@ -106,7 +110,7 @@ struct Place {
     head = static_cast<int>(block / num_tiles % HV);
     key_head = head / static_cast<int>(HV / static_cast<unsigned>(params.H));
     b = block / num_tiles / HV;
-    slot = params.state_indices.data == nullptr ? b : index_at(params.state_indices, b);
+    slot = slot_of(params, b);
     lane = static_cast<int>(thread % Tile::kLanes);
     row = static_cast<int>(thread / Tile::kLanes) * Tile::kRows;
     warp = static_cast<int>(thread / arch::kWarpSize);
@@ -175,9 +179,9 @@ struct StateTile {
   int rows, columns;  // that exist
   bool vectors;       // whole 16-byte pieces
 
-  __device__ StateTile(const GatedDeltaStepParams& params, const Place<Tile>& place)
-      : first(static_cast<float*>(params.state) +
-              ((place.slot * params.HV + place.head) * params.K + place.row) * params.V + place.column),
+  // state: [HV, K, V]
+  __device__ StateTile(const GatedDeltaStepParams& params, const Place<Tile>& place, float* state)
+      : first(state + (place.head * params.K + place.row) * params.V + place.column),
         stride(Tile::kSquare ? Tile::kThreads : params.V),
         rows(Tile::kSquare ? Tile::kRows : static_cast<int>(params.K) - place.row),
         columns(Tile::kSquare ? kVector : static_cast<int>(params.V - place.column)),
@@ -214,6 +218,14 @@ struct StateTile {
     }
   }
 };
+
+// The thread's part of states[b, t].
+template <class Tile>
+__device__ __forceinline__ StateTile<Tile> state_after(const GatedDeltaStepParams& params,
+                                                       const Place<Tile>& place, int64_t t) {
+  const int64_t size = params.HV * params.K * params.V;
+  return {params, place, static_cast<float*>(params.states) + (place.b * params.T + t) * size};
+}
 
 // The thread's rows of a [kKeyDim] vector in shared memory.
 template <class Tile>
@@ -304,12 +316,20 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerProcessor)
   // (1) the state's tile; nothing to do without a state
   if (place.slot < 0 || place.slot >= params.num_slots) {
     const float value = place.slot < 0 ? 0.0f : kNaN;
-    for (int64_t t = 0; t < params.T && place.writes_output(); ++t) {
-      store_output<Tile, Element>(params, place, t, {value, value, value, value});
+    float rS[Tile::kRows][kVector];
+#pragma unroll
+    for (int i = 0; i < Tile::kRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) rS[i][j] = value;
+    }
+    for (int64_t t = 0; t < params.T; ++t) {
+      if (place.writes_output()) store_output<Tile, Element>(params, place, t, rS[0]);
+      if (params.states != nullptr) state_after(params, place, t).store(rS);
     }
     return;
   }
-  const StateTile<Tile> tile(params, place);
+  const StateTile<Tile> tile(params, place,
+                             static_cast<float*>(params.state) + place.slot * slot_stride(params));
   float rS[Tile::kRows][kVector];
   tile.load(rS);
 
@@ -352,10 +372,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerProcessor)
 #pragma unroll
       for (int j = 0; j < kVector; ++j) rS[i][j] = gamma * rS[i][j] + (k_norm * rk[i]) * e[j];
     }
+    if (params.states != nullptr) state_after(params, place, t).store(rS);
   }
 
   // (7) the state goes back
-  tile.store(rS);
+  if (params.states == nullptr) tile.store(rS);
 }
 
 template <class Tile, class Element>

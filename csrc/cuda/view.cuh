@@ -10,4 +10,16 @@ __device__ __forceinline__ int64_t index_at(const Indices& x, int64_t i) {
   return x.is_int32 ? static_cast<const int32_t*>(x.data)[i] : static_cast<const int64_t*>(x.data)[i];
 }
 
+// Elements between the states of a pool, or of sequences that have one each.
+template <class Params>
+__host__ __device__ __forceinline__ int64_t slot_stride(const Params& params) {
+  return params.slot_stride == 0 ? params.HV * params.K * params.V : params.slot_stride;
+}
+
+// The slot of sequence n: itself without state_indices, -1 to skip it, num_slots or more where there is none.
+template <class Params>
+__device__ __forceinline__ int64_t slot_of(const Params& params, int64_t n) {
+  return params.state_indices.data == nullptr ? n : index_at(params.state_indices, n);
+}
+
 }  // namespace hypenet::cuda
