@@ -32,7 +32,7 @@ def document_of_token(shape, cu_seqlens):
     return torch.searchsorted(cu_seqlens[1:].long(), tokens, right=True).to(torch.int32).reshape(shape)
 
 
-def keep_documents_apart(forward, cache="past_key_values", cannot_pack=None):
+def keep_documents_apart(forward, cache="past_key_values", finish=None):
     """Return `forward` of a model that hands every form of packing to its layers.
 
     A cache is not made for packed rows, as a cache has one state a row; asking for one raises.
@@ -40,7 +40,8 @@ def keep_documents_apart(forward, cache="past_key_values", cannot_pack=None):
     Args:
         forward: The method of a transformers model that builds the attention masks.
         cache: Name of the argument that holds a cache.
-        cannot_pack: Function of the model that returns the reason why it cannot keep documents apart, or None.
+        finish: Function of the model and its arguments, called for packed rows, that returns more arguments; for models
+            where naming the documents does not suffice.
     Raises:
         ValueError: packed rows with a cache or an attention mask, or in a model that cannot keep them apart.
     """
@@ -52,11 +53,12 @@ def keep_documents_apart(forward, cache="past_key_values", cannot_pack=None):
             return forward(self, *args, **kwargs)  # which raises
         arguments = dict(zip(names, args, strict=False)) | kwargs
         packed = packed_arguments(type(self).__name__, arguments, cache)
-        if packed and cannot_pack is not None and (reason := cannot_pack(self)):
-            raise ValueError(f"{type(self).__name__}: packed sequences are not kept apart by {reason}")
         if packed and "position_ids" not in names:
             del packed["position_ids"]
-        return forward(self, **arguments | packed)
+        arguments |= packed
+        if packed and finish is not None:
+            arguments |= finish(self, arguments)
+        return forward(self, **arguments)
 
     return packed_forward
 

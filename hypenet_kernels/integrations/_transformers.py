@@ -4,6 +4,7 @@ transformers' recurrent layers call functions that are globals of their modeling
 reaches every model of the family, those already built too. This is so from transformers 5.16 on.
 """
 
+import functools
 import importlib
 import logging
 from dataclasses import dataclass
@@ -243,13 +244,31 @@ def _hold_models(patch, family, module):
     """Replace the forward of the classes through which packed documents reach the layers."""
     by = "the same, with packed documents named to every layer"
     cache = "cache_params" if family.name == "mamba2" else "past_key_values"
-    cannot_pack = _ngram_embedding if family.name == "qwen4_exp" else None
+    finish = {"qwen4_exp": _refuse_ngrams, "granitemoehybrid": _masks_of_documents}.get(family.name)
     model = getattr(module, family.model)
-    patch._hold(model, "forward", lambda original: _packing.keep_documents_apart(original, cache, cannot_pack), by)
+    patch._hold(model, "forward", lambda original: _packing.keep_documents_apart(original, cache, finish), by)
     if family.name == "mamba2":  # its language model drops the keywords that its backbone would read
-        language_model = module.Mamba2ForCausalLM
-        patch._hold(language_model, "forward", lambda original: _packing.pass_documents_on(original, "backbone"), by)
+        passing = functools.partial(_packing.pass_documents_on, backbone="backbone")
+        patch._hold(module.Mamba2ForCausalLM, "forward", passing, by)
 
 
-def _ngram_embedding(model):
-    return "its n-gram embeddings (config.ple_layer_ids)" if model.config.ple_layer_ids else None
+def _refuse_ngrams(model, arguments):
+    """Raise ValueError where embeddings of n-grams, and a convolution of their own, would mix documents."""
+    if model.config.ple_layer_ids:
+        rule = "be empty for packed sequences, which n-gram embeddings do not keep apart"
+        raise ValueError(f"{type(model).__name__}: config.ple_layer_ids must {rule}, got {model.config.ple_layer_ids}")
+    return {}
+
+
+def _masks_of_documents(model, arguments):
+    """Return the attention mask that keeps documents apart, for a model that makes its own without position_ids."""
+    from transformers.masking_utils import create_causal_mask
+
+    positions = arguments["position_ids"]
+    B, T = arguments["seq_idx"].shape
+    embeddings = model.get_input_embeddings().weight.new_empty(B, T, 1)
+    mask = create_causal_mask(
+        config=model.config, inputs_embeds=embeddings, attention_mask=None, past_key_values=None, position_ids=positions
+    )
+    flash_attention = {"cu_seq_lens_k": arguments["cu_seq_lens_q"], "max_length_q": T, "max_length_k": T}
+    return {"attention_mask": {"full_attention": mask, "linear_attention": None}} | flash_attention
