@@ -115,8 +115,6 @@ def test_generation(family, options):
 
 @families_slow_but_two
 def test_generation_with_a_static_cache(family):
-    if family in ("falcon_h1", "zamba2", "qwen4_exp_text"):
-        pytest.skip("transformers has no static cache for it")
     model = model_of(family)
     options = {"cache_implementation": "static", "disable_compile": True}
     expected = generated(model, **options)
