@@ -1,6 +1,6 @@
 """Random models of the families that `patch_transformers` reaches, at a size of one's choice."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -163,12 +163,3 @@ def build(family, size=TINY, dtype=torch.float32, **overrides):
             if name.endswith("A_log"):  # the initial decays forget everything within a few tokens
                 parameter.copy_(torch.linspace(0.01, 0.3, parameter.numel()).log())
     return model
-
-
-def without_attention(family, size=TINY):
-    """Return arguments for `build` that leave only the recurrent layers, where the family allows it."""
-    types = ["linear_attention"] * size.layers
-    return {"layer_types": types} if "layer_types" in FAMILIES[family](size) else {}
-
-
-__all__ = ["FAMILIES", "TINY", "Size", "build", "replace", "without_attention"]
