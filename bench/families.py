@@ -48,7 +48,7 @@ def run(device, names, quick, seconds, on_case):
 
 @torch.no_grad()
 def _family(name, device, seconds, on_dtype):
-    """Return the rows of one family; nothing is timed in a dtype in which the patched logits are wrong."""
+    """Return the rows of one family; timing ends where the patched logits are wrong."""
     uses_gated_delta_rule = "linear_key_head_dim" in family_models.FAMILIES[name](GATED_DELTA)
     model = family_models.build(name, GATED_DELTA if uses_gated_delta_rule else MAMBA2).to(device)
     prompt = torch.randint(3, WIDTHS["vocabulary"], (1, PREFILL_TOKENS), device=device)
@@ -71,7 +71,7 @@ def _family(name, device, seconds, on_dtype):
         row = {"family": name, "dtype": _short(dtype)}
         if failure := _failure(model, prompt, exact):
             rows.append(row | {"phase": "prefill", "part": "model", "failure": failure})
-            continue
+            break
         for phase, make, functions in (("prefill", prefill, CHUNK_FUNCTIONS), ("decode", decode, STEP_FUNCTIONS)):
             rows += [row | {"phase": phase} | part for part in _parts(model, make, functions, device, seconds)]
     return rows

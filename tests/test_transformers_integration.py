@@ -74,6 +74,18 @@ def test_bfloat16_is_as_accurate_as_without(family):
 
 
 @one_of_each
+def test_autocast(family):
+    model, ids = model_of(family), tokens(2, 37)
+    exact = logits(model, input_ids=ids).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        without = logits(model, input_ids=ids)
+        with patch_transformers():
+            result = logits(model, input_ids=ids)
+            assert generated(model).shape == (2, 21)
+    assert_matches_reference("logits", result, exact, eager=without, dtype=torch.bfloat16)
+
+
+@one_of_each
 def test_chunked_prefill_continues_from_a_cache(family):
     model, ids = model_of(family), tokens(2, 40)
     expected = logits(model, input_ids=ids, use_cache=False)

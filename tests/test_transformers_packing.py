@@ -187,7 +187,9 @@ def test_half_a_patch_refuses_packed_documents(family, form, off):
 
 
 @pytest.mark.parametrize("keyword", ["cu_seq_lens_q", "seq_idx"])
-@pytest.mark.parametrize("family", ["mamba", "jamba", "zamba", "falcon_mamba", "kimi_linear", "bailing_hybrid"])
+@pytest.mark.parametrize(
+    "family", ["mamba", "jamba", "zamba", "falcon_mamba", "kimi_linear", "bailing_hybrid", "inkling"]
+)
 def test_a_layer_whose_recurrence_cannot_pack_refuses(family, keyword):
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     documents = {"cu_seq_lens_q": torch.tensor([0, 3, 8]), "seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])}

@@ -67,6 +67,17 @@ def test_an_exception_restores():
     assert all(value is originals[place] for place, value in current(patch).items())
 
 
+def test_a_patch_that_fails_leaves_nothing_behind(monkeypatch):
+    with patch_transformers() as patch:
+        pass
+    originals = current(patch)
+    monkeypatch.delattr("transformers.models.zamba2.modeling_zamba2.Zamba2Model")
+    with pytest.raises(AttributeError):
+        patch_transformers()
+    monkeypatch.undo()
+    assert all(value is originals[place] for place, value in current(patch).items())
+
+
 def test_options_choose_what_is_replaced():
     for options, absent in (
         ({"gated_delta_rule": False}, {"torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"}),

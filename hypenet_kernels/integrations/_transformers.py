@@ -39,8 +39,8 @@ class Family:
 
     Attributes:
         name: The package under transformers.models.
-        recurrence: "gated_delta_rule", "mamba2", "" for layers that are a convolution alone, None for a recurrence that
-            is not replaced (Mamba-1, Kimi delta attention).
+        recurrence: "gated_delta_rule", "mamba2", "" for layers that are a convolution alone, None where something that
+            is not replaced mixes packed documents (Mamba-1, Kimi delta attention, Inkling's attention).
         model: The class whose forward builds the attention masks; "" where rows cannot be packed.
     """
 
@@ -64,8 +64,8 @@ FAMILIES = (
     Family("lfm2", "", "Lfm2Model"),
     Family("lfm2_moe", "", "Lfm2MoeModel"),
     Family("lfm3", "", "Lfm3Model"),
-    Family("inkling", "", "InklingTextModel"),
-    Family("inkling2", "", "Inkling2TextModel"),
+    Family("inkling", None),
+    Family("inkling2", None),
     Family("mamba", None),
     Family("falcon_mamba", None),
     Family("jamba", None),
@@ -176,20 +176,12 @@ def patch_transformers(*, gated_delta_rule=True, mamba2=True, causal_conv1d=True
     _check_version()
     wanted = {"gated_delta_rule": gated_delta_rule, "mamba2": mamba2}
     patch, before = Patch(), {key for key, place in _places.items() if place.holders}
-    for family in FAMILIES:
-        module = _modeling_file(family.name)
-        if module is None:
-            continue
-        recurrent = bool(family.recurrence) and wanted[family.recurrence]
-        functions = dict(_recurrent_functions(family) if recurrent else {})
-        if not causal_conv1d:
-            functions.pop("mamba2_split_conv1d_scan_combined", None)
-        functions |= _CAUSAL_CONV1D if causal_conv1d else {}
-        for name, (factory, by) in functions.items():
-            if name in vars(module):
-                patch._hold(module, name, _replacing(factory, module, name, _partner(family, name)), by)
-        if family.model and functions:
-            _hold_models(patch, family, module)
+    try:
+        for family in FAMILIES:
+            _hold_family(patch, family, wanted, causal_conv1d)
+    except BaseException:
+        patch.restore()
+        raise
     new = {key for key, place in _places.items() if place.holders} - before
     if new:
         logger.info("hypenet_kernels replaced in transformers:\n%s", patch)
@@ -215,6 +207,20 @@ def _modeling_file(family):
         if error.name is not None and name.startswith(error.name):
             return None
         raise
+
+
+def _hold_family(patch, family, wanted, causal_conv1d):
+    module = _modeling_file(family.name)
+    if module is None:
+        return
+    recurrent = bool(family.recurrence) and wanted[family.recurrence]
+    functions = (_recurrent_functions(family) if recurrent else {}) | (_CAUSAL_CONV1D if causal_conv1d else {})
+    for name, (factory, by) in functions.items():
+        needs_convolution = name == "mamba2_split_conv1d_scan_combined"
+        if name in vars(module) and (causal_conv1d or not needs_convolution):
+            patch._hold(module, name, _replacing(factory, module, name, _partner(family, name)), by)
+    if family.model and functions:
+        _hold_models(patch, family, module)
 
 
 def _recurrent_functions(family):
