@@ -110,19 +110,21 @@ def families(
 ) -> None:
     """Time transformers' models with and without patch_transformers: prefill and decode, model and recurrence."""
     from bench import families as runner
+    from bench import tables
 
     device = _device(device)
     with _progress() as progress:
         task = progress.add_task("weights", total=None)
 
-        def on_case(index, count, name):
+        def on_case(index: int, count: int, name: str) -> None:
             progress.update(task, total=count, completed=index, description=name)
 
         try:
             record = runner.run(device, names or [], quick, 0.5 if quick else seconds, on_case)
         except ValueError as error:
             raise SystemExit(str(error)) from None
-    console.print(runner.terminal(record))
+    rows = [tables.family_cells(row) for row in record["rows"]]
+    console.print(tables.terminal(tables.FAMILY_HEADER, rows, tables.FAMILY_HEADER[:4], record["stamp"]["device"]))
     path = out or records.folder(device) / ("families-quick.json" if quick else "families.json")
     records.save(path, record)
     console.print(f"written to {path}")

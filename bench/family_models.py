@@ -1,8 +1,11 @@
-"""Random models of the families that `patch_transformers` reaches, at a size of one's choice."""
+"""Build random models of the families that `patch_transformers` reaches, of any size."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -21,18 +24,18 @@ class Size:
     chunk: int = 16
 
     @property
-    def value_dim(self):
+    def value_dim(self) -> int:
         return 2 * self.hidden // self.value_heads
 
     @property
-    def layer_types(self):
+    def layer_types(self) -> list[str]:
         return ["linear_attention" if (i + 1) % 4 else "full_attention" for i in range(self.layers)]
 
 
 TINY = Size()
 
 
-def gated_delta(size):
+def gated_delta(size: Size) -> dict[str, Any]:
     return {
         "hidden_size": size.hidden,
         "num_hidden_layers": size.layers,
@@ -52,7 +55,7 @@ def gated_delta(size):
     }
 
 
-def experts(size):
+def experts(size: Size) -> dict[str, Any]:
     return {
         "num_experts": 4,
         "num_experts_per_tok": 2,
@@ -61,7 +64,7 @@ def experts(size):
     }
 
 
-def mamba2(size):
+def mamba2(size: Size) -> dict[str, Any]:
     return {
         "hidden_size": size.hidden,
         "num_hidden_layers": size.layers,
@@ -77,7 +80,7 @@ def mamba2(size):
     }
 
 
-def nemotron_h(size):
+def nemotron_h(size: Size) -> dict[str, Any]:
     arguments = mamba2(size) | {
         "layer_types": ["linear_attention", "mlp", "full_attention", "linear_attention", "moe"],
         "head_dim": size.head_dim,
@@ -93,7 +96,7 @@ def nemotron_h(size):
     return {name: value for name, value in arguments.items() if name not in ("num_hidden_layers", "mamba_d_state")}
 
 
-FAMILIES = {
+FAMILIES: dict[str, Callable[[Size], dict[str, Any]]] = {
     "qwen3_next": lambda size: gated_delta(size) | experts(size),
     "qwen3_5_text": gated_delta,
     "qwen3_5_moe_text": lambda size: gated_delta(size) | experts(size),
@@ -151,10 +154,8 @@ FAMILIES = {
 }
 
 
-def build(family, size=TINY, dtype=torch.float32, **overrides):
+def build(family: str, size: Size = TINY, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
     """Return a model of `family` (a model type of transformers) with random weights, in evaluation mode."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     config = AutoConfig.for_model(family, **FAMILIES[family](size) | overrides)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

@@ -1,6 +1,8 @@
 """Write RESULTS.md from the records under bench/results, and the remarks in bench/results/facts.md."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from bench import plot, records, tables, targets
 from bench.records import FamiliesRecord, ModelRecord, OpsRecord, Stamp
@@ -35,7 +37,11 @@ def write(results: Path | None = None, out: Path = OUT) -> Path:
 
 
 def _device(folder: Path, root: Path) -> list[str]:
-    kinds = {"ops": ("Ops", _ops), "model": ("Whole model", _model), "families": ("transformers' models", _families)}
+    kinds: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "ops": ("Ops", _ops),
+        "model": ("Whole model", _model),
+        "families": ("transformers' models", _families),
+    }
     paths = [path for kind in kinds if (path := folder / f"{kind}.json").is_file()]
     if not paths:
         return []

@@ -6,7 +6,7 @@ import pytest
 import torch
 from patched_models import convolution  # noqa: F401, a fixture
 
-from bench import families, family_models
+from bench import families, family_models, records, report, tables
 from hypenet_kernels.integrations import _call_sites
 
 
@@ -41,10 +41,17 @@ def test_a_record_and_its_tables():
         )
         for part in ("model", function, conv)
     }
-    assert all(row["ratio"] == row["without"]["median"] / row["with"]["median"] for row in result["rows"])
-    assert len(families.summary(result)) == 4 and all(all(cells) for cells in families.summary(result))
-    assert families.section(result).count("\n|") == 2 + 4
-    assert families.terminal(result).row_count == len(result["rows"])
+    assert all(row["ratio"] == row["without"]["median"] / row["patched"]["median"] for row in result["rows"])
+    assert len(tables.speedup_cells(result)) == 4 and all(all(cells) for cells in tables.speedup_cells(result))
+    assert all(len(tables.family_cells(row)) == len(tables.FAMILY_HEADER) for row in result["rows"])
+
+
+def test_results_show_a_record(tmp_path):
+    result = record("mamba2")
+    records.save(tmp_path / "results" / "some-cpu" / "families.json", result)
+    text = report.write(tmp_path / "results", tmp_path / "RESULTS.md").read_text()
+    ratio = next(row["ratio"] for row in result["rows"] if row["part"] == "mamba2_selective_state_update")
+    assert "### transformers' models" in text and text.count("| mamba2 |") == 2 and f"| {ratio:.2f} |" in text
 
 
 def test_a_wrong_model_is_not_timed(monkeypatch):
@@ -57,7 +64,7 @@ def test_a_wrong_model_is_not_timed(monkeypatch):
     result = record("mamba2")
     assert [(row["part"], row["dtype"]) for row in result["rows"]] == [("model", "float32")]
     assert all("allowed" in row["failure"] for row in result["rows"])
-    assert all("allowed" in families.cells(row)[-1] for row in result["rows"])
+    assert all("allowed" in tables.family_cells(row)[-1] for row in result["rows"])
     assert torch.is_grad_enabled()
 
 

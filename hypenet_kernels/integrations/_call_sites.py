@@ -8,15 +8,18 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import hypenet_kernels
 from hypenet_kernels.integrations import _packing
 
 logger = logging.getLogger("hypenet_kernels")
-_ACTIVATIONS = {None: None, "silu": "silu", "swish": "silu"}  # transformers' names of what the convolution can apply
+# Activations of the convolution: the name in transformers -> the name in hypenet_kernels.
+_ACTIVATIONS: dict[str | None, str | None] = {None: None, "silu": "silu", "swish": "silu"}
 
 
 @dataclass(frozen=True)
@@ -33,18 +36,18 @@ class Site:
 
     module: ModuleType
     name: str
-    original: Callable
+    original: Callable[..., Any]
     partner: str | None
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.module.__name__}.{self.name}"
 
-    def fall_back(self, reason, *args, **kwargs):
+    def fall_back(self, reason: object, *args: Any, **kwargs: Any) -> Any:
         """Call the original function; say so, once for each reason."""
         _say_once(str(self), str(reason))
         return self.original(*args, **kwargs)
 
-    def check_packing(self):
+    def check_packing(self) -> None:
         """Raise ValueError unless the whole layer keeps packed documents apart."""
         if self.partner is None:
             raise ValueError(f"{self}: this layer cannot keep packed sequences apart; pass one sequence a row")
@@ -53,29 +56,29 @@ class Site:
             raise ValueError(f"{self}: {rule}; call patch_transformers without turning it off")
 
 
-def is_replacement(function):
+def is_replacement(function: Callable[..., Any]) -> bool:
     return hasattr(function, "hypenet_site")
 
 
-def gated_delta_rule(site, op="chunk_gated_delta_rule"):
+def gated_delta_rule(site: Site, op: str = "chunk_gated_delta_rule") -> Callable[..., Any]:
     """Return the chunk form, torch_chunk_gated_delta_rule, or what else `op` computes of the same arguments."""
 
     def chunk_gated_delta_rule(
-        query,
-        key,
-        value,
-        g,
-        beta,
-        chunk_size=64,
-        initial_state=None,
-        output_final_state=False,
-        use_qk_l2norm_in_kernel=False,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        chunk_size: int = 64,
+        initial_state: Tensor | None = None,
+        output_final_state: bool = False,
+        use_qk_l2norm_in_kernel: bool = False,
         *,
-        scale=None,
-        cu_seqlens=None,
-        seq_idx=None,
-        **ignored,
-    ):
+        scale: float | None = None,
+        cu_seqlens: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        **ignored: Any,
+    ) -> tuple[Tensor, Tensor | None]:
         tensors = query, key, value, g, beta
         if not _on_supported_device(query):
             arguments = initial_state, output_final_state, use_qk_l2norm_in_kernel
@@ -104,7 +107,7 @@ def gated_delta_rule(site, op="chunk_gated_delta_rule"):
     return chunk_gated_delta_rule
 
 
-def gated_delta_step(site):
+def gated_delta_step(site: Site) -> Callable[..., Any]:
     """Return the token by token form: torch_recurrent_gated_delta_rule.
 
     A step updates the state that it is given and returns it: the layer stores it back into the cache that it took it
@@ -114,24 +117,25 @@ def gated_delta_step(site):
     whole = gated_delta_rule(site, "fused_recurrent_gated_delta_rule")
 
     def recurrent_gated_delta_rule(
-        query,
-        key,
-        value,
-        g,
-        beta,
-        initial_state=None,
-        output_final_state=False,
-        use_qk_l2norm_in_kernel=False,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        initial_state: Tensor | None = None,
+        output_final_state: bool = False,
+        use_qk_l2norm_in_kernel: bool = False,
         *,
-        scale=None,
-        cu_seqlens=None,
-        seq_idx=None,
-        **ignored,
-    ):
+        scale: float | None = None,
+        cu_seqlens: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        **ignored: Any,
+    ) -> tuple[Tensor, Tensor | None]:
         B, T = query.shape[:2]
         tensors = query, key, value, g, beta
         steps = T == 1 and (cu_seqlens is None or cu_seqlens.shape[0] == B + 1)  # then every row is one document
-        if not (steps and output_final_state and _can_step(query, initial_state, *tensors)):
+        can_step = steps and output_final_state and _can_step(query, initial_state, *tensors)
+        if initial_state is None or not can_step:
             return whole(
                 *tensors,
                 initial_state=initial_state,
@@ -159,7 +163,7 @@ def gated_delta_step(site):
     return recurrent_gated_delta_rule
 
 
-def mamba2_scan(site):
+def mamba2_scan(site: Site) -> Callable[..., Any]:
     """Return the chunk form of Mamba-2: mamba2_chunk_scan.
 
     y_t = C_t^T S_t + D x_t with S_t = e^{dt_t A} S_{t-1} + B_t (dt_t x_t)^T is simple gated linear attention with
@@ -168,26 +172,26 @@ def mamba2_scan(site):
     """
 
     def mamba2_chunk_scan(
-        hidden_states,
-        dt,
-        A,
-        B,
-        C,
-        chunk_size=None,
-        D=None,
-        dt_bias=None,
-        initial_states=None,
-        dt_softplus=False,
-        dt_limit=(0.0, float("inf")),
-        return_final_states=False,
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        chunk_size: int | None = None,
+        D: Tensor | None = None,
+        dt_bias: Tensor | None = None,
+        initial_states: Tensor | None = None,
+        dt_softplus: bool = False,
+        dt_limit: tuple[float, float] = (0.0, float("inf")),
+        return_final_states: bool = False,
         *,
-        z=None,
-        cu_seqlens=None,
-        cu_seq_lens_q=None,
-        seq_idx=None,
-        **ignored,
-    ):
-        def original(reason):
+        z: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        **ignored: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        def original(reason: object) -> Any:
             if z is not None:
                 raise NotImplementedError(f"{site}: z must be None on {hidden_states.device.type}, got a tensor")
             return site.fall_back(
@@ -238,7 +242,7 @@ def mamba2_scan(site):
     return mamba2_chunk_scan
 
 
-def mamba2_step(site):
+def mamba2_step(site: Site) -> Callable[..., Any]:
     """Return the step of Mamba-2: mamba2_selective_state_update, in place on the state [B, H, P, N].
 
     The state that `mamba2_scan` returned is [N, P] in memory, as the op reads it, and the cache keeps that layout; any
@@ -246,21 +250,21 @@ def mamba2_step(site):
     """
 
     def mamba2_selective_state_update(
-        state,
-        hidden_states,
-        dt,
-        A,
-        B,
-        C,
-        D=None,
-        dt_bias=None,
-        dt_softplus=False,
-        z=None,
+        state: Tensor,
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None = None,
+        dt_bias: Tensor | None = None,
+        dt_softplus: bool = False,
+        z: Tensor | None = None,
         *,
-        cu_seqlens=None,
-        cu_seq_lens_q=None,
-        **ignored,
-    ):
+        cu_seqlens: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        **ignored: Any,
+    ) -> Tensor:
         cu_seqlens = cu_seq_lens_q if cu_seqlens is None else cu_seqlens
         if cu_seqlens is not None and cu_seqlens.shape[0] != hidden_states.shape[0] + 1:
             rule = f"name one sequence for each of the {hidden_states.shape[0]} states"
@@ -268,7 +272,7 @@ def mamba2_step(site):
         expanded = [(dt, 1), (A, 2)] + [(x, 1) for x in (D, dt_bias) if x is not None]
         one_decay = all(_constant(x, dim) for x, dims in expanded for dim in range(-dims, 0))
 
-        def original(reason):
+        def original(reason: object) -> Any:
             return site.fall_back(
                 reason, state, hidden_states, dt, A, B, C, D, dt_bias=dt_bias, dt_softplus=dt_softplus, z=z
             )
@@ -277,7 +281,7 @@ def mamba2_step(site):
             return original("a decay that is not one number a head" if not one_decay else hidden_states.device.type)
         x = hidden_states.unsqueeze(1)
         step = _time_step(x, dt[..., 0].unsqueeze(1), None if dt_bias is None else dt_bias[:, 0], dt_softplus)
-        arguments = {
+        arguments: dict[str, Any] = {
             "q": C.unsqueeze(1),
             "k": B.unsqueeze(1),
             "v": (x * step.unsqueeze(-1)).to(x.dtype),
@@ -301,29 +305,29 @@ def mamba2_step(site):
     return mamba2_selective_state_update
 
 
-def mamba2_fused(site):
+def mamba2_fused(site: Site) -> Callable[..., Any]:
     """Return None for mamba2_split_conv1d_scan_combined: the layer then calls the functions that are replaced."""
 
-    def mamba2_split_conv1d_scan_combined(*args, **kwargs):
+    def mamba2_split_conv1d_scan_combined(*args: Any, **kwargs: Any) -> None:
         return None
 
     return mamba2_split_conv1d_scan_combined
 
 
-def causal_conv1d(site):
+def causal_conv1d(site: Site) -> Callable[..., Any]:
     """Return the depthwise convolution over whole sequences: causal_conv1d_fn."""
 
     def causal_conv1d_fn(
-        hidden_states,
-        weight,
-        bias=None,
-        activation=None,
+        hidden_states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        activation: str | None = None,
         *,
-        seq_idx=None,
-        cu_seqlens=None,
-        cu_seq_lens_q=None,
-        **ignored,
-    ):
+        seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        **ignored: Any,
+    ) -> Tensor:
         B, _, T = hidden_states.shape
         cu_seqlens = cu_seq_lens_q if cu_seqlens is None else cu_seqlens
         packed = cu_seqlens is not None or seq_idx is not None
@@ -349,10 +353,17 @@ def causal_conv1d(site):
     return causal_conv1d_fn
 
 
-def causal_conv1d_step(site):
+def causal_conv1d_step(site: Site) -> Callable[..., Any]:
     """Return the convolution of a decoding step, in place on the cache's state: causal_conv1d_update."""
 
-    def causal_conv1d_update(hidden_states, conv_state, weight, bias=None, activation=None, **ignored):
+    def causal_conv1d_update(
+        hidden_states: Tensor,
+        conv_state: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        **ignored: Any,
+    ) -> Tensor:
         tensors = hidden_states, conv_state, weight, bias
         reason = _unsupported_convolution(hidden_states, weight, activation)
         if not reason and not (hidden_states.dtype == conv_state.dtype == weight.dtype):
@@ -368,7 +379,9 @@ def causal_conv1d_step(site):
     return causal_conv1d_update
 
 
-def _document_bounds(site, shape, cu_seqlens, seq_idx, has_cache):
+def _document_bounds(
+    site: Site, shape: tuple[int, ...], cu_seqlens: Tensor | None, seq_idx: Tensor | None, has_cache: bool
+) -> Tensor | None:
     bounds = _packing.bounds(shape, cu_seqlens, seq_idx)
     if bounds is None:
         return None
@@ -378,7 +391,16 @@ def _document_bounds(site, shape, cu_seqlens, seq_idx, has_cache):
     return bounds
 
 
-def _original_delta_rule(site, reason, tensors, initial_state, output_final_state, use_qk_l2norm, cu_seqlens, seq_idx):
+def _original_delta_rule(
+    site: Site,
+    reason: object,
+    tensors: tuple[Tensor, ...],
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    use_qk_l2norm: bool,
+    cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None,
+) -> Any:
     return site.fall_back(
         reason,
         *tensors[:3],
@@ -392,7 +414,7 @@ def _original_delta_rule(site, reason, tensors, initial_state, output_final_stat
     )
 
 
-def _time_step(x, dt, dt_bias, dt_softplus):
+def _time_step(x: Tensor, dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool) -> Tensor:
     """Return dt [B, T, H] in the accumulation type of x."""
     dtype = _accumulator(x.dtype)
     dt = dt.to(dtype)
@@ -401,7 +423,7 @@ def _time_step(x, dt, dt_bias, dt_softplus):
     return F.softplus(dt) if dt_softplus else dt
 
 
-def _skip_and_gate(o, x, D, z):
+def _skip_and_gate(o: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
     """Return o + D x, times silu(z), in the accumulation type; D: [H] or [H, P]."""
     dtype = _accumulator(x.dtype)
     y = o.to(dtype)
@@ -410,12 +432,12 @@ def _skip_and_gate(o, x, D, z):
     return y if z is None else y * F.silu(z.to(dtype))
 
 
-def _flat(x, bounds):
+def _flat(x: Tensor, bounds: Tensor | None) -> Tensor:
     """Return [B, T, ...] as [1, B T, ...] where there are documents."""
     return x if bounds is None else x.flatten(0, 1).unsqueeze(0)
 
 
-def _can_step(q, state, *inputs):
+def _can_step(q: Tensor, state: Tensor | None, *inputs: Any) -> bool:
     """Return whether the ops can update `state` in place, and a caller would not miss the old one in a backward."""
     return (
         state is not None
@@ -427,23 +449,23 @@ def _can_step(q, state, *inputs):
     )
 
 
-def _wants_gradient(*inputs):
+def _wants_gradient(*inputs: Any) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
 
 
-def _accumulator(dtype):
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _on_supported_device(x):
+def _on_supported_device(x: Tensor) -> bool:
     return x.device.type in ("cpu", "cuda")
 
 
-def _constant(x, dim):
+def _constant(x: Tensor, dim: int) -> bool:
     return x.shape[dim] == 1 or x.stride(dim) == 0
 
 
-def _unsupported_convolution(x, weight, activation):
+def _unsupported_convolution(x: Tensor, weight: Tensor, activation: str | None) -> str | None:
     """Return in words why the ops cannot compute this convolution, or None."""
     if not _on_supported_device(x):
         return x.device.type
@@ -452,10 +474,10 @@ def _unsupported_convolution(x, weight, activation):
     return None if 2 <= weight.shape[-1] <= 4 else f"a width of {weight.shape[-1]}"
 
 
-_said = set()
+_said: set[tuple[str, str]] = set()
 
 
-def _say_once(site, reason):
+def _say_once(site: str, reason: str) -> None:
     if (site, reason) not in _said and not torch.compiler.is_compiling():
         _said.add((site, reason))
         logger.warning("%s: the function of transformers runs in place of hypenet_kernels' for %s", site, reason)

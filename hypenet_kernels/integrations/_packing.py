@@ -9,11 +9,17 @@ where all forms are known. There they are reduced to one: every layer below rece
 
 import functools
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+Shape = tuple[int, ...]
+Arguments = dict[str, Any]
 
 
-def bounds(shape, cu_seqlens, seq_idx):
+def bounds(shape: Shape, cu_seqlens: Tensor | None, seq_idx: Tensor | None) -> Tensor | None:
     """Return the bounds of the documents of a [B, T] batch, counted over its B * T tokens, or None for no packing.
 
     Args:
@@ -26,13 +32,17 @@ def bounds(shape, cu_seqlens, seq_idx):
     return cu_seqlens
 
 
-def document_of_token(shape, cu_seqlens):
+def document_of_token(shape: Shape, cu_seqlens: Tensor) -> Tensor:
     """Return the index of every token's document, [B, T] int32; tokens behind the last bound count as one more."""
     tokens = torch.arange(shape[0] * shape[1], device=cu_seqlens.device)
     return torch.searchsorted(cu_seqlens[1:].long(), tokens, right=True).to(torch.int32).reshape(shape)
 
 
-def keep_documents_apart(forward, cache="past_key_values", finish=None):
+def keep_documents_apart(
+    forward: Callable[..., Any],
+    cache: str = "past_key_values",
+    finish: Callable[[Any, Arguments], Arguments] | None = None,
+) -> Callable[..., Any]:
     """Return `forward` of a model that hands every form of packing to its layers.
 
     A cache is not made for packed rows, as a cache has one state a row; asking for one raises.
@@ -48,7 +58,7 @@ def keep_documents_apart(forward, cache="past_key_values", finish=None):
     names = tuple(inspect.signature(forward).parameters)[1:]
 
     @functools.wraps(forward)
-    def packed_forward(self, *args, **kwargs):
+    def packed_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if len(args) > len(names):
             return forward(self, *args, **kwargs)  # which raises
         arguments = dict(zip(names, args, strict=False)) | kwargs
@@ -63,7 +73,7 @@ def keep_documents_apart(forward, cache="past_key_values", finish=None):
     return packed_forward
 
 
-def pass_documents_on(forward, backbone):
+def pass_documents_on(forward: Callable[..., Any], backbone: str) -> Callable[..., Any]:
     """Return `forward` of a language model that hands packing to its backbone, where transformers' own drops it.
 
     Args:
@@ -72,13 +82,13 @@ def pass_documents_on(forward, backbone):
     """
 
     @functools.wraps(forward)
-    def passing_forward(self, *args, **kwargs):
+    def passing_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         names = "cu_seq_lens_q", "seq_idx", "position_ids"
         given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
         if not given:
             return forward(self, *args, **kwargs)
 
-        def add(module, inputs, keywords):
+        def add(module: nn.Module, inputs: Any, keywords: Arguments) -> tuple[Any, Arguments]:
             return inputs, keywords | given
 
         hook = getattr(self, backbone).register_forward_pre_hook(add, with_kwargs=True)
@@ -90,7 +100,7 @@ def pass_documents_on(forward, backbone):
     return passing_forward
 
 
-def packed_arguments(name, arguments, cache):
+def packed_arguments(name: str, arguments: Arguments, cache: str) -> Arguments:
     """Return the arguments of a model's forward that tell its layers of packed documents; {} where there are none."""
     tokens = arguments.get("input_ids")
     tokens = arguments.get("inputs_embeds") if tokens is None else tokens
@@ -106,6 +116,7 @@ def packed_arguments(name, arguments, cache):
         if seq_idx is None:
             return {}
     cu_seqlens = bounds(shape, cu_seqlens, seq_idx)
+    assert cu_seqlens is not None
     if shape[0] == 1 and cu_seqlens.shape[0] == 2:
         return {}
     if given_cache is not None or arguments.get("use_cache"):
@@ -123,7 +134,7 @@ def packed_arguments(name, arguments, cache):
     return packed | {"position_ids": position_ids}
 
 
-def _text_positions(position_ids):
+def _text_positions(position_ids: Tensor | None) -> Tensor | None:
     """Return the [B, T] positions in the text; None where a multimodal model was given none."""
     if position_ids is not None and position_ids.ndim == 3:
         return position_ids[0] if position_ids.shape[0] in (1, 4) else None
@@ -131,20 +142,20 @@ def _text_positions(position_ids):
 
 
 @torch.compiler.disable
-def _documents_of_positions(positions):
+def _documents_of_positions(positions: Tensor) -> Tensor | None:
     """Return seq_idx, or None where every row is one document, by the rule of transformers' attention masks."""
     starts = torch.ones_like(positions, dtype=torch.bool)
     starts[:, 1:] = positions.diff(dim=1) != 1
     return starts.cumsum(1, dtype=torch.int32) - 1 if starts[:, 1:].any() else None
 
 
-def _changes(seq_idx):
+def _changes(seq_idx: Tensor) -> Tensor:
     starts = torch.ones_like(seq_idx, dtype=torch.bool)
     starts[:, 1:] = seq_idx.diff(dim=1) != 0
     return starts
 
 
 @torch.compiler.disable
-def _bounds_of_starts(starts):
+def _bounds_of_starts(starts: Tensor) -> Tensor:
     (first,) = starts.flatten().nonzero(as_tuple=True)
     return torch.cat([first, first.new_tensor([starts.numel()])]).to(torch.int32)

@@ -7,27 +7,32 @@ reaches every model of the family, those already built too. This is so from tran
 import functools
 import importlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 from hypenet_kernels.integrations import _call_sites, _packing
+
+Owner = ModuleType | type[Any]
+Functions = dict[str, tuple[Callable[[_call_sites.Site], Callable[..., Any]], str]]
 
 OLDEST = "5.16"
 logger = logging.getLogger("hypenet_kernels")
 
-_GATED_DELTA_RULE = {
+_GATED_DELTA_RULE: Functions = {
     "torch_chunk_gated_delta_rule": (_call_sites.gated_delta_rule, "chunk_gated_delta_rule"),
     "torch_recurrent_gated_delta_rule": (
         _call_sites.gated_delta_step,
         "gated_delta_step, fused_recurrent_gated_delta_rule",
     ),
 }
-_MAMBA2 = {
+_MAMBA2: Functions = {
     "mamba2_chunk_scan": (_call_sites.mamba2_scan, "chunk_simple_gla"),
     "mamba2_selective_state_update": (_call_sites.mamba2_step, "simple_gla_step, fused_recurrent_simple_gla"),
     "mamba2_split_conv1d_scan_combined": (_call_sites.mamba2_fused, "the separate functions"),
 }
-_CAUSAL_CONV1D = {
+_CAUSAL_CONV1D: Functions = {
     "causal_conv1d_fn": (_call_sites.causal_conv1d, "causal_conv1d_fn"),
     "causal_conv1d_update": (_call_sites.causal_conv1d_step, "causal_conv1d_update"),
 }
@@ -91,29 +96,29 @@ class Patch:
         replaced: A `Replacement` for each; `print(patch)` shows them as a table.
     """
 
-    def __init__(self):
-        self.replaced = []
-        self._held = []
+    def __init__(self) -> None:
+        self.replaced: list[Replacement] = []
+        self._held: list[_Place] = []
 
-    def restore(self):
+    def restore(self) -> None:
         """Put the originals back, save those that another patch still holds. A second call does nothing."""
         for place in reversed(self._held):
             place.release()
         self._held.clear()
 
-    def __enter__(self):
+    def __enter__(self) -> "Patch":
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self.restore()
 
-    def __str__(self):
+    def __str__(self) -> str:
         rows = [("module", "name", "computed by"), *self.replaced]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
         return "\n".join(lines)
 
-    def _hold(self, owner, name, make, by):
+    def _hold(self, owner: Owner, name: str, make: Callable[[Any], Any], by: str) -> None:
         place = _places.setdefault((owner, name), _Place(owner, name))
         place.hold(make)
         self._held.append(place)
@@ -124,17 +129,17 @@ class Patch:
 class _Place:
     """An attribute that patches replace together: the first saves the original, the last puts it back."""
 
-    def __init__(self, owner, name):
+    def __init__(self, owner: Owner, name: str) -> None:
         self.owner, self.name, self.holders = owner, name, 0
 
-    def hold(self, make):
+    def hold(self, make: Callable[[Any], Any]) -> None:
         if self.holders == 0:
             self.original = vars(self.owner)[self.name]
             self.replacement = make(self.original)
             setattr(self.owner, self.name, self.replacement)
         self.holders += 1
 
-    def release(self):
+    def release(self) -> None:
         self.holders -= 1
         if self.holders > 0:
             return
@@ -144,10 +149,10 @@ class _Place:
             logger.warning("%s.%s was replaced by someone else and stays so", self.owner.__name__, self.name)
 
 
-_places = {}
+_places: dict[tuple[Owner, str], _Place] = {}
 
 
-def patch_transformers(*, gated_delta_rule=True, mamba2=True, causal_conv1d=True):
+def patch_transformers(*, gated_delta_rule: bool = True, mamba2: bool = True, causal_conv1d: bool = True) -> Patch:
     """Compute the recurrent layers of transformers' models by this package, until the patch is undone.
 
     Reaches every installed family and models that are already built: the gated delta rule (Qwen3-Next, Qwen3.5 dense
@@ -188,7 +193,7 @@ def patch_transformers(*, gated_delta_rule=True, mamba2=True, causal_conv1d=True
     return patch
 
 
-def _check_version():
+def _check_version() -> None:
     try:
         transformers = importlib.import_module("transformers")
     except ImportError:
@@ -198,7 +203,7 @@ def _check_version():
         raise ImportError(f"patch_transformers: transformers must be at least {OLDEST}, got {transformers.__version__}")
 
 
-def _modeling_file(family):
+def _modeling_file(family: str) -> ModuleType | None:
     """Return the modeling file of a family, or None where the installed transformers has no such family."""
     name = f"transformers.models.{family}.modeling_{family}"
     try:
@@ -209,11 +214,11 @@ def _modeling_file(family):
         raise
 
 
-def _hold_family(patch, family, wanted, causal_conv1d):
+def _hold_family(patch: Patch, family: Family, wanted: dict[str, bool], causal_conv1d: bool) -> None:
     module = _modeling_file(family.name)
     if module is None:
         return
-    recurrent = bool(family.recurrence) and wanted[family.recurrence]
+    recurrent = wanted.get(family.recurrence or "", False)
     functions = (_recurrent_functions(family) if recurrent else {}) | (_CAUSAL_CONV1D if causal_conv1d else {})
     for name, (factory, by) in functions.items():
         needs_convolution = name == "mamba2_split_conv1d_scan_combined"
@@ -223,11 +228,11 @@ def _hold_family(patch, family, wanted, causal_conv1d):
         _hold_models(patch, family, module)
 
 
-def _recurrent_functions(family):
+def _recurrent_functions(family: Family) -> Functions:
     return _GATED_DELTA_RULE if family.recurrence == "gated_delta_rule" else _MAMBA2
 
 
-def _partner(family, name):
+def _partner(family: Family, name: str) -> str | None:
     """Return the function that must keep documents apart too where `name` does; see `_call_sites.Site`."""
     if not family.recurrence:
         return family.recurrence
@@ -236,8 +241,10 @@ def _partner(family, name):
     return "causal_conv1d_fn"
 
 
-def _replacing(factory, module, name, partner):
-    def make(original):
+def _replacing(
+    factory: Callable[[_call_sites.Site], Any], module: ModuleType, name: str, partner: str | None
+) -> Callable[[Any], Any]:
+    def make(original: Any) -> Any:
         site = _call_sites.Site(module, name, original, partner)
         function = factory(site)
         function.hypenet_site = site
@@ -246,7 +253,7 @@ def _replacing(factory, module, name, partner):
     return make
 
 
-def _hold_models(patch, family, module):
+def _hold_models(patch: Patch, family: Family, module: ModuleType) -> None:
     """Replace the forward of the classes through which packed documents reach the layers."""
     by = "the same, with packed documents named to every layer"
     cache = "cache_params" if family.name == "mamba2" else "past_key_values"
@@ -258,7 +265,7 @@ def _hold_models(patch, family, module):
         patch._hold(module.Mamba2ForCausalLM, "forward", passing, by)
 
 
-def _refuse_ngrams(model, arguments):
+def _refuse_ngrams(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Raise ValueError where embeddings of n-grams, and a convolution of their own, would mix documents."""
     if model.config.ple_layer_ids:
         rule = "be empty for packed sequences, which n-gram embeddings do not keep apart"
@@ -266,7 +273,7 @@ def _refuse_ngrams(model, arguments):
     return {}
 
 
-def _masks_of_documents(model, arguments):
+def _masks_of_documents(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the attention mask that keeps documents apart, for a model that makes its own without position_ids."""
     from transformers.masking_utils import create_causal_mask
 
