@@ -101,6 +101,38 @@ def model(
 
 
 @app.command()
+def families(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME ...]", help="Model types; default all.")] = None,
+    device: DeviceOption = "auto",
+    quick: QuickOption = False,
+    seconds: Annotated[float, typer.Option(help="For each pair of timings.")] = 4.0,
+    out: OutOption = None,
+) -> None:
+    """Time transformers' models with and without patch_transformers: prefill and decode, model and recurrence."""
+    from bench import families as runner
+    from bench import tables
+
+    device = _device(device)
+    with _progress() as progress:
+        task = progress.add_task("weights", total=None)
+
+        def on_case(index: int, count: int, name: str) -> None:
+            progress.update(task, total=count, completed=index, description=name)
+
+        try:
+            record = runner.run(device, names or [], quick, 0.5 if quick else seconds, on_case)
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
+    rows = [tables.family_cells(row) for row in record["rows"]]
+    console.print(tables.terminal(tables.FAMILY_HEADER, rows, tables.FAMILY_HEADER[:4], record["stamp"]["device"]))
+    path = out or records.folder(device) / ("families-quick.json" if quick else "families.json")
+    records.save(path, record)
+    console.print(f"written to {path}")
+    if any("failure" in row for row in record["rows"]):
+        raise SystemExit("bench: a patched model is wrong, see the table")
+
+
+@app.command()
 def plot(
     folder: Annotated[Path, typer.Argument(help="Folder with the records of one device.")],
 ) -> None:

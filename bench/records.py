@@ -116,6 +116,31 @@ class ModelRecord(TypedDict):
     rows: list[ModelRow]
 
 
+class FamilyRow(TypedDict):
+    """A model of transformers, or a function that it calls, with and without patch_transformers.
+
+    `phase`: "prefill" or "decode". `part`: "model", or the function's name. `failure`: why nothing was timed.
+    """
+
+    family: str
+    dtype: str
+    phase: str
+    part: str
+    without: NotRequired[Times]
+    patched: NotRequired[Times]
+    ratio: NotRequired[float]
+    failure: NotRequired[str]
+
+
+class FamiliesRecord(TypedDict):
+    """families.json. `sizes`: tokens of the prefill, rows of a decode step, width of the models, and the like."""
+
+    kind: str
+    stamp: Stamp
+    sizes: dict[str, int]
+    rows: list[FamilyRow]
+
+
 def stamp(device: str | torch.device) -> Stamp:
     """Return device, versions, commit and date of a measurement made now."""
     report = hypenet_kernels.report()

@@ -1,9 +1,11 @@
 """Write RESULTS.md from the records under bench/results, and the remarks in bench/results/facts.md."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from bench import plot, records, tables, targets
-from bench.records import ModelRecord, OpsRecord, Stamp
+from bench.records import FamiliesRecord, ModelRecord, OpsRecord, Stamp
 
 OUT = records.ROOT / "RESULTS.md"
 INTRODUCTION = """# Results
@@ -35,18 +37,22 @@ def write(results: Path | None = None, out: Path = OUT) -> Path:
 
 
 def _device(folder: Path, root: Path) -> list[str]:
-    ops, whole = folder / "ops.json", folder / "model.json"
-    if not ops.is_file() and not whole.is_file():
+    kinds: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "ops": ("Ops", _ops),
+        "model": ("Whole model", _model),
+        "families": ("transformers' models", _families),
+    }
+    paths = [path for kind in kinds if (path := folder / f"{kind}.json").is_file()]
+    if not paths:
         return []
-    pictures, sections = plot.draw(folder), list[str]()
-    for path in (ops, whole):
-        if path.is_file():
-            record = records.load(path)
-            if not sections:
-                sections.append(f"## {record['stamp']['device']}")
-            sections.append(f"### {'Ops' if record['kind'] == 'ops' else 'Whole model'}")
-            sections.append(_stamp(record["stamp"]))
-            sections.append(_ops(record) if record["kind"] == "ops" else _model(record))
+    drawn = any(path.stem != "families" for path in paths)
+    pictures, sections = plot.draw(folder) if drawn else [], list[str]()
+    for path in paths:
+        record = records.load(path)
+        if not sections:
+            sections.append(f"## {record['stamp']['device']}")
+        title, write_section = kinds[record["kind"]]
+        sections += [f"### {title}", _stamp(record["stamp"]), write_section(record)]
     return [*sections, *(f"![{path.stem}]({path.relative_to(root)})" for path in pictures)]
 
 
@@ -76,3 +82,13 @@ def _ops(record: OpsRecord) -> str:
 def _model(record: ModelRecord) -> str:
     table = tables.markdown(tables.MODEL_HEADER, [tables.model_cells(row) for row in record["rows"]])
     return f"Random weights of Qwen3-1.7B's widths, {record['layers']} layers.\n\n{table}"
+
+
+def _families(record: FamiliesRecord) -> str:
+    sizes = record["sizes"]
+    what = (
+        "Speedup of transformers' models by `patch_transformers()`: random weights, 4 layers of width "
+        f"{sizes['hidden']}, prefill of {sizes['prefill']} tokens, decode at batch {sizes['decode_batch']}. The "
+        "recurrence is the function that is replaced, timed alone on the model's tensors."
+    )
+    return f"{what}\n\n{tables.markdown(tables.SPEEDUP_HEADER, tables.speedup_cells(record))}"

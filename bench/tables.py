@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # records.py needs the built modules, and a table on its own does not
     from rich.table import Table
 
-    from bench.records import ModelRow, PeerTimes, Row
+    from bench.records import FamiliesRecord, FamilyRow, ModelRow, PeerTimes, Row
 
 OPS_HEADER = ["case", "time", "spread", "rate", "roof", "speedup over peers"]
 MODEL_HEADER = ["model", "context", "prefill tokens/s", "decode ms", "cache MB", "peak MB"]
+FAMILY_HEADER = ["family", "dtype", "phase", "part", "transformers", "patched", "speedup"]
+SPEEDUP_HEADER = ["family", "dtype", "prefill", "prefill: recurrence", "decode", "decode: recurrence"]
 
 
 def op_cells(row: "Row") -> list[str]:
@@ -40,6 +42,27 @@ def model_cells(row: "ModelRow") -> list[str]:
         f"{row['cache_bytes'] / 1e6:.2f}",
         "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",
     ]
+
+
+def family_cells(row: "FamilyRow") -> list[str]:
+    """Return the cells of a row of families.json, under FAMILY_HEADER."""
+    head = [row["family"], row["dtype"], row["phase"], row["part"]]
+    if "failure" in row:
+        return [*head, "not timed", "", row["failure"]]
+    times = [f"{time_of(timing)} {spread_of(timing)}" for timing in (row["without"], row["patched"])]
+    return [*head, *times, f"{row['ratio']:.2f}"]
+
+
+def speedup_cells(record: "FamiliesRecord") -> list[list[str]]:
+    """Return a row for every family and dtype, under SPEEDUP_HEADER; the convolutions are left out."""
+    found: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
+    for row in record["rows"]:
+        if not row["part"].startswith("causal_conv1d"):
+            part = "model" if row["part"] == "model" else "recurrence"
+            ratio = f"{row['ratio']:.2f}" if "ratio" in row else "not timed"
+            found.setdefault((row["family"], row["dtype"]), {})[row["phase"], part] = ratio
+    places = [(phase, part) for phase in ("prefill", "decode") for part in ("model", "recurrence")]
+    return [[*key, *(ratios.get(place, "") for place in places)] for key, ratios in found.items()]
 
 
 def time_of(timing: Mapping[str, Any]) -> str:
