@@ -128,8 +128,8 @@ template <>
 inline Fields<CausalConv1dUpdateParams> fields_of() {
   using Params = CausalConv1dUpdateParams;
   return causal_conv1d_operands<Params>() +
-         Fields<Params>{FIELD(L),     FIELD(num_slots), FIELD(cache_seqlens), FIELD(state_indices),
-                        FIELD(state), FIELD(y)};
+         Fields<Params>{FIELD(L),          FIELD(num_slots), FIELD(cache_seqlens), FIELD(state_indices),
+                        FIELD(conv_state), FIELD(y)};
 }
 
 }  // namespace hypenet

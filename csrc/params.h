@@ -235,7 +235,7 @@ struct CausalConv1dUpdateParams : CausalConv1dOperands {
   Indices cache_seqlens;  // [B] inputs seen before: state is a ring, input i at i % L; null data: a window
   Indices state_indices;  // [B] slot of each sequence, negative = skip it (y = 0); null data = slot b
   // in place
-  View state;  // [num_slots, C, L] dtype; batch, token, head: strides of slot, channel, input
+  View conv_state;  // [num_slots, C, L] dtype; batch, token, head: strides of slot, channel, input
   // outputs
   void* y;  // [B, T, C] dtype
 };

@@ -106,7 +106,7 @@ def indices(op: str, name: str, x: Tensor, size: int) -> None:
 
 def has_values(x: Tensor) -> bool:
     """Whether reading x's values costs nothing: on the CPU, outside of tracing."""
-    return x.device.type == "cpu" and not isinstance(x, FakeTensor)
+    return x.device.type == "cpu" and not isinstance(x, FakeTensor) and not torch.compiler.is_compiling()
 
 
 def cu_seqlens(op: str, x: Tensor, q: Tensor, whole: bool = True) -> None:

@@ -269,7 +269,7 @@ def _backward(dy: Tensor, *arguments: Any) -> Any:
         partials = dweight.new_empty(num_blocks, W + 1, C)
         fields = {
             **_operands(x, rows, tensors),
-            "dy": (dy.data_ptr(), dy.stride(0), dy.stride(1), 0),
+            "dy": _native.view(dy),
             "num_blocks": num_blocks,
             "dx": _native.pointer(dx),
             "dweight": _native.pointer(dweight),
@@ -296,7 +296,7 @@ def _operands(x: Inputs, rows: Tensor, tensors: dict[str, Tensor | None]) -> dic
         "T": T,
         "C": C,
         "W": x.weight.shape[0],
-        "x": (rows.data_ptr(), rows.stride(0), rows.stride(1), 0),
+        "x": _native.view(rows),
         **{name: _native.pointer(y) for name, y in tensors.items()},
     }
 
@@ -362,14 +362,14 @@ def _update_run(
         "T": T,
         "C": C,
         "W": weight.shape[0],
-        "x": (x.data_ptr(), x.stride(0), x.stride(1), 0),
+        "x": _native.view(x),
         "weight": _native.pointer(weight),
         "bias": _native.pointer(bias),
         "L": state.shape[2],
         "num_slots": state.shape[0],
         "cache_seqlens": _native.indices(lengths),
         "state_indices": _native.indices(slots),
-        "state": _native.view(state),
+        "conv_state": _native.view(state),
         "y": _native.pointer(y),
     }
     _native.kernel(UPDATE_OP, "causal_conv1d_update", x.device)(fields)

@@ -43,7 +43,7 @@ GCC_KERNEL = (
 )
 CLANG_KERNEL = "-mllvm -tsan-instrument-func-entry-exit=0 -mllvm -tsan-instrument-read-before-write=1"
 NEW_LINE = "\n"  # f-strings of Python 3.11 cannot contain a backslash
-WRITABLE_VIEWS = ("k_cache", "v_cache")
+WRITABLE_VIEWS = ("k_cache", "v_cache", "conv_state")
 _POINTER, _VIEW, _INDICES = _native.pointer, _native.view, _native.indices
 
 

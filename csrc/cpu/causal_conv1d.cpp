@@ -234,8 +234,9 @@ Status update(const CausalConv1dUpdateParams& p) {
             for (int64_t t = 0; t < p.T; ++t) y[t * p.C] = Element(0.0f);
             continue;
           }
-          Element* state = static_cast<Element*>(p.state.data) + slot * p.state.batch + c * p.state.token;
-          const auto at = [&](int64_t i) -> Element& { return state[i * p.state.head]; };
+          Element* state =
+              static_cast<Element*>(p.conv_state.data) + slot * p.conv_state.batch + c * p.conv_state.token;
+          const auto at = [&](int64_t i) -> Element& { return state[i * p.conv_state.head]; };
           T window[W];  // the last W - 1 inputs, then the newest
           for (int64_t d = 1; d < W; ++d) {
             window[W - 1 - d] = T(at(ring ? ((length - d) % p.L + p.L) % p.L : p.L - d));
