@@ -178,7 +178,7 @@ def test_empty_problems():
     for B, T in ((0, 3), (2, 0)):
         inputs = make_inputs(B, 4, T, 4)
         y, states = forward(inputs)
-        assert y.shape == (B, 4, T) and states.equal(inputs["initial_states"][..., : 3 if T == 0 else None]) or T
+        assert (y.shape == (B, 4, T) and states.equal(inputs["initial_states"][..., : 3 if T == 0 else None])) or T
         found = gradients(forward, inputs, [torch.randn(B, 4, T), torch.randn(B, 4, 3)])
         assert all(found[name].shape == x.shape for name, x in inputs.items())
 
