@@ -3,7 +3,6 @@
 import functools
 import importlib
 
-import causal_conv1d_stand_in
 import pytest
 import torch
 from compare import assert_matches_reference
@@ -28,13 +27,6 @@ families_slow_but_two = pytest.mark.parametrize(
     "family", [pytest.param(f, marks=[] if f in ONE_OF_EACH else pytest.mark.slow) for f in FAMILIES]
 )
 one_of_each = pytest.mark.parametrize("family", ONE_OF_EACH)
-
-
-@pytest.fixture(autouse=True)
-def convolution(monkeypatch):
-    for name in ("causal_conv1d_fn", "causal_conv1d_update"):
-        if not hasattr(hypenet_kernels, name):
-            monkeypatch.setattr(hypenet_kernels, name, getattr(causal_conv1d_stand_in, name), raising=False)
 
 
 @functools.cache

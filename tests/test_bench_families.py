@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from patched_models import convolution  # noqa: F401, a fixture
 
 from bench import families, family_models, records, report, tables
 from hypenet_kernels.integrations import _call_sites

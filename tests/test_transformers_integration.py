@@ -11,7 +11,6 @@ from patched_models import (
     Counted,
     assert_same,
     cache_layers,
-    convolution,  # noqa: F401, a fixture
     every_family,
     families_slow_but_two,
     fresh_dynamo,  # noqa: F401, a fixture

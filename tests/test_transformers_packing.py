@@ -13,7 +13,6 @@ from patched_models import (
     ONE_OF_EACH,
     assert_same,
     cache_layers,
-    convolution,  # noqa: F401, a fixture
     every_family,
     fresh_dynamo,  # noqa: F401, a fixture
     logits,

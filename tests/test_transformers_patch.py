@@ -8,7 +8,6 @@ import sys
 import pytest
 from patched_models import (
     assert_same,
-    convolution,  # noqa: F401, a fixture
     logits,
     model_of,
     module_of,
