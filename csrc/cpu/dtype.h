@@ -3,7 +3,6 @@
 
 #include <bit>
 #include <cstdint>
-#include <utility>
 
 #include "../params.h"
 

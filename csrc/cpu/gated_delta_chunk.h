@@ -21,7 +21,6 @@ namespace hypenet::cpu::gated_delta {
 inline constexpr int64_t kMaxChunk = 32;
 inline constexpr double kLowestDecay = -50;  // of one token, in log space: e^-50 forgets everything
 
-// A long chunk reads the state less often, a short one has less work inside the chunk.
 // Columns of V that are worked on together, so that their part of the state stays in the first cache: a block
 // of rows of this width, one after the other. What a narrower panel lacks to whole vectors counts as columns
 // too; nothing of them is stored.
@@ -32,6 +31,7 @@ int64_t whole_vectors(int64_t columns) {
   return (columns + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
 }
 
+// A long chunk reads the state less often, a short one has less work inside the chunk.
 inline int64_t chunk_length(int64_t K, int64_t V) { return K + V >= 128 ? kMaxChunk : kMaxChunk / 2; }
 
 struct Sequence {

@@ -25,8 +25,6 @@
 //
 // Cost: 10 D FLOPs per visible (query, key) pair, 14 D in two passes; compute bound. Memory: a few blocks per
 // thread; in (1) and where the outputs are not of the accumulation type, dk and dv of a key head per thread.
-#include <omp.h>
-
 #include <cstdint>
 #include <type_traits>
 #include <vector>

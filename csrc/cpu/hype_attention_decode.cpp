@@ -27,8 +27,8 @@
 // Workspace: D accumulators per (row, split), of which a sequence has kSplits, or L / kMaxSplit if more.
 #include <omp.h>
 
-#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <utility>
 #include <vector>
 

@@ -22,9 +22,8 @@
 // zero; where a value among them is not finite, masked_product.h keeps it from the queries before it.
 //
 // Cost: 4 D FLOPs per visible (query, key) pair; compute bound. Memory: a few blocks per thread.
-#include <omp.h>
-
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "gemm.h"
