@@ -113,7 +113,8 @@ Params params_from(const py::dict& values, const Fields<Params>& fields, const s
 template <class>
 using Address = uintptr_t;
 
-// Stream: empty for a CPU kernel. A CUDA kernel's function takes the cudaStream_t, as an integer, after the dict.
+// Stream: empty for a CPU kernel. A CUDA kernel's function takes the cudaStream_t, as an integer, after the
+// dict.
 template <class Params, class... Stream>
 void def_kernel(py::module_& module, const char* name, Status (*kernel)(const Params&, Stream*...),
                 Fields<Params> fields = fields_of<Params>()) {

@@ -1,10 +1,9 @@
-// One struct per kernel: what the Python wrappers fill and the kernels read. Raw pointers and sizes, nothing
-// else.
+// One struct of raw pointers and sizes per kernel, filled by the Python wrappers and read by the kernels.
 //
-// Letters: B batch, T tokens, H key heads, HV value heads (a multiple of H), K and V head dimensions, N
+// Notation: B batch, T tokens, H key heads, HV value heads (a multiple of H), K and V head dimensions, N
 // sequences, S keys, HK key-value heads, D head dimension of attention. `acc` is the accumulation type:
 // double where dtype is float64, float otherwise. Tensors without strides are contiguous. "or null" marks
-// what may be absent.
+// optional tensors.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +12,7 @@ namespace hypenet {
 
 enum class DType : int { kFloat64 = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
-// A [B, T, heads, dim] tensor whose last dimension is contiguous, or a [B, T, heads] one. Strides in
+// A [B, T, heads, dim] tensor whose last dimension is contiguous, or a [B, T, heads] tensor; strides in
 // elements.
 struct View {
   void* data;
@@ -26,12 +25,12 @@ struct Indices {
   bool is_int32;
 };
 
-// What a launcher returns: null, or the reason why it did not run.
+// The result of a launch: null, or the reason why the kernel did not run.
 using Status = const char*;
 
 // ---- gated delta rule and simple GLA (delta = false: no beta, no correction) ----
 
-// What every kernel of the family reads.
+// Read by every kernel of the family.
 struct GatedDeltaOperands {
   DType dtype;
   bool delta;
@@ -61,17 +60,17 @@ struct GatedDeltaFwdParams : GatedDeltaOperands {
   void* checkpoints;         // [B, T / checkpoint_every, HV, K, V] acc: the state after every
                              // checkpoint_every tokens. Sequence n of packed ones begins at row
                              // cu_seqlens[n] / checkpoint_every; rows of no sequence are not written
-  // of NT chunks of 64 tokens on CUDA: what the backward reads too (h alone is null where none is wanted)
-  int64_t num_chunks;  // NT, with cu_seqlens the most that there may be
-  float* G;            // [NT, HV, 64] running sum of max(g, -50) log2(e) inside the chunk
-  void* L;             // [NT, HV, 64, 64] dtype, a pair (gated_delta.cuh); null without delta
+  // on CUDA, for NT chunks of 64 tokens: tensors saved for backward (h alone is null if no gradient is
+  // needed)
+  int64_t num_chunks;  // NT; with cu_seqlens an upper bound
+  float* G;            // [NT, HV, 64] cumulative sum of max(g, -50) log2(e) within the chunk
+  void* L;             // [NT, HV, 64, 64] dtype, hi/lo split (gated_delta.cuh); null without delta
   void* h;             // [NT, HV, K, V] dtype, the state before the chunk
-  // sequence split on CUDA: NS segments, each of segment_chunks chunks but a sequence's last; all else as
-  // without it
+  // sequence split on CUDA: NS segments of segment_chunks chunks each, the last one of a sequence shorter
   int64_t segment_chunks;  // 0: no split
-  int64_t num_segments;    // NS, with cu_seqlens the most that there may be; N without split
-  float* transfers;  // [NS, HV, K, K], [NS, HV] without delta: by what a segment multiplies a state; kept
-  float* segment_states;  // [NS, HV, K, V] workspace: the state before the segment
+  int64_t num_segments;    // NS; with cu_seqlens an upper bound; N without split
+  float* transfers;        // [NS, HV, K, K], [NS, HV] without delta: factor of the state; saved for backward
+  float* segment_states;   // [NS, HV, K, V] workspace: the state before the segment
   // workspace on CUDA
   int64_t* chunk_offsets;    // [N + 1] chunks before each sequence, null without cu_seqlens
   int64_t* segment_offsets;  // [N + 1] segments before each sequence, null without cu_seqlens or split
@@ -87,7 +86,7 @@ struct GatedDeltaBwdParams : GatedDeltaOperands {
   View do_;                  // [B, T, HV, V] dtype
   const void* dfinal_state;  // [N, HV, K, V] acc, or null
   // saved by the forward on CUDA, null on the CPU: NT chunks of 64 tokens
-  int64_t num_chunks;            // NT, with cu_seqlens the most that there may be
+  int64_t num_chunks;            // NT; with cu_seqlens an upper bound
   const int64_t* chunk_offsets;  // [N + 1] chunks before each sequence, or null without cu_seqlens
   const float* G;                // [NT, HV, 64]
   const void* L;                 // [NT, HV, 64, 64] dtype, null without delta
@@ -99,7 +98,7 @@ struct GatedDeltaBwdParams : GatedDeltaOperands {
   float* segment_states;  // [NS, HV, K, V] workspace: the gradient of the state after the segment
   // workspace on CUDA
   void* dstates;  // [NT, HV, K, V] dtype, the gradient of the state after the chunk
-  void* dB_low;   // [B, T, HV, V] dtype, low part of dv / beta where some beta of a chunk exceeds 1; or null
+  void* dB_low;   // [B, T, HV, V] dtype, low part of dv / beta if some beta of a chunk exceeds 1; or null
   // outputs
   void *dq, *dk;         // [B, T, H, K] dtype
   void* dv;              // [B, T, HV, V] dtype
@@ -114,9 +113,9 @@ struct GatedDeltaStepParams : GatedDeltaOperands {
   bool gates_in_dtype;  // g and beta are dtype, not acc
   int64_t num_slots;
   int64_t slot_stride;  // elements between slots, each of which is contiguous; 0: HV K V
-  double beta_limit;    // 0: beta is beta; else beta is a logit, which means beta_limit sigmoid(logit)
+  double beta_limit;    // 0: beta as given; otherwise beta_limit sigmoid(beta)
   // inputs
-  const void* A_log;      // [HV] acc, or null; with it, g means -exp(A_log) softplus(g + dt_bias)
+  const void* A_log;      // [HV] acc, or null; with it the log decay is -exp(A_log) softplus(g + dt_bias)
   const void* dt_bias;    // [HV] acc, or null for 0
   Indices state_indices;  // [B] slot of each sequence, negative = skip it; null data = slot b
   // in place
@@ -126,8 +125,8 @@ struct GatedDeltaStepParams : GatedDeltaOperands {
   void* states;  // [B, T, HV, K, V] acc, the state after each token; or null. Zero for skipped sequences
 };
 
-// After draft tokens: slot of sequence b := states[b, num_accepted[b] - 1]. A slot is left as it is where
-// num_accepted is 0 or where either number is out of range.
+// After draft tokens: slot of sequence b := states[b, num_accepted[b] - 1]. A slot is unchanged if
+// num_accepted is 0 or if either number is out of range.
 struct CommitStatesParams {
   DType dtype;  // of the states: float32 or float64
   int64_t num_threads, B, T, HV, K, V;
@@ -142,7 +141,7 @@ struct CommitStatesParams {
 
 // ---- HyPE attention ----
 
-// What every kernel of the family reads. logit_scale_base = 0 means s_t = 1.
+// Read by every kernel of the family. logit_scale_base = 0 means s_t = 1.
 struct HypeAttentionOperands {
   DType dtype;
   int64_t num_threads, B, T, H, HK, D;
@@ -158,7 +157,7 @@ struct HypeAttentionFwdParams : HypeAttentionOperands {
   const int64_t* cu_seqlens;  // [N + 1] or null; with it B = 1, S = T, query_offset = 0
   // outputs
   void* o;          // [B, T, H, D] dtype, gated
-  void* o_ungated;  // [B, T, H, D] dtype, or null without gate and where no gradient is wanted
+  void* o_ungated;  // [B, T, H, D] dtype, or null without gate or if no gradient is needed
   void* lse;        // [B, H, T] acc, natural log of the softmax denominator; on the CPU may be null
 };
 
@@ -178,7 +177,8 @@ struct HypeAttentionBwdParams : HypeAttentionOperands {
   void* row_terms;   // [3, B, H, T] float32
 };
 
-// T query tokens (one or a few) per sequence against its cache. k, v: [B, T, HK, D], appended first; or null data.
+// T query tokens (one or a few) per sequence against its cache. k, v: [B, T, HK, D], appended first; or null
+// data.
 struct HypeAttentionDecodeParams : HypeAttentionOperands {
   int64_t capacity, num_segments;
   // inputs
@@ -187,7 +187,7 @@ struct HypeAttentionDecodeParams : HypeAttentionOperands {
   View k_cache, v_cache;  // [B, capacity, HK, D] dtype
   // outputs
   void* o;  // [B, T, H, D] dtype
-  // workspace of the CUDA kernel: per query row and segment of keys, its sum of values and (max, sum) of its
+  // workspace on CUDA, per query row and segment of keys: the weighted sum of values and (max, sum) of the
   // softmax
   void* partial_o;        // [B, num_segments, T, H, D up to a multiple of 4] float
   void* partial_softmax;  // [B, num_segments, T, H, 2] float

@@ -1,4 +1,5 @@
-// Keeps one of the states that a decode step of several draft tokens returned: a copy for each sequence.
+// Copies, for each sequence, one of the states that a decode step of several draft tokens returned into the
+// pool.
 //
 // Mapping: a task is a sequence and a value head, whose [K, V] is contiguous on both sides.
 #include <cstring>

@@ -1,4 +1,4 @@
-// Conversions between elements in memory and the accumulation type, by vectors and by rows.
+// Conversions between the element type in memory and the accumulation type, of vectors and of rows.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,8 @@
 
 namespace hypenet::cpu {
 
-// The forms with a mask: the plain ones start from an undefined register, of which g++ 12 warns.
+// The masked intrinsics are used because the others start from an undefined register, and g++ 12 warns about
+// it.
 #if defined(__AVX512F__)
 #define HYPENET_F16C 1
 inline vec<float> widen(const float16* x) {
@@ -39,7 +40,7 @@ inline vec<float> widen(const float16* x) {
 }
 #endif
 
-// kLanes<Acc> elements in the accumulation type.
+// Loads kLanes<Acc> elements as the accumulation type.
 template <class Acc, class Element>
 inline vec<Acc> load_as(const Element* x) {
   if constexpr (std::is_same_v<Acc, Element>) {
@@ -59,7 +60,7 @@ inline vec<Acc> load_as(const Element* x) {
   }
 }
 
-// The first n of them, 0 < n < kLanes<Acc>; the other lanes are zero.
+// Loads the first n elements, 0 < n < kLanes<Acc>; the other lanes are zero.
 template <class Acc, class Element>
 inline vec<Acc> load_partial_as(const Element* x, int n) {
   if constexpr (std::is_same_v<Acc, Element>) {
@@ -71,7 +72,7 @@ inline vec<Acc> load_partial_as(const Element* x, int n) {
   }
 }
 
-// y_i = x_i for i < n, between any two types.
+// y[i] = x[i] for i < n, converted between the two types.
 template <class From, class To>
 inline void convert_row(const From* x, int64_t n, To* y) {
   int64_t i = 0;

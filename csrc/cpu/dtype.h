@@ -1,9 +1,8 @@
-// Element types on the CPU, and the one dispatcher from a run-time DType to them.
+// The element types of the CPU kernels, and the dispatcher from a run-time DType to them.
 #pragma once
 
 #include <bit>
 #include <cstdint>
-#include <utility>
 
 #include "../params.h"
 
@@ -23,7 +22,8 @@ struct bfloat16 {
   explicit operator float() const { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
 };
 
-// IEEE binary16; storage only as well. Free of branches, so that loops over rows become vectors.
+// IEEE binary16, for storage only as well. The conversions are branch-free, so that loops over them
+// vectorize.
 struct float16 {
   uint16_t bits;
 
@@ -31,8 +31,8 @@ struct float16 {
   explicit float16(float x) {
     const uint32_t u = std::bit_cast<uint32_t>(x);
     const int32_t size = u & 0x7fffffff;
-    // Round to nearest even: below 2^-14 to a multiple of 2^-24, which is the last bit of 0.5; else the 13 bits
-    // that are dropped.
+    // Round to nearest even: subnormal results to a multiple of 2^-24, the last bit of 0.5; normal ones by
+    // the 13 bits that are dropped.
     const int32_t subnormal =
         std::bit_cast<int32_t>(std::bit_cast<float>(size) + 0.5f) - std::bit_cast<int32_t>(0.5f);
     const int32_t normal = (size - (kBias << 23) + 0xfff + ((size >> 13) & 1)) >> 13;
@@ -50,7 +50,7 @@ struct float16 {
   }
 
  private:
-  static constexpr int32_t kBias = 112;  // of float's exponent over float16's
+  static constexpr int32_t kBias = 112;  // difference of the exponents' biases
 };
 
 template <class Element>
@@ -64,7 +64,7 @@ struct Accumulator<double> {
 template <class Element>
 using acc_t = typename Accumulator<Element>::type;
 
-// Calls run.template operator()<Element>() for the element type of `dtype`.
+// Calls run.operator()<Element>() with the element type of `dtype`.
 template <class Run>
 Status dispatch_dtype(DType dtype, Run&& run) {
   switch (dtype) {

@@ -1,8 +1,8 @@
-// What the chunk forward and backward share: tiles in and out, the decays of a chunk, triangular products and
-// solves.
+// Shared by the gated delta kernels: loads and stores of tiles, the decays of a chunk, triangular products
+// and solves.
 //
-// Letters beyond params.h: C tokens a chunk holds, c <= C tokens it has. All tiles are in the accumulation
-// type T.
+// Notation beyond params.h: C is the chunk length, c <= C the tokens of this chunk. All tiles are in the
+// accumulation type T.
 #pragma once
 
 #include <algorithm>
@@ -19,12 +19,11 @@
 namespace hypenet::cpu::gated_delta {
 
 inline constexpr int64_t kMaxChunk = 32;
-inline constexpr double kLowestDecay = -50;  // of one token, in log space: e^-50 forgets everything
+inline constexpr double kLowestDecay = -50;  // per token, in log space: e^-50 forgets everything
 
-// A long chunk reads the state less often, a short one has less work inside the chunk.
-// Columns of V that are worked on together, so that their part of the state stays in the first cache: a block
-// of rows of this width, one after the other. What a narrower panel lacks to whole vectors counts as columns
-// too; nothing of them is stored.
+// The width of a panel: columns of V that are processed together, so that their part of the state, stored as
+// contiguous rows of this width, stays in L1. A narrower panel is padded to whole vectors; padding columns
+// are computed and not stored.
 template <class T>
 inline constexpr int64_t kPanel = 256 / sizeof(T);
 template <class T>
@@ -32,6 +31,7 @@ int64_t whole_vectors(int64_t columns) {
   return (columns + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
 }
 
+// A longer chunk reads the state less often, a shorter one does less work within the chunk.
 inline int64_t chunk_length(int64_t K, int64_t V) { return K + V >= 128 ? kMaxChunk : kMaxChunk / 2; }
 
 struct Sequence {
@@ -51,14 +51,14 @@ int64_t state_offset(const Params& p, int64_t n) {
   return slot * (p.slot_stride == 0 ? p.HV * p.K * p.V : p.slot_stride);
 }
 
-// Zeroes columns [start, start + width) of a value head in a sequence's rows of o.
+// Zeros columns [start, start + width) of a value head in a sequence's rows of o.
 template <class Element, class Params>
 void zero_output(const Params& p, const Sequence& seq, int64_t head, int64_t start, int64_t width) {
   Element* o = static_cast<Element*>(p.o) + ((seq.batch * p.T + seq.start) * p.HV + head) * p.V + start;
   for (int64_t t = 0; t < seq.length; ++t) std::fill_n(o + t * p.HV * p.V, width, Element(0.0f));
 }
 
-// Zeroes the rows of a packed output [1, T, width] that belong to no sequence.
+// Zeros the rows of a packed output [1, T, width] that belong to no sequence.
 template <class Element, class Params>
 void zero_tail(const Params& p, void* output, int64_t width) {
   if (p.cu_seqlens == nullptr || output == nullptr) return;
@@ -87,7 +87,7 @@ void store_rows(int64_t rows, int64_t dim, const T* src, int64_t src_ld, Element
   load_rows<T, Element>(rows, dim, src, src_ld, dst, dst_ld);
 }
 
-// dst_i = factor_i src_i
+// dst_i = factor_i src_i for every row i.
 template <class T>
 void scale_rows(int64_t rows, int64_t dim, const T* factor, const T* src, int64_t src_ld, T* dst,
                 int64_t dst_ld) {
@@ -96,15 +96,15 @@ void scale_rows(int64_t rows, int64_t dim, const T* factor, const T* src, int64_
   }
 }
 
-// The decays of one chunk. G is the running sum of g from the chunk's start, in double: differences of large
-// sums keep their digits. Every exponent is <= 0.
+// The decays of one chunk. G, the cumulative sum of g from the start of the chunk, is in double, so that
+// differences of large sums stay accurate. Every exponent is <= 0.
 template <class T>
 struct ChunkDecay {
   T from_start[kMaxChunk];           // gamma_i = exp(G_i)
   T to_end[kMaxChunk];               // exp(G_c - G_i)
   T between[kMaxChunk * kMaxChunk];  // Gamma_ij = exp(G_i - G_j) for j <= i, else 0; leading dimension C
   T whole;                           // exp(G_c)
-  bool clamped[kMaxChunk];           // g below kLowestDecay: no gradient
+  bool clamped[kMaxChunk];           // g < kLowestDecay: its gradient is 0
 
   void compute(int64_t c, int64_t C, const T* g, int64_t g_ld) {
     constexpr T kMasked = T(-1e4);
@@ -128,7 +128,7 @@ struct ChunkDecay {
   }
 };
 
-// Rows that share the columns of a triangle: the part of it that is certainly zero is skipped block by block.
+// Rows per block of a triangular product; the part of a block row right of its diagonal block is skipped.
 inline constexpr int64_t kTriangleRows = 16;
 
 // Y = start + L X for a lower-triangular L [c, c].
@@ -158,7 +158,7 @@ void add_scaled_row(int64_t dim, T factor, const T* x, T* y) {
   for (int64_t j = 0; j < dim; ++j) y[j] += factor * x[j];
 }
 
-// Lanes, and every fourth vector, are summed separately and joined at the end.
+// x . y, in four vector accumulators that are added at the end.
 template <class T>
 T dot(int64_t dim, const T* x, const T* y) {
   constexpr int L = kLanes<T>;
@@ -174,10 +174,10 @@ T dot(int64_t dim, const T* x, const T* y) {
   return sum<T>((total[0] + total[1]) + (total[2] + total[3]));
 }
 
-inline constexpr int64_t kSolveRows =
-    4;  // solved one by one; what other rows add to them is a matrix product
+// Rows solved one by one; the contribution of all other rows to them is a matrix product.
+inline constexpr int64_t kSolveRows = 4;
 
-// X := (I + A)^-1 X by forward substitution. minus_A [c, c] is read below its diagonal only.
+// X := (I + A)^-1 X by forward substitution. Only the entries of minus_A [c, c] below the diagonal are read.
 template <class T>
 void solve_unit_lower(int64_t c, int64_t dim, const T* minus_A, int64_t A_ld, T* X, int64_t X_ld) {
   for (int64_t start = 0; start < c; start += kSolveRows) {
@@ -208,7 +208,8 @@ void solve_unit_lower_transposed(int64_t c, int64_t dim, const T* minus_A, int64
   }
 }
 
-// minus_A = -stril(diag(beta) KK . Gamma); KK and Gamma [c, C]. The other entries are never read.
+// minus_A = -stril(diag(beta) KK . Gamma); KK and Gamma [c, C]. The other entries are not written and never
+// read.
 template <class T>
 void form_system(int64_t c, int64_t C, const T* beta, const T* KK, const ChunkDecay<T>& decay, T* minus_A) {
   for (int64_t i = 1; i < c; ++i) {
@@ -216,7 +217,7 @@ void form_system(int64_t c, int64_t C, const T* beta, const T* KK, const ChunkDe
   }
 }
 
-// R = V - gamma Z, in place of V; E = beta R, to be solved in place.
+// R = V - gamma Z, in place of V, and E = beta R, the right-hand side of the solve.
 template <class T>
 void form_residual(int64_t c, int64_t dim, const T* beta, const ChunkDecay<T>& decay, const T* Z,
                    int64_t Z_ld, T* R, T* E, int64_t ld) {
@@ -229,8 +230,8 @@ void form_residual(int64_t c, int64_t dim, const T* beta, const ChunkDecay<T>& d
   }
 }
 
-// How the columns of V are cut where there are fewer heads than threads; whole vectors, so that no block has
-// a tail but the last.
+// The split of the columns of V into blocks when there are fewer heads than threads. Blocks are whole
+// vectors, so that only the last one has a tail.
 struct ColumnSplit {
   int64_t blocks, columns, tasks;
 };
@@ -245,8 +246,8 @@ ColumnSplit split_columns(int64_t heads, int64_t V, int64_t num_threads) {
   return {blocks, columns, heads * blocks};
 }
 
-// Where to store the state after the first `tokens` tokens of a sequence, from column `start` of a value head
-// on; null where no checkpoint is due.
+// The address at which to store the state after the first `tokens` tokens of a sequence, from column `start`
+// of a value head on; null if no checkpoint is due.
 template <class T>
 T* checkpoint(const GatedDeltaFwdParams& p, const Sequence& seq, int64_t head, int64_t start,
               int64_t tokens) {

@@ -13,16 +13,19 @@
 //   dg  = reverse running sum of dG inside the chunk, 0 where g was clamped                     (6)
 //   dS  = gamma_c dS1 + Q^T (s gamma dO) + K^T dZ                        (6)
 //
-// Mapping: a task is a sequence and a key head with its group of value heads. It goes through its sequence
-// segment by segment, last segment first; within one it recomputes the states (and E, R) before every chunk
-// and keeps them, before that only the states at the segments' starts. A segment is done in blocks of chunks:
-// what needs no state (prepare) chunk by chunk, then what runs along the sequence, (1), (2) and (6), head by
-// head and column block of V by column block, then everything that sums over V chunk by chunk, over the value
-// heads in a fixed order. Threads take tasks where there are enough; else all of them share each task's
-// chunks and columns. The split leaves no trace in the result. dQ and dK are summed transposed, [K, 2c] with
-// dK left of dQ, as that makes all products with S row-major. Numerics: everything but the loads and stores
-// in the accumulation type; dG in double. Cost per token and value head: 2 (7 K V + C (5 K + 5 V)) FLOPs, and
-// 2 (2 K V + C V) for the states, twice where there is more than one segment.
+// Mapping: a task is a sequence and a key head with its group of value heads. It processes its sequence
+// segment by segment, last segment first; in each it first recomputes and stores the states (and E, R) before
+// every chunk. Of the other segments only the state at the start is stored. A segment is processed in blocks
+// of chunks: first what is independent of the state (prepare), chunk by chunk; then the recurrences (1), (2)
+// and (6), by value head and block of columns of V; then everything that sums over V, chunk by chunk, over
+// the value heads in a fixed order. If there are enough tasks, each thread takes whole tasks, else all
+// threads share the chunks and columns of each task. The split does not change the result. dQ and dK are
+// accumulated transposed, as [K, 2c] with dK left of dQ, which makes all products with S row-major.
+//
+// Numerics: everything but loads and stores is in the accumulation type; dG is in double.
+//
+// Cost per token and value head: 2 (7 K V + C (5 K + 5 V)) FLOPs, and 2 (2 K V + C V) for the states, twice
+// if there is more than one segment.
 #include "gated_delta_chunk.h"
 #include "kernels.h"
 
@@ -30,20 +33,20 @@ namespace hypenet::cpu {
 namespace gated_delta {
 namespace {
 
-constexpr int64_t kSegmentStates = 64;  // states kept at once, of all value heads of the group together
-constexpr int64_t kBlockAlone = 2;      // chunks of a block where one thread has the task
-constexpr int64_t kBlockShared = 8;     // where threads share it
+constexpr int64_t kSegmentStates = 64;  // states stored at once, over all value heads of the group
+constexpr int64_t kBlockAlone = 2;      // chunks per block if one thread has the task
+constexpr int64_t kBlockShared = 8;     // if threads share it
 
-// How a task cuts its sequence.
+// The partition of a task's sequence.
 struct Cut {
-  int64_t C;         // tokens a chunk holds
-  int64_t block;     // chunks a block holds
-  int64_t held;      // chunks a segment holds
+  int64_t C;         // tokens per chunk
+  int64_t block;     // chunks per block
+  int64_t held;      // chunks per segment
   int64_t segments;  // of the longest sequence
   int64_t threads;   // that share the task
 };
 
-// What a task keeps; the leading dimension of everything that is 2c wide is 2C.
+// The buffers of a task; tiles that are 2c wide have the leading dimension 2C.
 template <class T>
 struct Kept {
   // of the key head, for every chunk of a block
@@ -78,7 +81,7 @@ struct Kept {
   }
 };
 
-// What a thread needs for one chunk of one value head.
+// The buffers of a thread for one chunk of one value head.
 template <class T>
 struct Scratch {
   T* z;           // [c, V]: Z, then decayed E; dV in the reverse pass
@@ -111,7 +114,7 @@ class Task {
   using T = acc_t<Element>;
 
  public:
-  // `scratch` is the first of as many pieces, of scratch_size each, as threads share the task.
+  // `scratch`: buffers of scratch_size elements, one for each thread that shares the task.
   Task(const GatedDeltaBwdParams& p, int64_t n, int64_t key_head, const Cut& cut, T* kept, T* scratch,
        int64_t scratch_size)
       : p_(p),
@@ -155,7 +158,7 @@ class Task {
   int64_t token(int64_t chunk) const { return seq_.start + chunk * C_; }
   int64_t tokens(int64_t chunk) const { return std::min(C_, seq_.length - chunk * C_); }
   int64_t state_offset(int64_t j) const { return (n_ * p_.HV + value_head(j)) * K_ * V_; }
-  // i: chunk of the block; slot: chunk of the segment
+  // i: chunk within the block; slot: chunk within the segment
   T* kq(int64_t i) const { return x_.kq + i * 2 * C_ * K_; }
   T* kqt(int64_t i) const { return x_.kqt + i * 2 * C_ * K_; }
   T* products(int64_t i) const { return x_.products + i * 2 * C_ * C_; }
@@ -189,7 +192,7 @@ class Task {
     for_each_task(stop - first, cut_.threads, [&](int64_t i, int64_t thread) { run(first + i, i, thread); });
   }
 
-  // run(value head, first column, number of columns, thread)
+  // Calls run(value head, first column, number of columns, thread) for all blocks of columns.
   template <class Run>
   void for_each_columns(const Run& run) const {
     const ColumnSplit split = split_columns<T>(group_, V_, cut_.threads);
@@ -199,7 +202,7 @@ class Task {
     });
   }
 
-  // What needs no state, of chunk i of a block.
+  // Computes what is independent of the state for chunk i of a block.
   void prepare(int64_t chunk, int64_t i, bool with_q) const {
     const int64_t t = token(chunk), c = tokens(chunk), b = seq_.batch, rows = with_q ? 2 * c : c;
     load_rows(c, K_, row<Element>(p_.k, b, t, key_head_), p_.k.token, kq(i), K_);
@@ -221,8 +224,8 @@ class Task {
     }
   }
 
-  // The forward without output, from the segment's start on; `keep` the states, E and R of every chunk, or
-  // else leave the last state at the next segment's start.
+  // Runs the forward without its output from the start of the segment. With `keep`, stores the states, E and
+  // R of every chunk; otherwise only the last state, at the start of the next segment.
   void recompute(int64_t stop, bool keep) const {
     const int64_t begin = segment_ * cut_.held;
     for (int64_t first = begin; first < stop; first += cut_.block) {
@@ -240,7 +243,7 @@ class Task {
     }
   }
 
-  // Columns [from, from + w) of E and R of one chunk, and of the state after it unless S1 is null.
+  // Computes columns [from, from + w) of E and R of one chunk, and of the state after it unless S1 is null.
   void advance_state(int64_t chunk, int64_t i, int64_t slot, int64_t j, int64_t from, int64_t w, const T* S,
                      T* S1, const Scratch<T>& y) const {
     const int64_t c = tokens(chunk);
@@ -259,8 +262,8 @@ class Task {
                        V_);
   }
 
-  // Everything that flows back through chunks [first, stop). dS after them is where the last reversed block
-  // left it, dstate(j, 0).
+  // Computes all gradients of chunks [first, stop). dS after them is in dstate(j, 0), where the previous call
+  // left it.
   void reverse(int64_t first, int64_t stop) const {
     for_each_chunk(first, stop, [&](int64_t chunk, int64_t i, int64_t) { prepare(chunk, i, true); });
     for_each_columns([&](int64_t j, int64_t from, int64_t w, int64_t thread) {
@@ -295,7 +298,7 @@ class Task {
                        kqt(i) + first, 2 * C_, y.dz_do + first * V_, V_, dstate(j, i) + from, V_);
   }
 
-  // dZ above s gamma dO, from dB above dO.
+  // dz_do = dZ above s gamma dO, from dB above dO.
   void scale_gradients(int64_t c, int64_t w, int64_t j, int64_t i, const T* dB, T* dz_do) const {
     T factor[2 * kMaxChunk];
     for (int64_t k = 0; k < c; ++k) {
@@ -307,7 +310,7 @@ class Task {
     scale_rows(2 * c - first, w, factor + first, dB + first * V_, V_, dz_do + first * V_, V_);
   }
 
-  // What sums over the columns: dQ, dK, dg and dbeta of one chunk.
+  // Computes what sums over the columns of V: dQ, dK, dg and dbeta of one chunk.
   void gradients(int64_t chunk, int64_t i, int64_t slot, const Scratch<T>& y) const {
     const int64_t t = token(chunk), c = tokens(chunk);
     std::fill_n(y.dkqt, 2 * C_ * K_, T(0));
@@ -327,7 +330,7 @@ class Task {
     finish_key_head(t, c, i, y);
   }
 
-  // (3) and (4): what flows through A and P into K K^T, Q K^T, beta and the decays inside the chunk
+  // (3) and (4): the gradients through A and P of K K^T, Q K^T, beta and the decays within the chunk.
   void chunk_products(int64_t c, int64_t i, int64_t j, const Scratch<T>& y, double* dG, T* dbeta) const {
     const int64_t first = kDelta ? 0 : c;
     gemm<Op::kNN>(2 * c - first, c, V_, db_do(j, i) + first * V_, V_, y.et, C_, y.outer + first * C_, C_);
@@ -338,7 +341,7 @@ class Task {
       const T *gamma = decay(j, i).between + row, *P = system(j, i) + c * C_ + row;
       T *dA = y.outer + row, *X = dA + c * C_;
       y.dn[row + a] += scale_ * X[a];
-      dA[a] = X[a] = 0;  // dA has no diagonal, and that of X does not decay
+      dA[a] = X[a] = 0;  // dA has no diagonal, and the diagonal of X does not decay
       vec<T> through_A{}, through_P{};
       for (int64_t b = 0; b <= a; b += kLanes<T>) {  // Gamma and P are zero above the diagonal
         const Lanes<T> lanes(c - b);
@@ -363,7 +366,7 @@ class Task {
     for (int64_t b = 0; b < c; ++b) dG[b] -= columns[b];
   }
 
-  // (5): the parts of dK, dQ and dG that come from S and dS1
+  // (5): the parts of dK, dQ and dG that come from S and dS1.
   void through_states(int64_t c, int64_t i, int64_t j, const T* S, const Scratch<T>& y, double* dG) const {
     const int64_t first = kDelta ? 0 : c, wide = 2 * C_;
     const ChunkDecay<T>& d = decay(j, i);
@@ -407,7 +410,7 @@ class Task {
     if constexpr (kDelta) store_rows(c, 1, dbeta, 1, output<T>(p_.dbeta, t, p_.HV, value_head(j), 1), p_.HV);
   }
 
-  // (7) the parts of dK and dQ that come through K K^T and Q K^T
+  // (7) the parts of dK and dQ that come through K K^T and Q K^T.
   void finish_key_head(int64_t t, int64_t c, int64_t i, const Scratch<T>& y) const {
     const int64_t wide = 2 * C_, first = kDelta ? 0 : c;
     for (int64_t a = 0; a < c; ++a) {
@@ -423,7 +426,7 @@ class Task {
     store_rows(c, K_, y.dkq + c * K_, K_, output<Element>(p_.dq, t, p_.H, key_head_, K_), p_.H * K_);
   }
 
-  // Address of token t in a contiguous [B, T, heads, dim] output.
+  // The address of token t in a contiguous [B, T, heads, dim] output.
   template <class Out>
   Out* output(void* data, int64_t t, int64_t heads, int64_t head, int64_t dim) const {
     return static_cast<Out*>(data) + ((seq_.batch * p_.T + t) * heads + head) * dim;
@@ -451,7 +454,7 @@ Cut cut_sequences(const Params& p, int64_t tasks) {
   const int64_t chunks = std::max<int64_t>(1, (longest + cut.C - 1) / cut.C);
   cut.held = std::min(chunks, std::max<int64_t>(1, kSegmentStates / group));
   cut.segments = (chunks + cut.held - 1) / cut.held;
-  // Tasks are shared where dealing them out would leave threads without one for a good part of the time.
+  // Threads share tasks if distributing whole tasks would leave some threads idle for much of the time.
   const bool shared = tasks % p.num_threads != 0 && tasks < 4 * p.num_threads;
   cut.block = std::min(shared ? kBlockShared : kBlockAlone, cut.held);
   const double work_of_block = 3.0 * cut.block * cut.C * group * p.K * p.V;

@@ -9,15 +9,17 @@
 //   (4) O = s gamma (Q S) + P E
 //   (5) S := gamma_c S + (gamma_c / gamma K)^T E
 //
-// Mapping: a task is a sequence, a value head, and a block of the value columns; there is more than one block
-// only where there are fewer heads than threads. Columns of V never mix, so the split leaves no trace in the
-// result. Inside a chunk, (2) to (5) go panel by panel of columns, each with its part of the state, which
-// stays in the first cache. The rows of the next chunk lie far apart in memory, so they are asked for during
-// (2). Scratch does not depend on T. Numerics: everything but the loads and stores in the accumulation type;
-// see ChunkDecay for the exponents. Where there are products of pairs of bfloat16 (pairs.h), those of (1)
-// are, exactly, and those that only O sees: Q S and P E, with S, P and E rounded for them. The state is as
-// exact as with float. Cost per token and value head: 2 (3 K V + C (2 K + 2 V)) FLOPs less what the triangles
-// save.
+// Mapping: a task is a sequence, a value head, and a block of columns of V; there are several blocks only if
+// there are fewer heads than threads. Columns of V are independent, so the split does not change the result.
+// Within a chunk, (2) to (5) run panel by panel of columns, each with its part of the state, which stays in
+// L1. The rows of the next chunk are far apart in memory and are prefetched during (2). The workspace does
+// not depend on T.
+//
+// Numerics: everything but loads and stores is in the accumulation type; see ChunkDecay for the exponents.
+// With products of bfloat16 pairs (pairs.h), those of (1) use them exactly, and so do Q S and P E, which only
+// O depends on, with S, P and E rounded to bfloat16. The state is as accurate as with float.
+//
+// Cost per token and value head: 2 (3 K V + C (2 K + 2 V)) FLOPs, less what the triangular products skip.
 #include "gated_delta_chunk.h"
 #include "kernels.h"
 
@@ -25,7 +27,8 @@ namespace hypenet::cpu {
 namespace gated_delta {
 namespace {
 
-constexpr int64_t kRowsAtOnce = 6;  // of (2): few enough that what is asked for with them arrives in between
+// Rows of (2) per prefetch batch: few enough that the prefetched lines arrive before they are read.
+constexpr int64_t kRowsAtOnce = 6;
 
 template <class Factor, class T>
 struct Tiles {
@@ -84,7 +87,7 @@ class Task {
         x_(x) {}
 
   void run(const T* initial_state, T* final_state) {
-    std::fill_n(kDelta ? x_.r : x_.e, C_ * kPanel<T>, T(0));  // the columns that fill up a vector, above all
+    std::fill_n(kDelta ? x_.r : x_.e, C_ * kPanel<T>, T(0));  // above all the padding columns
     for (int64_t i = 0; i < panels_; ++i) load_panel(initial_state, i);
     for (int64_t t = s_.seq.start, stop = t + s_.seq.length; t < stop; t += C_) {
       const int64_t c = std::min(C_, stop - t);
@@ -133,7 +136,7 @@ class Task {
     x_.decay.compute(c, C_, row<T>(p_.g, b, t, s_.head), p_.g.token);
   }
 
-  // (1), and what the chunk needs of the decays
+  // (1)
   void form_products(int64_t c) {
     const int64_t first = kDelta ? 0 : c, width = packed<Factor>(K_);
     transpose(c, width, x_.kq, width, x_.kt, C_);
@@ -149,7 +152,7 @@ class Task {
     }
   }
 
-  // [c, packed(c)], leading dimension C: in place of Q K^T
+  // [c, packed(c)], leading dimension C; replaces Q K^T
   Factor* P(int64_t c) const { return reinterpret_cast<Factor*>(x_.products + c * C_); }
 
   void advance_panel(int64_t t, int64_t c, int64_t i) {
@@ -190,7 +193,7 @@ class Task {
     gemm<Op::kNN, true>(K_, w, c, x_.kt_exact, C_, x_.e, ld, S, ld, x_.decay.whole);
   }
 
-  // Rows [first, last) of what this chunk's panel i will store, and of the next chunk's inputs for it.
+  // Prefetches rows [first, last) of the outputs of this chunk's panel i and of the next chunk's inputs.
   HYPENET_INLINE void prefetch(int64_t t, int64_t i, int64_t first, int64_t last, int64_t c) const {
     const int64_t b = s_.seq.batch, next = t + c, left = s_.seq.start + s_.seq.length - next;
     for (int64_t j = first; j < last; ++j) {

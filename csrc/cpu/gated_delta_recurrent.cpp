@@ -1,16 +1,17 @@
 // The sequential form of the gated delta rule and of simple GLA (kDelta = false): the recurrent forward, and
-// the decode step, which is the same on a state that is updated in place.
+// the decode step, which does the same on a state that is updated in place.
 //
 // Math, for one token of one value head, with S the state before it and gamma = e^g:
 //   (1) z = k^T S, y = q^T S                one pass over S
-//   (2) e = beta (v - gamma z)              without delta: e = v
+//   (2) e = beta (v - gamma z)              simple GLA: e = v
 //   (3) o = scale (gamma y + (q . k) e)     equal to scale q^T of the new state
-//   (4) S := gamma S + k e^T                second pass, over what the first left in the cache
+//   (4) S := gamma S + k e^T                a second pass, over S in cache
 //
-// Mapping: a task is a sequence, a value head, and a block of the value columns (more than one block only
-// where there are fewer heads than threads; columns never mix). It goes through its tokens one after the
-// other. Numerics: everything but the loads and stores in the accumulation type, the fused l2norm of q and k
-// included.
+// Mapping: a task is a sequence, a value head, and a block of columns of V (several blocks only if there are
+// fewer heads than threads; columns are independent). It processes its tokens one after the other.
+//
+// Numerics: everything but loads and stores is in the accumulation type, including the fused l2norm of q and
+// k.
 #include <cmath>
 #include <utility>
 
@@ -21,7 +22,7 @@ namespace hypenet::cpu {
 namespace gated_delta {
 namespace {
 
-// Columns of the state whose sums (1) stay in registers: as many vectors for z as for y.
+// Vectors of columns whose sums z and y in (1) stay in registers.
 #if defined(__AVX512F__)
 constexpr int kMaxVecs = 8;
 #else
@@ -35,7 +36,7 @@ struct Token {
   T decay, beta, scale, qk;
 };
 
-// kTail: one vector, of which `tail` columns exist.
+// kTail: one vector, of which only `tail` columns exist.
 template <bool kDelta, int kVecs, bool kTail, class T>
 void advance_columns(const Token<T>& x, int64_t K, T* S, int64_t ld, int64_t column, int tail) {
   constexpr int L = kLanes<T>;
@@ -77,7 +78,7 @@ void advance_columns(const Token<T>& x, int64_t K, T* S, int64_t ld, int64_t col
   }
 }
 
-// All `width` columns, in panels of kVecs vectors, then of half as many, and so on.
+// advance_columns for `width` columns: panels of kVecs vectors, then of half as many, and so on.
 template <bool kDelta, int kVecs, class T>
 void advance(const Token<T>& x, int64_t K, T* S, int64_t ld, int64_t width, int64_t column = 0) {
   constexpr int64_t kPanel = kVecs * kLanes<T>;
@@ -96,7 +97,7 @@ void l2norm(int64_t dim, T* x) {
   for (int64_t i = 0; i < dim; ++i) x[i] *= factor;
 }
 
-// The gates of one token: (log decay, beta), beta = 0 without delta.
+// The gates of one token: (log decay, beta); beta = 0 without delta.
 template <class Element, bool kDelta, class T>
 std::pair<T, T> gates(const GatedDeltaFwdParams& p, int64_t b, int64_t t, int64_t head) {
   return {*row<T>(p.g, b, t, head), kDelta ? *row<T>(p.beta, b, t, head) : T(0)};
@@ -139,7 +140,8 @@ void copy_state(const Params& p, int64_t width, const T* from, T* to) {
   }
 }
 
-// Params: of the forward or of the step. S = next(S, n) after n tokens is the state that goes on.
+// Params: GatedDeltaFwdParams or GatedDeltaStepParams. S = next(S, n) after n tokens is the state that goes
+// on.
 template <class Element, bool kDelta, class Params, class T, class Next>
 void advance_tokens(const Params& p, const Slice& s, bool use_qk_l2norm, T* S, Token<T>& x,
                     const Next& next) {
@@ -164,7 +166,8 @@ void advance_tokens(const Params& p, const Slice& s, bool use_qk_l2norm, T* S, T
   }
 }
 
-// run(sequence, value head, first column, number of columns, token scratch) for every task. N sequences.
+// Calls run(sequence, value head, first column, number of columns, token buffers) for every task of N
+// sequences.
 template <class T, class Params, class Run>
 void for_each_slice(const Params& p, int64_t N, const Run& run) {
   const ColumnSplit split = split_columns<T>(N * p.HV, p.V, p.num_threads);

@@ -1,7 +1,7 @@
-// Small row-major matrix products: C[M, N] = A B, or A B on top of something. Every element of C is summed
-// over k in rising order in one register, so its value does not depend on how the rows or columns were tiled
-// or split. No allocation, no packing. A and B are of one type, C's or pairs of bfloat16 (pairs.h); K counts
-// what is stored, pairs as one.
+// Small row-major matrix products: C[M, N] = A B, or A B added to a matrix. Every element of C is summed over
+// k in ascending order in one register, so its value does not depend on how rows or columns are tiled or
+// split. No allocation, no packing. A and B have one type, C's or pairs of bfloat16 (pairs.h); K counts
+// stored factors, so a pair counts once.
 #pragma once
 
 #include <cstdint>
@@ -14,9 +14,9 @@ namespace hypenet::cpu {
 
 enum class Op { kNN, kTN };  // kTN: A is stored [K, M]
 
-// What the sums of a product start from: zero, `factor` times a matrix, or its rows times a factor each. Or
-// zero, and a matrix is added at the end: where many products add up, their rounding errors then do, and not
-// those of all their terms.
+// The initial value of the sums of a product: zero, a matrix times `factor`, or a matrix with a factor per
+// row. AddedLast starts from zero and adds the matrix at the end: over many accumulated products, rounding
+// errors then grow with the number of products instead of the number of terms.
 struct FromZero {
   FromZero at(int64_t, int64_t) const { return *this; }
 };
@@ -47,7 +47,7 @@ struct AddedLast {
 
 namespace gemm_detail {
 
-// The register tile: rows x vectors of sums, one row of B, one broadcast element of A.
+// The register tile: rows x vectors of accumulators, one row of B, one broadcast element of A.
 #if defined(__AVX512F__) || defined(__aarch64__)
 inline constexpr int kMaxVecs = 4;
 #else
@@ -56,7 +56,7 @@ inline constexpr int kMaxVecs = 2;
 #if defined(__FMA__) || defined(__aarch64__)
 inline constexpr int kRowsOfWidest = 6;
 #else
-inline constexpr int kRowsOfWidest = 4;  // leaves a register for the product
+inline constexpr int kRowsOfWidest = 4;  // leaves a register for the product of the multiply
 #endif
 constexpr int rows_of_tile(int vecs, Op op) {
   if (vecs < kMaxVecs) return 8;
@@ -64,7 +64,7 @@ constexpr int rows_of_tile(int vecs, Op op) {
 }
 constexpr int next_fewer_rows(int rows) { return rows == 6 ? 4 : rows / 2; }
 
-// kTail: the tile is one vector wide, of which `tail` columns exist.
+// kTail: the tile is one vector wide, of which only `tail` columns exist.
 template <int kRows, int kVecs, Op op, bool kTail, class Start, class Factor, class T>
 HYPENET_INLINE void tile(int64_t K, const Factor* A, int64_t lda, const Factor* B, int64_t ldb, T* C,
                          int64_t ldc, Start start, int tail) {
@@ -127,7 +127,7 @@ void panel(int64_t M, int64_t K, const Factor* A, int64_t lda, const Factor* B, 
   }
 }
 
-// Panels of kVecs vectors, then of half as many, and so on.
+// All columns: panels of kVecs vectors, then of half as many, and so on.
 template <int kVecs, Op op, class Start, class Factor, class T>
 void columns(int64_t M, int64_t N, int64_t K, const Factor* A, int64_t lda, const Factor* B, int64_t ldb,
              T* C, int64_t ldc, Start start) {
@@ -146,7 +146,7 @@ void columns(int64_t M, int64_t N, int64_t K, const Factor* A, int64_t lda, cons
 
 }  // namespace gemm_detail
 
-// C[M, N] = start + A B. lda, ldb, ldc are the distances between stored rows. What it starts from may be C.
+// C[M, N] = start + A B. lda, ldb and ldc are leading dimensions. `start` may refer to C.
 template <Op op, class Start, class Factor, class T>
 void gemm_from(Start start, int64_t M, int64_t N, int64_t K, const Factor* A, int64_t lda, const Factor* B,
                int64_t ldb, T* C, int64_t ldc) {

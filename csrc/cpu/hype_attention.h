@@ -1,11 +1,10 @@
-// What the attention kernels share: sequences, position scale, rows and blocks in the accumulation type.
+// Shared by the attention kernels: sequences, the position scale, tiles, rows of heads and their packed
+// forms.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
-#include <limits>
 #include <type_traits>
 
 #include "../params.h"
@@ -23,8 +22,8 @@ constexpr int64_t kTileHeads = 4;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Sequence n: T queries against S keys, query t at position offset + t, both starting at row `first` of
-// `batch`.
+// Sequence n: T queries and S keys, both starting at row `first` of `batch`; query t is at position offset +
+// t.
 struct Sequence {
   int64_t batch, first, T, S, offset;
 };
@@ -36,19 +35,19 @@ Sequence sequence(const Params& p, int64_t n) {
   return {0, first, length, length, 0};
 }
 
-// What both products of a pass over the visible pairs cost, roughly.
+// The approximate cost of both products over all visible (query, key) pairs.
 template <class Params>
 double multiply_adds(const Params& p) {
   return 2.0 * p.B * p.H * p.T * (p.query_offset + p.T / 2.0) * p.D;
 }
 
-// s_t = ln(t + a) / ln(a) at position t; 1 where there is no base.
+// s_t = ln(t + a) / ln(a) at position t; 1 without a base.
 inline double position_scale(int64_t t, double logit_scale_base) {
   if (logit_scale_base == 0) return 1;
   return std::log(static_cast<double>(t) + logit_scale_base) / std::log(logit_scale_base);
 }
 
-// Rows of one head: row r starts at data + r * stride.
+// The rows of one head: row r starts at data + r * stride.
 template <class T>
 struct Rows {
   T* data;
@@ -71,9 +70,9 @@ Rows<Element> head_rows(std::conditional_t<std::is_const_v<Element>, const void*
   return {static_cast<Element*>(x) + ((batch * T + token) * heads + head) * D, heads * D};
 }
 
-// The unit of the forward's and backward's products: a few tokens of a few query heads that share a key head,
-// one (head, token) pair in each lane, so that a key is one broadcast, and maxima and sums over keys need no
-// shuffles. What belongs to the lanes lies as [.., kTileLanes]; lanes up to `padded` are computed and
+// The unit of the products in forward and backward: a few tokens of a few query heads that share a key head,
+// one (head, token) pair per lane. So a key is one broadcast, and maxima and sums over keys need no shuffles.
+// Data of the lanes is stored as [.., kTileLanes]; the lanes from lanes() up to `padded` are computed and
 // ignored.
 struct Tile {
   int64_t head, num_heads;    // query heads
@@ -86,7 +85,7 @@ struct Tile {
   }
 };
 
-// body(tile) for all tiles of tokens [begin, end) of some heads.
+// Calls body(tile) for all tiles of tokens [begin, end) of `num_heads` heads from `head` on.
 template <class Body>
 void for_each_tile(int64_t head, int64_t num_heads, int64_t begin, int64_t end, Body&& body) {
   constexpr int64_t kStep = kTileLanes / kTileHeads;
@@ -94,13 +93,13 @@ void for_each_tile(int64_t head, int64_t num_heads, int64_t begin, int64_t end, 
   for (; begin < end; begin += tokens) body(Tile{head, num_heads, begin, std::min(tokens, end - begin)});
 }
 
-// y [rows, packed(D)]: the rows as factors of a product that sums over D.
+// y [rows, packed(D)]: the rows as factors (pairs.h) of a product that sums over D.
 template <class Element, class Factor>
 void pack_rows(Rows<Element> x, int64_t rows, int64_t D, Factor* y) {
   for (int64_t r = 0; r < rows; ++r) pack_row(x[r], D, y + r * packed<Factor>(D));
 }
 
-// y [packed(rows), D]: the rows as factors of a product that sums over them.
+// y [packed(rows), D]: the rows as factors of a product that sums over the rows.
 template <class Element, class Factor>
 void pack_across_rows(Rows<Element> x, int64_t rows, int64_t D, Factor* y) {
   for (int64_t r = 0; r < rows; r += kPacked<Factor>) {
@@ -109,7 +108,7 @@ void pack_across_rows(Rows<Element> x, int64_t rows, int64_t D, Factor* y) {
   }
 }
 
-// y = sigmoid(x); the exponent taken is never positive.
+// x = sigmoid(x); the exponent is never positive.
 template <class T>
 void sigmoid_in_place(T* x, int64_t n) {
   const auto sigmoid = [](vec<T> v) {

@@ -1,4 +1,4 @@
-// HyPE attention, backward: dq, dk, dv and the gate's gradient, from lse and the output before the gate.
+// HyPE attention, backward: dq, dk, dv and the gradient of the gate, from lse and the ungated output.
 //
 // Math, with x_ti, lse and o_ungated as in hype_attention_fwd.cpp, z = sigmoid(gate), do the gradient of o:
 //   do'_t = do_t z_t,  dgate_t = do_t o_ungated_t z_t (1 - z_t),  delta_t = do'_t . o_ungated_t
@@ -8,25 +8,25 @@
 //
 // Shapes: params.h, HypeAttentionBwdParams.
 //
-// Mapping: either (1) one task per (sequence, key head) computes all of dq, dk, dv: it walks over blocks of
-// queries and for each over the key blocks, dq staying and dk, dv adding up in memory. Or, where those tasks
-// are too few for the threads, (2) a task per (key head, block of queries) computes dq, and (3) one per (key
-// head, block of keys) dk and dv, both of which recompute P and dX. Queries are cut into tiles as in the
-// forward, and every sum is taken in one order either way: dq over rising blocks of keys; dk, dv over the tiles of
-// a block of queries, then over rising blocks. So neither the choice nor the number of threads changes a bit.
+// Mapping: if there are enough of them, (1) one task per (sequence, key head) computes dq, dk and dv: for
+// each block of queries it iterates over the key blocks; dq stays in the tile, dk and dv accumulate in
+// memory. Otherwise (2) one task per (key head, block of queries) computes dq and (3) one per (key head,
+// block of keys) dk and dv; both recompute P and dX. Queries are cut into tiles as in the forward, and the
+// order of every sum is the same in both cases: dq over ascending blocks of keys; dk and dv over the tiles of
+// a block of queries, then over ascending blocks. So the result is bitwise independent of this choice and of
+// the number of threads.
 //
 // Products, for the lanes c of a tile and the keys i of a block:
 //   X^T[i, c] = K[i, :] Q^T[:, c]         dP^T[i, c] = V[i, :] dO^T[:, c]
 //   dV[i, :] += P^T[i, c] dO[c, :]        dK[i, :] += dX^T[i, c] Q[c, :]
 //   dQ^T[:, c] += K^T[:, i] dX^T[i, c]
 //
-// Numerics: everything between the inputs and the outputs is in the accumulation type; x_ti - lse_t <= 0 but
-// for rounding. Where products are of pairs of bfloat16 (pairs.h), do', P and dX are rounded to it for them.
+// Numerics: all intermediate results are in the accumulation type; x_ti - lse_t <= 0 up to rounding. In
+// products of bfloat16 pairs (pairs.h), do', P and dX are rounded to bfloat16. Rows that are not finite meet
+// no masked weight (masked_product.h).
 //
 // Cost: 10 D FLOPs per visible (query, key) pair, 14 D in two passes; compute bound. Memory: a few blocks per
-// thread; in (1) and where the outputs are not of the accumulation type, dk and dv of a key head per thread.
-#include <omp.h>
-
+// thread; in (1), unless the outputs have the accumulation type, also dk and dv of one key head per thread.
 #include <cstdint>
 #include <type_traits>
 #include <vector>
@@ -41,11 +41,11 @@ namespace hypenet::cpu {
 using namespace attention;
 namespace {
 
-constexpr int64_t kQueryBlock = 32;  // its tiles share a block of keys and what adds up in dk and dv
-constexpr int64_t kKeysAlone = 128;  // keys of (3)
+constexpr int64_t kQueryBlock = 32;  // its tiles share a block of keys and one part of dk and dv
+constexpr int64_t kKeysAlone = 128;  // keys per task of (3)
 constexpr int64_t kTilesPerBlock = ceil_div(kQueryBlock * kTileHeads, kTileLanes);
 
-// What a tile holds: q and do' as factors of sums over lanes and of sums over D, dq, and numbers per lane.
+// The state of a tile: q and do' as factors of sums over lanes and over D, dq, and scalars per lane.
 template <class Factor, class Acc>
 struct TileBlocks {
   Factor *q, *do_;                       // [packed(kTileLanes), D]
@@ -65,8 +65,8 @@ struct TileBlocks {
         position(arena.take(kTileLanes)) {}
 };
 
-// What the tiles of a thread share, of a tile and a block of keys: X and dP, which become P and dX in place,
-// as factors of sums over lanes; dX as factors of a sum over keys; rows.
+// The buffers shared by the tiles of a thread: X and dP of a tile and a block of keys, replaced in place by P
+// and dX as factors of sums over lanes; dX as factors of a sum over keys; rows.
 template <class Factor, class Acc>
 struct Blocks {
   Acc *weights, *dlogits;        // [kKeyBlock, kTileLanes]
@@ -87,9 +87,9 @@ struct Blocks {
   }
 };
 
-// Keys [start, start + keys) with their values; where their gradients add up, or null; and the part of those that
-// one block of queries adds, summed by itself so that rounding errors grow with the number of blocks, not of
-// tokens.
+// Keys [start, start + keys) with their values, and the accumulators of their gradients, or null. The part
+// that one block of queries adds is summed separately, so that rounding errors grow with the number of
+// blocks, not of tokens.
 template <class Factor, class Acc>
 struct KeyBlock {
   Factor *k, *v;         // [kKeyBlock, packed(D)]
@@ -118,8 +118,9 @@ struct KeyBlock {
     pack_rows(head_rows<Element>(p.v, s.batch, s.first + start, key_head), keys, p.D, v);
   }
 
-  // Starts a block of queries of `num_heads` heads. A single tile needs no part of its own, since its product is
-  // summed before it is added, and neither do products of bfloat16, whose own rounding errors are far larger.
+  // Starts a block of queries of `num_heads` heads. A single tile needs no part of its own, since its product
+  // is summed before it is added, and neither do products of bfloat16, whose own rounding errors are far
+  // larger.
   void begin_queries(int64_t num_heads, int64_t D) {
     own_parts = kPacked<Factor> == 1 && dk.data != nullptr && num_heads * kQueryBlock > kTileLanes;
     dk_part = own_parts ? Rows<Acc>{parts, D} : dk;
@@ -136,7 +137,8 @@ struct KeyBlock {
   }
 };
 
-// One (head, token) of a tile: do_row = do'_t as products take it; returns delta_t. Writes dgate where asked.
+// One (head, token) of a tile: do_row = do'_t, rounded as in the products. Returns delta_t; writes dgate on
+// request.
 template <class Element, class Factor, class Acc>
 Acc load_output_gradient(const HypeAttentionBwdParams& p, const Sequence& s, int64_t head, int64_t token,
                          bool with_dgate, const Blocks<Factor, Acc>& b, Acc* do_row) {
@@ -159,7 +161,7 @@ Acc load_output_gradient(const HypeAttentionBwdParams& p, const Sequence& s, int
   return delta;
 }
 
-// The rows [lanes, packed(D)] of a tile in both forms that products take; lanes up to `padded` become zero.
+// Writes the rows [lanes, packed(D)] of a tile in both forms of factors; lanes up to `padded` become zero.
 template <class Factor>
 void form_factors(int64_t lanes, int64_t padded, int64_t D, Factor* rows, Factor* x, Factor* x_transposed) {
   const int64_t width = packed<Factor>(D);
@@ -195,7 +197,7 @@ void load_tile(const HypeAttentionBwdParams& p, const Sequence& s, const Tile& t
   std::fill_n(t.dq, D * kTileLanes, Acc(0));
 }
 
-// P and dX of a tile and the first `keys` of a block.
+// Computes P and dX of a tile and the first `keys` keys of a block.
 template <class Factor, class Acc>
 void differentiate(const Tile& tile, const KeyBlock<Factor, Acc>& block, int64_t keys, bool masked, int64_t D,
                    const Blocks<Factor, Acc>& b, const TileBlocks<Factor, Acc>& t) {
@@ -227,7 +229,7 @@ void differentiate(const Tile& tile, const KeyBlock<Factor, Acc>& block, int64_t
   }
 }
 
-// The share of a tile and a block of keys in dq, and in dk and dv where the block collects them.
+// Adds the contribution of a tile and a block of keys to dq, and to dk and dv if the block collects them.
 template <class Factor, class Acc>
 void add_gradients(const Sequence& s, const Tile& tile, const KeyBlock<Factor, Acc>& block, int64_t D,
                    const Blocks<Factor, Acc>& b, const TileBlocks<Factor, Acc>& t, bool with_dq) {
@@ -293,8 +295,8 @@ void store_keys(void* out, const HypeAttentionBwdParams& p, const Sequence& s, i
   for (int64_t r = 0; r < keys; ++r) convert_row(x[r], p.D, rows[r]);
 }
 
-// body(head, heads, begin, end) for blocks of queries from `begin` on, and in each for a few heads of a key
-// head's group after the others: the order in which dk and dv add up.
+// Calls body(head, num_heads, begin, end) for the blocks of queries from `begin` on, and in each for
+// kTileHeads heads of the key head's group at a time: the order in which dk and dv are summed.
 template <class Body>
 void for_each_query_block(const HypeAttentionBwdParams& p, const Sequence& s, int64_t key_head, int64_t begin,
                           Body&& body) {
@@ -306,8 +308,8 @@ void for_each_query_block(const HypeAttentionBwdParams& p, const Sequence& s, in
   }
 }
 
-// (2) dq of queries [begin, end) of some heads of a group, and their share in dk and dv [S, D] where those
-// are given.
+// (2) dq of queries [begin, end) of some heads of a group, and their contribution to dk and dv [S, D] if
+// given.
 template <class Element, class Acc>
 void run_queries(const HypeAttentionBwdParams& p, const Sequence& s, int64_t head, int64_t num_heads,
                  int64_t begin, int64_t end, Rows<Acc> dk, Rows<Acc> dv, Acc* memory) {
@@ -335,7 +337,8 @@ void run_queries(const HypeAttentionBwdParams& p, const Sequence& s, int64_t hea
   for_each([&](const Tile& tile, const InTile& t) { store_dq<Element>(p, s, tile, b, t); });
 }
 
-// (1) all gradients of one key head's group. Outputs of the accumulation type collect dk and dv themselves.
+// (1) All gradients of one key head's group. Outputs in the accumulation type serve as accumulators of dk and
+// dv.
 template <class Element, class Acc>
 void run_group(const HypeAttentionBwdParams& p, const Sequence& s, int64_t key_head, Acc* memory,
                Acc* dk_dv) {
@@ -390,12 +393,12 @@ void run_keys(const HypeAttentionBwdParams& p, const Sequence& s, int64_t key_he
   store_keys<Element>(p.dv, p, s, key_head, begin, end - begin, dv);
 }
 
-// Rows from `begin` on of a head of sequence n.
+// The rows from `begin` on of a head of sequence n.
 struct Task {
   int64_t n, head, begin;
 };
 
-// The blocks of `size` of the first `length(sequence)` rows of every head.
+// Lists the blocks of `size` rows of the first length(sequence) rows of every head.
 template <class Length>
 std::vector<Task> list_blocks(const HypeAttentionBwdParams& p, int64_t heads, int64_t size, Length&& length) {
   std::vector<Task> tasks;
@@ -408,7 +411,8 @@ std::vector<Task> list_blocks(const HypeAttentionBwdParams& p, int64_t heads, in
   return tasks;
 }
 
-// Whether (1), 5 products a block pair, ends before (2) and (3), 7 products but many more tasks.
+// Whether (1), with 5 products per pair of blocks, takes less time than (2) and (3), with 7 but many more
+// tasks.
 bool one_pass(const HypeAttentionBwdParams& p, int64_t threads) {
   const int64_t tasks = p.N * p.HK;
   return 5 * ceil_div(tasks, threads) * threads <= 7 * tasks;
@@ -439,21 +443,21 @@ void backward(const HypeAttentionBwdParams& p) {
   };
   if (single) {
     for_each_block(list_blocks(p, p.HK, 1, [](const Sequence&) { return 1; }),
-                   [&](const Sequence& s, int64_t key_head, int64_t, Acc* room) {
-                     run_group<Element>(p, s, key_head, room, room + block_size);
+                   [&](const Sequence& s, int64_t key_head, int64_t, Acc* buffer) {
+                     run_group<Element>(p, s, key_head, buffer, buffer + block_size);
                    });
     return;
   }
-  for_each_block(queries, [&](const Sequence& s, int64_t key_head, int64_t begin, Acc* room) {
+  for_each_block(queries, [&](const Sequence& s, int64_t key_head, int64_t begin, Acc* buffer) {
     const int64_t end = std::min(begin + kQueryBlock, s.T);
     for (int64_t g = 0; g < group; g += kTileHeads) {
       run_queries<Element>(p, s, key_head * group + g, std::min(kTileHeads, group - g), begin, end,
-                           Rows<Acc>{}, Rows<Acc>{}, room);
+                           Rows<Acc>{}, Rows<Acc>{}, buffer);
     }
   });
   for_each_block(list_blocks(p, p.HK, kKeysAlone, [](const Sequence& s) { return s.S; }),
-                 [&](const Sequence& s, int64_t key_head, int64_t begin, Acc* room) {
-                   run_keys<Element>(p, s, key_head, begin, room);
+                 [&](const Sequence& s, int64_t key_head, int64_t begin, Acc* buffer) {
+                   run_keys<Element>(p, s, key_head, begin, buffer);
                  });
 }
 

@@ -1,34 +1,36 @@
 // HyPE attention, decode: a few query tokens of each sequence against its cache of keys and values.
 //
 // Math: hype_attention_fwd.cpp for the last T positions of a sequence whose length after the append is L:
-//   query t stands at position p = L - T + t and sees keys 0 ... p;  L = cache_seqlens + T, or cache_seqlens
-//   without k.
+//   query t is at position p = L - T + t and sees keys 0 ... p;
+//   L = cache_seqlens + T, or cache_seqlens without k.
 //
 // Shapes: params.h, HypeAttentionDecodeParams.
 //
-// Mapping: (1) k and v are copied behind the valid keys. (2) A task is (sequence, split of its keys): it
-// computes, for the query rows of all heads, the weighted sum of values over its keys, with its own maximum.
-// It walks over all key heads of a few keys before the next keys, which reads a cache [B, capacity, HK, D]
-// from end to end. (3) The splits of a row are combined in rising order. Splits depend on the sequence's own
-// length alone, so that any number of threads and any batch gives the same bits. More than kMaxRows rows per
-// key head take several rounds of (2) and (3).
+// Mapping: (1) k and v are appended to the cache. (2) A task is (sequence, split of its keys): for the query
+// rows of all heads it computes the maximum logit, the sum of weights and the weighted sum of values over its
+// keys. It processes a few keys of all key heads before the next keys, which reads a cache [B, capacity, HK,
+// D] sequentially. (3) The splits of a row are combined in ascending order. Splits depend on the sequence's
+// own length alone, so the result is bitwise the same for any number of threads and any batch. More than
+// kMaxRows rows per key head take several rounds of (2) and (3).
 //
-// Registers: a tile of logits is some query rows by some keys, and loads each key once; logits lie as
-// [key, row], so that the softmax over keys has a row in each lane. A tile of sums is rows by vectors of D.
+// Registers: a tile of logits is a few query rows by a few keys and loads each key once; logits are stored as
+// [key, row], so that the softmax over keys has one row per lane. A tile of outputs is rows by vectors of D.
 //
-// Fetching: a core waits for memory unless many lines are under way, and has most of them where they are
-// asked for one after the other, whatever the order of the products. So a tile asks for as many lines as it
-// reads, in the order of memory, a fixed distance ahead; the last keys of a split ask for its first values.
+// Prefetching: a core only reaches its memory bandwidth with many cache lines in flight, and hardware keeps
+// most of them in flight if they are requested in sequential order, whatever the order of the products. So
+// each tile prefetches as many lines as it reads, in memory order and a fixed distance ahead; the last keys
+// of a split prefetch its first values.
 //
 // Numerics: as in the forward. A cache is read once per round, only up to its length, and converted in
-// registers.
+// registers. Of several query tokens, the earlier ones are unaffected by later values that are not finite.
 //
-// Cost: 2 L HK D elements read per sequence, 4 H T D FLOPs per key; bound by memory for small H T / HK.
-// Workspace: D accumulators per (row, split), of which a sequence has kSplits, or L / kMaxSplit if more.
+// Cost: 2 L HK D elements read per sequence, 4 H T D FLOPs per key; memory bound for small H T / HK.
+// Workspace: D accumulators per (row, split); a sequence has kSplits splits, or L / kMaxSplit if that is
+// more.
 #include <omp.h>
 
-#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -50,9 +52,9 @@ constexpr int kTileSums = 16, kTileVecs = 4;
 constexpr int kTileSums = 8, kTileVecs = 2;
 #endif
 
-// What is read and what is fetched lie this many bytes apart, or a block of all heads if that is more.
+// The prefetch distance in bytes, or one block of all heads if that is larger.
 constexpr int64_t kPrefetch = 16384;
-// Keys of one head whose values are read before the next head's.
+// The number of keys of one head whose values are read before those of the next head.
 template <class Element>
 constexpr int64_t kValueKeys = sizeof(Element) == 2 ? 16 : 4;
 
@@ -61,8 +63,8 @@ struct Task {
   int64_t b, start, keys;
 };
 
-// The queries of one round: tokens [begin, begin + num_tokens). Row t * group + g of a key head is head g of
-// its group, token t; the rows of all key heads follow one another.
+// The queries of one round: tokens [begin, begin + num_tokens). Row t * group + g of a key head is token t of
+// head g of its group; the rows of the key heads are consecutive.
 struct Round {
   int64_t begin, num_tokens;
 };
@@ -75,13 +77,13 @@ int64_t split_size(int64_t length) {
   return std::clamp(ceil_div(ceil_div(length, kSplits), kMinSplit) * kMinSplit, kMinSplit, kMaxSplit);
 }
 
-// D up to whole vectors.
+// D rounded up to whole vectors.
 template <class Acc>
 constexpr int64_t padded(int64_t D) {
   return ceil_div(D, kLanes<Acc>) * kLanes<Acc>;
 }
 
-// Lane j of the result is the sum over the lanes of x[j].
+// Returns the vector whose lane j is the sum of the lanes of x[j].
 template <class T, int n>
 vec<T> sum_each(const vec<T> (&x)[n]) {
   if constexpr (n == 1) {
@@ -99,7 +101,7 @@ vec<T> sum_each(const vec<T> (&x)[n]) {
 }
 
 // out[j, r] = q[r] . k[j] for kRows rows and `keys` keys, at most kTileSums / kRows. Rows of q are padded.
-// Fetches as many lines as it reads, from `ahead` on and one after the other, whatever the order it reads in.
+// Prefetches as many lines as it reads, sequentially from `ahead` on.
 template <int kRows, class Element, class Acc>
 void logits_tile(int64_t keys, int64_t D, const Acc* q, Rows<const Element> k, const Element* ahead, Acc* out,
                  int64_t out_stride) {
@@ -137,8 +139,8 @@ void logits_tile(int64_t keys, int64_t D, const Acc* q, Rows<const Element> k, c
   }
 }
 
-// o[r, c] += sum over keys j of weights[j, r] v[j, c], for kRows rows and kVecs vectors of columns. Fetches
-// as above.
+// o[r, c] += sum over keys j of weights[j, r] v[j, c], for kRows rows and kVecs vectors of columns.
+// Prefetches like logits_tile.
 template <int kRows, int kVecs, class Element, class Acc, class Read>
 void values_tile(int64_t keys, const Acc* weights, int64_t num_rows, const Rows<const Element>& v,
                  const Element* ahead, Acc* o, int64_t o_stride, const Read& read) {
@@ -170,7 +172,7 @@ void values_tile(int64_t keys, const Acc* weights, int64_t num_rows, const Rows<
   }
 }
 
-// The same for all columns; rows of o are padded.
+// values_tile for all columns; rows of o are padded.
 template <int kRows, class Element, class Acc>
 void add_values(int64_t keys, int64_t D, const Acc* weights, int64_t num_rows, Rows<const Element> v,
                 const Element* ahead, Acc* o) {
@@ -190,7 +192,8 @@ void add_values(int64_t keys, int64_t D, const Acc* weights, int64_t num_rows, R
   }
 }
 
-// The same one by one, for rows of which row r sees the first seen(r) keys and nothing of the others.
+// The same sums for rows that see only some of the keys: row r the first seen(r). Reads no value that is
+// masked.
 template <class Element, class Acc, class Seen>
 void add_visible_values(int64_t keys, int64_t D, const Acc* weights, int64_t num_rows, int64_t rows,
                         Rows<const Element> v, Acc* o, const Seen& seen) {
@@ -202,7 +205,7 @@ void add_visible_values(int64_t keys, int64_t D, const Acc* weights, int64_t num
   }
 }
 
-// body.operator()<n>(first) for tiles of n rows that cover `rows`, n in {kTileRows, 2, 1}.
+// Calls body.operator()<n>(first) for tiles of n rows that cover `rows`, n in {kTileRows, 2, 1}.
 template <class Body>
 void for_each_row_tile(int64_t rows, Body&& body) {
   int64_t r = 0;
@@ -214,7 +217,7 @@ void for_each_row_tile(int64_t rows, Body&& body) {
   if (r < rows) body.template operator()<1>(r);
 }
 
-// Of a cache, the rows that a task reads, in the order in which they lie in memory.
+// The rows of a cache that a task reads, in memory order.
 template <class Element>
 struct CacheRows {
   const View& cache;
@@ -230,7 +233,7 @@ struct CacheRows {
     return heads_inside() ? of_head(i % heads)[i / heads] : of_head(i / task.keys)[i % task.keys];
   }
 
-  // body(key head, first key, keys, rows before) over blocks of at most `size` keys of one head.
+  // Calls body(key head, first key, keys, rows before) for blocks of at most `size` keys of one head.
   template <class Body>
   void for_each_block(int64_t size, Body&& body) const {
     const int64_t blocks = ceil_div(task.keys, size), outer = heads_inside() ? blocks : heads,
@@ -257,7 +260,7 @@ void append(const HypeAttentionDecodeParams& p, int64_t b, int64_t t) {
   }
 }
 
-// What a thread holds: the scaled queries (and in (3) two rows), and the weights of one split.
+// The buffers of a thread: the scaled queries (in (3): two rows) and the weights of one split.
 template <class Acc>
 struct Blocks {
   Acc *q, *weights;
@@ -266,7 +269,7 @@ struct Blocks {
       : q(arena.take((rows + 1) * padded<Acc>(D))), weights(arena.take(rows * max_split)) {}
 };
 
-// What a task leaves: per row the sum of weights times values, the maximum, and the sum of the weights.
+// The result of a task: per row the weighted sum of values, the maximum logit, and the sum of weights.
 template <class Acc>
 struct Partial {
   Acc *o, *max, *sum;
@@ -298,8 +301,8 @@ void load_queries(const HypeAttentionDecodeParams& p, int64_t b, const Round& ro
   }
 }
 
-// Turns the logits of `count` rows, at most a vector, into weights exp(x - max), with their maxima and sums.
-// Row r sees the first seen[r] keys; with kAll, every row sees all.
+// Replaces the logits of `count` rows, at most a vector, by weights exp(x - max); writes their maxima and
+// sums. Row r sees the first seen[r] keys, or all of them with kAll.
 template <bool kAll, class Acc>
 void softmax_of_lanes(int64_t keys, int64_t stride, vec<Acc> seen, int count, Acc* x, Acc* max, Acc* sum) {
   constexpr int kChains = 4;
@@ -333,7 +336,7 @@ void softmax_of_lanes(int64_t keys, int64_t stride, vec<Acc> seen, int count, Ac
   lanes.write(sum, (total[0] + total[1]) + (total[2] + total[3]));
 }
 
-// The same for all rows of [keys, rows]; row r sees the first `visible(r)` keys.
+// softmax_of_lanes for all rows of [keys, rows]; row r sees the first visible(r) keys.
 template <class Acc, class Visible>
 void softmax_over_keys(int64_t keys, int64_t rows, Acc* x, Acc* max, Acc* sum, Visible&& visible) {
   for (int64_t r = 0; r < rows; r += kLanes<Acc>) {
@@ -382,7 +385,7 @@ void run_split(const HypeAttentionDecodeParams& p, const Task& task, const Round
   v_rows.for_each_block(kValueKeys<Element>, [&](int64_t head, int64_t begin, int64_t keys, int64_t before) {
     const auto v = v_rows.of_head(head);
     const Element* ahead = v_rows[std::min(before + rows_ahead, v_rows.count() - keys)];
-    bool finite = true;  // or seen by all rows
+    bool finite = true;  // of the values that some rows do not see
     for (int64_t j = std::max(begin, seen(0)); j < begin + keys; ++j) finite &= all_finite<Acc>(v[j], D);
     if (!finite) {
       add_visible_values(keys, D, b.weights + begin * num_rows + head * rows, num_rows, rows,
@@ -397,13 +400,13 @@ void run_split(const HypeAttentionDecodeParams& p, const Task& task, const Round
   });
 }
 
-// (3) for one row of a sequence, whose partial results are those of tasks [first, last).
+// (3) for one row of a sequence, whose partial results come from tasks [first, last).
 template <class Element, class Acc>
 void combine(const HypeAttentionDecodeParams& p, int64_t b, int64_t token, int64_t head, int64_t row,
-             int64_t num_rows, const ThreadBlocks<Acc>& partials, int64_t first, int64_t last, Acc* room) {
+             int64_t num_rows, const ThreadBlocks<Acc>& partials, int64_t first, int64_t last, Acc* buffer) {
   const int64_t D = p.D, D_padded = padded<Acc>(D);
   const auto split = [&](int64_t i) { return Partial<Acc>(Arena<Acc>(partials.thread(i)), num_rows, D); };
-  Acc *o = room, *gate_row = room + D;
+  Acc *o = buffer, *gate_row = buffer + D;
   Acc max = split(first).max[row], total = 0;
   for (int64_t i = first + 1; i < last; ++i) max = std::max(max, split(i).max[row]);
   std::fill_n(o, D, Acc(0));

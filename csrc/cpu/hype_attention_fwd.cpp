@@ -7,24 +7,23 @@
 //
 // Shapes: params.h, HypeAttentionFwdParams.
 //
-// Mapping: a task is (sequence, key head, up to kTileHeads query heads of its group, block of
-// queries), cut into tiles. It walks over the key blocks in rising order, and each is read by all its tiles.
-// Tasks share nothing, so that any number of threads gives the same bits.
+// Mapping: a task is (sequence, key head, up to kTileHeads query heads of its group, block of queries). It is
+// cut into tiles, which share the key blocks that the task iterates over in ascending order. Tasks are
+// independent, so the result is bitwise the same for any number of threads.
 //
-// Products, for the lanes c of a tile and the keys i of a block: X^T[i, c] = K[i, :] Q^T[:, c], then
-// O^T[:, c] += V^T[:, i] P^T[i, c]. Keys and values are read as they are, or, as pairs of keys, packed once
-// per block; queries and outputs are transposed once per task.
+// Products, for the lanes c of a tile and the keys i of a block: X^T[i, c] = K[i, :] Q^T[:, c], then O^T[:,
+// c] += V^T[:, i] P^T[i, c]. Keys and values are copied once per block; queries and outputs are transposed
+// once per task.
 //
-// Numerics: logits, maxima, sums and outputs are in the accumulation type, and q . k is scaled there. Where
-// products are of pairs of bfloat16 (pairs.h), weights are rounded to it for the product with V, not in their
-// sum. Every exponent taken is <= 0 but for rounding: every query sees the first key of the first block, so
-// its maximum is finite from there on. Keys after a query's position enter neither maximum nor sum and weigh
-// zero; where a value among them is not finite, masked_product.h keeps it from the queries before it.
+// Numerics: logits, maxima, sums and outputs are in the accumulation type, and q . k is scaled there. In
+// products of bfloat16 pairs (pairs.h), the weights are rounded to bfloat16 for the product with V, but not
+// in their sum. Every exponent is <= 0 up to rounding: every query sees the first key of the first block, so
+// its maximum is finite from there on. Keys after a query's position enter neither maximum nor sum and have
+// weight zero; if a value among them is not finite, masked_product.h keeps it away from the earlier queries.
 //
 // Cost: 4 D FLOPs per visible (query, key) pair; compute bound. Memory: a few blocks per thread.
-#include <omp.h>
-
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "gemm.h"
@@ -37,7 +36,7 @@ namespace hypenet::cpu {
 using namespace attention;
 namespace {
 
-// Queries per task: more of them share a block of keys, fewer make more tasks. No bit depends on it.
+// Queries per task: more share a block of keys, fewer give more tasks. The result does not depend on it.
 constexpr int64_t kMinQueryBlock = 64, kMaxQueryBlock = 128, kTasksPerThread = 4;
 
 // Queries [begin, end) of sequence n for some heads of a key head's group.
@@ -45,7 +44,7 @@ struct Task {
   int64_t n, key_head, head, num_heads, begin, end;
 };
 
-// Longest first, so that the last ones to finish are short.
+// Lists the tasks, the longest first, so that the last ones to finish are short.
 std::vector<Task> list_tasks(const HypeAttentionFwdParams& p, int64_t query_block) {
   const int64_t group = p.H / p.HK;
   std::vector<Task> tasks;
@@ -65,8 +64,8 @@ std::vector<Task> list_tasks(const HypeAttentionFwdParams& p, int64_t query_bloc
   return tasks;
 }
 
-// What a tile holds: the queries, what scales their logits, and the sums over keys so far with their maxima
-// and weights.
+// The state of a tile: its queries, the scale of their logits, and the running output, maximum and sum of the
+// online softmax.
 template <class Factor, class Acc>
 struct TileBlocks {
   Factor* q;                   // [packed(D), kTileLanes]
@@ -80,7 +79,8 @@ struct TileBlocks {
         sum(arena.take(kTileLanes)) {}
 };
 
-// What the tiles of a thread share: a block of keys, one of values, the logits of a tile, and rows of a tile.
+// The buffers shared by the tiles of a thread: a block of keys and of values, the logits and the rows of one
+// tile.
 template <class Factor, class Acc>
 struct Blocks {
   Factor *k, *v, *q_rows;  // [kKeyBlock, packed(D)], [packed(kKeyBlock), D], [kTileLanes, packed(D)]
@@ -111,9 +111,9 @@ void load_queries(const HypeAttentionFwdParams& p, const Sequence& s, const Tile
   std::fill_n(out.sum, padded, Acc(0));
 }
 
-// Turns the logits [keys, lanes] of kVecs vectors of lanes, in place, into the weights exp(scale x - max) as
-// factors [packed(keys), lanes], and carries max, sum and o over from the key blocks before. A lane sees the
-// first `visible` keys; all of them where !kMasked.
+// Replaces the logits [keys, lanes] of kVecs vectors of lanes by the weights exp(scale x - max), as factors
+// [packed(keys), lanes], and rescales max, sum and o of the previous key blocks. A lane sees the first
+// `visible` keys, or all of them without kMasked.
 template <int kVecs, bool kMasked, class Factor, class Acc>
 void online_softmax(int64_t keys, int64_t D, const Acc* visible, const Acc* scale, Acc* logits, Acc* max,
                     Acc* sum, Acc* o) {
@@ -166,7 +166,8 @@ void online_softmax(int64_t keys, int64_t D, const Acc* visible, const Acc* scal
   }
 }
 
-// One block of keys and values for a tile, whose first token sees `first_visible` keys of it.
+// Adds one block of keys and values to a tile whose first token sees the first `first_visible` keys of the
+// block.
 template <class Factor, class Acc>
 void add_keys(const Tile& tile, int64_t keys, int64_t first_visible, int64_t D, const Blocks<Factor, Acc>& b,
               const TileBlocks<Factor, Acc>& t) {
@@ -205,8 +206,7 @@ void add_keys(const Tile& tile, int64_t keys, int64_t first_visible, int64_t D, 
   });
 }
 
-// Writes o, gated where there is a gate, and what the backward reads: the output before the gate and the
-// logarithm of the sums.
+// Writes o (gated, if there is a gate) and the tensors saved for backward: the ungated output and lse.
 template <class Element, class Factor, class Acc>
 void store_output(const HypeAttentionFwdParams& p, const Sequence& s, const Tile& tile,
                   const Blocks<Factor, Acc>& b, const TileBlocks<Factor, Acc>& t) {

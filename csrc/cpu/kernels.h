@@ -1,4 +1,5 @@
-// The CPU kernels. Each runs to the end on params.num_threads threads; results do not depend on their number.
+// The CPU kernels. Each returns when it is done, on params.num_threads threads; results do not depend on
+// their number.
 #pragma once
 
 #include "../params.h"

@@ -1,5 +1,6 @@
-// Products of attention's weights with rows of which some are masked: their weight is zero, yet zero times NaN or
-// infinity is NaN. So rows that are not finite are left out of the product, and added where they are seen.
+// Products of attention weights with rows that the causal mask hides from some of them. A masked weight is
+// zero, but zero times NaN or infinity is NaN. So rows with such elements are left out of the matrix product
+// and added only where they are visible.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +15,7 @@ namespace hypenet::cpu::attention {
 template <class Acc, class Element>
 bool all_finite(const Element* x, int64_t n) {
   constexpr int64_t L = kLanes<Acc>, kChains = 4;
-  vec<Acc> zero[kChains] = {};  // or NaN
+  vec<Acc> zero[kChains] = {};  // NaN once an element is not finite
   int64_t i = 0;
   for (; i + kChains * L <= n; i += kChains * L) {
 #pragma GCC unroll 4
@@ -38,8 +39,9 @@ packed_t<Factor> element(const Factor* x, int64_t ld, int64_t row, int64_t colum
   return element(const_cast<Factor*>(x), ld, row, column);
 }
 
-// product(x), x [packed(rows), D] being the factors of a sum over rows, for finite rows. For each of the others
-// add_row(r) has to add the products with what sees it. `copy` has x's size.
+// Calls product(x) for the factors x [packed(rows), D] of a sum over rows if all of them are finite.
+// Otherwise calls it for a copy in which the rows that are not are zero, and add_row(r) for each of these,
+// which must add its products with the weights that are not masked. `copy` is a buffer of x's size.
 template <class Acc, class Factor, class Product, class AddRow>
 void product_of_visible(int64_t rows, int64_t D, const Factor* x, Factor* copy, Product&& product,
                         AddRow&& add_row) {

@@ -1,6 +1,6 @@
-// What matrix products multiply: elements in the accumulation type or, where the instruction set has products
-// of bfloat16, pairs of them. A product takes two pairs and adds first * first + second * second to a float;
-// so a matrix of factors is half as long along the dimension that is summed over.
+// The operands of matrix products ("factors"): elements in the accumulation type or, with AVX512-BF16, pairs
+// of bfloat16. Its instruction multiplies two pairs and adds first * first + second * second to a float, so a
+// matrix of pairs is half as long in the dimension that is summed over.
 #pragma once
 
 #include <bit>
@@ -31,7 +31,7 @@ using factor_t = std::conditional_t<std::is_same_v<Element, bfloat16>, BFloat16P
 template <class Factor>
 inline constexpr int64_t kPacked = std::is_same_v<Factor, BFloat16Pair> ? 2 : 1;
 template <class Factor>
-using packed_t = std::conditional_t<kPacked<Factor> == 2, bfloat16, Factor>;  // what a factor is made of
+using packed_t = std::conditional_t<kPacked<Factor> == 2, bfloat16, Factor>;  // the element type of a factor
 
 #else
 
@@ -44,13 +44,13 @@ using packed_t = Factor;
 
 #endif
 
-// Factors that hold n elements.
+// The number of factors that hold n elements.
 template <class Factor>
 constexpr int64_t packed(int64_t n) {
   return (n + kPacked<Factor> - 1) / kPacked<Factor>;
 }
 
-// sum + a b, lane by lane. Products of bfloat16 take subnormal numbers for zero.
+// sum + a b, lane by lane. Products of bfloat16 treat subnormal numbers as zero.
 template <class Factor, class Acc>
 HYPENET_INLINE vec<Acc> multiply_add(vec<Factor> a, vec<Factor> b, vec<Acc> sum) {
   if constexpr (kPacked<Factor> == 1) {
@@ -62,7 +62,7 @@ HYPENET_INLINE vec<Acc> multiply_add(vec<Factor> a, vec<Factor> b, vec<Acc> sum)
   }
 }
 
-// The factors of kPacked vectors of sums, which lie one step apart along the dimension that is summed over.
+// Packs kPacked vectors, consecutive rows in the dimension that is summed over, into one vector of factors.
 template <class Factor, class Acc>
 HYPENET_INLINE vec<Factor> pack(const vec<Acc> (&x)[kPacked<Factor>]) {
   if constexpr (kPacked<Factor> == 1) {
@@ -77,7 +77,7 @@ HYPENET_INLINE vec<Factor> pack(const vec<Acc> (&x)[kPacked<Factor>]) {
   }
 }
 
-// A vector of sums as factors, neighbours packed together.
+// Stores a vector as factors, adjacent lanes packed together.
 template <class Factor, class Acc>
 HYPENET_INLINE void store_packed(Factor* y, vec<Acc> x) {
   if constexpr (kPacked<Factor> == 1) {
@@ -90,11 +90,11 @@ HYPENET_INLINE void store_packed(Factor* y, vec<Acc> x) {
   }
 }
 
-// Rows of sums, `columns` wide in whole vectors, as factors [packed(rows), columns] of a product that sums
-// over rows: x itself, or in `room`. Both have the leading dimension ld.
+// Returns x [rows, columns], whole vectors wide, as factors [packed(rows), columns] of a product that sums
+// over rows: x itself, or a copy in `buffer`. Both have the leading dimension ld.
 template <class Factor, class Acc>
 const Factor* as_factors(int64_t rows, int64_t columns, const Acc* x, int64_t ld,
-                         [[maybe_unused]] Factor* room) {
+                         [[maybe_unused]] Factor* buffer) {
   if constexpr (kPacked<Factor> == 1) {
     return x;
   } else {
@@ -102,14 +102,15 @@ const Factor* as_factors(int64_t rows, int64_t columns, const Acc* x, int64_t ld
       for (int64_t j = 0; j < columns; j += kLanes<Acc>) {
         const vec<Acc> both[2] = {load(x + i * ld + j),
                                   i + 1 < rows ? load(x + (i + 1) * ld + j) : vec<Acc>{}};
-        store(room + i / 2 * ld + j, pack<Factor, Acc>(both));
+        store(buffer + i / 2 * ld + j, pack<Factor, Acc>(both));
       }
     }
-    return room;
+    return buffer;
   }
 }
 
-// y [packed(n)]: the n elements of x, neighbours packed together; a last one alone is followed by zero.
+// y [packed(n)]: the n elements of x, adjacent ones packed together; an odd one at the end is paired with
+// zero.
 template <class Element, class Factor>
 void pack_row(const Element* x, int64_t n, Factor* y) {
   if constexpr (kPacked<Factor> == 1) {
@@ -120,7 +121,7 @@ void pack_row(const Element* x, int64_t n, Factor* y) {
   }
 }
 
-// y [n]: elements of kPacked rows, each column packed together; `next` is null where there is no second row.
+// y [n]: kPacked rows, column by column; `next` is null if there is no second row, which then is zero.
 template <class Element, class Factor>
 void pack_columns(const Element* x, [[maybe_unused]] const Element* next, int64_t n, Factor* y) {
   if constexpr (kPacked<Factor> == 1) {

@@ -1,5 +1,6 @@
-// Vectors as wide as the instruction set that this file is compiled for, in the compilers' vector extension,
-// and what the kernels need beyond + and *: partial loads, exp, sums, a transpose.
+// SIMD vectors of the width of the instruction set that the file is compiled for (GCC's vector extension),
+// with the operations that the kernels need beyond + and *: partial loads and stores, exp, horizontal sums,
+// transposes.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +28,7 @@ struct Vector<float> {
   typedef float type __attribute__((vector_size(kVectorBytes)));
   typedef uint32_t bits __attribute__((vector_size(kVectorBytes)));
   static constexpr int kMantissa = 23;
-  static constexpr int kExpDegree = 7;             // first Taylor term left out: (ln2 / 2)^8 / 8! < 2^-27
+  static constexpr int kExpDegree = 7;             // first omitted Taylor term: (ln2 / 2)^8 / 8! < 2^-27
   static constexpr float kExpLowest = -87.3f;      // below, the result is not a normal number and becomes 0
   static constexpr float kRound = 12582912.0f;     // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float kLn2High = 0.693359375f;  // short enough that n * kLn2High is exact
@@ -50,10 +51,10 @@ using vec = typename Vector<T>::type;
 template <class T>
 inline constexpr int kLanes = kVectorBytes / sizeof(T);
 
-// Where inlining is part of the meaning: compilers drop calls to functions that do nothing but prefetch.
+// For functions that must be inlined: compilers drop calls to a function that only prefetches.
 #define HYPENET_INLINE inline __attribute__((always_inline))
 
-// Asks for the n elements at x, on their way into the second cache.
+// Prefetches n elements at x into L2.
 template <bool kWrite, class Element>
 HYPENET_INLINE void prefetch_row(const Element* x, int64_t n) {
   constexpr int64_t kLine = 64 / sizeof(Element);
@@ -77,7 +78,7 @@ inline vec<T> broadcast(T x) {
   return x - vec<T>{};  // x + 0 would be an addition: it is not x for -0
 }
 
-// The first n lanes, 0 < n < kLanes<T>; memory behind them is not touched, the other lanes read as zero.
+// Loads the first n lanes, 0 < n < kLanes<T>, and zeros the others; does not touch the memory past them.
 template <class T>
 inline vec<T> load_partial(const T* p, int n) {
 #if defined(__AVX512F__)
@@ -100,7 +101,7 @@ inline void store_partial(T* p, vec<T> v, int n) {
 #endif
 }
 
-// A vector, or as many lanes of it as are left: the others read as zero and are not written.
+// A whole vector, or the lanes that remain at the end of a row: the others read as zero and are not written.
 template <class T>
 struct Lanes {
   int count;
@@ -122,7 +123,7 @@ inline T sum(vec<T> v) {
   return lanes[0];
 }
 
-// e^x for x <= 88 (float) or 709 (double); 0 where it would not be a normal number, NaN stays NaN.
+// e^x for x <= 88 (float) or 709 (double); 0 where the result would not be a normal number; NaN for NaN.
 // x = n ln2 + r with |r| <= ln2 / 2, a Taylor series for e^r, and n added to the exponent bits.
 template <class T>
 inline vec<T> exp(vec<T> x) {
@@ -154,13 +155,13 @@ inline void exp_in_place(T* x, int64_t n) {
   if (i < n) store_partial(x + i, exp<T>(load_partial(x + i, int(n - i))), int(n - i));
 }
 
-// One value, by the same arithmetic as the vectors.
+// exp of one value, with the same arithmetic as the vector form.
 template <class T>
 inline T exp_scalar(T x) {
   return exp<T>(broadcast(x))[0];
 }
 
-// The quads at p, p + step, p + 2 step, ... side by side in one vector, as floats whatever they are.
+// Concatenates the quads at p, p + step, p + 2 step, ... in one vector, with their bits taken as floats.
 template <int kQuads, class T>
 inline auto gather_quads(const T* p, int64_t step) {
   static_assert(sizeof(T) == sizeof(float));
@@ -178,7 +179,7 @@ inline auto gather_quads(const T* p, int64_t step) {
   }
 }
 
-// In every quad of lanes: element `first` of a, of b, element first + 1 of a, of b.
+// For every quad of lanes: a[first], b[first], a[first + 1], b[first + 1].
 template <int first, class Wide>
 inline Wide interleave_quads(Wide a, Wide b) {
   constexpr int kWide = sizeof(Wide) / sizeof(a[0]);
@@ -187,7 +188,7 @@ inline Wide interleave_quads(Wide a, Wide b) {
   }(std::make_integer_sequence<int, kWide>());
 }
 
-// In every quad of lanes: elements first, first + 1 of a, then of b.
+// For every quad of lanes: a[first], a[first + 1], b[first], b[first + 1].
 template <int first, class Wide>
 inline Wide join_quads(Wide a, Wide b) {
   constexpr int kWide = sizeof(Wide) / sizeof(a[0]);
@@ -196,7 +197,7 @@ inline Wide join_quads(Wide a, Wide b) {
   }(std::make_integer_sequence<int, kWide>());
 }
 
-// Four columns of kLanes<float> rows become four vectors.
+// Transposes four columns of kLanes<float> rows into four vectors.
 template <class T>
 inline void transpose_four_columns(const T* src, int64_t src_ld, T* dst, int64_t dst_ld) {
   constexpr int kQuads = kLanes<float> / 4;

@@ -1,4 +1,4 @@
-// Scratch memory taken before the threads start, and a loop over independent tasks.
+// Scratch memory that is allocated before the threads start, and loops over independent tasks.
 #pragma once
 
 #include <omp.h>
@@ -9,8 +9,8 @@
 
 namespace hypenet::cpu {
 
-// Hands out pieces of one block. Without a block it only counts, so that the same code that lays tiles out
-// also says how much they need.
+// Hands out parts of one block of memory, aligned to cache lines. Without a block it only counts, so that the
+// code that lays buffers out also computes their total size.
 template <class T>
 class Arena {
  public:
@@ -30,8 +30,8 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// One block per thread, on cache lines of their own. Throws std::bad_alloc, so make it outside of the
-// threads.
+// One block per thread, on separate cache lines. Construct it before the threads start: it throws
+// std::bad_alloc.
 template <class T>
 class ThreadBlocks {
  public:
@@ -48,7 +48,7 @@ class ThreadBlocks {
   T* block_;
 };
 
-// How many threads are worth starting: starting one costs about as much as this many multiply-adds.
+// The number of threads worth starting: starting one costs about kWorth multiply-adds.
 inline int64_t useful_threads(int64_t num_threads, int64_t tasks, double multiply_adds) {
   constexpr double kWorth = 1e5;
   return std::max<int64_t>(1, std::min({num_threads, tasks, int64_t(std::min(multiply_adds / kWorth, 1e6))}));
@@ -69,8 +69,8 @@ void for_each_task(int64_t tasks, int64_t threads, const Run& run) {
   }
 }
 
-// The same for tasks of equal work: each thread has the same ones in every call, and finds in its cache what
-// it left there.
+// The same for tasks of equal cost, with a static schedule: in every call a thread gets the same tasks, whose
+// data may still be in its cache.
 template <class Run>
 void for_each_equal_task(int64_t tasks, int64_t threads, const Run& run) {
   if (threads <= 1) return for_each_task(tasks, threads, run);

@@ -4,14 +4,12 @@
 //
 // Math: a segment turns the state S before it into M S + N, where neither M [K, K] nor N [K, V] depends on S.
 //   (1) every segment but a sequence's last, alone: N by the recurrence of gated_delta_scan.cu from S = 0,
-//   and
-//       M by the same recurrence on other columns, from S = I with V = 0. The first segment starts from the
+//       and M by the same recurrence on other columns, from S = I with V = 0. The first segment starts from the
 //       initial state instead, and needs no M. Simple GLA: M = product of gamma_last, a number.
 //   (2) one segment after the other: S_{i+1} = M_i S_i + N_i, where (1) left N_i in the place of S_{i+1}; S_0
 //   is copied from the initial state
 // In the backward the gradients of the states after the segments go from the last to the first:
-//   (2') dS_{i-1} = M_i^T dS_i + dN_i, where dN_i, the segment alone from dS = 0, lies in the place of
-//   dS_{i-1}
+//   (2') dS_{i-1} = M_i^T dS_i + dN_i, where dN_i, the segment alone from dS = 0, is in the place of dS_{i-1}
 //
 // Shapes: GatedDeltaFwdParams, GatedDeltaBwdParams (params.h): segment_states, transfers. How many chunks a
 // segment has comes from the caller, so that results depend on that number but on no device.

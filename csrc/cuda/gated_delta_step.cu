@@ -19,8 +19,7 @@
 // tile is one 128-byte line. There are as many threads as rows (64, 128 or 256), and thread i brings in
 // element i of q and k, the first warp v, the last thread the gates. All warps do the same.
 //   warp 0 .. kWarps - 1   its rows; waits for the token at the barrier of step (2), for the sums of the
-//   other
-//                          warps at that of step (3)
+//                          other warps at that of step (3)
 //
 // Shared memory, K = 128: tokens [2] of q, k [K], v [kColumns], gamma, beta, 2.3 KB, in turn; sums
 // [kWarps][kLanes] of 12 floats, 1.5 KB. Registers hold the state for all T tokens.

@@ -1,8 +1,8 @@
 // HyPE attention, decode: a few query tokens of each sequence against its cache of keys and values.
 //
 // Math: hype_attention_fwd.cu for the last T positions of a sequence of L keys after the append:
-//   query t stands at position p = L - T + t and sees keys 0 ... p;  L = cache_seqlens + T, or cache_seqlens
-//   without k.
+//   query t stands at position p = L - T + t and sees keys 0 ... p;
+//   L = cache_seqlens + T, or cache_seqlens without k.
 // A segment of keys leaves per query row its maximum m, l = sum 2^(x_i - m) and sum 2^(x_i - m) v_i; the
 // segments of a row are then added with weights 2^(m - max m), in rising order.
 //
@@ -20,10 +20,9 @@
 // another; the unit that covers them with row block 0 writes them to the cache, where no unit reads them.
 //
 // Shared memory, per block of (1), D = 128 (64; 256):
-//   q      [kRows, D]                       4 KB (2; 8)    the queries, of one unit
+//   q      [kRows, D]                       4 KB (2; 8)      the queries, of one unit
 //   ring   [kWarps][kStages][2][kKeys, D]   96 KB (48; 128)  keys and values on their way; at the end of a
-//   unit the
-//                                           sums of each warp, [kRows, D + 8] floats
+//                                           unit the sums of each warp, [kRows, D + 8] floats
 // Blocks per processor: 2 (4; 1) with 227 KB, 1 (3; 1) with 163 KB.
 //
 // Pipeline: a warp has kStages steps of kKeys keys in its ring and waits for nobody until the merge. While it

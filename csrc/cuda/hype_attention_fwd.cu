@@ -16,7 +16,7 @@
 // Shared memory:
 //   q      [kQueries, D]         the queries; at last each warp's rows of the output
 //   ring   [kStages][kKeys, D]   a stream of pieces: keys, then values of tile 0, of tile 1, ...; then the
-//   gate
+//                                gate
 // 40, 80 and 160 KB at D = 64, 128 and 256: two blocks per processor, which is what registers allow; one at
 // 256.
 //

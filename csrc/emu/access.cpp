@@ -1,5 +1,5 @@
-// Every load and store of a kernel comes by here: those that the compiler reports because the kernels are
-// compiled with -fsanitize=thread (its calls are answered here, not by libtsan), and those of arch.h.
+// Checks every load and store of a kernel: those reported by the compiler, because kernels are compiled with
+// -fsanitize=thread (its callbacks are implemented here, not by libtsan), and those of arch.h.
 #include <link.h>
 
 #include <algorithm>
@@ -77,7 +77,7 @@ void check_global(const void* pointer, size_t bytes, Access access) {
   judge(finding, pointer, bytes, access, reinterpret_cast<const void*>(range->begin));
 }
 
-// The loaded segments of this module: kernels may read their constants.
+// The loaded segments of this module; kernels may read their constants.
 std::vector<std::pair<uintptr_t, uintptr_t>> own_segments() {
   std::vector<std::pair<uintptr_t, uintptr_t>> segments;
   auto visit = [](dl_phdr_info* info, size_t, void* data) {
@@ -190,7 +190,7 @@ void wait_copies(int pending) {
 
 }  // namespace hypenet::emu
 
-// ---- what -fsanitize=thread calls
+// ---- callbacks of -fsanitize=thread
 
 using hypenet::emu::Access;
 using hypenet::emu::stack_bottom;
@@ -203,7 +203,7 @@ inline void seen_by_compiler(const void* address, size_t bytes, Access access) {
   hypenet::emu::check(address, bytes, access);
 }
 
-// Of a type that is aligned to its size.
+// Accesses to a type that is aligned to its size.
 template <size_t kBytes>
 inline void seen_by_compiler(const void* address, Access access) {
   if (reinterpret_cast<uintptr_t>(address) - stack_bottom < Stacks::kBytes) return;
@@ -231,7 +231,7 @@ HYPENET_ACCESSES(8)
 HYPENET_ACCESSES(16)
 #undef HYPENET_ACCESSES
 
-// Calls that kernels make, by the names that arch.h gives them.
+// Memory functions that kernels call, under the names that arch.h gives them.
 void* hypenet_emu_memcpy(void* to, const void* from, size_t bytes) {
   if (bytes == 0) return to;
   seen_by_compiler(from, bytes, Access::kRead);
@@ -249,7 +249,7 @@ void* hypenet_emu_memset(void* to, int value, size_t bytes) {
   seen_by_compiler(to, bytes, Access::kWrite);
   return std::memset(to, value, bytes);
 }
-// The same by clang's names.
+// The same under clang's names.
 void* __tsan_memcpy(void* to, const void* from, size_t bytes) { return hypenet_emu_memcpy(to, from, bytes); }
 void* __tsan_memmove(void* to, const void* from, size_t bytes) {
   return hypenet_emu_memmove(to, from, bytes);
@@ -258,7 +258,7 @@ void* __tsan_memset(void* to, int value, size_t bytes) { return hypenet_emu_mems
 
 void __tsan_read_range(void* p, size_t bytes) { seen_by_compiler(p, bytes, Access::kRead); }
 void __tsan_write_range(void* p, size_t bytes) { seen_by_compiler(p, bytes, Access::kWrite); }
-// Of the guard of a static variable in a function, which host code may have.
+// The guard of a function's static variable, which host code may have.
 uint8_t __tsan_atomic8_load(const volatile uint8_t* p, int) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}

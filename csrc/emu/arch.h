@@ -1,9 +1,9 @@
-// cuda/arch on the host: the same functions, played by the emulated machine. What each means stands there.
+// cuda/arch on the host: the same functions, executed by the emulated machine. They are documented there.
 #pragma once
 
 #include <cstddef>
 
-// Copies that are calls are checked like other accesses (access.cpp).
+// Copies made by calls are checked like other accesses (access.cpp).
 extern "C" {
 void* memcpy(void*, const void*, size_t) noexcept __asm__("hypenet_emu_memcpy");
 void* memmove(void*, const void*, size_t) noexcept __asm__("hypenet_emu_memmove");

@@ -1,4 +1,4 @@
-// The switch between fibers, in the assembly of each processor.
+// The switch between fibers, in the assembly of each CPU architecture.
 #include "fiber.h"
 
 #if defined(__x86_64__)

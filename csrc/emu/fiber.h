@@ -1,5 +1,5 @@
-// Fibers: stacks, and the switch from one to another. A switch saves what the calling convention asks a
-// callee to keep; ucontext would save the signal mask too, at the price of two system calls.
+// Fibers: stacks and the switch between them. A switch saves the callee-saved registers; ucontext would also
+// save the signal mask, at the cost of two system calls.
 #pragma once
 
 #include <sys/mman.h>
@@ -9,22 +9,22 @@
 #include <cstdint>
 #include <new>
 
-// Saves the running fiber's registers on its stack, leaves the stack's top in *from, and continues at `to`.
+// Saves the running fiber's registers on its stack, stores the stack pointer in *from, and switches to `to`.
 extern "C" void hypenet_emu_switch(void** from, void* to);
-// Where a new fiber begins: calls the function that hypenet::emu::Stacks::prepare laid down.
+// The entry of a new fiber: calls the function that hypenet::emu::Stacks::prepare stored on its stack.
 extern "C" void hypenet_emu_start();
 
 namespace hypenet::emu {
 
-// Equal stacks in one mapping, each below a page that nobody may touch. Pages are committed as they are used
-// and are kept: the next block finds them warm.
+// Stacks of equal size in one mapping, separated by guard pages. Pages are committed on first use and kept
+// for the next block.
 class Stacks {
  public:
   static constexpr size_t kBytes = 256 * 1024;  // of one stack, with its guard page
 
   ~Stacks() { release(); }
 
-  // At least `count` stacks; invalidates the earlier ones.
+  // Makes at least `count` stacks; invalidates the earlier ones.
   void reserve(int count) {
     if (count <= count_) return;
     release();
@@ -39,9 +39,9 @@ class Stacks {
 
   std::byte* bottom(int i) const { return base_ + i * kBytes; }
 
-  // What to switch to, for a fiber on stack i that calls `entry`, which must not return.
+  // Returns the stack pointer to switch to for a fiber on stack i that calls `entry`, which must not return.
   void* prepare(int i, void (*entry)()) const {
-    // The stacks begin at different lines of the cache, else all threads of a block fight for a few sets.
+    // Stacks start at different cache lines; otherwise all threads of a block compete for a few cache sets.
     auto* top = reinterpret_cast<uintptr_t*>(bottom(i) + kBytes - i % 16 * 256);
 #if defined(__x86_64__)
     constexpr int kSaved = 6;  // rbp, rbx, r12 to r15

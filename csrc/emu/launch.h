@@ -1,4 +1,4 @@
-// cuda/launch.cuh on the host: the same functions, played by the emulated machine.
+// cuda/launch.cuh on the host: the same functions, executed by the emulated machine.
 #pragma once
 
 #include <cstddef>
@@ -19,7 +19,7 @@ inline Status max_shared_bytes(int& bytes) {
   return nullptr;
 }
 
-// Hands a thread its copy of the parameters. They lie with the host, which a kernel cannot read: unchecked.
+// Gives a thread its copy of the parameters. They are in host memory, which is not checked.
 template <class Params>
 [[gnu::noinline]] __attribute__((no_sanitize("thread"))) void call_kernel(const void* kernel,
                                                                           const void* params) {

@@ -1,5 +1,5 @@
 // Threads, barriers, launches. A block's threads are fibers of one host thread; blocks run one after another.
-// Which warp continues, which lane of it, and the order of the blocks are random under the seed.
+// The order of blocks, and which warp and lane runs next, are random (seeded).
 #include "machine.h"
 
 #include <dlfcn.h>
@@ -33,7 +33,7 @@ void leave_to_host(void** from) {
   hypenet_emu_switch(from, machine.host);
 }
 
-// The next thread to run; null if none can.
+// Returns the next thread to run; null if none can.
 Thread* pick() {
   Machine& m = machine;
   if (m.warp->runnable == 0 || draw(kStayOneIn) == 0) {
@@ -92,7 +92,7 @@ std::string list_threads() {
   return list;
 }
 
-// Lets another thread run, until this one can go on.
+// Runs other threads until this one can continue.
 void wait() {
   Thread& self = *machine.current;
   Thread* next = pick();
@@ -185,7 +185,7 @@ void run_thread() {
   exit_thread();
 }
 
-// Moves the clock on; a clock that nears its end starts anew, and all accesses are forgotten.
+// Advances the clock. Before it overflows it is reset, and all recorded accesses are discarded.
 void start_clock(Time& clock) {
   Machine& m = machine;
   if (++clock > kLastTime / 2) {
@@ -226,14 +226,14 @@ void run_block(int64_t block) {
   resume(&m.host, *pick());
 }
 
-// Where in this module's file a piece of its code lies, for addr2line.
+// The offset in this module's file of a code address, for addr2line.
 uintptr_t file_offset(const void* code) {
   Dl_info info;
   dladdr(code, &info);
   return reinterpret_cast<uintptr_t>(code) - reinterpret_cast<uintptr_t>(info.dli_fbase);
 }
 
-// The calls that the running thread is in, innermost first, up to the kernel.
+// The call stack of the running thread, innermost first, up to the kernel.
 std::vector<uintptr_t> call_chain() {
   constexpr int kOutside = 3;  // call_kernel, run_thread, hypenet_emu_start
   void* frames[64];

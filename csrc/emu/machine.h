@@ -1,8 +1,8 @@
-// What the emulated machine offers to arch.h and launch.h: threads that are fibers, collectives, barriers,
-// checked accesses, launches. Kernels do not call it themselves.
+// The emulated machine's interface for arch.h and launch.h: threads as fibers, collectives, barriers, checked
+// accesses, launches. Kernels do not call it directly.
 //
-// A check that fails ends the launch: the block's fibers are dropped, and `run` returns what happened and
-// where.
+// A failed check ends the launch: the block's fibers are dropped, and `run` returns a message that says what
+// happened and where.
 #pragma once
 
 #include <cstddef>
@@ -21,7 +21,7 @@ constexpr int kMaxThreads = 1024;
 [[gnu::const]] int thread_idx();
 [[gnu::const]] unsigned block_idx();
 
-// The block's shared memory, if the launch asked for `bytes` of it.
+// The block's shared memory, if the launch requested `bytes` of it.
 void* shared_memory(size_t bytes, size_t alignment);
 uint32_t shared_offset(const void* address);
 
@@ -33,7 +33,7 @@ void sync_group(int barrier, int num_threads);
 
 // ---- collectives of a warp
 
-// Every lane's `value` is replaced by that of lane `source`; `what` names the collective.
+// Replaces every lane's `value` by that of lane `source`; `what` names the collective.
 void shuffle(const char* what, void* value, size_t bytes, int source);
 void ldmatrix_x4(uint32_t (&r)[4], const void* row, bool transposed);
 

@@ -6,7 +6,7 @@
 namespace hypenet::emu {
 namespace {
 
-// Addresses of a tensor's first byte and past its last one.
+// The addresses of a tensor's first byte and of the byte past its last one.
 std::pair<uintptr_t, uintptr_t> span(const Tensor& x) {
   int64_t first = 0, last = 0;
   for (size_t i = 0; i < x.shape.size(); ++i) {

@@ -1,10 +1,10 @@
-// What the machine knows of every byte that kernels may touch: who wrote it when, who read it when, who still
-// writes it, and to which tensor it belongs.
+// The machine's records of every byte that kernels may access: who wrote it when, who read it when, which
+// asynchronous copy is still writing it, and to which tensor it belongs.
 //
-// Time. The machine's clock moves at every synchronisation. Only whole warps synchronise, so a warp has one
-// `now`, the time of its last one, and `seen[u]`: everything that warp u did up to then lies before. An
-// access by warp u at time e comes before one by warp w iff e <= w.seen[u]; for u = w, iff e < w.now or the
-// lane is the same.
+// Time. The clock advances at every synchronisation. Only whole warps synchronise, so a warp has one `now`,
+// the time of its last synchronisation, and `seen[u]`, the time up to which everything that warp u did
+// happened before. An access by warp u at time e happened before one by warp w iff e <= w.seen[u]; for u = w,
+// iff e < w.now or the lane is the same.
 #pragma once
 
 #include <cstddef>
@@ -17,7 +17,7 @@
 namespace hypenet::emu {
 
 constexpr int kMaxWarps = 32;
-// Bytes that share one record. Accesses to single bytes are not checked for races.
+// Bytes per record. Accesses to single bytes are not checked for races.
 constexpr size_t kGranule = 2;
 
 using Time = uint32_t;
@@ -47,7 +47,7 @@ struct Finding {
 };
 constexpr int kManyLanes = 32;
 
-// Zeroed memory, committed when touched.
+// Zeroed memory, committed on first use.
 template <class T>
 class Zeroed {
  public:
@@ -80,7 +80,7 @@ class Shadow {
 
   // Records an access to `bytes` at `offset`; returns the first problem, if any.
   Finding read(size_t offset, size_t bytes, const Accessor& by, bool must_be_written);
-  // `pending`: an asynchronous copy starts to write. `lands`: it ends.
+  // `pending`: an asynchronous copy starts to write. `lands`: it has completed.
   Finding write(size_t offset, size_t bytes, const Accessor& by, bool pending, bool lands);
 
  private:
@@ -102,7 +102,7 @@ class Shadow {
   Zeroed<Time> earlier_reads_;       // by blocks before it
 };
 
-// A tensor that a kernel may touch, element by element.
+// A tensor that a kernel may access.
 struct Tensor {
   std::string name;
   uintptr_t address;

@@ -1,4 +1,4 @@
-// What a module of emulated kernels offers besides them: the machine's settings and records.
+// The bindings of the machine's settings and records in a module of emulated kernels.
 #pragma once
 
 #include <pybind11/pybind11.h>

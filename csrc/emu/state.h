@@ -1,4 +1,4 @@
-// The emulated machine's state, for the files that play it.
+// The emulated machine's state, for the files that implement it.
 #pragma once
 
 #include <array>
@@ -33,7 +33,7 @@ struct Thread {
   std::vector<AsyncCopy> copies;  // that have not landed
 };
 
-// What the lanes of a warp do together.
+// The state of a warp's collectives.
 struct Collective {
   const char* what = nullptr;  // by which lanes must agree
   uint32_t arrived = 0;
@@ -53,7 +53,7 @@ struct Barrier {
   uint32_t warps = 0;
 };
 
-// How often ldmatrix asked two of its eight rows of one group of banks.
+// The number of bank conflicts of ldmatrix: two of its eight rows in one group of banks.
 struct BankUse {
   int64_t accesses = 0, ways = 0;
 };
@@ -114,7 +114,7 @@ constexpr size_t kMaxShared = 256 * 1024;
 // "thread 37 (warp 1, lane 5)"
 std::string name_thread(int index);
 
-// The running lane arrives. True for the last one of the warp, at once; for the others false, after
+// The running lane arrives. Returns true at once for the last lane of the warp; false for the others, after
 // release_warp.
 bool arrive(const char* what, void* operands);
 void release_warp(Warp& warp);
@@ -129,7 +129,7 @@ void collective(const char* what, void* operands, const Perform& perform) {
 
 enum class Access { kRead, kWrite };
 
-// Checks and records an access by the running thread, wherever it points.
+// Checks and records an access by the running thread, to any memory.
 void check(const void* address, size_t bytes, Access access);
 void check_aligned(const void* address, size_t bytes, Access access);
 void check_shared(size_t offset, size_t bytes, Access access);
@@ -138,7 +138,7 @@ inline bool is_shared(const void* address) {
   return reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(machine.shared) < kMaxShared;
 }
 
-// A number below `bound`, drawn under the seed.
+// A random number below `bound`, from the seeded generator.
 inline uint64_t draw(uint64_t bound) {
   uint64_t& x = machine.random;  // xorshift64
   x ^= x << 13, x ^= x >> 7, x ^= x << 17;

@@ -1,4 +1,4 @@
-// What a CUDA compiler supplies and a C++ compiler does not: function attributes, vectors, 16-bit floats.
+// Built-ins of a CUDA compiler that a C++ compiler lacks: function attributes, vectors, 16-bit floats.
 #pragma once
 
 #include <math.h>
@@ -32,7 +32,7 @@ inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 
 namespace hypenet::emu {
 
-// Zero in place of a subnormal number.
+// Flushes subnormal numbers to zero.
 inline float flushed(float x) {
   return std::abs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x;
 }
@@ -46,7 +46,7 @@ struct fp16 {
 
 inline float widen(bf16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 
-// The fraction at its place, scaled by the difference of the exponents' biases: exact, subnormals too.
+// Shifts the bits into place and scales by the difference of the exponent biases: exact, also for subnormals.
 inline float widen(fp16 x) {
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
   uint32_t bits = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) * 0x1p112f);

@@ -1,4 +1,4 @@
-// Collectives of a warp: shuffles, ldmatrix, mma. The layouts of fragments stand in cuda/arch/sm80.cuh.
+// Collectives of a warp: shuffles, ldmatrix, mma. Fragment layouts are documented in cuda/arch/sm80.cuh.
 #include <algorithm>
 
 #include "state.h"
@@ -39,7 +39,7 @@ void exchange(Warp& warp) {
   }
 }
 
-// Eight rows of 16 bytes are served at once if they lie in different groups of four banks.
+// Eight rows of 16 bytes are read without conflict if they are in different groups of four banks.
 void count_banks(const Warp& warp, int matrix) {
   uintptr_t rows[8];
   int ways[8] = {};
@@ -76,8 +76,8 @@ void widen_pair(uint32_t pair, float& low, float& high) {
   high = widen(Element{static_cast<uint16_t>(pair >> 16)});
 }
 
-// ---- mma as tensor cores take it, of sm_80, the coarsest: summands are cut off this far behind the last bit
-// of the largest, and the sum is rounded towards zero.
+// ---- mma with the arithmetic of sm_80 tensor cores, the coarsest: summands are truncated this many bits
+// past the last bit of the largest, and the sum is rounded towards zero.
 constexpr int kGuardBits = 1;
 
 float towards_zero(double x) {
@@ -85,7 +85,7 @@ float towards_zero(double x) {
   return std::isfinite(nearest) && std::abs(nearest) > std::abs(x) ? std::nextafter(nearest, 0.0f) : nearest;
 }
 
-// The bits of |x|, which rise with it: infinity and NaN are the largest.
+// The bits of |x|, which order like |x|; infinity and NaN are the largest.
 int32_t magnitude(float x) { return std::bit_cast<int32_t>(x) & 0x7fffffff; }
 
 // d += the sum of terms [kTerms][8], column by column. A term is a product of 16-bit or tf32 numbers: exact.
