@@ -33,6 +33,7 @@ void bind_kernels(py::module_& m) {
 #endif
 }
 
+#if HYPENET_CUDA
 // The limits of the CUDA kernels, which the wrappers check and pad to.
 void bind_limits(py::module_& m) {
   py::list head_dims;
@@ -43,6 +44,7 @@ void bind_limits(py::module_& m) {
   m.attr("DECODE_SEGMENT") = cuda::kDecodeSegment;
   m.attr("DECODE_MAX_SEGMENTS") = cuda::kDecodeMaxSegments;
 }
+#endif
 
 }  // namespace
 }  // namespace hypenet

@@ -307,7 +307,7 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _differentiate(ctx: Any, dy: Tensor, *_: Any) -> Any:
-    x = Inputs(*ctx.saved_tensors, ctx.silu)
+    x = Inputs._make((*ctx.saved_tensors, ctx.silu))
     dx, dweight, dinitial = _backward_op(dy, *x)
     dbias = None if x.bias is None else dweight[-1]
     return dx, dweight[:-1], dbias, None if x.initial_states is None else dinitial, None, None, None

@@ -1,5 +1,6 @@
 """Use hypenet_kernels inside other libraries."""
 
+from hypenet_kernels.integrations._fla_backend import FlaBackend, register_fla_backend
 from hypenet_kernels.integrations._transformers import Patch, Replacement, patch_transformers
 
-__all__ = ["Patch", "Replacement", "patch_transformers"]
+__all__ = ["FlaBackend", "Patch", "Replacement", "patch_transformers", "register_fla_backend"]
