@@ -34,6 +34,7 @@ namespace hypenet::cuda {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 template <class Element, int W_, int Vec>
 struct Config {
@@ -294,7 +295,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t slot = params.state_indices.data == nullptr ? b : index_at(params.state_indices, b);
   auto* y = static_cast<Element*>(params.y) + b * params.T * params.C + c;
   if (slot < 0 || slot >= params.num_slots) {
-    const float fill = slot < 0 ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+    const float fill = slot < 0 ? 0.0f : kNaN;
     for (int64_t t = 0; t < params.T; ++t) from_float(y[t * params.C], fill);
     return;
   }
