@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-from hypenet_kernels import _native, _ops
+from hypenet_kernels import _native
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 STRIDED = torch.strided
@@ -157,7 +157,8 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 def _transformed() -> bool:
     """Whether forward-mode derivatives or a transform of torch.func are on."""
-    return _ops.transformed() or (forward_ad._current_level >= 0 and not torch.compiler.is_compiling())
+    on = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    return on and not torch.compiler.is_compiling()
 
 
 def no_grad(

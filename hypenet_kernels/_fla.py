@@ -102,9 +102,9 @@ def run(rule: Rule, operators: Operators, x: Inputs, options: Options) -> Result
         q, k = l2norm(q), l2norm(k)
     if gates is not None:
         g, beta = _activated(op, gates, x)
-    g = _gate(op, "g", g, q, v)
+    g = _constant(0.0, q, v) if g is None else accumulated(op, "g", g, q)
     if rule.delta:
-        beta = _gate(op, "beta", beta, q, v)
+        beta = _constant(1.0, q, v) if beta is None else accumulated(op, "beta", beta, q)
     if initial_state is not None:
         if x.state_indices is None:
             initial_state = accumulated(op, "initial_state", initial_state, q)
@@ -215,12 +215,9 @@ def _promoted(op: str, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) for x in tensors)
 
 
-def _gate(op: str, name: str, x: Any, q: Tensor, v: Tensor) -> Any:
-    """Return g or beta in the accumulation type; if None, what that means: no decay, beta = 1."""
-    if x is None:
-        value = 0.0 if name == "g" else 1.0
-        return v.new_full((), value, dtype=_native.accumulator(q.dtype)).expand(v.shape[:3])
-    return accumulated(op, name, x, q)
+def _constant(value: float, q: Tensor, v: Tensor) -> Tensor:
+    """Return what g = None (0) or beta = None (1) means, for every token and value head."""
+    return v.new_full((), value, dtype=_native.accumulator(q.dtype)).expand(v.shape[:3])
 
 
 def _activated(op: str, gates: Gates, x: Inputs) -> tuple[Tensor, Tensor | None]:

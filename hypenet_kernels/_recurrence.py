@@ -114,11 +114,11 @@ def check(op: str, x: Inputs) -> None:
     check_operands(op, x.q, x.k, x.v, x.g, x.beta, _native.accumulator(x.q.dtype))
     if x.cu_seqlens is not None:
         _checks.cu_seqlens(op, x.cu_seqlens, x.q, whole=False)
-    N = x.num_sequences
     if x.state_indices is None:
-        _check_state(op, "initial_state", x.initial_state, x, N)
+        if x.initial_state is not None:
+            _check_state(op, "initial_state", x.initial_state, x, x.num_sequences)
         return
-    _checks.indices(op, "state_indices", x.state_indices, N)
+    _checks.indices(op, "state_indices", x.state_indices, x.num_sequences)
     _check_pool(op, "initial_state", x.initial_state, x)
 
 
@@ -187,7 +187,7 @@ def _forward(rule: Rule, save: bool, *arguments: Any) -> Any:
     bounds = None if x.cu_seqlens is None else _native.bounds(x.cu_seqlens)
     fields = {
         **_operands(x, q, k, v),
-        "N": x.num_sequences,
+        "N": final_state.shape[0] if x.state_indices is None else x.num_sequences,
         "cu_seqlens": _native.pointer(bounds),
         "o": _native.pointer(wide_o),
     }
@@ -204,7 +204,7 @@ def _forward(rule: Rule, save: bool, *arguments: Any) -> Any:
         fields["checkpoint_every"], fields["checkpoints"] = x.checkpoint_every, _native.pointer(wide)
     if not on_cuda:
         _native.kernel(op, rule.kernel, x.q.device)(fields)
-        return _results(x, o, final_state, checkpoints, () if save else None)
+        return (o, final_state, []) if save else _results(x, o, final_state, checkpoints, None)
     workspace = cuda.forward_workspace(x, K, V, save)
     _native.kernel(op, "gated_delta_chunk_fwd", x.q.device)(fields | cuda.fields(x, workspace))
     if checkpoints is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MAX_LINES = 600
+MAX_LINES, MAX_PARAMETERS = 600, 8
 FORBIDDEN = {  # package -> what it must not import
     "hypenet_kernels": ("hypenet", "halo", "bench", "tests", "transformers"),
     "hypenet": ("halo", "bench", "tests", "hypenet_kernels._native", "hypenet_kernels._c"),
@@ -74,3 +74,13 @@ def test_ptx_and_launches_are_in_one_place():
         if path.parent.name != "arch":
             assert not re.search(r"\basm\b|__shfl|__syncthreads|threadIdx|blockIdx|extern __shared__", code), path
         assert "<<<" not in code and not re.search(r"cuda\w*Synchronize|cudaMalloc|\bprintf\b|\bexit\b", code), path
+
+
+def test_internal_functions_take_few_arguments():
+    """A longer list invites swapped arguments; public functions of hypenet_kernels have fla's and FlashAttention's."""
+    for path in (ROOT / "hypenet_kernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            internal = isinstance(node, ast.FunctionDef) and (node.name.startswith("_") or path.name.startswith("_"))
+            if internal and path.name != "reference.py":
+                count = len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs)
+                assert count <= MAX_PARAMETERS, f"{path}: {node.name} takes {count}"
