@@ -47,6 +47,8 @@ def _inputs(dtype: torch.dtype) -> Values:
     inputs["g"] = inputs["g"].log()
     inputs["state"] = torch.randn(B, HV, K, K, generator=random)
     inputs |= {name: torch.randn(B, T, HV, K, generator=random).to(dtype) for name in ("query", "gate")}
+    inputs["signal"] = torch.randn(B, T, K, generator=random).to(dtype).transpose(1, 2)
+    inputs["taps"] = torch.randn(K, 4, generator=random).to(dtype)
     return inputs | {"lengths": torch.tensor([11, T - 3])}
 
 
@@ -91,6 +93,21 @@ def _commit(op: Callable[..., Any]) -> Run:
         return state
 
     return run
+
+
+def _convolve(x: Values) -> Any:
+    return kernels.causal_conv1d_fn(x["signal"], x["taps"], activation="silu", return_final_states=True)
+
+
+def _convolve_exactly(x: Values) -> Any:
+    return reference.causal_conv1d_fn(x["signal"], x["taps"], activation="silu")
+
+
+def _convolve_token_by_token(x: Values) -> Any:
+    signal, taps = x["signal"], x["taps"]
+    window = signal.new_zeros(*signal.shape[:2], taps.shape[1] - 1)
+    steps = [kernels.causal_conv1d_update(token, window, taps, activation="silu") for token in signal.unbind(2)]
+    return torch.stack(steps, dim=2), window
 
 
 def _attention(op: Callable[..., Any]) -> Run:
@@ -139,5 +156,7 @@ CASES: dict[str, tuple[Run, Run, tuple[str, ...]]] = {
         ("query", "k", "v", "gate"),
     ),
     "commit_states": (_commit(kernels.commit_states), _commit(reference.commit_states), ()),
+    "causal_conv1d_fn": (_convolve, _convolve_exactly, ("signal", "taps")),
+    "causal_conv1d_update": (_convolve_token_by_token, _convolve_exactly, ()),
     "hype_attention_decode": (_decode(kernels.hype_attention_decode), _decode(reference.hype_attention_decode), ()),
 }

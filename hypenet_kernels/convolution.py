@@ -52,10 +52,10 @@ def causal_conv1d_fn(
         weight: [C, W], W = 2, 3 or 4.
         bias: [C].
         seq_idx: [B, T] int32 or int64, sequence of every token; a change of its value begins a new sequence.
-        initial_states: [N, C, W - 1], inputs before each sequence; N = B, or the number of packed sequences.
+        initial_states: [N, C, W - 1] in x's dtype, inputs before each sequence; N = B, or the number of packed sequences.
             Default: zeros.
         return_final_states: whether to return the last W - 1 inputs of each sequence too.
-        final_states_out: [N, C, W - 1], where to write them.
+        final_states_out: [N, C, W - 1] in x's dtype, where to write them too, without a gradient.
         activation: None, "silu" or "swish".
         cu_seqlens: [N + 1] int32 or int64, bounds of sequences packed along T (B = 1). Where it ends before T, y is 0.
 
@@ -93,7 +93,8 @@ def causal_conv1d_fn(
         positions, sequences = _positions_of_bounds(cu_seqlens, x)
     if initial_states is not None:
         _checks.shape(OP, "initial_states", initial_states, (N, C, W - 1))
-        initial_states = initial_states.to(x.dtype).mT
+        _checks.dtype(OP, "initial_states", initial_states, (x.dtype,))
+        initial_states = initial_states.mT
     rows = x.transpose(1, 2)
     wide = _native.accumulator(x.dtype)
     inputs = Inputs(
@@ -114,8 +115,8 @@ def causal_conv1d_fn(
     final_states = _final_states(rows, initial_states, cu_seqlens, W).mT
     if final_states_out is not None:
         _checks.shape(OP, "final_states_out", final_states_out, final_states.shape)
-        final_states_out.copy_(final_states)
-        final_states = final_states_out
+        _checks.dtype(OP, "final_states_out", final_states_out, (x.dtype,))
+        final_states_out.detach().copy_(final_states.detach())
     return (y, final_states) if return_final_states else y
 
 
@@ -130,7 +131,7 @@ def causal_conv1d_update(
 ) -> Tensor:
     """Convolve the next token, or tokens, of every sequence, and update its window of inputs in place.
 
-    No gradient; allocates nothing but y.
+    No gradient. Allocates y and copies of the weights; on CUDA nothing is read on the host, so a graph can capture it.
 
     Args:
         x: [B, C] or [B, C, T] in conv_state's dtype.

@@ -26,7 +26,7 @@ def run(device, say=lambda *_: None):
     torch.manual_seed(0)
     families = (
         *(_recurrences, _packed_recurrences, _split_recurrences, _pools, _steps),
-        *(_attention, _packed_attention, _decode),
+        *(_attention, _packed_attention, _decode, _convolutions),
     )
     for D, dtype, family in product(HEAD_DIMS, DTYPES, families):
         say(family.__name__, dtype, D)
@@ -118,6 +118,17 @@ def _decode(device, dtype, D):
         inputs = [q, k_cache, v_cache, torch.tensor([290], device=device)]
         k, v = (torch.randn(1, tokens, 1, D, device=device).to(dtype) for _ in range(2))
         _call(kernels.hype_attention_decode, inputs, k=k, v=v, gate=q, logit_scale_base=362.0)
+
+
+def _convolutions(device, dtype, D):
+    """Rows of 16-byte vectors and of single elements, of every width."""
+    if HEAD_DIMS[0] != D:
+        return
+    for C, W in product((16, 5), (2, 3, 4)):
+        x = torch.randn(1, T, C, device=device).to(dtype).transpose(1, 2)
+        weight, bounds = torch.randn(C, W, device=device), torch.tensor([0, 3, T], device=device)
+        _call(kernels.causal_conv1d_fn, [x, weight], activation="silu", cu_seqlens=bounds)
+        kernels.causal_conv1d_update(x[..., 0], torch.zeros(1, C, 4, device=device, dtype=dtype), weight)
 
 
 if __name__ == "__main__":

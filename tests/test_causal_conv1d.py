@@ -170,7 +170,7 @@ def test_final_states_out():
     inputs = make_inputs(2, 9, 7, 4)
     out = torch.empty(2, 9, 3)
     y, states = forward(inputs, final_states_out=out)
-    assert states is out and out.equal(forward(inputs)[1])
+    assert out.equal(states) and states.equal(forward(inputs)[1])
     assert causal_conv1d_fn(**inputs, final_states_out=out).equal(y)
 
 
@@ -292,6 +292,12 @@ def test_wrong_arguments():
         initial_states=None,
     )
     bad(ValueError, "weight must be on x's device", weight=torch.zeros(9, 4, device="meta"))
+
+
+def test_wrong_states():
+    bad(TypeError, "initial_states must be float32, got float64", initial_states=torch.zeros(2, 9, 3).double())
+    bad(TypeError, "final_states_out must be float32, got float64", final_states_out=torch.zeros(2, 9, 3).double())
+    bad(ValueError, r"final_states_out must have shape \[2, 9, 3\]", final_states_out=torch.zeros(2, 9, 4))
 
 
 def test_wrong_update():

@@ -14,6 +14,7 @@ from hypenet_kernels import _native
 
 REGISTERS_TO_SPARE = 8  # tolerance for other compiler versions
 WITHOUT_TENSOR_CORES = (  # name prefixes of kernels without matrix products
+    "causal_conv1d_",
     "commit_states_kernel",
     "gated_delta_step_kernel",
     "gated_delta::gated_delta_fill_kernel",
