@@ -52,8 +52,8 @@ def causal_conv1d_fn(
         weight: [C, W], W = 2, 3 or 4.
         bias: [C].
         seq_idx: [B, T] int32 or int64, sequence of every token; a change of its value begins a new sequence.
-        initial_states: [N, C, W - 1] in x's dtype, inputs before each sequence; N = B, or the number of packed sequences.
-            Default: zeros.
+        initial_states: [N, C, W - 1] in x's dtype, inputs before each sequence; N = B, or the number of packed
+            sequences. Default: zeros.
         return_final_states: whether to return the last W - 1 inputs of each sequence too.
         final_states_out: [N, C, W - 1] in x's dtype, where to write them too, without a gradient.
         activation: None, "silu" or "swish".
