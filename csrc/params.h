@@ -197,7 +197,7 @@ struct HypeAttentionDecodeParams : HypeAttentionOperands {
 
 constexpr int64_t kConvBlock = 64;  // tokens whose part of dweight is summed together
 
-// What every kernel of the family reads. W taps, C channels.
+// Operands of every kernel of the family. W taps, C channels.
 struct CausalConv1dOperands {
   DType dtype;
   bool silu;

@@ -4,7 +4,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 
-# What each extra adds to torch and numpy, by the names under which Python imports it.
+# Packages that each extra installs beside torch and numpy, by their import names.
 MODEL = ("transformers", "typer", "rich", "safetensors")
 PACKAGES = {
     "model": MODEL,

@@ -34,7 +34,7 @@ class Gates(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What a public call wants besides its tensors."""
+    """Options of a public call that are not tensors."""
 
     output_final_state: bool
     state_v_first: bool

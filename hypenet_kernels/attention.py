@@ -200,7 +200,7 @@ def _check_lengths(x: DecodeInputs) -> None:
     if lengths and min(lengths) < lowest:
         _checks.fail(ValueError, DECODE_OP, "cache_seqlens", f"be at least {lowest}", lengths)
     if lengths and max(lengths) > highest:
-        rule = "not exceed the" if x.k is None else f"leave room for T = {T} more keys in a"
+        rule = "not exceed the" if x.k is None else f"leave space for T = {T} more keys in a"
         _checks.fail(ValueError, DECODE_OP, "cache_seqlens", f"{rule} capacity of {capacity}", lengths)
 
 

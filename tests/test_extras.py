@@ -17,7 +17,7 @@ from halo.extras import PACKAGES, require
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 IMPORTED_AS = {"pyyaml": "yaml"}
-# What a package may import at all: of the standard library anything, of the rest what the extra installs.
+# Third-party packages that each of ours may import: those that its extra installs.
 CORE = {"torch", "numpy"}
 OURS = {"hypenet_kernels", "hypenet", "halo"}
 ALLOWED = {

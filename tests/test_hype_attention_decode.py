@@ -325,7 +325,7 @@ ERRORS = {
     "no room": (
         {"cache_seqlens": torch.tensor([3, 9])},
         ValueError,
-        r"cache_seqlens must leave room for T = 2 more keys in a capacity of 10, got \[3, 9\]",
+        r"cache_seqlens must leave space for T = 2 more keys in a capacity of 10, got \[3, 9\]",
     ),
     "beyond the capacity": (
         {"cache_seqlens": torch.tensor([3, 11]), "k": None, "v": None},
