@@ -1,5 +1,6 @@
 """The `halo` command: each stage on its own, all stages, the report, and the demo."""
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,22 +9,27 @@ import typer
 from typer.core import TyperGroup
 
 from halo import __version__
-from halo.config import STAGE_HELP, HaloError, load_config
+from halo.settings import HaloError
+from halo.stages import STAGE_HELP
 
 if TYPE_CHECKING:
-    from halo.conversion import Conversion
+    from halo.pipeline import Pipeline
 
 
 class OneLineErrors(TyperGroup):
-    """Prints a mistake of the user's as one line on standard error, with exit code 2 and no traceback."""
+    """Prints a user's mistake as one line on standard error, with exit code 2 and no traceback; 130 after Ctrl-C."""
 
-    def main(self, *args: Any, **options: Any) -> Any:
-        """Run the command line and report a HaloError."""
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command and report a HaloError or an interruption."""
         try:
-            return super().main(*args, **options)
+            return super().invoke(ctx)
         except HaloError as error:
-            print(f"halo: {error}", file=sys.stderr)
+            if os.environ.get("RANK", "0") == "0":
+                print(f"halo: {error}", file=sys.stderr)
             sys.exit(2)
+        except KeyboardInterrupt:
+            print("halo: interrupted; the same command continues after what is finished", file=sys.stderr)
+            sys.exit(130)
 
 
 app = typer.Typer(
@@ -58,10 +64,11 @@ def main(
 
 @app.command()
 def convert(config: ConfigOption, out: OutOption = None, changes: SetOption = None) -> None:
-    """Run all stages that are not finished, then write the report."""
-    conversion = _conversion(config, out, changes)
-    conversion.run()
-    _report(conversion.out)
+    """Run all stages that are not finished, then write the report. Several processes: torchrun -m halo convert ..."""
+    pipeline = _pipeline(config, out, changes)
+    pipeline.run()
+    if pipeline.compute.main:
+        _report(pipeline.out)
 
 
 @app.command()
@@ -77,6 +84,7 @@ def demo(
     changes: SetOption = None,
 ) -> None:
     """Convert the small teacher that ships with the package and compare the result with it, in about ten minutes."""
+    from halo.config import load_config
     from halo.demo.demo import run_demo
 
     _silence_loading()
@@ -85,7 +93,7 @@ def demo(
 
 def _add_stage(name: str) -> None:
     def command(config: ConfigOption, out: OutOption = None, changes: SetOption = None) -> None:
-        _conversion(config, out, changes).run_stage(name)
+        _pipeline(config, out, changes).run_stage(name)
 
     app.command(name, help=STAGE_HELP[name])(command)
 
@@ -94,14 +102,15 @@ for _name in STAGE_HELP:
     _add_stage(_name)
 
 
-def _conversion(config: str, out: Path | None, changes: list[str] | None) -> "Conversion":
+def _pipeline(config: str, out: Path | None, changes: list[str] | None) -> "Pipeline":
+    # Imported here so that `halo --help` does not wait for torch.
+    from halo.config import load_config
+    from halo.pipeline import Pipeline
+
     overrides = [*(changes or ()), *([f"out={out}"] if out else ())]
     checked = load_config(config, tuple(overrides))
-    # Imported here so that `halo --help` and mistakes in the configuration do not wait for torch.
-    from halo.conversion import Conversion
-
     _silence_loading()
-    return Conversion(checked)
+    return Pipeline(checked)
 
 
 def _silence_loading() -> None:

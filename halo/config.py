@@ -1,173 +1,48 @@
-"""The configuration of a conversion: the YAML file as checked models, and the error for a user's mistakes.
+"""The configuration of a conversion: a YAML file as checked models.
 
 Every number of the paper's recipe (HALO, arXiv 2601.22156, section 4 and appendix) is a key here, with the paper's
-value as its default; the files in halo/configs/ name their differences.
+value as its default; the files in halo/configs/ name their differences. A stage's section is in the stage's file.
 """
 
 import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveInt, ValidationError
 
-STAGE_HELP = {
-    "transfer": "Build a recurrent twin of every attention layer from its weights.",
-    "align": "Stage 1: train each twin to reproduce the output of its attention layer.",
-    "select": "Choose the layers that stay attention, by replacing one layer at a time with its twin.",
-    "distill": "Stage 2: train the hybrid to match the teacher's next-token distribution.",
-    "finetune": "Stage 3: train on next-token loss with longer context.",
-    "scale": "Choose the base of the attention scale on long documents, and write the final model.",
-    "eval": "Measure recall and bits per byte at multiples of the training length.",
-}
-
-
-class HaloError(Exception):
-    """A mistake in the input of a command, described in one line: place, rule and value."""
-
-
-class Settings(BaseModel):
-    """Base of every section: unknown keys are errors, and values are immutable."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-
-class DataSettings(Settings):
-    """Source of the text, and how it is cut into chunks of tokens."""
-
-    source: str = Field(description='"stdlib", a file or directory of .txt, .md, .jsonl, or a Hugging Face dataset')
-    subset: str | None = Field(None, description="configuration name of a Hugging Face dataset")
-    split: str = Field("train", description="split of a Hugging Face dataset")
-    field: str = Field("text", description="key of the text in a JSONL line or dataset row")
-    held_out: float = Field(0.01, gt=0, lt=1, description="share of documents kept for selection, scale and eval")
-    needle_ratio: float = Field(0.0, ge=0, le=1, description="share of training chunks that are recall episodes")
-    isolate_documents: bool = Field(False, description="do not carry attention or state across documents")
-    shuffle_buffer: PositiveInt = Field(4096, description="chunks in the shuffle buffer of a streamed dataset")
-
-
-class TrainingSettings(Settings):
-    """Hyperparameters of one training stage: AdamW, linear warm-up from 0, cosine decay to `final_learning_rate`."""
-
-    steps: NonNegativeInt
-    batch: PositiveInt = Field(description="sequences per optimizer step")
-    micro_batch: PositiveInt | None = Field(None, description="sequences per forward pass; default: the whole batch")
-    length: PositiveInt = Field(512, ge=2, description="tokens per sequence")
-    learning_rate: float = Field(gt=0)
-    final_learning_rate: float = Field(1e-5, ge=0)
-    warmup: NonNegativeInt = 50
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = Field(0.0, ge=0)
-    clip: float = Field(1.0, gt=0, description="gradient clipping norm")
-    checkpoint_every: PositiveInt = 500
-    log_every: PositiveInt = 10
-    needle_ratio: float | None = Field(None, ge=0, le=1, description="overrides data.needle_ratio for this stage")
-
-    @model_validator(mode="after")
-    def _micro_batch_divides(self) -> Self:
-        if self.micro_batch and self.batch % self.micro_batch:
-            raise ValueError(f"micro_batch must divide batch ({self.batch})")
-        return self
-
-
-class AlignSettings(TrainingSettings):
-    """Stage 1: each recurrent layer learns to map its attention layer's input to that layer's output."""
-
-    steps: NonNegativeInt = 20_000
-    batch: PositiveInt = 32
-    learning_rate: float = Field(1e-3, gt=0)
-    clip_scope: Literal["layer", "all"] = Field("layer", description="layers are independent, so clip each on its own")
-
-
-class SelectSettings(Settings):
-    """How to choose the layers that stay softmax attention."""
-
-    keep: PositiveInt | None = Field(None, description="number of attention layers; default: a quarter")
-    layers: list[NonNegativeInt] | None = Field(None, description="keep these and measure nothing")
-    score: Literal["difference", "ratio", "paper", "even"] = "difference"
-    language_weight: float = Field(1.0, ge=0, description="weight of the language drop in the difference score")
-    eps: float = Field(1e-6, gt=0, description="added to the denominator of the paper's score")
-    recall_samples: PositiveInt = Field(200, ge=2)
-    recall_length: PositiveInt = 512
-    language_samples: PositiveInt = Field(128, ge=2, description="held-out chunks")
-    language_length: PositiveInt = Field(512, ge=2)
-    batch: PositiveInt = 16
-    bootstrap: PositiveInt = 1000
-    stable_share: float = Field(0.8, gt=0, le=1, description="warn when a kept layer is kept in fewer resamples")
-
-
-class LossSettings(TrainingSettings):
-    """A stage whose loss runs over the vocabulary; it is computed in pieces to bound memory."""
-
-    token_chunk: PositiveInt = Field(1024, description="tokens whose logits are in memory at a time")
-    vocab_chunk: PositiveInt | None = Field(None, description="vocabulary entries whose logits are in memory at a time")
-    checkpoint_activations: bool = Field(False, description="recompute each layer in backward to save memory")
-
-
-class DistillSettings(LossSettings):
-    """Stage 2: KL divergence from the teacher's next-token distribution; all weights are trained."""
-
-    steps: NonNegativeInt = 20_000
-    batch: PositiveInt = 96
-    learning_rate: float = Field(1e-4, gt=0)
-    gate_init: Literal["open", "random"] = Field(
-        "open",
-        description="open: new attention gates start without effect; random (the paper) halves the output at first",
-    )
-
-
-class FinetuneSettings(LossSettings):
-    """Stage 3: next-token loss on longer context, without a teacher."""
-
-    steps: NonNegativeInt = 500
-    batch: PositiveInt = 128
-    micro_batch: PositiveInt | None = 1
-    length: PositiveInt = 16_384
-    learning_rate: float = Field(1e-5, gt=0)
-
-
-class ScaleSettings(Settings):
-    """How to choose `a` in s_t = ln(t + a) / ln(a): by the loss on long held-out documents; null means no scale."""
-
-    grid: list[float | None] = Field([None, 30, 100, 300, 500, 600, 900, 2000], min_length=1)
-    length: PositiveInt = Field(32_768, ge=2)
-    documents: PositiveInt = 16
-    needle_ratio: float = Field(0.0, ge=0, le=1, description="share of the documents that are recall episodes")
-
-    @model_validator(mode="after")
-    def _bases_above_one(self) -> Self:
-        for base in self.grid:
-            if base is not None and base <= 1:
-                raise ValueError(f"grid must hold numbers above 1 or null, got {base}")
-        return self
-
-
-class EvalSettings(Settings):
-    """How to measure recall and bits per byte at multiples of the training length."""
-
-    length: PositiveInt = Field(512, description="the training length, multiple 1")
-    multiples: list[PositiveInt] = Field([1, 2, 4, 8, 16], min_length=1)
-    recall_samples: PositiveInt = Field(100, description="episodes per length")
-    recall_tokens: PositiveInt | None = Field(None, description="cap on the tokens of all episodes at one length")
-    text_tokens: PositiveInt = Field(65_536, description="held-out tokens per length")
+from halo.data import DataSettings
+from halo.settings import HOW, HaloError, Settings
+from halo.stages.align import AlignSettings
+from halo.stages.distill import DistillSettings
+from halo.stages.evaluate import EvalSettings
+from halo.stages.finetune import FinetuneSettings
+from halo.stages.scale import ScaleSettings
+from halo.stages.select import SelectSettings
 
 
 class Config(Settings):
     """The configuration of one conversion."""
 
-    teacher: str = Field(description='directory or Hugging Face name of a Qwen3 with its tokenizer, or "demo"')
-    mixer: Literal["lightning", "gdn"] = "lightning"
+    teacher: str = Field(description='directory, .gguf file or Hugging Face name of a teacher, or "demo"')
+    mixer: Literal["lightning", "gdn"] = Field("lightning", description="kind of the recurrent layers")
     out: Path = Field(description="directory of all results")
     aligned: Path | None = Field(
         None, description="output of another conversion (or its align directory), used instead of training align"
     )
-    seed: int = Field(0, ge=0)
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="precision of the forward pass; weights are always fp32"
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of all orders, samples and initialisations")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="arithmetic of forward passes; auto: bf16 on CUDA and on CPUs that multiply it; "
+        "trained weights are always fp32",
     )
-    threads: PositiveInt | None = Field(None, description="CPU threads; default: torch's choice")
+    threads: PositiveInt | None = Field(
+        None, le=1024, json_schema_extra=HOW, description="CPU threads; default: torch's choice"
+    )
+    tensorboard: bool = Field(False, json_schema_extra=HOW, description="write TensorBoard's event files too")
     data: DataSettings
     align: AlignSettings = AlignSettings()
     select: SelectSettings = SelectSettings()
@@ -185,11 +60,11 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
         overrides: Changes such as "distill.steps=10"; the value is read as YAML.
 
     Raises:
-        HaloError: At the first mistake.
+        HaloError: If the file cannot be read or has mistakes, all of which are listed.
     """
     path = find_config(path)
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
+        tree = yaml.safe_load(path.read_text("utf-8")) or {}
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}" if mark else ""
@@ -208,7 +83,10 @@ def make_config(tree: dict[str, Any], name: str = "config") -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise HaloError(f"{name}: {_explain(error.errors()[0])}") from None
+        mistakes = list(dict.fromkeys(_explain(mistake) for mistake in error.errors()))
+        if len(mistakes) == 1:
+            raise HaloError(f"{name}: {mistakes[0]}") from None
+        raise HaloError("\n  ".join([f"{name}: {len(mistakes)} mistakes", *mistakes])) from None
 
 
 def find_config(path: str | Path) -> Path:
@@ -231,7 +109,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
             raise HaloError(f"--set: {key}: {section} is not a section")
-    tree[name] = yaml.safe_load(value)
+    try:
+        tree[name] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise HaloError(f"--set: the value of {key} must be YAML, got {value}") from None
 
 
 def _explain(error: Mapping[str, Any]) -> str:
@@ -242,8 +123,15 @@ def _explain(error: Mapping[str, Any]) -> str:
         return f"{key}: is not a key of this section"
     if error["type"] == "missing":
         return f"{key}: must be given"
+    if error["type"] == "model_type":
+        return f"{key}: must be a section of keys, such as {key}.{_first_key(key)}, got {value!r}"
     rule = re.sub(r"^(Value error, |(Input|String|List|Tuple) should )", "", error["msg"])
     if error["type"] == "value_error":
         return f"{key}: {rule}"
     shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:77]}..."
     return f"{key}: must {rule}, got {shown}"
+
+
+def _first_key(section: str) -> str:
+    annotation = Config.model_fields[section].annotation
+    return next(iter(annotation.model_fields)) if isinstance(annotation, type) else "key"

@@ -22,9 +22,11 @@ from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
-from halo.config import DataSettings, HaloError
+from pydantic import Field, PositiveInt
+
+from halo.settings import HaloError, Settings
 from halo.evaluation.needle import NeedleTask
-from halo.sources import StreamedText, is_held_out, open_source
+
 
 if TYPE_CHECKING:
     import datasets
@@ -33,6 +35,17 @@ MAX_NEEDLES = 8
 
 # (sample number, length) -> token ids int64 [length] of one recall episode
 EpisodeMaker = Callable[[int, int], np.ndarray]
+
+
+class DataSettings(Settings):
+    source: str
+    subset: str | None = None
+    split: str = "train"
+    field: str = "text"
+    held_out: float = Field(0.01, gt=0, lt=1)
+    needle_ratio: float = Field(0.0, ge=0, le=1)
+    isolate_documents: bool = False
+    shuffle_buffer: PositiveInt = 4096
 
 
 @dataclass
@@ -150,6 +163,36 @@ class PackedOrder:
             filled += len(piece)
             slot += 1
         return ids, documents
+
+
+class Samples:
+    def __init__(self, store, length, seed, ratio, episode):
+        self.store, self.length, self.seed, self.ratio, self.episode = store, length, seed, ratio, episode
+        self.order = PackedOrder(store, length, seed, 0)
+        self.orders = {0: self.order}
+
+    def sample(self, n):
+        if self.episode is not None and random.Random(f"{self.seed}:{n}").random() < self.ratio:
+            return self.episode(n, self.length), np.zeros(self.length, np.int32)
+        epoch, at = divmod(n, len(self.order))
+        if epoch not in self.orders:
+            self.orders = {epoch: PackedOrder(self.store, self.length, self.seed, epoch)}
+        return self.orders[epoch].chunk(at % len(self.orders[epoch]))
+
+    def batch(self, first, count):
+        ids, documents = zip(*(self.sample(n) for n in range(first, first + count)), strict=True)
+        return Batch(torch.from_numpy(np.stack(ids)), torch.from_numpy(np.stack(documents)))
+
+
+def batches(samples, batch, start=0, rank=0, world=1, device=None):
+    share = batch // world
+    step = start
+    while True:
+        yield samples.batch(step * batch + rank * share, share)
+        step += 1
+
+
+SPLITS = ("train", "choose", "judge")
 
 
 class ChunkStream(IterableDataset):
@@ -304,55 +347,47 @@ class Corpus:
     """
 
     def __init__(
-        self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int = 0, cache: Path | None = None
+        self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int = 0, cache: Path | None = None, tokens=None
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise HaloError("teacher: its tokenizer must have an EOS token to end documents with, got none")
         self.settings, self.tokenizer, self.seed, self.cache = settings, tokenizer, seed, cache
+        from halo.sources import open_source
         self.source = open_source(settings)
         self._stores: dict[bool, TokenStore] = {}
 
-    def batches(
-        self, length: int, batch: int, needle_ratio: float | None = None, offset: int = 0
-    ) -> StatefulDataLoader:
-        """Return an endless loader of training batches.
+    def prepare(self, on_progress=None):
+        self.store("train")
 
-        Args:
-            length: Tokens per sequence.
-            batch: Sequences per batch.
-            needle_ratio: Share of recall episodes; None for the configured one.
-            offset: The number of the stage, which gives each stage its own order and episodes.
-        """
+    @property
+    def fingerprint(self):
+        return self._fingerprint()
+
+    def samples(self, length, needle_ratio=None, stage=0):
         ratio = self.settings.needle_ratio if needle_ratio is None else needle_ratio
-        seed = self.seed + 1000 * offset
-        episode = self.episodes(seed) if ratio else None
-        options: dict[str, Any] = {
-            "length": length,
-            "batch": batch,
-            "seed": seed,
-            "needle_ratio": ratio,
-            "episode": episode,
-        }
-        options["episode"] = episode
-        if isinstance(self.source, StreamedText):
-            rows = self.source.rows(shuffle_seed=seed)
-            encode = partial(self._encode_row, self.source)
-            stream: ChunkStream = StreamedChunks(rows, encode, self.settings.shuffle_buffer, **options)
-        else:
-            stream = StoredChunks(self.store(held_out=False), **options)
-        with warnings.catch_warnings():
-            # torchdata calls a deprecated function of torch.
-            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
-            return StatefulDataLoader(stream, batch_size=None, num_workers=0)
+        return Samples(self.store("train"), length, self.seed + 1000 * stage, ratio, self.episodes(self.seed + 1000 * stage, "train") if ratio else None)
 
-    def episodes(self, seed: int, held_out: bool = False) -> EpisodeMaker:
+    def task(self, split):
+        return NeedleTask(self.tokenizer, self.store(split).tokens)
+
+    def chunks(self, split, count, length):
+        return self.held_out_chunks(count, length)
+
+    def stream(self, split):
+        from halo.evaluation.needle import token_stream
+        return token_stream(self.tokenizer, self.texts(split))
+
+    def texts(self, split):
+        return self.source.texts(split != "train")
+
+    def episodes(self, seed: int, split: str) -> EpisodeMaker:
         """Return a function that makes recall episodes with 1 to MAX_NEEDLES needles, each of which is queried.
 
         Args:
             seed: Together with the sample's number, determines an episode.
             held_out: Whether the text around the needles is held-out text.
         """
-        task = NeedleTask(self.tokenizer, self.store(held_out).tokens)
+        task = NeedleTask(self.tokenizer, self.store(split).tokens)
         cost = task.needle_length + task.query_length
 
         def make(number: int, length: int) -> np.ndarray:
@@ -368,7 +403,7 @@ class Corpus:
         Raises:
             HaloError: If there are fewer than two chunks.
         """
-        order = PackedOrder(self.store(held_out=True), length, self.seed, 0)
+        order = PackedOrder(self.store("choose"), length, self.seed, 0)
         if len(order) < 2:
             raise HaloError(f"data.held_out: must leave at least two chunks of {length} tokens, got {len(order)}")
         return torch.from_numpy(np.stack([order.chunk(i)[0] for i in range(min(count, len(order)))]))
@@ -379,7 +414,7 @@ class Corpus:
         Raises:
             HaloError: If no document is long enough.
         """
-        store = self.store(held_out=True)
+        store = self.store("choose")
         sizes = np.diff(store.offsets)
         long_enough = np.flatnonzero(sizes >= length)
         if not len(long_enough):
@@ -392,8 +427,9 @@ class Corpus:
         """Yield the held-out documents as text."""
         return self.source.texts(held_out=True)
 
-    def store(self, held_out: bool) -> TokenStore:
+    def store(self, split) -> TokenStore:
         """Return the tokenised documents of one side of the split; for a streamed dataset, only the first ones."""
+        held_out = split != 'train'
         if held_out not in self._stores:
             texts = lambda: self.source.texts(held_out)  # noqa: E731
             if self.cache is None:
@@ -408,7 +444,7 @@ class Corpus:
         parts = [self.source.fingerprint(), vocabulary, self.settings.model_dump_json()]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
-    def _encode_row(self, source: StreamedText, row: dict[str, Any]) -> list[int] | None:
+    def _encode_row(self, source: Any, row: dict[str, Any]) -> list[int] | None:
         text = source.text(row)
         if not text or is_held_out(text, self.settings.held_out):
             return None

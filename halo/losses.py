@@ -22,6 +22,7 @@ def kl_divergence(
     teacher_weight: Tensor,
     token_chunk: int = 1024,
     vocab_chunk: int | None = None,
+    count=None,
 ) -> Tensor:
     """Compute the mean over tokens of KL(softmax(teacher logits) || softmax(student logits)) (HALO, section 4.3).
 
@@ -43,7 +44,8 @@ def kl_divergence(
         raise ValueError(
             f"kl_divergence: weight must have the teacher's vocabulary {teacher_weight.shape[0]}, got {weight.shape[0]}"
         )
-    return _LinearKL.apply(
+    n = hidden[..., 0].numel()
+    return (1.0 if count is None else n / count) * _LinearKL.apply(
         hidden.flatten(0, -2),
         weight,
         teacher_hidden.detach().flatten(0, -2),
@@ -54,7 +56,7 @@ def kl_divergence(
 
 
 def next_token_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, token_chunk: int = 1024, vocab_chunk: int | None = None
+    hidden: Tensor, weight: Tensor, labels: Tensor, token_chunk: int = 1024, vocab_chunk: int | None = None, count=None
 ) -> Tensor:
     """Compute the mean cross-entropy of labels under softmax(hidden @ weight^T).
 
@@ -68,7 +70,8 @@ def next_token_loss(
     Returns:
         A scalar, in nats; zero if every label is IGNORE.
     """
-    return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.flatten(), token_chunk, vocab_chunk)
+    n = (labels != IGNORE).sum()
+    return (1.0 if count is None else n / count) * _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.flatten(), token_chunk, vocab_chunk)
 
 
 @torch.no_grad()

@@ -1,32 +1,25 @@
-"""Operations on models: load them, build twins and hybrids, record and replace layers, set the attention scale.
+"""Operations on models: build twins and hybrids, save and load them, observe and replace layers.
 
-B sequences, T tokens, D hidden size. The teacher is a Qwen3ForCausalLM; the twins are a HypeNet that is recurrent in
-every layer; the student is a HypeNet with some softmax layers.
+B sequences, T tokens, D hidden size. The twins are the recurrent mixers of all layers, made from the attention layers of
+the teacher; the student is a HypeNet with some softmax layers and the twins in all others.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Qwen3ForCausalLM,
-)
+from transformers import PreTrainedModel, Qwen3ForCausalLM
 
-from halo.config import HaloError
+from halo import files
 from halo.data import Batch
+from halo.settings import LossSettings
 from hypenet import HypeNetForCausalLM, MixerContext, from_qwen3
 from hypenet.configuration_hypenet import hype_logits_scaling
-from hypenet.conversion import check_teacher
 from hypenet.mixers import Mixer
 
 
@@ -39,65 +32,75 @@ class AttentionCall:
     position_embeddings: tuple[Tensor, Tensor]
 
 
-def load_teacher(name: str, device: torch.device) -> Qwen3ForCausalLM:
-    """Load a teacher in fp32.
+def make_twins(teacher: PreTrainedModel, mixer: str) -> nn.ModuleList:
+    """Build the recurrent twin of every attention layer, in float32 on the CPU (weight transfer, HALO 4.1)."""
+    model = from_qwen3(cast(Qwen3ForCausalLM, teacher), keep_layers=[], mixer=mixer)
+    return nn.ModuleList(mixers(model)).float().cpu()
+
+
+def save_mixers(state: dict[str, Tensor], path: Path) -> None:
+    """Write the weights of twins as one safetensors file."""
+    whole = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    files.write_file(path, lambda partial: save_file(whole, partial))
+
+
+def load_mixers(path: Path, teacher: PreTrainedModel, mixer: str, remedy: str) -> nn.ModuleList:
+    """Load the twins that a stage saved, in float32 on the CPU.
 
     Args:
-        name: A directory, a Hugging Face name, or "demo" for the teacher that ships with the package.
-        device: Where to put it.
+        path: The safetensors file.
+        teacher: The model that they are twins of.
+        mixer: Their kind.
+        remedy: What to do if the file is missing or damaged, to end the message with.
 
     Raises:
-        HaloError: If it cannot be loaded or is not a Qwen3.
+        HaloError: If the file is missing or damaged, or belongs to another model.
     """
-    with _teacher_errors(name):
-        check_teacher(_qwen3_config(name))
-        teacher = Qwen3ForCausalLM.from_pretrained(_teacher_path(name), dtype=torch.float32)
-    teacher.to(device)  # type: ignore[arg-type]  # transformers wraps Module.to without its types
-    return teacher
+    twins = make_twins(teacher, mixer)
+    with files.reading(path, remedy):
+        twins.load_state_dict(load_file(path))
+    return twins
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a teacher.
+def load_hypenet(directory: Path, device: torch.device, remedy: str = "run its stage again") -> HypeNetForCausalLM:
+    """Load a HypeNet that an earlier stage saved, in float32.
 
     Raises:
-        HaloError: If it cannot be loaded or does not fit the model's vocabulary.
+        HaloError: If it is missing or damaged.
     """
-    with _teacher_errors(name):
-        vocabulary = _qwen3_config(name).vocab_size
-        tokenizer = AutoTokenizer.from_pretrained(_teacher_path(name))
-    if not 256 <= len(tokenizer) <= vocabulary:
-        raise HaloError(
-            f"teacher: must come with its tokenizer of at most {vocabulary} tokens, got {len(tokenizer)} in {name}"
-        )
-    return tokenizer
-
-
-def load_hypenet(directory: Path, device: torch.device) -> HypeNetForCausalLM:
-    """Load a HypeNet that an earlier stage saved, in fp32."""
-    model = HypeNetForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with files.reading(directory, remedy):
+        model = HypeNetForCausalLM.from_pretrained(directory, dtype=torch.float32)
     model.to(device)  # type: ignore[arg-type]
     return model
 
 
-def make_twins(teacher: Qwen3ForCausalLM, mixer: str) -> HypeNetForCausalLM:
-    """Build a HypeNet in which each layer is the recurrent twin of the teacher's (weight transfer, HALO 4.1)."""
-    return from_qwen3(teacher, keep_layers=[], mixer=mixer)
-
-
 def make_student(
-    teacher: Qwen3ForCausalLM, twins: HypeNetForCausalLM, layers: list[int], mixer: str, gate_init: str
+    teacher: PreTrainedModel, twins: nn.ModuleList, layers: list[int], mixer: str, gate_init: str
 ) -> HypeNetForCausalLM:
-    """Build the hybrid of stage 2, with softmax attention in `layers` and the twins' mixers in all others.
+    """Build the hybrid of stage 2 in float32, with softmax attention in `layers` and the twins in all others.
 
     Args:
         teacher: Provides all other weights.
-        twins: Provides the recurrent mixers; the modules themselves are used.
+        twins: The recurrent mixers; the modules themselves are used.
         layers: Indices of the softmax attention layers, which have an output gate and no position encoding.
         mixer: Kind of the recurrent layers, "lightning" or "gdn".
         gate_init: Initialisation of the new output gates, "open" or "random".
     """
-    aligned = {layer: twin for layer, twin in enumerate(mixers(twins)) if layer not in layers}
-    return from_qwen3(teacher, keep_layers=layers, mixer=mixer, mixers=aligned, gate_init=gate_init)
+    aligned = {layer: cast(Mixer, twin) for layer, twin in enumerate(twins) if layer not in layers}
+    student = from_qwen3(
+        cast(Qwen3ForCausalLM, teacher), keep_layers=layers, mixer=mixer, mixers=aligned, gate_init=gate_init
+    )
+    return student.float()
+
+
+def trainable(student: HypeNetForCausalLM, settings: LossSettings) -> HypeNetForCausalLM:
+    """Prepare a student for training in all its weights."""
+    if settings.checkpoint_activations:
+        student.activation_checkpointing_enable()
+    if settings.compile_layers:
+        for layer in student.model.layers:
+            layer.compile()
+    return student.requires_grad_(True).train()
 
 
 def mixers(model: HypeNetForCausalLM) -> list[Mixer]:
@@ -139,28 +142,35 @@ def document_positions(batch: Batch) -> Tensor:
 
 
 @contextmanager
-def recorded_attention(teacher: Qwen3ForCausalLM) -> Iterator[list[AttentionCall]]:
-    """Record the attention layers: inside the context, a forward pass adds one AttentionCall per layer to the list."""
-    calls: list[AttentionCall] = []
+def observed_attention(
+    teacher: PreTrainedModel, observe: Callable[[int, AttentionCall], None]
+) -> Iterator[None]:
+    """Inside the context, call `observe(layer, call)` after each attention layer of the teacher has run."""
 
-    def record(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        calls.append(AttentionCall(x, output[0], kwargs["position_embeddings"]))
+    def hook_of(layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            observe(layer, AttentionCall(x, output[0], kwargs["position_embeddings"]))
 
-    handles = [layer.self_attn.register_forward_hook(record, with_kwargs=True) for layer in teacher.model.layers]
+        return hook
+
+    layers = cast(Any, teacher).model.layers
+    handles = [
+        block.self_attn.register_forward_hook(hook_of(layer), with_kwargs=True) for layer, block in enumerate(layers)
+    ]
     try:
-        yield calls
+        yield
     finally:
         for handle in handles:
             handle.remove()
 
 
 @contextmanager
-def swapped(teacher: Qwen3ForCausalLM, twins: HypeNetForCausalLM, layer: int) -> Iterator[None]:
+def swapped(teacher: PreTrainedModel, twins: nn.ModuleList, layer: int) -> Iterator[None]:
     """Replace the mixer of one layer of the teacher by its recurrent twin inside the context, without copying."""
-    block = teacher.model.layers[layer]
+    block = cast(Any, teacher).model.layers[layer]
     original = block.self_attn
-    block.self_attn = _TwinAttention(mixers(twins)[layer])
+    block.self_attn = _TwinAttention(twins[layer])
     try:
         yield
     finally:
@@ -173,7 +183,7 @@ def set_logit_scale_base(model: PreTrainedModel, base: float | None) -> None:
 
 
 class _TwinAttention(nn.Module):
-    """Gives a recurrent mixer the signature of Qwen3Attention, for a forward pass without cache or padding."""
+    """Gives a recurrent mixer the signature of an attention layer of transformers, for a forward pass without cache or padding."""
 
     def __init__(self, mixer: nn.Module) -> None:
         super().__init__()
@@ -190,27 +200,3 @@ class _TwinAttention(nn.Module):
         if past_key_values is not None:
             raise NotImplementedError("swapped: the cache must be off, got past_key_values")
         return run_mixer(self.mixer, hidden_states, position_embeddings), None
-
-
-def _teacher_path(name: str) -> str:
-    return str(resources.files("halo") / "demo" / "teacher") if name == "demo" else name
-
-
-def _qwen3_config(name: str) -> PreTrainedConfig:
-    is_path = name.startswith((".", "/")) or name.count("/") > 1
-    if is_path and not Path(name).is_dir():
-        raise HaloError(f"teacher: must be an existing directory or a Hugging Face name, got {name}")
-    config = AutoConfig.from_pretrained(_teacher_path(name))
-    if config.model_type != "qwen3":
-        raise HaloError(f"teacher: must be a Qwen3 model (model_type qwen3), got {config.model_type} in {name}")
-    return config
-
-
-@contextmanager
-def _teacher_errors(name: str) -> Iterator[None]:
-    """Turn the errors of transformers for a model that cannot be loaded into a HaloError."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise HaloError(f"teacher: must be a loadable Qwen3 model with its tokenizer, got {name} ({reason})") from None

@@ -17,16 +17,17 @@ class StageProgress:
     Args:
         name: The name shown, usually the stage.
         total: The number of units of work.
+        shown: Whether to show anything, as only one of several processes should.
     """
 
-    def __init__(self, name: str, total: int) -> None:
-        self.name, self.total = name, total
+    def __init__(self, name: str, total: int, shown: bool = True) -> None:
+        self.name, self.total, self.shown = name, total, shown
         self.bar: Progress | None = None
         self.task = TaskID(0)
         self.last_line = time.monotonic()
 
     def __enter__(self) -> Self:
-        if console.is_terminal:
+        if self.shown and console.is_terminal:
             columns = (TextColumn("{task.description:10}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
             self.bar = Progress(*columns, TextColumn("{task.fields[note]}"), TimeRemainingColumn(), console=console)
             self.task = self.bar.add_task(self.name, total=self.total, note="")
@@ -41,7 +42,7 @@ class StageProgress:
         """Show that `done` units are finished, with a short note such as the loss."""
         if self.bar:
             self.bar.update(self.task, completed=done, note=note)
-        elif done == self.total or time.monotonic() - self.last_line >= LINE_SECONDS:
+        elif self.shown and (done == self.total or time.monotonic() - self.last_line >= LINE_SECONDS):
             self.last_line = time.monotonic()
             say(f"{self.name:10} {done}/{self.total}  {note}")
 

@@ -9,7 +9,8 @@ matplotlib.use("Agg")
 import yaml
 from matplotlib import pyplot as plt
 
-from halo.config import HaloError
+from halo import files
+from halo.settings import HaloError
 
 TRAINED = ("align", "distill", "finetune")
 LOSS_NAMES = {
@@ -31,7 +32,10 @@ def write_report(out: Path) -> Path:
     """
     if not (out / "config.yaml").is_file():
         raise HaloError(f"{out}: must be the directory of a conversion (it has no config.yaml)")
-    config = yaml.safe_load((out / "config.yaml").read_text())
+    path = out / files.CONFIG
+    with files.reading(path, "run a stage of the conversion again"):
+        config = yaml.safe_load(path.read_text("utf-8"))
+        assert isinstance(config, dict)
     directories = {stage: out / stage for stage in TRAINED}
     if config["aligned"]:
         aligned = Path(config["aligned"])
@@ -88,15 +92,13 @@ def plot_evaluation(rows: list[dict], training_length: int, path: Path) -> None:
     plt.close(figure)
 
 
-def read_metrics(directory: Path) -> list[dict]:
-    """Read the lines of a stage's metrics.jsonl; empty if there is no such file."""
-    path = directory / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+def read_record(path: Path) -> dict | None:
+    """Read a result of a stage, or return None if the stage has none yet.
 
-
-def read_json(path: Path) -> dict | None:
-    """Read a JSON file, or return None if it does not exist."""
-    return json.loads(path.read_text()) if path.is_file() else None
+    Raises:
+        HaloError: If it is damaged.
+    """
+    return files.read_json(path, f"delete {path.parent} to run its stage again") if path.is_file() else None
 
 
 def every_digit(value: float) -> str:
@@ -105,7 +107,7 @@ def every_digit(value: float) -> str:
 
 
 def _training_section(out: Path, config: dict, directories: dict[str, Path]) -> str:
-    metrics = {stage: lines for stage, directory in directories.items() if (lines := read_metrics(directory))}
+    metrics = {stage: lines for stage, directory in directories.items() if (lines := files.read_lines(directory / files.METRICS))}
     if not metrics:
         return ""
     figure, panels = plt.subplots(
@@ -145,7 +147,7 @@ def _alignment_table(metrics: dict[str, list[dict]]) -> str:
 
 
 def _selection_section(out: Path) -> str:
-    record = read_json(out / "select" / "selection.json")
+    record = read_record(out / "select" / files.SELECTION)
     if record is None:
         return ""
     lines = ["## Selection\n", f"Softmax attention stays in layers {record['layers']} (score: {record['score']}).\n"]
@@ -186,7 +188,7 @@ def _plot_selection(record: dict, path: Path) -> None:
 
 
 def _scale_section(out: Path) -> str:
-    record = read_json(out / "scale" / "scale.json")
+    record = read_record(out / "scale" / files.SCALE)
     if record is None:
         return ""
     chosen = "no scale" if record["a"] is None else f"a = {every_digit(record['a'])}"
@@ -205,7 +207,7 @@ def _scale_section(out: Path) -> str:
 
 
 def _evaluation_section(out: Path) -> str:
-    record = read_json(out / "eval" / "results.json")
+    record = read_record(out / "eval" / files.RESULTS)
     if record is None:
         return ""
     plot_evaluation(record["rows"], record["training_length"], out / "evaluation.png")
@@ -213,7 +215,7 @@ def _evaluation_section(out: Path) -> str:
 
 
 def _recall_cell(row: dict) -> str:
-    return f"{row['recall']:.2f} ± {row['recall_error']:.2f}"
+    return f"{row['recall']:.2f} ± {row['recall_error'] or 0:.2f}"
 
 
 def _bits_cell(row: dict) -> str:

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halo.config import DataSettings, HaloError
+from halo.data import DataSettings
+from halo.settings import HaloError
 from halo.demo import corpus
 
 if TYPE_CHECKING:

@@ -1,226 +1,195 @@
-"""The training loop of all stages. A stage defines the model, the trainable parameters and the loss.
+"""The training loop of all stages. A stage defines the trained weights, the loss and what the loss is a mean over.
 
-A run that is interrupted and started again continues from its last checkpoint with the same batches, random numbers and
-optimizer state, so its losses are bit for bit those of an uninterrupted run.
+The gradient of a step is the gradient of the whole batch, whatever the micro-batches and the number of processes: each
+adds its sum, divided by the count of the whole batch. A run that is interrupted and started again continues from its last
+checkpoint with the same batches, so its losses are bit for bit those of an uninterrupted run.
 """
 
-import json
 import math
-import os
-import random
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torchdata.stateful_dataloader import StatefulDataLoader
 
-from halo.config import HaloError, TrainingSettings
+from halo import files
+from halo.checkpoint import Checkpoints, check_finite
+from halo.compute import Compute
 from halo.data import Batch
+from halo.metrics import Metrics
 from halo.progress import StageProgress, say
+from halo.settings import HaloError, TrainingSettings
+from halo.sharding import synchronise, whole_tensor
+from halo.signals import Stopped, StopRequest
 
-CHECKPOINT = "checkpoint.pt"
-METRICS = "metrics.jsonl"
-
-Autocast = AbstractContextManager[Any]
+# (first step) -> this process's share of the batch of every step from there on
+BatchSource = Callable[[int], Iterator[Batch]]
 
 
-class Stage(Protocol):
-    """The interface of a training stage."""
+class Training(nn.Module, ABC):
+    """What one stage trains: the module's trainable parameters, by the loss that its forward pass computes."""
 
     name: ClassVar[str]
+    adam_eps: ClassVar[float] = 1e-8
+    settings: TrainingSettings
 
-    @property
-    def settings(self) -> TrainingSettings:
-        """Hyperparameters of the stage."""
+    @abstractmethod
+    def shard(self, compute: Compute) -> None:
+        """Divide the weights over the processes, if there are several."""
 
-    def build(self) -> nn.Module:
-        """Prepare the models and return the module whose trainable parameters are trained and checkpointed."""
+    @abstractmethod
+    def units(self, batch: Batch) -> Tensor:
+        """Return how many units the loss of a batch is a mean over, such as tokens or labels, as a scalar tensor."""
 
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return a scalar to differentiate, and detached tensors to log, of which one is named `loss`."""
+    @abstractmethod
+    def accumulate(self, batch: Batch, count: Tensor, scale: float) -> dict[str, Tensor]:
+        """Add the gradient of a micro-batch to the parameters' gradients.
 
-    def clip_groups(self, module: nn.Module) -> list[list[nn.Parameter]]:
+        Args:
+            batch: The micro-batch.
+            count: Units of the whole batch, by which the sum over this micro-batch is divided.
+            scale: Factor of the gradient.
+
+        Returns:
+            This micro-batch's share of what is logged; the sum over all of them is the value of the batch.
+        """
+
+    def record(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what to log of a batch, of which one value is named `loss`."""
+        return sums
+
+    def held_out(self) -> dict[str, float]:
+        """Return measurements on held-out text to log now and then; empty if the stage has none."""
+        return {}
+
+    def clip_groups(self) -> list[list[nn.Parameter]]:
         """Return groups of parameters; the gradient norm of each group is clipped on its own."""
+        return [[parameter for parameter in self.parameters() if parameter.requires_grad]]
 
 
 def train(
-    stage: Stage,
-    batches: StatefulDataLoader,
+    training: Training,
+    batches: BatchSource,
     directory: Path,
-    device: torch.device,
-    precision: str = "fp32",
-    seed: int = 0,
-) -> nn.Module:
-    """Run all steps of a stage.
+    compute: Compute,
+    identity: dict[str, Any] | None = None,
+    tensorboard: bool = False,
+) -> None:
+    """Run all steps of a stage; `training` holds the result.
 
     Args:
-        stage: What to train.
-        batches: Loader of Batch.
-        directory: Receives metrics.jsonl and, until the stage is finished, checkpoint.pt; a checkpoint in it is
-            continued.
-        device: Where the models are.
-        precision: "fp32", or "bf16" to run the forward pass under autocast; weights and optimizer state are fp32.
-        seed: Seed of all random numbers.
-
-    Returns:
-        The trained module.
+        training: What to train, on the device.
+        batches: Makes the batches from a step on.
+        directory: Receives metrics.jsonl and checkpoints/, from the last of which an interrupted run continues.
+        compute: Device, arithmetic and processes.
+        identity: Everything that the result depends on, as plain JSON; a checkpoint of another identity is refused.
+        tensorboard: Whether to write TensorBoard's event files too.
 
     Raises:
-        HaloError: If the loss is not finite when it is logged, or if the checkpoint belongs to other settings.
+        HaloError: If loss, gradient or weights stop being finite, or if a checkpoint cannot be used.
+        Stopped: If the process was asked to stop; everything is saved.
     """
-    settings = stage.settings
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-    directory.mkdir(parents=True, exist_ok=True)
-    module = stage.build()
-    groups = stage.clip_groups(module)
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    settings = training.settings
+    training.shard(compute)
+    groups = training.clip_groups()
+    trained = [parameter for parameter in training.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        trained, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+        trained,
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        eps=training.adam_eps,
+        weight_decay=settings.weight_decay,
+        fused=True,
     )
-    start, elapsed = _resume(stage, directory, module, optimizer, batches)
-    autocast: Autocast = nullcontext() if precision == "fp32" else torch.autocast(device.type, torch.bfloat16)
-    source = iter(batches)
-    last_step, last_time = start, time.monotonic()
-    began = last_time - elapsed
+    checkpoints = Checkpoints(directory / files.CHECKPOINTS, identity or settings.identity(), compute)
+    resumed = checkpoints.load(training, optimizer) or {"step": 0, "seconds": 0.0}
+    start = resumed["step"]
+    if start and compute.main:
+        say(f"{training.name}: continues after step {start}")
+    source = batches(start)
     tokens = settings.batch * settings.length
-    with StageProgress(stage.name, settings.steps) as progress, (directory / METRICS).open("a") as metrics:
+    saved = time.monotonic()
+    metrics = Metrics(directory, compute, start, resumed["seconds"], tokens, tensorboard)
+    with StageProgress(training.name, settings.steps, compute.main) as progress, metrics, StopRequest() as stop:
         for step in range(start, settings.steps):
-            rate = learning_rate(step, settings)
+            done = step + 1
             for group in optimizer.param_groups:
-                group["lr"] = rate
-            logged = _backward(stage, next(source).to(device), settings.micro_batch, autocast)
-            norms = torch.stack([_clip(group, settings.clip) for group in groups])
+                group["lr"] = learning_rate(step, settings)
+            sums = _accumulate(training, next(source).to(compute.device), compute)
+            norms = torch.stack([whole_tensor(_clip(group, settings.clip)) for group in groups])
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            done = step + 1
-            if done % settings.log_every == 0 or done == settings.steps or done == 1:
-                record: dict[str, Any] = {"step": done, "lr": rate, "grad_norm": float(norms.max())}
-                record |= {key: value.tolist() for key, value in logged.items()}
-                _check_finite(stage, record)
-                now = time.monotonic()
-                speed = tokens * (done - last_step) / max(now - last_time, 1e-9)
-                last_step, last_time = done, now
-                record |= {"seconds": round(now - began, 3), "tokens_per_second": round(speed)}
-                metrics.write(json.dumps(record) + "\n")
-                metrics.flush()
-                progress.update(done, f"loss {record['loss']:.4f}  {speed:,.0f} tokens/s")
-            if done % settings.checkpoint_every == 0 and done < settings.steps:
-                _save(stage, directory, module, optimizer, batches, done, time.monotonic() - began)
-    return module
+            last = done == settings.steps
+            if done % settings.log_every == 0 or last or done == 1:
+                record = {"lr": learning_rate(step, settings), "grad_norm": float(norms.max())}
+                record |= _logged(training, sums, compute)
+                _require_finite(training, done, record)
+                line = metrics.log(done, record)
+                progress.update(done, f"loss {line['loss']:.4f}  {line['tokens_per_second']:,.0f} tokens/s")
+            due = bool(settings.checkpoint_every) and done % settings.checkpoint_every == 0
+            due |= compute.main and time.monotonic() - saved >= 60 * settings.checkpoint_minutes
+            stopped, due = compute.agree(stop.requested, due)
+            if stopped or due or last:
+                _require_finite_gradients(training, done, norms)
+                state = {"step": done, "seconds": metrics.seconds}
+                checkpoints.save(training, optimizer, state, wait=stopped or last)
+                saved = time.monotonic()
+                if stopped and not last:
+                    raise Stopped(f"{training.name}: stopped and saved after step {done}; the same command continues")
+            checkpoints.poll()
+    checkpoints.finish()
+    if not check_finite(training, compute):
+        raise HaloError(f"{training.name}: weights must stay finite, got infinity or NaN; {_advice(training)}")
 
 
 def learning_rate(step: int, settings: TrainingSettings) -> float:
-    """Return the learning rate of a step, counted from 0: linear warm-up from 0, cosine to `final_learning_rate`."""
+    """Return the learning rate of a step, counted from 0: linear warm-up, then cosine to `final_learning_rate`."""
     if step < settings.warmup:
-        return settings.learning_rate * step / settings.warmup
+        return settings.learning_rate * (step + 1) / settings.warmup
     progress = (step - settings.warmup) / max(settings.steps - 1 - settings.warmup, 1)
     drop = settings.learning_rate - settings.final_learning_rate
     return settings.final_learning_rate + 0.5 * drop * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file so that an interrupted process leaves either the old or the new content.
-
-    Args:
-        path: The file.
-        write: Writes the content to the temporary path that it is given, which is then renamed.
-    """
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def _backward(stage: Stage, batch: Batch, micro_batch: int | None, autocast: Autocast) -> dict[str, Tensor]:
-    """Accumulate the gradients of the mean loss over micro-batches and return the mean of the logged tensors."""
-    parts = batch.split(micro_batch)
+def _accumulate(training: Training, batch: Batch, compute: Compute) -> dict[str, Tensor]:
+    """Compute the gradient of the whole batch and return this process's share of what is logged."""
+    parts = batch.split(training.settings.micro_batch)
+    count = compute.sum(training.units(batch)).clamp(min=1)
     sums: dict[str, Tensor] = {}
-    for part in parts:
-        with autocast:
-            loss, logged = stage.loss(part)
-        (loss / len(parts)).backward()
-        for key, value in logged.items():
-            value = value.detach() / len(parts)
+    for number, part in enumerate(parts, 1):
+        synchronise(training, wanted=number == len(parts))
+        with compute.autocast():
+            # FSDP averages over the processes, and their sums are wanted.
+            added = training.accumulate(part, count, float(compute.world))
+        for key, value in added.items():
             sums[key] = sums[key] + value if key in sums else value
     return sums
+
+
+def _logged(training: Training, sums: dict[str, Tensor], compute: Compute) -> dict[str, Any]:
+    record = training.record({key: compute.sum(value) for key, value in sums.items()})
+    return {key: value.tolist() for key, value in record.items()}
 
 
 def _clip(parameters: list[nn.Parameter], limit: float) -> Tensor:
     return nn.utils.clip_grad_norm_(parameters, limit)
 
 
-def _check_finite(stage: Stage, record: dict[str, Any]) -> None:
+def _require_finite(training: Training, step: int, record: dict[str, Any]) -> None:
     if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
         raise HaloError(
-            f"{stage.name}: loss and gradient must stay finite, got loss {record['loss']} and gradient norm "
-            f"{record['grad_norm']} at step {record['step']}; lower {stage.name}.learning_rate or {stage.name}.clip"
+            f"{training.name}: loss and gradient must stay finite, got loss {record['loss']} and gradient norm "
+            f"{record['grad_norm']} at step {step}; {_advice(training)}"
         )
 
 
-def _save(
-    stage: Stage,
-    directory: Path,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: StatefulDataLoader,
-    done: int,
-    elapsed: float,
-) -> None:
-    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    state = {
-        "settings": stage.settings.model_dump(mode="json"),
-        "step": done,
-        "elapsed": elapsed,
-        "model": {name: value for name, value in module.state_dict().items() if name in trained},
-        "optimizer": optimizer.state_dict(),
-        "data": batches.state_dict(),
-        "random": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "metrics_bytes": (directory / METRICS).stat().st_size,
-    }
-    write_atomically(directory / CHECKPOINT, lambda path: torch.save(state, path))
+def _require_finite_gradients(training: Training, step: int, norms: Tensor) -> None:
+    if not bool(torch.isfinite(norms).all()):
+        raise HaloError(f"{training.name}: gradient must stay finite, got {norms.max()} at step {step}; {_advice(training)}")
 
 
-def _resume(
-    stage: Stage,
-    directory: Path,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: StatefulDataLoader,
-) -> tuple[int, float]:
-    """Restore the last checkpoint, if any, and return the number of finished steps and the seconds they took."""
-    path = directory / CHECKPOINT
-    if not path.is_file():
-        (directory / METRICS).unlink(missing_ok=True)
-        return 0, 0.0
-    # We wrote this file; the generator states in it are not accepted by the restricted unpickler.
-    state = torch.load(path, map_location="cpu", weights_only=False)
-    if state["settings"] != stage.settings.model_dump(mode="json"):
-        raise HaloError(
-            f"{path}: must come from the same {stage.name} settings; give another --out or delete {directory}"
-        )
-    missing, unexpected = module.load_state_dict(state["model"], strict=False)
-    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    if unexpected or trained.intersection(missing):
-        raise HaloError(f"{path}: must hold this model's weights; give another --out or delete {directory}")
-    optimizer.load_state_dict(state["optimizer"])
-    batches.load_state_dict(state["data"])
-    random.setstate(state["random"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    # Steps after the checkpoint are repeated, and so are their lines.
-    os.truncate(directory / METRICS, state["metrics_bytes"])
-    say(f"{stage.name}: continues after step {state['step']}")
-    return state["step"], state["elapsed"]
+def _advice(training: Training) -> str:
+    return f"lower {training.name}.learning_rate or {training.name}.clip, and run the same command"

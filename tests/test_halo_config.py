@@ -6,7 +6,9 @@ from halo_tiny import config_tree
 from typer.testing import CliRunner
 
 from halo.cli import app
-from halo.config import STAGE_HELP, Config, HaloError, load_config, make_config
+from halo.config import Config, load_config, make_config
+from halo.settings import HaloError
+from halo.stages import STAGE_HELP
 
 PAPER = {
     "hypenet-2b": ("Qwen/Qwen3-1.7B-Base", 7, 1e-4),
@@ -39,9 +41,41 @@ MISTAKES = {
     "not a choice": ({"mixer": "mamba"}, "mixer: must be 'lightning' or 'gdn', got 'mamba'"),
     "not a device": ({"device": "tpu"}, r"device: must match pattern '^(auto|cpu|cuda(:\d+)?)$', got 'tpu'"),
     "too few": ({"scale": {"grid": []}}, "scale.grid: must have at least 1 item after validation, not 0, got []"),
-    "micro batch": ({"distill": {"batch": 6, "micro_batch": 4}}, "distill: micro_batch must divide batch (6)"),
-    "scale grid": ({"scale": {"grid": [1.0]}}, "scale: grid must hold numbers above 1 or null, got 1.0"),
+    "micro batch": ({"distill": {"batch": 6, "micro_batch": 4}}, "distill: micro_batch must divide batch (6), got 4"),
+    "scale grid": ({"scale": {"grid": [1.0]}}, "scale: grid must hold numbers of at least 1.01 or null, got 1.0"),
 }
+
+
+def test_all_mistakes_are_listed(write, tmp_path):
+    path = write(config_tree(tmp_path) | {"alin": {}, "seed": -1, "data": {"path": "x"}})
+    result = halo("convert", "--config", str(path))
+    assert result.exit_code == 2
+    assert result.stderr.splitlines() == [
+        f"halo: {path}: 4 mistakes",
+        "  seed: must be greater than or equal to 0, got -1",
+        "  data.source: must be given",
+        "  data.path: is not a key of this section",
+        "  alin: is not a key of this section",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("align.betas=[1.5, 0.9]", "align: betas must be in [0, 1), got [1.5, 0.9]"),
+        ("seed=1180591620717411303424", "seed: must be less than 2147483648"),
+        ("scale.grid=[.inf]", "scale.grid.0: must be a finite number"),
+        ("threads=10000", "threads: must be less than or equal to 1024"),
+        ("distill.vocab_chunk=1", "distill.vocab_chunk: must be greater than or equal to 256"),
+        ("align.steps=1" + "0" * 30, "align.steps: must be less than or equal to 1000000000"),
+        ("align.steps=[1", "--set: the value of align.steps must be YAML, got [1"),
+        ("data=./text", "data: must be a section of keys, such as data.source, got './text'"),
+    ],
+)
+def test_values_that_torch_would_refuse_late_are_refused_here(change, expected, write, tmp_path):
+    path = write(config_tree(tmp_path))
+    result = halo("convert", "--config", str(path), "--set", change)
+    assert result.exit_code == 2 and expected in result.stderr and result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", MISTAKES)

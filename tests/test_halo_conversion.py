@@ -15,14 +15,15 @@ from typer.testing import CliRunner
 import hypenet
 from halo import models
 from halo.cli import app
-from halo.config import DataSettings, HaloError, ScaleSettings, SelectSettings, make_config
-from halo.conversion import STAGES, Conversion
-from halo.data import Corpus
+from halo.config import make_config
+from halo.data import Corpus, DataSettings
 from halo.journal import Journal
-from halo.plan import even_layers
+from halo.pipeline import Pipeline
 from halo.report import every_digit
-from halo.stages.scale import choose_scale, long_documents
-from halo.stages.select import chunk_losses, measure_swaps
+from halo.selection import even_layers
+from halo.stages import STAGES
+from halo.stages.scale import ScaleSettings, choose_scale, long_samples
+from halo.stages.select import SelectSettings, chunk_losses, measure_swaps
 
 
 def halo(*arguments):
@@ -52,7 +53,7 @@ def test_every_stage_leaves_its_result(converted):
         lines = [json.loads(line) for line in (converted.out / stage / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == [1, 2, 3, 4]
         assert {"loss", "lr", "grad_norm", "seconds", "tokens_per_second"} <= lines[0].keys()
-        assert not (converted.out / stage / "checkpoint.pt").exists()
+        assert not (converted.out / stage / "checkpoints").exists()
         # The output is not a terminal: plain lines with loss and speed.
         assert f"{stage:10} 4/4  loss {lines[-1]['loss']:.4f}" in converted.output and "tokens/s" in converted.output
 
@@ -66,7 +67,7 @@ def test_finished_model_is_a_hypenet_without_the_teacher(converted):
     tokenizer = AutoTokenizer.from_pretrained(converted.out / "model")
     ids = torch.tensor([tokenizer("quiet river")["input_ids"]])
     assert model.generate(ids, max_new_tokens=5, do_sample=False).shape[1] == ids.shape[1] + 5
-    finetuned = models.load_hypenet(converted.out / "finetune", torch.device("cpu")).state_dict()
+    finetuned = models.load_hypenet(converted.out / "finetune" / "model", torch.device("cpu")).state_dict()
     assert all(torch.equal(value, finetuned[key]) for key, value in model.state_dict().items())
 
 
@@ -93,7 +94,7 @@ def test_interrupted_measurement_resumes(converted, tmp_path, monkeypatch, stage
         (directory / name).unlink()
     counted = []
     monkeypatch.setattr(Journal, "once", _counting(Journal.once, counted))
-    Conversion(config).run_stage(stage)
+    Pipeline(config).run_stage(stage)
     assert json.loads((directory / result).read_text()) == expected
     assert (directory / "metrics.jsonl").read_text() == lines
     assert counted.count(False) == 2 and counted.count(True) == len(counted) - 2 > 0
@@ -109,11 +110,30 @@ def _counting(once, counted):
     return counting
 
 
-def test_journal_of_other_settings_is_refused(tmp_path):
-    Journal(tmp_path / "m.jsonl", {"a": 1}).once("x", lambda: 3)
-    assert Journal(tmp_path / "m.jsonl", {"a": 1}).once("x", lambda: 4) == 3
-    with pytest.raises(HaloError, match="must come from the same settings"):
-        Journal(tmp_path / "m.jsonl", {"a": 2})
+def test_journal_of_other_settings_starts_anew(tmp_path, capsys):
+    Journal(tmp_path, {"a": 1}).once("x", lambda: 3)
+    assert Journal(tmp_path, {"a": 1}).once("x", lambda: 4) == 3
+    assert Journal(tmp_path, {"a": 2}).once("x", lambda: 4) == 4
+    assert "is of other settings; the measurement starts again" in capsys.readouterr().err
+
+
+def test_processes_share_the_parts_of_a_measurement(tmp_path):
+    """Each measures its own parts and takes those that others have finished from their journals."""
+    measured = []
+
+    def part(name):
+        return lambda: measured.append(name) or name.upper()
+
+    first = Journal(tmp_path, {}, SimpleNamespace(rank=0, world=2, gather=lambda own: [own]))
+    with pytest.raises(KeyError):  # The other process has measured nothing yet.
+        first.measure({name: part(name) for name in "abcd"})
+    assert measured == ["a", "c"]
+    second = Journal(tmp_path, {}, SimpleNamespace(rank=1, world=2, gather=lambda own: [first.pieces, own]))
+    assert second.measure({name: part(name) for name in "abcd"}) == {"a": "A", "b": "B", "c": "C", "d": "D"}
+    assert measured == ["a", "c", "b", "d"]
+    alone = Journal(tmp_path, {})
+    assert alone.measure({name: part(name) for name in "abcd"}) == {"a": "A", "b": "B", "c": "C", "d": "D"}
+    assert len(measured) == 4
 
 
 def test_report_tells_the_run(converted):
@@ -159,12 +179,12 @@ def test_even_conversion_reuses_aligned_twins(converted, inputs, tmp_path):
     tree = config_tree(inputs) | {"out": str(tmp_path / "even"), "aligned": str(converted.out)}
     tree["select"] = tree["select"] | {"score": "even"}
     (tmp_path / "even.yaml").write_text(yaml.safe_dump(tree))
-    conversion = Conversion(make_config(tree))
+    pipeline = Pipeline(make_config(tree))
     for stage in ("transfer", "align", "select", "distill"):
-        conversion.run_stage(stage)
-    assert conversion.layers == even_layers(LAYERS, 1) == [0]
+        pipeline.run_stage(stage)
+    assert pipeline.job.softmax_layers() == even_layers(LAYERS, 1) == [0]
     assert not (tmp_path / "even" / "align").exists()
-    assert conversion.directory("align") == converted.out / "align"
+    assert pipeline.job.directory("align") == converted.out / "align"
 
 
 def test_aligned_must_be_a_finished_conversion(inputs, tmp_path):
@@ -238,10 +258,9 @@ def test_measured_swaps_are_paired_over_the_same_samples(corpus, tmp_path):
     twins = models.make_twins(teacher, "lightning")
     settings = SelectSettings(recall_samples=3, recall_length=160, language_samples=5, language_length=32, batch=2)
     done = []
-    journal = Journal(tmp_path / "metrics.jsonl", {})
-    measured = measure_swaps(teacher, twins, corpus, settings, journal, done.append)
-    assert done == [1, 2, 3]
-    chunks = corpus.held_out_chunks(5, 32)
+    measured = measure_swaps(teacher, twins, corpus, settings, Journal(tmp_path, {}), lambda n, part: done.append(n))
+    assert done == [1, 2, 3, 4]
+    chunks = corpus.chunks("choose", 5, 32)
     assert np.array_equal(measured.loss, chunk_losses(teacher, chunks, batch=2))
     with models.swapped(teacher, twins, 1):
         assert np.array_equal(measured.swapped_loss[1], chunk_losses(teacher, chunks, batch=2))
@@ -281,8 +300,8 @@ def test_scale_takes_the_base_with_the_least_loss(corpus, tmp_path, best, expect
     model = NextTokenOracle(len(corpus.tokenizer))
     model.certainty[best] = 9.0
     settings = ScaleSettings(grid=[None, 10, 100, 1000], length=60, documents=4, needle_ratio=0.0)
-    rows = choose_scale(model, corpus, settings, Journal(tmp_path / "metrics.jsonl", {}), lambda done: None)
-    assert rows[0]["a"] == expected and model.config.attn_logits_scaling == best
+    rows = choose_scale(model, long_samples(corpus, settings), settings.grid, 40, Journal(tmp_path, {}))
+    assert rows[0]["a"] == expected
     assert [row["loss"] for row in rows] == sorted(row["loss"] for row in rows)
     assert rows[0]["advantage"] == 0 and rows[1]["advantage"] == pytest.approx(rows[1]["loss"] - rows[0]["loss"])
 
@@ -301,6 +320,6 @@ def test_scale_documents_may_hold_episodes(tmp_path):
         (tmp_path / f"{i}.txt").write_text(text)
     corpus = Corpus(DataSettings(source=str(tmp_path), held_out=0.3), tiny_tokenizer())
     settings = ScaleSettings(length=90, documents=4, needle_ratio=0.5)
-    rows = long_documents(corpus, settings)
+    rows = long_samples(corpus, settings)
     assert rows.shape == (4, 90)
     assert ["The magic number for" in corpus.tokenizer.decode(row) for row in rows] == [False, False, True, True]

@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, field
 from itertools import pairwise, repeat
 from typing import ClassVar
 
@@ -15,31 +14,26 @@ from halo_tiny import LAYERS, config_tree, tiny_teacher, write_inputs
 from torch import nn
 
 from halo import models
-from halo.config import AlignSettings, DistillSettings, FinetuneSettings, HaloError, TrainingSettings, make_config
-from halo.conversion import Conversion
+from halo.compute import Compute
+from halo.config import make_config
 from halo.data import Batch
-from halo.stages.align import Align
-from halo.stages.distill import Distill
-from halo.stages.finetune import Finetune
-from halo.trainer import learning_rate, train
+from halo.pipeline import Pipeline
+from halo.settings import HaloError, TrainingSettings
+from halo.stages.align import Align, AlignSettings
+from halo.stages.distill import Distill, DistillSettings
+from halo.stages.finetune import Finetune, FinetuneSettings
+from halo.trainer import Training, learning_rate, train
 
 VOCABULARY, LENGTH = 61, 40
-CPU = torch.device("cpu")
+CPU = Compute(torch.device("cpu"))
+BF16 = Compute(torch.device("cpu"), torch.bfloat16)
 NUMBERS = {"steps": 60, "batch": 2, "length": LENGTH, "learning_rate": 1e-2, "final_learning_rate": 1e-3, "warmup": 5}
 STAGES = ("align", "distill", "finetune")
 
 
-class OneBatch:
-    """Yield the same batch forever, in place of a data loader."""
-
-    def __init__(self, batch):
-        self.batch = batch
-
-    def __iter__(self):
-        return repeat(self.batch)
-
-    def state_dict(self):
-        return {}
+def always(batch):
+    """Yield the same batch at every step, in place of a data loader."""
+    return lambda step: repeat(batch)
 
 
 def random_batch(sequences=2, documents=2):
@@ -67,7 +61,7 @@ def losses(directory):
 @pytest.mark.parametrize("isolate", [False, True])
 @pytest.mark.parametrize("name", STAGES)
 def test_stage_overfits_one_batch(name, isolate, tmp_path):
-    train(make_stage(name, isolate=isolate), OneBatch(random_batch()), tmp_path, CPU)
+    train(make_stage(name, isolate=isolate), always(random_batch()), tmp_path, CPU)
     first, *_, last = losses(tmp_path)
     # Alignment cannot reach a loss of 0, because a decaying recurrence is no softmax; the other two stages can.
     assert last < (0.4 if name == "align" else 0.1) * first
@@ -76,38 +70,43 @@ def test_stage_overfits_one_batch(name, isolate, tmp_path):
 def test_gdn_twins_align(tmp_path):
     stage = make_stage("align", mixer="gdn", steps=12, length=16, warmup=2)
     batch = random_batch()
-    train(stage, OneBatch(Batch(batch.input_ids[:, :16], batch.document_ids[:, :16])), tmp_path, CPU)
+    train(stage, always(Batch(batch.input_ids[:, :16], batch.document_ids[:, :16])), tmp_path, CPU)
     first, *_, last = losses(tmp_path)
     assert last < 0.8 * first
 
 
 def test_layers_of_align_are_independent():
     stage = make_stage("align")
-    mixers = stage.build()
-    for layer in range(LAYERS):
-        mixers.zero_grad()
-        losses, _ = stage.layer_losses(random_batch())
-        losses[layer].backward()
-        for other, mixer in enumerate(mixers):
-            touched = any(p.grad is not None and p.grad.abs().max() > 0 for p in mixer.parameters())
-            assert touched == (other == layer)
+    batch = random_batch()
+    gradients = []
+    for changed in (False, True):
+        if changed:  # Another weight in one twin changes the gradient of that twin alone.
+            with torch.no_grad():
+                stage.mixers[1].q_proj.weight.mul_(1.5)
+        stage.zero_grad()
+        stage.accumulate(batch, stage.units(batch), 1.0)
+        gradients.append([torch.cat([p.grad.flatten() for p in mixer.parameters()]) for mixer in stage.mixers])
+    same = [torch.equal(*pair) for pair in zip(*gradients, strict=True)]
+    assert same == [layer != 1 for layer in range(LAYERS)]
 
 
 def test_clipping_one_layer_leaves_the_others_alone():
     stage = make_stage("align")
-    groups = stage.clip_groups(stage.build())
+    groups = stage.clip_groups()
     assert len(groups) == LAYERS
     owned = [id(parameter) for group in groups for parameter in group]
     assert sorted(owned) == sorted(id(parameter) for parameter in stage.mixers.parameters())
     together = make_stage("align", clip_scope="all")
-    assert len(together.clip_groups(together.build())) == 1
+    assert len(together.clip_groups()) == 1
 
 
 def test_targets_of_align_are_the_teachers_mixer_outputs():
     stage = make_stage("align")
     batch = random_batch()
-    with torch.no_grad(), models.recorded_attention(stage.teacher) as calls:
+    calls = []
+    with torch.no_grad(), models.observed_attention(stage.teacher, lambda layer, call: calls.append(call)):
         models.hidden_states(stage.teacher, batch)
+    with torch.no_grad():
         block = stage.teacher.model.layers[0]
         x = block.input_layernorm(stage.teacher.model.embed_tokens(batch.input_ids))
     assert len(calls) == LAYERS and torch.equal(calls[0].x_BTD, x)
@@ -121,7 +120,7 @@ def test_targets_of_align_are_the_teachers_mixer_outputs():
 def test_teacher_stays_bit_identical(name, tmp_path):
     stage = make_stage(name, steps=3)
     before = {key: value.clone() for key, value in stage.teacher.state_dict().items()}
-    train(stage, OneBatch(random_batch()), tmp_path, CPU)
+    train(stage, always(random_batch()), tmp_path, CPU)
     after = stage.teacher.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     assert all(parameter.grad is None for parameter in stage.teacher.parameters())
@@ -129,14 +128,15 @@ def test_teacher_stays_bit_identical(name, tmp_path):
 
 def test_align_changes_mixers_only_and_distill_everything(tmp_path):
     stage = make_stage("align", steps=3)
-    before = {key: value.clone() for key, value in stage.student.state_dict().items()}
-    train(stage, OneBatch(random_batch()), tmp_path / "align", CPU)
-    changed = {key for key, value in stage.student.state_dict().items() if not torch.equal(value, before[key])}
-    assert changed and all(".self_attn." in key for key in changed)
+    before = {key: value.clone() for key, value in stage.state_dict().items()}
+    train(stage, always(random_batch()), tmp_path / "align", CPU)
+    changed = {key for key, value in stage.state_dict().items() if not torch.equal(value, before[key])}
+    weights = {name for name, parameter in stage.named_parameters()}
+    assert changed == weights and all(key.startswith("mixers.") for key in changed)
 
     stage = make_stage("distill", steps=3)
     before = {key: value.clone() for key, value in stage.student.state_dict().items()}
-    train(stage, OneBatch(random_batch()), tmp_path / "distill", CPU)
+    train(stage, always(random_batch()), tmp_path / "distill", CPU)
     unchanged = [key for key, value in stage.student.state_dict().items() if torch.equal(value, before[key])]
     assert unchanged == []
 
@@ -146,31 +146,34 @@ def test_recomputed_activations_give_the_same_gradient(name):
     gradients = []
     for checkpoint_activations in (False, True):
         stage = make_stage(name, checkpoint_activations=checkpoint_activations)
-        module = stage.build()
-        stage.loss(random_batch())[0].backward()
-        gradients.append(torch.cat([parameter.grad.flatten() for parameter in module.parameters()]))
-        assert module.is_activation_checkpointing == checkpoint_activations
+        batch = random_batch()
+        stage.accumulate(batch, stage.units(batch), 1.0)
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in stage.parameters()]))
+        assert stage.student.is_activation_checkpointing == checkpoint_activations
     assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_bfloat16_arithmetic_trains_float32_weights(name, tmp_path):
-    module = train(make_stage(name, steps=30), OneBatch(random_batch()), tmp_path, CPU, precision="bf16")
-    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+    stage = make_stage(name, steps=30)
+    train(stage, always(random_batch()), tmp_path, BF16)
+    assert {parameter.dtype for parameter in stage.parameters()} == {torch.float32}
     first, *_, last = losses(tmp_path)
     assert last < 0.6 * first
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_micro_batches_give_the_gradient_of_the_batch(name):
+    """Even if the micro-batches have different numbers of labels: one row is of short documents."""
+    batch = random_batch()
+    batch.document_ids[0] = torch.arange(LENGTH) // 2
     gradients = []
     for size in (None, 1):
         stage = make_stage(name)
-        module = stage.build()
-        parts = random_batch().split(size)
-        for part in parts:
-            (stage.loss(part)[0] / len(parts)).backward()
-        gradients.append(torch.cat([p.grad.flatten().double() for p in module.parameters() if p.grad is not None]))
+        count = stage.units(batch)
+        for part in batch.split(size):
+            stage.accumulate(part, count, 1.0)
+        gradients.append(torch.cat([p.grad.flatten().double() for p in stage.parameters() if p.grad is not None]))
     error = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
     assert error < 100 * torch.finfo(torch.float32).eps
 
@@ -179,7 +182,7 @@ def test_isolated_documents_do_not_see_each_other():
     batch = random_batch(sequences=2, documents=2)
     for name in ("align", "distill"):
         stage = make_stage(name, isolate=True)
-        for model in [stage.teacher, stage.student]:
+        for model in [stage.teacher] if name == "align" else [stage.teacher, stage.student]:
             model.eval()
             with torch.no_grad():
                 packed = models.hidden_states(model, batch, isolate_documents=True)
@@ -211,9 +214,10 @@ def test_swapped_layer_is_the_twin_inside_and_the_teacher_outside():
     with torch.no_grad():
         before = models.hidden_states(teacher, batch)
         with models.swapped(teacher, twins, 1):
-            with models.recorded_attention(teacher) as calls:
+            calls = []
+            with models.observed_attention(teacher, lambda layer, call: calls.append(call)):
                 inside = models.hidden_states(teacher, batch)
-            expected = models.run_mixer(models.mixers(twins)[1], calls[1].x_BTD, calls[1].position_embeddings)
+            expected = models.run_mixer(twins[1], calls[1].x_BTD, calls[1].position_embeddings)
             assert torch.equal(calls[1].y_BTD, expected)
         after = models.hidden_states(teacher, batch)
     assert torch.equal(before, after) and not torch.allclose(before, inside, atol=1e-2)
@@ -222,34 +226,50 @@ def test_swapped_layer_is_the_twin_inside_and_the_teacher_outside():
 def test_learning_rate():
     numbers = TrainingSettings(steps=101, batch=1, learning_rate=1.0, final_learning_rate=0.1, warmup=10)
     rates = [learning_rate(step, numbers) for step in range(101)]
-    assert rates[0] == 0 and rates[5] == 0.5 and rates[10] == 1.0
+    assert rates[0] == 0.1 and rates[4] == 0.5 and rates[9] == rates[10] == 1.0
     assert rates[100] == pytest.approx(0.1) and rates[55] == pytest.approx(0.55)
     assert all(a > b for a, b in pairwise(rates[10:]))
     constant = numbers.model_copy(update={"final_learning_rate": 1.0})
     assert {learning_rate(step, constant) for step in range(10, 101)} == {1.0}
 
 
-@dataclass
-class Diverging:
-    settings: TrainingSettings
+class Diverging(Training):
     name: ClassVar[str] = "diverging"
-    weight: nn.Parameter = field(default_factory=lambda: nn.Parameter(torch.ones(1)))
 
-    def build(self):
-        return nn.ParameterList([self.weight])
+    def __init__(self, settings, from_step):
+        super().__init__()
+        self.settings, self.from_step, self.steps = settings, from_step, 0
+        self.weight = nn.Parameter(torch.ones(1))
 
-    def loss(self, batch):
-        loss = (self.weight * torch.inf).sum()
-        return loss, {"loss": loss.detach()}
+    def shard(self, compute):
+        pass
 
-    def clip_groups(self, module):
-        return [list(module)]
+    def units(self, batch):
+        return torch.tensor(1.0)
+
+    def accumulate(self, batch, count, scale):
+        self.steps += 1
+        loss = (self.weight * (torch.inf if self.steps >= self.from_step else 1.0)).sum()
+        loss.backward()
+        return {"loss": loss.detach()}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     settings = TrainingSettings(steps=3, batch=1, length=LENGTH, learning_rate=1e-3)
     with pytest.raises(HaloError, match="diverging: loss and gradient must stay finite, got loss inf"):
-        train(Diverging(settings), OneBatch(random_batch()), tmp_path, CPU)
+        train(Diverging(settings, 1), always(random_batch()), tmp_path, CPU)
+
+
+@pytest.mark.parametrize("checkpoint_every", [None, 3, 5])
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, checkpoint_every):
+    """Whatever the intervals of logs and checkpoints, and even if no step after the last checkpoint is logged."""
+    settings = TrainingSettings(
+        steps=9, batch=1, length=LENGTH, learning_rate=1e-3, log_every=100, checkpoint_every=checkpoint_every
+    )
+    with pytest.raises(HaloError, match="must stay finite"):
+        train(Diverging(settings, 5), always(random_batch()), tmp_path, CPU)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("*"))
+    assert kept == (["step-3"] if checkpoint_every == 3 else [])
 
 
 @pytest.fixture(scope="module")
@@ -259,9 +279,9 @@ def inputs(tmp_path_factory):
     return directory
 
 
-def run_until(conversion, stage):
-    for name in conversion.stages:
-        conversion.run_stage(name)
+def run_until(pipeline, stage):
+    for name in ("transfer", "align", "select", "distill", "finetune"):
+        pipeline.run_stage(name)
         if name == stage:
             return
 
@@ -278,6 +298,11 @@ def numbers_with_checkpoints(tree):
     return tree | {name: tree[name] | {"steps": 9, "checkpoint_every": 3} for name in STAGES}
 
 
+def weights(out, name):
+    file = "mixers.safetensors" if name == "align" else "model/model.safetensors"
+    return (out / name / file).read_bytes()
+
+
 class Killed(Exception):
     pass
 
@@ -285,80 +310,104 @@ class Killed(Exception):
 @pytest.mark.parametrize("name", STAGES)
 def test_interrupted_stage_resumes_bit_for_bit(name, inputs, tmp_path, monkeypatch, capsys):
     trees = {out: numbers_with_checkpoints(config_tree(inputs)) | {"out": str(tmp_path / out)} for out in "ab"}
-    whole = Conversion(make_config(trees["a"]))
+    whole = Pipeline(make_config(trees["a"]))
     run_until(whole, name)
 
-    cut = Conversion(make_config(trees["b"]), like=whole)
+    cut = Pipeline(make_config(trees["b"]), like=whole)
     stage_class = {"align": Align, "distill": Distill, "finetune": Finetune}[name]
-    original, calls = stage_class.loss, []
+    original, calls = stage_class.accumulate, []
 
-    def loss(self, batch):
+    def accumulate(self, batch, count, scale):
         calls.append(None)
-        if len(calls) > 5 * cut.config.finetune.batch if name == "finetune" else len(calls) > 5:
+        if len(calls) > (5 * cut.config.finetune.batch if name == "finetune" else 5):
             raise Killed
-        return original(self, batch)
+        return original(self, batch, count, scale)
 
-    monkeypatch.setattr(stage_class, "loss", loss)
+    monkeypatch.setattr(stage_class, "accumulate", accumulate)
     with pytest.raises(Killed):
         run_until(cut, name)
     assert len(metrics(tmp_path / "b" / name)) == 5
     assert not (tmp_path / "b" / name / "done.json").exists()
 
-    monkeypatch.setattr(stage_class, "loss", original)
+    monkeypatch.setattr(stage_class, "accumulate", original)
     torch.manual_seed(999)
-    run_until(Conversion(make_config(trees["b"]), like=whole), name)
+    # How it is computed and logged may change on the way.
+    changed = trees["b"] | {name: trees["b"][name] | {"checkpoint_every": 4, "checkpoint_minutes": 1.0}}
+    run_until(Pipeline(make_config(changed), like=whole), name)
     assert f"{name}: continues after step 3" in capsys.readouterr().out
     assert metrics(tmp_path / "b" / name) == metrics(tmp_path / "a" / name)
-    weights = [(tmp_path / out / name / "model.safetensors").read_bytes() for out in "ab"]
-    assert weights[0] == weights[1]
-    assert not (tmp_path / "b" / name / "checkpoint.pt").exists()
+    assert weights(tmp_path / "a", name) == weights(tmp_path / "b", name)
+    assert not (tmp_path / "b" / name / "checkpoints").exists()
 
 
-KILLED_RUN = """
+def test_a_resume_needs_no_metrics_file(inputs, tmp_path, monkeypatch):
+    """A stage whose log was moved away continues; the log then begins at the checkpoint."""
+    tree = numbers_with_checkpoints(config_tree(inputs)) | {"out": str(tmp_path / "out")}
+    pipeline = Pipeline(make_config(tree))
+    run_until(pipeline, "align")
+    (tmp_path / "out" / "align" / "done.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("halo.models.save_mixers", lambda state, path: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            pipeline.run_stage("align")
+    (tmp_path / "out" / "align" / "metrics.jsonl").unlink()
+    pipeline.run_stage("align")
+    assert (tmp_path / "out" / "align" / "done.json").exists()
+
+
+STOPPED_RUN = """
 import os, signal, sys
-from pathlib import Path
-from halo.config import load_config
-from halo.conversion import Conversion
+from halo.cli import app
 from halo.stages.align import Align
 
-calls, original = [], Align.loss
-def loss(self, batch):
+calls, original = [], Align.accumulate
+def accumulate(self, *arguments):
     calls.append(None)
-    if len(calls) == 6:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(self, batch)
-Align.loss = loss
-conversion = Conversion(load_config(sys.argv[1]))
-conversion.run_stage("transfer")
-conversion.run_stage("align")
+    if len(calls) == 5:
+        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+    return original(self, *arguments)
+Align.accumulate = accumulate
+for stage in ("transfer", "align"):
+    app([stage, "--config", sys.argv[2]], standalone_mode=stage == "align")
 """
 
 
-def test_killed_process_resumes_bit_for_bit(inputs, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("name", "step", "code"), [("SIGKILL", 3, -signal.SIGKILL), ("SIGTERM", 5, 2), ("SIGINT", 5, 2)]
+)
+def test_stopped_process_resumes_bit_for_bit(name, step, code, inputs, tmp_path, capsys):
+    """A kill loses the steps after the last checkpoint; SIGTERM and Ctrl-C lose none."""
     paths = {}
     for out in "ab":
         tree = numbers_with_checkpoints(config_tree(inputs)) | {"out": str(tmp_path / out), "threads": 1}
         paths[out] = tmp_path / f"{out}.yaml"
         paths[out].write_text(json.dumps(tree))
-    run = subprocess.run([sys.executable, "-c", KILLED_RUN, str(paths["a"])], capture_output=True, text=True)
-    assert run.returncode == -signal.SIGKILL, run.stderr
+    command = [sys.executable, "-c", STOPPED_RUN, name, str(paths["a"])]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == code, run.stderr
+    if name != "SIGKILL":
+        assert run.stderr.splitlines()[-1] == (
+            "halo: align: stopped and saved after step 5; the same command continues"
+        )
     threads = torch.get_num_threads()
     try:
         for out in "ab":
-            run_until(Conversion(make_config(json.loads(paths[out].read_text()))), "align")
+            run_until(Pipeline(make_config(json.loads(paths[out].read_text()))), "align")
     finally:
         torch.set_num_threads(threads)
-    assert capsys.readouterr().out.count("continues after step 3") == 1
+    assert capsys.readouterr().out.count(f"continues after step {step}") == 1
     assert metrics(tmp_path / "a" / "align") == metrics(tmp_path / "b" / "align")
     assert len(metrics(tmp_path / "a" / "align")) == 9
+    assert weights(tmp_path / "a", "align") == weights(tmp_path / "b", "align")
 
 
-def test_checkpoint_of_other_settings_is_refused(inputs, tmp_path):
+def test_checkpoint_of_another_run_is_refused(inputs, tmp_path, monkeypatch):
     tree = numbers_with_checkpoints(config_tree(inputs)) | {"out": str(tmp_path / "out")}
-    conversion = Conversion(make_config(tree))
-    run_until(conversion, "align")
-    checkpoint = tmp_path / "out" / "align" / "checkpoint.pt"
-    (tmp_path / "out" / "align" / "done.json").unlink()
-    torch.save({"settings": {"steps": 1}}, checkpoint)
-    with pytest.raises(HaloError, match="must come from the same align settings"):
-        conversion.run_stage("align")
+    run_until(Pipeline(make_config(tree)), "transfer")
+    with monkeypatch.context() as patch:
+        patch.setattr("halo.models.save_mixers", lambda state, path: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            run_until(Pipeline(make_config(tree)), "align")
+    changed = tree | {"align": tree["align"] | {"learning_rate": 2e-3}}
+    with pytest.raises(HaloError, match=r"comes from another run \(align.learning_rate: 0.001 there, 0.002 now\)"):
+        run_until(Pipeline(make_config(changed)), "align")

@@ -11,16 +11,18 @@ from pathlib import Path
 
 from rich.table import Table
 
-from halo.config import STAGE_HELP, Config
-from halo.conversion import DONE, Conversion
+from halo import files
+from halo.config import Config
 from halo.journal import Journal
+from halo.pipeline import Pipeline
 from halo.progress import console, say
 from halo.report import evaluation_table, every_digit, plot_evaluation, write_report
+from halo.stages import STAGES
 from halo.stages.evaluate import Labelled, evaluate
 
 RESULTS = "demo.json"
 SELECTED, SPACED = "selected", "even"
-TRAINED_STAGES = tuple(stage for stage in STAGE_HELP if stage != "eval")
+TRAINED_STAGES = tuple(stage for stage in STAGES if stage != "eval")
 TEACHER, CONVERTED, UNSCALED, EVEN = "teacher", "converted", "converted, no scale", "evenly spaced"
 PROMPT = "The `with` statement is used to"
 
@@ -29,9 +31,9 @@ def run_demo(config: Config) -> dict:
     """Run both conversions and the comparison in config.out, and return the content of demo.json."""
     began = time.monotonic()
     out = config.out
-    selected = Conversion(config.model_copy(update={"out": out / SELECTED}))
+    selected = Pipeline(config.model_copy(update={"out": out / SELECTED}))
     even_selection = config.select.model_copy(update={"score": "even", "layers": None})
-    even = Conversion(
+    even = Pipeline(
         config.model_copy(update={"out": out / SPACED, "aligned": out / SELECTED, "select": even_selection}),
         like=selected,
     )
@@ -43,7 +45,7 @@ def run_demo(config: Config) -> dict:
     rows = _compare(selected, even)
     record = {
         "training_length": config.eval.length,
-        "layers": {CONVERTED: selected.layers, EVEN: even.layers},
+        "layers": {CONVERTED: selected.job.softmax_layers(), EVEN: even.job.softmax_layers()},
         "scale": {CONVERTED: _scale(selected), EVEN: _scale(even)},
         "rows": rows,
         "claims": claims(rows),
@@ -103,30 +105,28 @@ def claims(rows: list[dict]) -> list[dict]:
     return found
 
 
-def _compare(selected: Conversion, even: Conversion) -> list[dict]:
-    student, settings = selected.converted(), selected.config.eval
+def _compare(selected: Pipeline, even: Pipeline) -> list[dict]:
+    job = selected.job
+    student, spaced = job.load_finished(), even.job.load_finished()
     chosen = student.config.attn_logits_scaling
-    models: list[Labelled] = [
-        (TEACHER, selected.teacher, None),
-        (CONVERTED, student, chosen),
-    ]
+    models: list[Labelled] = [(TEACHER, job.teacher, None), (CONVERTED, student, chosen)]
     if chosen is not None:
         models.append((UNSCALED, student, None))
-    spaced = even.converted()
     models.append((EVEN, spaced, spaced.config.attn_logits_scaling))
-    plain = selected.config.model_dump(mode="json")
-    return evaluate(models, selected.corpus, settings, Journal(selected.config.out.parent / "eval.jsonl", plain))
+    journal = Journal(job.out.parent, job.identity("eval"), job.compute)
+    with job.compute.autocast():
+        return evaluate(models, job.corpus, job.config.eval, journal)
 
 
-def _scale(conversion: Conversion) -> float | None:
-    return json.loads((conversion.directory("scale") / "scale.json").read_text())["a"]
+def _scale(conversion: Pipeline) -> float | None:
+    return json.loads((conversion.out / "scale" / files.SCALE).read_text())["a"]
 
 
-def _stage_seconds(selected: Conversion, even: Conversion) -> dict[str, float]:
+def _stage_seconds(selected: Pipeline, even: Pipeline) -> dict[str, float]:
     seconds = {}
     for conversion in (selected, even):
         for stage in TRAINED_STAGES:
-            path = conversion.out / stage / DONE
+            path = conversion.out / stage / files.DONE
             if path.is_file():
                 seconds[f"{conversion.out.name}/{stage}"] = json.loads(path.read_text())["seconds"]
     return seconds

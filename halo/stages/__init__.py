@@ -1,4 +1,21 @@
-"""The work of the stages: classes for the trainer (align, distill, finetune), functions for select, scale and eval.
+"""The stages of a conversion, in order. Each is one file: its settings, `run(job)`, and what it leaves behind."""
 
-Transfer is `halo.models.make_twins`; `halo.conversion` runs the stages in order.
-"""
+from types import ModuleType
+
+STAGE_HELP = {
+    "transfer": "Build a recurrent twin of every attention layer from its weights.",
+    "align": "Stage 1: train each twin to reproduce the output of its attention layer.",
+    "select": "Choose the layers that stay attention, by replacing one layer at a time with its twin.",
+    "distill": "Stage 2: train the hybrid to match the teacher's next-token distribution.",
+    "finetune": "Stage 3: train on next-token loss with longer context.",
+    "scale": "Choose the base of the attention scale on long text, and write the final model.",
+    "eval": "Measure recall and bits per byte at multiples of the training length.",
+}
+STAGES = tuple(STAGE_HELP)
+
+
+def stage_module(name: str) -> ModuleType:
+    """Import the file of a stage."""
+    from importlib import import_module
+
+    return import_module(f"halo.stages.{'evaluate' if name == 'eval' else name}")

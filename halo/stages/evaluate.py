@@ -7,18 +7,47 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from halo.config import EvalSettings
+from pydantic import Field, PositiveInt
+
+from halo import files
 from halo.data import Corpus
-from halo.evaluation.needle import recall, token_stream
+from halo.evaluation.needle import recall
 from halo.evaluation.perplexity import bits_per_byte
 from halo.journal import Journal
+from halo.job import Job
 from halo.progress import StageProgress
+from halo.settings import Settings
 
 TOKENS_PER_FORWARD = 8192
 MIN_SAMPLES = 2
 
 # (name in the table, model, attn_logits_scaling to measure it with)
 Labelled = tuple[str, PreTrainedModel, str | float | None]
+
+
+class EvalSettings(Settings):
+    """How to measure recall and bits per byte at multiples of the training length."""
+
+    length: PositiveInt = Field(512, description="the training length, multiple 1")
+    multiples: list[PositiveInt] = Field([1, 2, 4, 8, 16], min_length=1, description="lengths to measure at")
+    recall_samples: PositiveInt = Field(100, description="episodes per length")
+    recall_tokens: PositiveInt | None = Field(None, description="cap on the tokens of all episodes at one length")
+    text_tokens: PositiveInt = Field(65_536, description="held-out tokens per length")
+
+
+def run(job: Job) -> None:
+    """Measure the teacher and the finished model."""
+    student = job.load_finished()
+    chosen = student.config.attn_logits_scaling
+    labelled: list[Labelled] = [("teacher", job.teacher, None), ("converted", student, chosen)]
+    if chosen is not None:
+        labelled.append(("converted, no scale", student, None))
+    settings = job.config.eval
+    with job.compute.autocast():
+        rows = evaluate(labelled, job.corpus, settings, job.journal("eval"))
+    if job.compute.main:
+        record = {"training_length": settings.length, "rows": rows}
+        files.write_json(job.directory("eval") / files.RESULTS, record)
 
 
 def evaluate(
@@ -38,27 +67,26 @@ def evaluate(
     Returns:
         A row per model and length, with standard errors; bits_per_byte is None if the held-out text is too short.
     """
-    stream = token_stream(corpus.tokenizer, corpus.held_out_texts())
-    rows = []
-    with StageProgress("eval", len(labelled) * len(settings.multiples)) as progress:
-        for label, model, scaling in labelled:
-            model.config.attn_logits_scaling = scaling
-            for multiple in settings.multiples:
-                measure = partial(_measure, model, label, multiple, corpus.tokenizer, stream, settings)
-                rows.append(journal.once(f"{label}, {multiple}", measure))
-                length = settings.length * multiple
-                progress.update(len(rows), f"{label}, {length} tokens: recall {rows[-1]['recall']:.2f}")
-    return rows
+    stream = corpus.stream("judge")
+    parts = {}
+    for label, model, scaling in labelled:
+        for multiple in settings.multiples:
+            measure = partial(_measure, model, label, scaling, multiple, corpus.tokenizer, stream, settings)
+            parts[f"{label}, {multiple}"] = measure
+    with StageProgress("eval", len(parts), journal.compute is None or journal.compute.main) as progress:
+        return list(journal.measure(parts, progress.update).values())
 
 
 def _measure(
     model: PreTrainedModel,
     label: str,
+    scaling: str | float | None,
     multiple: int,
     tokenizer: PreTrainedTokenizerBase,
     stream: np.ndarray,
     settings: EvalSettings,
 ) -> dict[str, Any]:
+    model.config.attn_logits_scaling = scaling
     length = settings.length * multiple
     batch = max(1, TOKENS_PER_FORWARD // length)
     samples = settings.recall_samples

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from halo.plan import Measurements, ScoreRule, choose, even_layers, measure_drops, paper_scores, scores, top_layers
+from halo.selection import Measurements, ScoreRule, choose, even_layers, measure_drops, paper_scores, scores, top_layers
 
 EPISODES, CHUNKS = 60, 40
 

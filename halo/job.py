@@ -1,0 +1,172 @@
+"""What a stage works with: the configuration, the processes, the files of the run, and teacher and data on demand."""
+
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from halo import files, models, teachers
+from halo.compute import Compute
+from halo.data import Batch, Corpus, batches
+from halo.journal import Journal
+from halo.settings import HaloError, Settings, TrainingSettings
+from halo.sharding import whole_state
+from halo.stages import STAGES
+from halo.trainer import Training
+from hypenet import HypeNetForCausalLM
+
+if TYPE_CHECKING:
+    from halo.config import Config
+
+TRAINED_STAGES = ("align", "distill", "finetune")
+
+
+class Job:
+    """One conversion, as its stages see it. Teacher, tokenizer and data are loaded once, when first needed.
+
+    Args:
+        config: The configuration.
+        compute: Device and processes; started from the configuration if not given.
+        like: A job with the same teacher, data and seed; its loaded objects are reused.
+    """
+
+    def __init__(self, config: "Config", compute: Compute | None = None, like: "Job | None" = None) -> None:
+        self.config, self.out = config, config.out
+        if like is not None:
+            compute = compute or like.compute
+            self.corpus, self.teacher_config = like.corpus, like.teacher_config
+        self.compute = compute or Compute.start(config.device, config.precision, config.threads)
+
+    @cached_property
+    def teacher_config(self) -> PreTrainedConfig:
+        """The teacher's configuration, checked."""
+        return teachers.load_config(self.config.teacher)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The teacher's tokenizer."""
+        return teachers.load_tokenizer(self.config.teacher)
+
+    @cached_property
+    def teacher(self) -> PreTrainedModel:
+        """The teacher in the arithmetic's dtype, on the device, in evaluation mode."""
+        teacher = teachers.load_teacher(self.config.teacher, self.compute.device, self.compute.dtype)
+        return teacher.requires_grad_(False).eval()
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The text of training, of choices and of the final measurement."""
+        corpus = Corpus(self.config.data, self.tokenizer, self.config.seed, self.out / "data", self.training_tokens())
+        self.compute.from_main(corpus.prepare)
+        return corpus
+
+    def load_teacher_weights(self) -> PreTrainedModel:
+        """Load the teacher on the CPU in float32, to copy weights from."""
+        return teachers.load_teacher(self.config.teacher, torch.device("cpu"), torch.float32)
+
+    def release_teacher(self) -> None:
+        """Free the teacher's memory."""
+        self.__dict__.pop("teacher", None)
+
+    def training_tokens(self) -> int:
+        """Return the tokens of all training stages together."""
+        stages: list[TrainingSettings] = [getattr(self.config, name) for name in TRAINED_STAGES]
+        return sum(stage.steps * stage.batch * stage.length for stage in stages)
+
+    def training_length(self) -> int:
+        """Return the longest sequence in training, in tokens."""
+        lengths = [getattr(self.config, name).length for name in TRAINED_STAGES if getattr(self.config, name).steps]
+        return max(lengths, default=self.config.align.length)
+
+    def directory(self, stage: str) -> Path:
+        """Return the directory of a stage's result."""
+        if stage in ("transfer", "align") and self.config.aligned is not None:
+            other = self.config.aligned
+            return other / stage if (other / stage / files.DONE).is_file() or stage == "transfer" else other
+        return self.out / stage
+
+    def identity(self, stage: str) -> dict[str, Any]:
+        """Return everything that a stage's result depends on: inputs, and the settings of this stage and those before."""
+        config = self.config
+        found: dict[str, Any] = {
+            "teacher": config.teacher,
+            "teacher_fingerprint": self.teacher_fingerprint,
+            "mixer": config.mixer,
+            "seed": config.seed,
+            "precision": self.compute.precision,
+            "data": config.data.identity() | {"fingerprint": self.corpus.fingerprint},
+        }
+        if config.aligned is not None:
+            found["aligned"] = str(config.aligned)
+        for name in STAGES[: STAGES.index(stage) + 1]:
+            section = getattr(config, name, None)
+            if isinstance(section, Settings) and not (name == "align" and config.aligned is not None):
+                found[name] = section.identity()
+        return found
+
+    @cached_property
+    def teacher_fingerprint(self) -> str:
+        """A short text that changes when the teacher's files do."""
+        return self.compute.from_main(lambda: teachers.fingerprint(self.config.teacher))
+
+    def journal(self, stage: str) -> Journal:
+        """Open the journal of a stage that measures."""
+        return Journal(self.directory(stage), self.identity(stage), self.compute)
+
+    def train(self, training: Training, loop: Callable[..., None]) -> None:
+        """Run the training loop of a stage on its batches."""
+        settings = training.settings
+        offset = STAGES.index(training.name)
+        samples = self.corpus.samples(settings.length, settings.needle_ratio, offset)
+
+        def source(step: int) -> Iterator[Batch]:
+            return batches(samples, settings.batch, step, self.compute.rank, self.compute.world, self.compute.device)
+
+        directory = self.directory(training.name)
+        loop(training, source, directory, self.compute, self.identity(training.name), self.config.tensorboard)
+
+    def load_mixers(self, stage: str) -> nn.ModuleList:
+        """Load the twins that transfer or align left, in float32 on the CPU."""
+        path = self.directory(stage) / files.MIXERS
+        return models.load_mixers(path, self.load_teacher_weights(), self.config.mixer, _again(path.parent))
+
+    def load_student(self, stage: str) -> HypeNetForCausalLM:
+        """Load the student that distill or finetune left, in float32 on the device."""
+        return models.load_hypenet(self.directory(stage) / files.MODEL, self.compute.device, _again(self.directory(stage)))
+
+    def load_finished(self) -> HypeNetForCausalLM:
+        """Load the finished model, in float32 on the device."""
+        return models.load_hypenet(self.out / files.MODEL, self.compute.device, _again(self.directory("scale")))
+
+    def save_student(self, student: HypeNetForCausalLM, stage: str) -> None:
+        """Write a trained student, gathered from all processes, as a folder of transformers."""
+        state = whole_state(student, self.compute)
+        if self.compute.main:
+            path = self.directory(stage) / files.MODEL
+            files.write_directory(path, lambda partial: student.save_pretrained(partial, state_dict=state))
+
+    def save_model(self, student: HypeNetForCausalLM) -> None:
+        """Write the finished model with its tokenizer."""
+
+        def write(partial: Path) -> None:
+            student.save_pretrained(partial)
+            self.tokenizer.save_pretrained(partial)
+
+        files.write_directory(self.out / files.MODEL, write)
+
+    def softmax_layers(self) -> list[int]:
+        """Return the softmax layers that the select stage chose."""
+        path = self.directory("select") / files.SELECTION
+        layers = files.read_json(path, _again(path.parent)).get("layers")
+        count = self.teacher_config.num_hidden_layers
+        if not isinstance(layers, list) or not all(isinstance(i, int) and 0 <= i < count for i in layers):
+            raise HaloError(f"{path}: layers must be numbers below {count}, got {layers}; {_again(path.parent)}")
+        return layers
+
+
+def _again(directory: Path) -> str:
+    return f"delete {directory} to run its stage again"

@@ -1,0 +1,154 @@
+"""Two processes end in the model of one, whatever the mixer and the head, and continue after a kill bit for bit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from halo_tiny import config_tree, write_inputs
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from halo.config import make_config
+from halo.pipeline import Pipeline
+
+TESTS = Path(__file__).parent
+STAGES = ("align", "distill", "finetune")
+# float32 sums in another order, over a few steps of AdamW
+TOLERANCE = 2e-5
+
+
+def torchrun(*arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
+    command += ["-m", "halo_worker", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def tree_of(directory, out, mixer="lightning", tied=True):
+    tree = config_tree(directory, out) | {"mixer": mixer, "threads": 1, "precision": "fp32"}
+    if not tied:
+        tree["teacher"] = str(directory / "untied")
+    for name in STAGES:
+        tree[name] = tree[name] | {"steps": 7, "checkpoint_every": 3, "batch": 4, "micro_batch": 1}
+    tree["data"]["isolate_documents"] = not tied
+    return tree
+
+
+def write_config(directory, out, **options):
+    path = directory / f"{out}.json"
+    path.write_text(json.dumps(tree_of(directory, out, **options)))
+    return path
+
+
+CASES = {"lightning": {"mixer": "lightning"}, "gdn": {"mixer": "gdn", "tied": False}}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("inputs")
+    write_inputs(directory)
+    untied = AutoModelForCausalLM.from_pretrained(directory / "teacher")
+    untied.config.tie_word_embeddings = False
+    untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach() * 0.9)
+    untied.save_pretrained(directory / "untied")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (directory / "untied" / name).write_bytes((directory / "teacher" / name).read_bytes())
+    return directory
+
+
+@pytest.fixture(scope="module")
+def two(inputs):
+    paths = [write_config(inputs, f"two-{name}", **options) for name, options in CASES.items()]
+    run = torchrun(*paths)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return inputs
+
+
+@pytest.fixture(scope="module")
+def one(inputs):
+    threads = torch.get_num_threads()
+    for name, options in CASES.items():
+        Pipeline(make_config(tree_of(inputs, f"one-{name}", **options))).run()
+    torch.set_num_threads(threads)
+    return inputs
+
+
+def weights(out, stage):
+    return load_file(out / stage / ("mixers.safetensors" if stage == "align" else "model/model.safetensors"))
+
+
+def assert_close(left, right):
+    assert left.keys() == right.keys()
+    for key, value in left.items():
+        error = (value - right[key]).abs().max() / value.abs().max().clamp(min=1e-3)
+        assert error < TOLERANCE, f"{key}: {error}"
+
+
+def losses(out, stage):
+    return [json.loads(line)["loss"] for line in (out / stage / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_equal_one(one, two, name, stage):
+    alone, shared = one / f"one-{name}", two / f"two-{name}"
+    assert_close(weights(alone, stage), weights(shared, stage))
+    assert losses(shared, stage) == pytest.approx(losses(alone, stage), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_choices_and_measurements_are_those_of_one_process(one, two, name):
+    def read(out, file):
+        return json.loads((out / file).read_text())
+
+    alone, shared = one / f"one-{name}", two / f"two-{name}"
+    assert read(alone, "select/selection.json")["layers"] == read(shared, "select/selection.json")["layers"]
+    assert read(alone, "scale/scale.json")["a"] == read(shared, "scale/scale.json")["a"]
+    rows = [read(out, "eval/results.json")["rows"] for out in (alone, shared)]
+    assert [row["bits_per_byte"] for row in rows[0]] == pytest.approx([row["bits_per_byte"] for row in rows[1]], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_saved_head_is_tied_as_the_teachers(two, name):
+    """Sharding embedding and head apart would untie them silently, with a wrong gradient."""
+    model = AutoModelForCausalLM.from_pretrained(two / f"two-{name}" / "model")
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == (name == "lightning")
+    assert ("lm_head.weight" in weights(two / f"two-{name}", "finetune")) == (name == "gdn")
+
+
+def test_killed_processes_continue_bit_for_bit(two, inputs):
+    path = write_config(inputs, "killed", **CASES["lightning"])
+    run = torchrun(path, "--kill", "distill", "10")  # two micro-batches a step: step 5
+    assert run.returncode != 0 and "signal: 9" in run.stderr + run.stdout or "Signal 9" in run.stderr, run.stderr[-3000:]
+    assert [file.name for file in (inputs / "killed" / "distill" / "checkpoints").iterdir()] == ["step-3"]
+    run = torchrun(path)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("distill: continues after step 3") == 1
+    for stage in STAGES:
+        expected, found = (weights(inputs / out, stage) for out in ("two-lightning", "killed"))
+        assert all(torch.equal(value, found[key]) for key, value in expected.items())
+
+
+def test_another_number_of_processes_continues_with_a_word(two, inputs, capsys):
+    path = write_config(inputs, "fewer", **CASES["gdn"])
+    run = torchrun(path, "--kill", "align", "10")
+    assert run.returncode != 0
+    pipeline = Pipeline(make_config(tree_of(inputs, "fewer", **CASES["gdn"])))
+    pipeline.run_stage("align")
+    captured = capsys.readouterr()
+    assert "align: continues after step 3" in captured.out
+    assert "the checkpoint was written by 2 processes and 1 continue" in captured.err
+    assert_close(weights(inputs / "two-gdn", "align"), weights(inputs / "fewer", "align"))
+
+
+def test_nodes_replicate(two, inputs):
+    """With as many nodes as processes, weights are replicated across them, as in one process with another batch order."""
+    path = write_config(inputs, "nodes", **CASES["lightning"])
+    run = torchrun(path, "--replicate")
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert_close(weights(inputs / "two-lightning", "finetune"), weights(inputs / "nodes", "finetune"))
