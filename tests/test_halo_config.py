@@ -62,12 +62,12 @@ def test_all_mistakes_are_listed(write, tmp_path):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ("align.betas=[1.5, 0.9]", "align: betas must be in [0, 1), got [1.5, 0.9]"),
+        ("finetune.betas=[1.5, 0.9]", "finetune: betas must be in [0, 1), got [1.5, 0.9]"),
         ("seed=1180591620717411303424", "seed: must be less than 2147483648"),
         ("scale.grid=[.inf]", "scale.grid.0: must be a finite number"),
         ("threads=10000", "threads: must be less than or equal to 1024"),
-        ("distill.vocab_chunk=1", "distill.vocab_chunk: must be greater than or equal to 256"),
-        ("align.steps=1" + "0" * 30, "align.steps: must be less than or equal to 1000000000"),
+        ("finetune.vocab_chunk=1", "finetune.vocab_chunk: must be greater than or equal to 256"),
+        ("finetune.steps=1" + "0" * 30, "finetune.steps: must be less than or equal to 1000000000"),
         ("align.steps=[1", "--set: the value of align.steps must be YAML, got [1"),
         ("data=./text", "data: must be a section of keys, such as data.source, got './text'"),
     ],
@@ -89,7 +89,7 @@ def test_mistake_is_one_line(name, write, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("a: [1", "must be YAML"), ("- 1", "must be a mapping of keys, got list"), ("", "teacher: must be given")],
+    [("a: [1", "must be YAML"), ("- 1", "must be a mapping of keys, got list"), ("teacher: x\nout: y", "data: must be given")],
 )
 def test_file_that_is_no_config(text, expected, write):
     result = halo("align", "--config", str(write(text)))
@@ -107,7 +107,7 @@ def test_missing_file_names_the_shipped_ones():
     [
         ("align.steps", "--set: must look like key=value, got align.steps"),
         ("seed.x=1", "--set: seed.x: seed is not a section"),
-        ("align.steps=x", "align.steps: must be a valid integer"),
+        ("finetune.steps=x", "finetune.steps: must be a valid integer"),
     ],
 )
 def test_wrong_override(override, expected, write, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,9 @@ from halo.pipeline import Pipeline
 
 TESTS = Path(__file__).parent
 STAGES = ("align", "distill", "finetune")
-# float32 sums in another order, over a few steps of AdamW
-TOLERANCE = 2e-5
+# AdamW moves every weight by about the learning rate, 1e-3, however small its gradient is; float32 sums in another order
+# change that by up to half a percent where a gradient is next to nothing.
+TOLERANCE = 5e-6
 
 
 def torchrun(*arguments):
@@ -34,7 +36,7 @@ def tree_of(directory, out, mixer="lightning", tied=True):
     if not tied:
         tree["teacher"] = str(directory / "untied")
     for name in STAGES:
-        tree[name] = tree[name] | {"steps": 7, "checkpoint_every": 3, "batch": 4, "micro_batch": 1}
+        tree[name] = tree[name] | {"steps": 7, "checkpoint_every": 2, "batch": 4, "micro_batch": 1}
     tree["data"]["isolate_documents"] = not tied
     return tree
 
@@ -85,7 +87,7 @@ def weights(out, stage):
 def assert_close(left, right):
     assert left.keys() == right.keys()
     for key, value in left.items():
-        error = (value - right[key]).abs().max() / value.abs().max().clamp(min=1e-3)
+        error = (value - right[key]).abs().max() / value.abs().max().clamp(min=1)
         assert error < TOLERANCE, f"{key}: {error}"
 
 
@@ -123,29 +125,31 @@ def test_the_saved_head_is_tied_as_the_teachers(two, name):
 
 def test_killed_processes_continue_bit_for_bit(two, inputs):
     path = write_config(inputs, "killed", **CASES["lightning"])
-    run = torchrun(path, "--kill", "distill", "10")  # two micro-batches a step: step 5
-    assert run.returncode != 0 and "signal: 9" in run.stderr + run.stdout or "Signal 9" in run.stderr, run.stderr[-3000:]
-    assert [file.name for file in (inputs / "killed" / "distill" / "checkpoints").iterdir()] == ["step-3"]
+    run = torchrun(path, "--kill", "distill", "12")  # two micro-batches a step: step 6
+    assert run.returncode != 0 and "Signal 9" in run.stderr, run.stderr[-3000:]
+    assert {"step-2", "step-4"} & {file.name for file in (inputs / "killed" / "distill" / "checkpoints").iterdir()}
     run = torchrun(path)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("distill: continues after step 3") == 1
+    assert len(re.findall(r"distill: continues after step [24]\n", run.stdout)) == 1
     for stage in STAGES:
         expected, found = (weights(inputs / out, stage) for out in ("two-lightning", "killed"))
         assert all(torch.equal(value, found[key]) for key, value in expected.items())
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_continues_with_a_word(two, inputs, capsys):
     path = write_config(inputs, "fewer", **CASES["gdn"])
-    run = torchrun(path, "--kill", "align", "10")
+    run = torchrun(path, "--kill", "align", "12")
     assert run.returncode != 0
     pipeline = Pipeline(make_config(tree_of(inputs, "fewer", **CASES["gdn"])))
     pipeline.run_stage("align")
     captured = capsys.readouterr()
-    assert "align: continues after step 3" in captured.out
+    assert re.search(r"align: continues after step [24]\n", captured.out)
     assert "the checkpoint was written by 2 processes and 1 continue" in captured.err
     assert_close(weights(inputs / "two-gdn", "align"), weights(inputs / "fewer", "align"))
 
 
+@pytest.mark.slow
 def test_nodes_replicate(two, inputs):
     """With as many nodes as processes, weights are replicated across them, as in one process with another batch order."""
     path = write_config(inputs, "nodes", **CASES["lightning"])
