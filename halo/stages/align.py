@@ -51,8 +51,7 @@ class Align:
             models.run_mixer(mixer, call.x_BTD, call.position_embeddings, cu_seqlens)
             for mixer, call in zip(self.mixers, recorded, strict=True)
         ]
-        powers = torch.stack([call.y_BTD.float().square().mean() for call in recorded])
-        return mixer_mse(outputs, [call.y_BTD for call in recorded]), powers
+        return mixer_mse(outputs, [call.y_BTD for call in recorded])
 
     def clip_groups(self, module: nn.Module) -> list[list[nn.Parameter]]:
         """Return one group for each layer, or one for all of them."""
