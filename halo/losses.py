@@ -303,10 +303,8 @@ class _Gradients:
 
 
 def _scaled(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Return d_hidden and d_weight times grad; the saved buffers themselves, unless the graph is used again."""
+    """Return d_hidden and d_weight times grad; in the saved buffers themselves, unless the graph is used again."""
     kept = torch._C._autograd._get_current_graph_task_keep_graph()
-    if grad.device.type == "cpu" and grad == 1 and not kept:
-        return ctx.saved_tensors
     return tuple(x if x is None else x * grad if kept else x.mul_(grad) for x in ctx.saved_tensors)
 
 

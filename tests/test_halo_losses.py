@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from compare import assert_matches_reference
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.losses import traced_bytes
 from halo import losses
 from halo.losses import IGNORE, kl_divergence, mixer_mse, next_token_labels, next_token_loss, token_losses
 
@@ -389,3 +391,57 @@ def test_peak_memory(loss, workspaces, vocab_chunk, monkeypatch):
     bound = gradients + 4 * (workspaces * chunk * width + (3 if loss == "kl" else 1) * block) + 16 * 1024
     peak = peak_bytes(run)
     assert gradients + 4 * workspaces * chunk * width <= peak <= bound
+
+
+@pytest.mark.parametrize("loss", ["kl_divergence", "next_token_loss"])
+def test_peak_memory_of_a_large_model(loss):
+    """Qwen3's vocabulary, 8k tokens: under 1.0 GB beyond bf16 inputs and the fp32 gradient of the weight.
+
+    Two (one) workspaces of [512, V], softmax in blocks, d_hidden in fp32 and bf16; at the end, the gradient in bf16.
+    """
+    tokens, size, vocabulary, chunk = 8192, 2048, 151_936, 512
+    workspaces, temporaries = (2, 3) if loss == "kl_divergence" else (1, 1)
+    in_forward = 4 * (workspaces * chunk * vocabulary + temporaries * losses.BLOCK + tokens * size)
+    at_the_end = 2 * size * vocabulary + 2 * tokens * size
+    traced = traced_bytes(loss, tokens, vocabulary, size, chunk, torch.bfloat16)
+    assert 0.9 * max(in_forward, at_the_end) < traced < 1.01 * max(in_forward, at_the_end) < 1e9
+
+
+def test_nothing_waits_for_the_device(inputs, monkeypatch):
+    """No value of a tensor is read on the way, nor a size that depends on values."""
+    monkeypatch.setattr(losses, "_check_labels", lambda *_: None)  # on a GPU, an assertion on the device
+    read = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
+                read.append(func)
+            return func(*args, **(kwargs or {}))
+
+    h, w = (inputs[name].requires_grad_() for name in ("h", "w"))
+    with Recorder():
+        next_token_loss(h, w, inputs["labels"], 8, 20).backward()
+        next_token_loss(h, w, inputs["labels"], 8, count=torch.tensor(34)).backward()
+        kl_divergence(h, w, inputs["teacher_h"], inputs["teacher_w"], 8, count=torch.tensor(34)).backward()
+        token_losses(h, w, inputs["labels"], 8)
+    assert not read
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("vocab_chunk", [None, 20])
+def test_on_a_gpu(inputs, vocab_chunk):
+    """With bf16 operands and fp32 results, and without a wait."""
+    h, w, *teacher = (inputs[name].bfloat16().cuda() for name in ("h", "w", "teacher_h", "teacher_w"))
+    labels, exact = inputs["labels"].cuda(), [x.double() for x in (h, w, *teacher)]
+    assert losses._accumulates_bfloat16("cuda")
+    expected = gradients(lambda h, w: direct_kl(h, w, *exact[2:]), *exact[:2])
+    expected += gradients(lambda h, w: F.cross_entropy(h @ w.T, labels), *exact[:2])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = gradients(lambda h, w: kl_divergence(h, w, *teacher, 8, vocab_chunk), h, w)
+        got += gradients(lambda h, w: next_token_loss(h, w, labels, 8, vocab_chunk), h, w)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert got[0].dtype == got[3].dtype == torch.float32
+    for name, result, wanted in zip(2 * ("loss", "d_hidden", "d_weight"), got, expected, strict=True):
+        assert_matches_reference(name, result.cpu(), wanted.cpu())
