@@ -5,7 +5,7 @@ the tokenizer: one token a word, a byte or a digit, or three digits.
 """
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +31,7 @@ nickel ocean olive onion orange orchard oyster paddle palace panther paper parro
 planet pocket potato prairie puzzle rabbit rainbow ribbon river rocket saddle salmon sandal scarf shadow silver spider
 spring square summer sunset table temple thunder ticket tiger timber tomato tower tunnel turtle valley velvet violet
 violin wagon walnut water willow window winter yellow zebra
-""".split()
+""".split()  # noqa: SIM905
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def numbers(tokenizer: PreTrainedTokenizerBase, digits: int, count: int = 2**14)
     texts = [f"{number:0{digits}d}" for number in drawn]
     layouts: dict[tuple[tuple[int, ...], int], list[int]] = defaultdict(list)
     encoded = continuations(tokenizer, [f" {text}" for text in texts])
-    for place, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
+    for place, ids in enumerate(encoded):
         lead = _leading_space(tokenizer, ids)
         layouts[tuple(ids[:lead]), len(ids) - lead].append(place)
     usual, places = max(layouts.items(), key=lambda entry: len(entry[1]))
@@ -120,12 +120,6 @@ def numbers(tokenizer: PreTrainedTokenizerBase, digits: int, count: int = 2**14)
         raise HaloError("needle task: the tokenizer must be able to write numbers, got one that reads back other text")
     tokens = np.array([encoded[place][len(lead_ids) :] for place in places], dtype=np.int64)
     return Numbers(np.array([texts[place] for place in places]), tokens, lead_ids)
-
-
-def usual_size(sizes: list[int]) -> int:
-    """Return the most common size, the smaller of equally common ones."""
-    counts = Counter(sizes)
-    return min(counts, key=lambda size: (-counts[size], size))
 
 
 def _leading_space(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int:
