@@ -76,7 +76,9 @@ def sentencepiece_bpe():
         ]
     )
     special = ["<unk>", END, *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, max_token_length=8, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=special, initial_alphabet=list("abcdef0123456789-?:"), show_progress=False
+    )
     tokenizer.train_from_iterator((word for text in TEXT for word in text.split()), trainer)
     return _wrap(tokenizer)
 

@@ -29,7 +29,7 @@ from halo.config import HaloError
 from halo.evaluation.needle import start_token
 from halo.evaluation.vocabulary import continuation, key_words
 
-NUM_DIGITS = 7
+NUM_DIGITS = 7  # RULER's
 EXTRA_TOKENS = 16  # generated beyond those of the value, for models that do not answer with it at once
 NOISE = " The rain falls on the hill, the wind moves the reeds, and the path goes on."
 
@@ -69,6 +69,7 @@ class RulerTask:
         name: A key of KINDS.
         tokenizer: The model's tokenizer.
         haystack: The text, as `token_stream` returns it; not used by the tasks that have none.
+        digits: Digits of a number.
 
     Attributes:
         max_new_tokens: Tokens to generate for an answer; a prompt is shorter than its length by as many.
@@ -77,10 +78,13 @@ class RulerTask:
         HaloError: If there is no such task, the haystack is empty, or the tokenizer cannot write words.
     """
 
-    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, haystack: np.ndarray) -> None:
+    def __init__(
+        self, name: str, tokenizer: PreTrainedTokenizerBase, haystack: np.ndarray, digits: int = NUM_DIGITS
+    ) -> None:
         if name not in KINDS:
             raise HaloError(f"ruler: task must be one of {', '.join(KINDS)}, got {name}")
         self.name, self.kind, self.tokenizer, self.haystack = name, KINDS[name], tokenizer, haystack
+        self.digits = digits
         if self.kind.haystack == "text" and not len(haystack):
             raise HaloError("needle task: the text around the needles must hold at least one token, got none")
         self.bos = start_token(tokenizer)
@@ -91,18 +95,20 @@ class RulerTask:
         self.instruction = self._write(
             f"The text below mentions the magic {noun} for one or several names. A question about it follows the text."
         )
-        # Longest of some, for the space that a sample is made in: texts of one form differ by a few tokens.
+        # Keys and values differ by a few tokens: the longest of some are the limit for all.
+        self._needle_length = self._question_length = 10**9
         rng = np.random.default_rng(0)
         written = [self._pair(rng) for _ in range(64)]
-        self.max_new_tokens = max(len(self._write(f" {value}")) for _, value in written) + EXTRA_TOKENS
         self._needle_length = max(len(self._needle(*pair)) for pair in written)
         self._question_length = max(len(self._question(key)) for key, _ in written)
+        self.max_new_tokens = max(len(self._write(f" {value}")) for _, value in written) + EXTRA_TOKENS
+        if not self.is_right(written[0][1], self._write(f" {written[0][1]}")):
+            raise HaloError(f"needle task: the tokenizer must be able to write a {noun}, got one that cannot")
 
     def min_length(self) -> int:
-        """Return a number of tokens that is enough for prompt and answer, whatever the keys and values are."""
-        fixed = 1 + len(self.instruction) + 2 * len(self.newline) + self._question_length
-        # Keys and values that were not seen may take a few tokens more.
-        return fixed + self.kind.needles * (self._needle_length + len(self.newline) + 8) + 8 + self.max_new_tokens
+        """Return the smallest number of tokens of a prompt with its answer."""
+        fixed = 1 + len(self.instruction) + 2 * len(self.newline) + self._question_length + self.max_new_tokens
+        return fixed + self.kind.needles * (self._needle_length + len(self.newline))
 
     def sample(self, rng: np.random.Generator, length: int) -> Sample:
         """Make a prompt of exactly `length - max_new_tokens` tokens.
@@ -171,25 +177,27 @@ class RulerTask:
         return list(pairs.items())
 
     def _pair(self, rng: np.random.Generator) -> tuple[str, str]:
-        """Return a key and a value."""
+        """Return a key and a value that fit into the least length."""
+        while True:
+            key, value = self._key(rng), _random_uuid(rng)
+            if self.kind.value == "number":
+                value = str(rng.integers(10 ** (self.digits - 1), 10**self.digits))
+            fits = len(self._needle(key, value)) <= self._needle_length
+            if fits and len(self._question(key)) <= self._question_length:
+                return key, value
+
+    def _key(self, rng: np.random.Generator) -> str:
         if self.words is None:
-            key = _random_uuid(rng)
-        else:
-            chosen = rng.choice(self.words, size=2, replace=False)
-            key = " ".join(str(self.tokenizer.decode(ids.tolist())).strip() for ids in chosen)
-        if self.kind.value == "uuid":
-            return key, _random_uuid(rng)
-        return key, str(rng.integers(10 ** (NUM_DIGITS - 1), 10**NUM_DIGITS))
+            return _random_uuid(rng)
+        chosen = rng.choice(self.words, size=2, replace=False)
+        return " ".join(str(self.tokenizer.decode(ids.tolist())).strip() for ids in chosen)
 
     def _needle(self, key: str, value: str) -> list[int]:
         return self._write(f"The magic {self.kind.value} for {key} is {value}.")
 
     def _question(self, key: str) -> list[int]:
         noun = self.kind.value
-        return self._write(
-            f"Question: what is the magic {noun} for {key}?\nAnswer: according to the text, "
-            f"the magic {noun} for {key} is"
-        )
+        return self._write(f"What is the magic {noun} for {key}, according to the text?\nThe magic {noun} for {key} is")
 
     def _write(self, text: str) -> list[int]:
         return continuation(self.tokenizer, text)
@@ -221,7 +229,7 @@ def generated_recall(
     while len(right) < num_samples:
         samples = [task.sample(rng, length) for _ in range(min(batch_size, num_samples - len(right)))]
         input_ids = torch.from_numpy(np.stack([sample.input_ids for sample in samples])).to(model.device)
-        output = model.generate(
+        output = model.generate(  # type: ignore[operator]  # a method that transformers mixes in
             input_ids=input_ids, attention_mask=torch.ones_like(input_ids), generation_config=_greedy(model, task)
         )
         answers = output[:, input_ids.shape[1] :].tolist()
