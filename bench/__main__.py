@@ -133,6 +133,23 @@ def families(
 
 
 @app.command()
+def losses(
+    device: DeviceOption = "auto",
+    tokens: Annotated[int, typer.Option(help="Tokens of the batch.")] = 8192,
+    vocabulary: Annotated[int, typer.Option(help="Entries of the vocabulary.")] = 151_936,
+    hidden: Annotated[int, typer.Option(help="Hidden size.")] = 2048,
+    chunk: Annotated[int, typer.Option(help="Tokens whose logits are in memory at a time.")] = 512,
+    seconds: Annotated[float, typer.Option(help="For each timing; 0 traces the memory and times nothing.")] = 0.0,
+) -> None:
+    """Trace the memory of the losses over the vocabulary, beyond inputs and the gradient of the weights."""
+    from bench import losses as runner
+    from bench import tables
+
+    rows = [runner.cells(row) for row in runner.run(_device(device), tokens, vocabulary, hidden, chunk, seconds)]
+    console.print(tables.terminal(runner.HEADER, rows, runner.HEADER[:1], f"V = {vocabulary:,}, D = {hidden:,}"))
+
+
+@app.command()
 def plot(
     folder: Annotated[Path, typer.Argument(help="Folder with the records of one device.")],
 ) -> None:

@@ -1,11 +1,19 @@
 """The three losses of the conversion. Shapes: B sequences, T tokens, D hidden size, V vocabulary, N = B * T.
 
-Losses over the vocabulary take hidden states and the head's weight. They compute the logits of `token_chunk` tokens
-(and of `vocab_chunk` entries, if given) at a time, in fp32 (fp64 for fp64 inputs), and the gradients together with
-them, so that no [N, V] tensor is ever stored.
+Losses over the vocabulary take hidden states and the head's weight. The logits of `token_chunk` tokens (and of
+`vocab_chunk` entries, if given) are computed at a time, into workspaces that are reused, and turned into the gradient
+with respect to the logits in place; d_hidden and d_weight are computed from it in the forward pass. Memory beyond the
+weights and their gradient: one fp32 [token_chunk, V] for the cross-entropy, two for the KL divergence, and a few blocks
+of at most BLOCK elements. Nothing in here waits for a GPU.
+
+Precision: logits, losses and d_weight are fp32. The operands of the matrix products are bf16 on a GPU if hidden states
+and weight are (or under autocast to bf16), with fp32 accumulation and fp32 results; otherwise they are fp32. The
+gradient with respect to the logits is rounded to bf16 after its division by `count`; float16 has too little range for
+that, so float16 inputs are widened. With any float64 input, everything is float64.
 """
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +21,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORE = -100
+BLOCK = 2**23  # elements of the temporaries of softmax: 32 MB in fp32
+
+Count = int | float | Tensor | None
 
 
 def kl_divergence(
@@ -20,11 +31,13 @@ def kl_divergence(
     weight: Tensor,
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
-    token_chunk: int = 1024,
+    token_chunk: int = 512,
     vocab_chunk: int | None = None,
-    count=None,
+    count: Count = None,
 ) -> Tensor:
-    """Compute the mean over tokens of KL(softmax(teacher logits) || softmax(student logits)) (HALO, section 4.3).
+    """Compute the sum over tokens of KL(softmax(teacher logits) || softmax(student logits)), divided by `count`.
+
+    The objective of HALO's stage 2 (section 4.3).
 
     Args:
         hidden: The student's hidden states [..., D]; differentiable.
@@ -32,57 +45,85 @@ def kl_divergence(
         teacher_hidden: The teacher's hidden states [..., D'].
         teacher_weight: The teacher's head [V, D'].
         token_chunk: Tokens whose logits are computed at a time.
-        vocab_chunk: Vocabulary entries whose logits are computed at a time; None for all.
+        vocab_chunk: Vocabulary entries whose logits are computed at a time, at the price of computing them twice; None
+            for all.
+        count: Tokens of the whole batch, of which these may be a part: a number, or a 0-dim tensor; less than 1 counts
+            as 1. None for the tokens of this call, which gives their mean.
 
     Returns:
         A scalar, in nats.
 
     Raises:
-        ValueError: If the vocabularies differ in size.
+        ValueError: If the vocabularies or the numbers of tokens differ.
     """
     if weight.shape[0] != teacher_weight.shape[0]:
         raise ValueError(
             f"kl_divergence: weight must have the teacher's vocabulary {teacher_weight.shape[0]}, got {weight.shape[0]}"
         )
-    n = hidden[..., 0].numel()
-    return (1.0 if count is None else n / count) * _LinearKL.apply(
-        hidden.flatten(0, -2),
-        weight,
-        teacher_hidden.detach().flatten(0, -2),
-        teacher_weight.detach(),
-        token_chunk,
-        vocab_chunk,
-    )
+    if hidden.shape[:-1] != teacher_hidden.shape[:-1]:
+        raise ValueError(
+            f"kl_divergence: hidden must have the teacher's tokens {list(teacher_hidden.shape[:-1])}, "
+            f"got {list(hidden.shape[:-1])}"
+        )
+    h_ND = hidden.flatten(0, -2)
+    scale = _reciprocal(h_ND.shape[0] if count is None else count)
+    chunks = token_chunk, vocab_chunk
+    teacher = teacher_hidden.detach().flatten(0, -2), teacher_weight.detach()
+    return _LinearKL.apply(h_ND, weight, *teacher, scale, chunks)
 
 
 def next_token_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, token_chunk: int = 1024, vocab_chunk: int | None = None, count=None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    token_chunk: int = 512,
+    vocab_chunk: int | None = None,
+    count: Count = None,
 ) -> Tensor:
-    """Compute the mean cross-entropy of labels under softmax(hidden @ weight^T).
+    """Compute the summed cross-entropy of labels under softmax(hidden @ weight^T), divided by `count`.
 
     Args:
         hidden: [..., D]; differentiable.
         weight: [V, D]; differentiable.
         labels: int64 [...]; IGNORE where a token does not count.
         token_chunk: Tokens whose logits are computed at a time.
-        vocab_chunk: Vocabulary entries whose logits are computed at a time; None for all.
+        vocab_chunk: Vocabulary entries whose logits are computed at a time, at the price of computing them twice; None
+            for all.
+        count: Labels of the whole batch that are not IGNORE, of which these may be a part: a number, or a 0-dim tensor;
+            less than 1 counts as 1. None for those of this call, which gives their mean.
 
     Returns:
         A scalar, in nats; zero if every label is IGNORE.
+
+    Raises:
+        ValueError: On the CPU, if a label is neither IGNORE nor an entry of the vocabulary; on a GPU this is a
+            device-side assertion, as in torch.nn.functional.cross_entropy.
     """
-    n = (labels != IGNORE).sum()
-    return (1.0 if count is None else n / count) * _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.flatten(), token_chunk, vocab_chunk)
+    labels = labels.flatten()
+    _check_labels("next_token_loss", labels, weight.shape[0])
+    scale = _reciprocal((labels != IGNORE).sum() if count is None else count)
+    return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, labels, scale, (token_chunk, vocab_chunk))
 
 
 @torch.no_grad()
-def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, token_chunk: int = 1024) -> Tensor:
-    """Return the cross-entropy of each label [...] in nats, zero where it is IGNORE; without gradients."""
+def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, token_chunk: int = 512) -> Tensor:
+    """Return the cross-entropy of each label [...] in nats, zero where it is IGNORE; without gradients.
+
+    Raises:
+        ValueError: As in `next_token_loss`.
+    """
     h_ND, y_N = hidden.flatten(0, -2), labels.flatten()
-    losses = []
-    for h, y in zip(h_ND.split(token_chunk), y_N.split(token_chunk), strict=True):
-        [(_, log_q)] = _log_softmax_pieces(_wide(h), weight, None)
-        losses.append(-log_q.gather(-1, y.clamp(min=0)[:, None])[:, 0] * (y != IGNORE))
-    return torch.cat(losses).view(labels.shape)
+    _check_labels("token_losses", y_N, weight.shape[0])
+    head = _Head(h_ND, weight, torch.promote_types(h_ND.dtype, torch.float32), (token_chunk, None))
+    losses_N = torch.zeros(len(y_N), dtype=head.logit_dtype, device=h_ND.device)
+    with torch.autocast(h_ND.device.type, enabled=False):
+        for rows in _spans(len(y_N), token_chunk):
+            logits, y, losses = head.logits(head.operand(h_ND[rows]), slice(None)), y_N[rows], losses_N[rows]
+            for block in _blocks(logits):
+                log_q = torch.log_softmax(logits[block], -1)
+                picked = log_q.gather(-1, y[block].clamp(min=0)[:, None])[:, 0]
+                losses[block] = torch.where(y[block] == IGNORE, 0.0, -picked)
+    return losses_N.view(labels.shape)
 
 
 def next_token_labels(input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
@@ -94,9 +135,21 @@ def next_token_labels(input_ids: Tensor, document_ids: Tensor | None = None) -> 
     return labels
 
 
-def mixer_mse(outputs: list[Tensor], targets: list[Tensor]) -> Tensor:
-    """Return the mean squared error [L] of each layer's mixer output [B, T, D] (HALO, section 4.2)."""
-    return torch.stack([(y - t).float().square().mean() for y, t in zip(outputs, targets, strict=True)])
+def mixer_mse(outputs: list[Tensor], targets: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Compute the errors of stage 1 (HALO, section 4.2), which a caller may divide by the targets' power.
+
+    Args:
+        outputs: Each layer's mixer output [B, T, D]; differentiable.
+        targets: What it should be, of the same shapes.
+
+    Returns:
+        The mean squared error of each layer [L], and the mean square of its target [L], in fp32 at least. The power has
+        no gradient. With errors / powers all layers learn at the same rate under Adam, whose eps is otherwise larger
+        than the gradients of layers with small outputs.
+    """
+    wide = [(_wide(y), _wide(t.detach())) for y, t in zip(outputs, targets, strict=True)]
+    errors = torch.stack([(y - t).square().mean() for y, t in wide])
+    return errors, torch.stack([t.square().mean() for _, t in wide])
 
 
 class _LinearKL(torch.autograd.Function):
@@ -107,22 +160,30 @@ class _LinearKL(torch.autograd.Function):
         weight: Tensor,
         teacher_ND: Tensor,
         teacher_weight: Tensor,
-        token_chunk: int,
-        vocab_chunk: int | None,
+        scale: float | Tensor,
+        chunks: tuple[int, int | None],
     ) -> Tensor:
-        grads = _Gradients(ctx, h_ND, weight, 1.0 / max(h_ND.shape[0], 1))
-        total = _wide(h_ND).new_zeros(())
+        dtype = torch.promote_types(torch.promote_types(h_ND.dtype, teacher_ND.dtype), torch.float32)
+        student, teacher = _Head(h_ND, weight, dtype, chunks), _Head(teacher_ND, teacher_weight, dtype, chunks)
+        grads = _Gradients(ctx, h_ND, student)
+        total = torch.zeros((), dtype=torch.float64, device=h_ND.device)
         with torch.autocast(h_ND.device.type, enabled=False):
-            for rows in _spans(h_ND.shape[0], token_chunk):
-                h, teacher = _wide(h_ND[rows]), _wide(teacher_ND[rows])
-                student_pieces = _log_softmax_pieces(h, weight, vocab_chunk)
-                teacher_pieces = _log_softmax_pieces(teacher, teacher_weight, vocab_chunk)
-                for (columns, log_q), (_, log_p) in zip(student_pieces, teacher_pieces, strict=True):
-                    p = log_p.exp()
-                    total += (log_p.sub_(log_q).mul_(p)).sum()
-                    if grads.needed:
-                        grads.add(rows, columns, h, log_q.exp_().sub_(p))
-        return grads.finish(ctx, total)
+            for rows in _spans(h_ND.shape[0], chunks[0]):
+                h, t = student.operand(h_ND[rows]), teacher.operand(teacher_ND[rows])
+                q_sum, p_sum = student.log_sum(h), teacher.log_sum(t)
+                for columns in student.pieces:
+                    q_logits, p_logits = student.logits(h, columns), teacher.logits(t, columns)
+                    d_logits = student.in_place(q_logits)
+                    for block in _blocks(q_logits):
+                        log_q, log_p = _log_softmax(q_logits, q_sum, block), _log_softmax(p_logits, p_sum, block)
+                        p = log_p.exp()
+                        total += log_p.sub_(log_q).mul_(p).sum()
+                        if grads.needed:
+                            d_logits[block] = log_q.exp_().sub_(p).mul_(scale)
+                        del log_q, log_p, p  # or they are still there while the next block's are computed
+                    grads.add(rows, columns, h, d_logits)
+        grads.save(ctx)
+        return total.mul_(scale).to(dtype)
 
     @staticmethod
     @once_differentiable
@@ -133,22 +194,37 @@ class _LinearKL(torch.autograd.Function):
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, h_ND: Tensor, weight: Tensor, labels: Tensor, token_chunk: int, vocab_chunk: int | None
+        ctx: Any,
+        h_ND: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        scale: float | Tensor,
+        chunks: tuple[int, int | None],
     ) -> Tensor:
-        grads = _Gradients(ctx, h_ND, weight, 1.0 / max(int((labels != IGNORE).sum()), 1))
-        total = _wide(h_ND).new_zeros(())
+        head = _Head(h_ND, weight, torch.promote_types(h_ND.dtype, torch.float32), chunks)
+        grads = _Gradients(ctx, h_ND, head)
+        total = torch.zeros((), dtype=torch.float64, device=h_ND.device)
         with torch.autocast(h_ND.device.type, enabled=False):
-            for rows in _spans(h_ND.shape[0], token_chunk):
-                h, y = _wide(h_ND[rows]), labels[rows]
-                for columns, log_q in _log_softmax_pieces(h, weight, vocab_chunk):
-                    inside = ((y >= columns.start) & (y < columns.stop)).nonzero()[:, 0]
-                    entries = (inside, y[inside] - columns.start)
-                    total -= log_q[entries].sum()
-                    if grads.needed:
-                        d_logits = log_q.exp_()
-                        d_logits[entries] -= 1
-                        grads.add(rows, columns, h, d_logits.mul_((y != IGNORE)[:, None]))
-        return grads.finish(ctx, total)
+            for rows in _spans(h_ND.shape[0], chunks[0]):
+                h, y = head.operand(h_ND[rows]), labels[rows, None]
+                log_sum = head.log_sum(h)
+                row_scale = (y != IGNORE).to(head.logit_dtype) * scale
+                for columns in head.pieces:
+                    logits = head.logits(h, columns)
+                    d_logits = head.in_place(logits)
+                    inside = (y >= columns.start) & (y < columns.stop)
+                    entry = (y - columns.start).clamp(0, logits.shape[1] - 1)
+                    for block in _blocks(logits):
+                        log_q = _log_softmax(logits, log_sum, block)
+                        total -= torch.where(inside[block], log_q.gather(1, entry[block]), 0.0).sum()
+                        if grads.needed:
+                            d_log_q = log_q.exp_().scatter_add_(1, entry[block], -inside[block].to(log_q.dtype))
+                            d_logits[block] = d_log_q.mul_(row_scale[block])
+                            del d_log_q
+                        del log_q
+                    grads.add(rows, columns, h, d_logits)
+        grads.save(ctx)
+        return total.mul_(scale).to(head.logit_dtype)
 
     @staticmethod
     @once_differentiable
@@ -156,47 +232,138 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*_scaled(ctx, grad), None, None, None)
 
 
-class _Gradients:
-    """Accumulates d_hidden and d_weight over the pieces; `finish` multiplies them and the loss by `scale`."""
+class _Head:
+    """A head's logits, computed piece by piece into one workspace.
 
-    def __init__(self, ctx: Any, h_ND: Tensor, weight: Tensor, scale: float) -> None:
-        self.needed = any(ctx.needs_input_grad[:2])
-        self.scale = scale
-        self.dtypes = h_ND.dtype, weight.dtype
-        self.weight = weight
-        if self.needed:
-            wide = torch.promote_types(h_ND.dtype, torch.float32)
-            self.d_hidden = torch.zeros_like(h_ND, dtype=wide)
-            self.d_weight = torch.zeros_like(weight, dtype=wide)
+    Args:
+        h_ND: The hidden states.
+        weight: [V, D].
+        logit_dtype: float32 or float64.
+        chunks: Tokens, and vocabulary entries or None, at a time.
+    """
+
+    def __init__(self, h_ND: Tensor, weight: Tensor, logit_dtype: torch.dtype, chunks: tuple[int, int | None]) -> None:
+        rows, width = min(chunks[0], h_ND.shape[0]), chunks[1] or weight.shape[0]
+        self.logit_dtype = logit_dtype
+        self.dtype = _operand_dtype(h_ND, weight, logit_dtype)
+        self.weight = weight.to(self.dtype)
+        self.pieces = list(_spans(weight.shape[0], width))
+        self.workspace = torch.empty(rows * min(width, weight.shape[0]), dtype=logit_dtype, device=h_ND.device)
+
+    def operand(self, h: Tensor) -> Tensor:
+        """Return hidden states as an operand of the matrix products."""
+        return h.to(self.dtype)
+
+    def logits(self, h: Tensor, columns: slice) -> Tensor:
+        """Compute the logits of some entries; they are valid until the next call."""
+        weight = self.weight[columns]
+        logits = self.workspace[: len(h) * len(weight)].view(len(h), len(weight))
+        return _mm(h, weight.T, out=logits)
+
+    def log_sum(self, h: Tensor) -> Tensor | None:
+        """Compute logsumexp over the vocabulary [rows, 1] if it is in several pieces."""
+        if len(self.pieces) == 1:
+            return None
+        log_sum = torch.full((len(h), 1), -torch.inf, dtype=self.logit_dtype, device=h.device)
+        for columns in self.pieces:
+            logits = self.logits(h, columns)
+            for block in _blocks(logits):
+                log_sum[block] = torch.logaddexp(log_sum[block], torch.logsumexp(logits[block], -1, keepdim=True))
+        return log_sum
+
+    def in_place(self, logits: Tensor) -> Tensor:
+        """Return the memory of the logits as an operand of the same shape, for rows to be written in ascending order.
+
+        A narrower row starts at or before the row of logits that it replaces, so it never overwrites a later one.
+        """
+        return logits.flatten().view(self.dtype)[: logits.numel()].view(logits.shape)
+
+
+class _Gradients:
+    """Accumulates d_hidden and d_weight over the pieces, in the dtype of the logits."""
+
+    def __init__(self, ctx: Any, h_ND: Tensor, head: _Head) -> None:
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        self.needed = need_hidden or need_weight
+        self.head, self.hidden_dtype = head, h_ND.dtype
+        self.d_hidden = torch.zeros_like(h_ND, dtype=head.logit_dtype) if need_hidden else None
+        self.d_weight = torch.zeros_like(head.weight, dtype=head.logit_dtype) if need_weight else None
 
     def add(self, rows: slice, columns: slice, h: Tensor, d_logits: Tensor) -> None:
-        self.d_hidden[rows].addmm_(d_logits, self.weight[columns].to(d_logits.dtype))
-        self.d_weight[columns].addmm_(d_logits.T, h)
+        """Add the contribution of d_logits [rows, columns], an operand."""
+        if self.d_hidden is not None:
+            _addmm(self.d_hidden[rows], d_logits, self.head.weight[columns])
+        if self.d_weight is not None:
+            _addmm(self.d_weight[columns], d_logits.T, h)
 
-    def finish(self, ctx: Any, total: Tensor) -> Tensor:
-        if self.needed:
-            d_hidden, d_weight = self.d_hidden.mul_(self.scale), self.d_weight.mul_(self.scale)
-            ctx.save_for_backward(d_hidden.to(self.dtypes[0]), d_weight.to(self.dtypes[1]))
-        return total * self.scale
-
-
-def _scaled(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    d_hidden, d_weight = ctx.saved_tensors
-    need_hidden, need_weight = ctx.needs_input_grad[:2]
-    return d_hidden * grad if need_hidden else None, d_weight * grad if need_weight else None
+    def save(self, ctx: Any) -> None:
+        """Save both for the backward, where autograd converts d_weight if the weight has another dtype."""
+        d_hidden = None if self.d_hidden is None else self.d_hidden.to(self.hidden_dtype)
+        ctx.save_for_backward(d_hidden, self.d_weight)
 
 
-def _log_softmax_pieces(h: Tensor, weight: Tensor, vocab_chunk: int | None) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (columns, log_softmax(h @ weight^T)[:, columns]) by pieces; with several, the logits are computed twice."""
-    pieces = list(_spans(weight.shape[0], vocab_chunk or weight.shape[0]))
-    if len(pieces) == 1:
-        yield pieces[0], torch.log_softmax(h @ weight.to(h.dtype).T, dim=-1)
-        return
-    log_sum = h.new_full((h.shape[0],), -torch.inf)
-    for columns in pieces:
-        log_sum = torch.logaddexp(log_sum, torch.logsumexp(h @ weight[columns].to(h.dtype).T, dim=-1))
-    for columns in pieces:
-        yield columns, (h @ weight[columns].to(h.dtype).T).sub_(log_sum[:, None])
+def _scaled(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Return d_hidden and d_weight times grad; in the saved buffers themselves, unless the graph is used again."""
+    kept = torch._C._autograd._get_current_graph_task_keep_graph()
+    return tuple(x if x is None else x * grad if kept else x.mul_(grad) for x in ctx.saved_tensors)
+
+
+def _operand_dtype(h: Tensor, weight: Tensor, logit_dtype: torch.dtype) -> torch.dtype:
+    if logit_dtype == torch.float64 or not _accumulates_bfloat16(h.device.type):
+        return logit_dtype
+    autocast = torch.is_autocast_enabled(h.device.type)
+    dtypes = {torch.get_autocast_dtype(h.device.type)} if autocast else {h.dtype, weight.dtype}
+    return torch.bfloat16 if dtypes == {torch.bfloat16} else logit_dtype
+
+
+@cache
+def _accumulates_bfloat16(device_type: str) -> bool:
+    """Return whether matrix products of bf16 can be added to fp32 on this kind of device: CUDA, in recent PyTorch."""
+    if device_type != "cuda":
+        return False
+    try:
+        _addmm(torch.zeros(8, 8, device=device_type), *torch.ones(2, 8, 8, dtype=torch.bfloat16, device=device_type))
+    except (NotImplementedError, RuntimeError, TypeError):
+        return False
+    return True
+
+
+def _mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """Compute out = a @ b, accumulated in the dtype of `out`."""
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    return torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def _addmm(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Compute out += a @ b, accumulated in the dtype of `out`."""
+    if a.dtype == out.dtype:
+        return out.addmm_(a, b)
+    return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+
+
+def _log_softmax(logits: Tensor, log_sum: Tensor | None, block: slice) -> Tensor:
+    """Return log_softmax of some rows; log_sum [rows, 1] is given if the logits are not the whole vocabulary."""
+    return torch.log_softmax(logits[block], -1) if log_sum is None else logits[block] - log_sum[block]
+
+
+def _blocks(logits: Tensor) -> Iterator[slice]:
+    """Split the rows of the logits into blocks of at most BLOCK elements, or one row."""
+    return _spans(len(logits), max(1, BLOCK // max(1, logits.shape[1])))
+
+
+def _check_labels(name: str, labels: Tensor, size: int) -> None:
+    valid = (((labels >= 0) & (labels < size)) | (labels == IGNORE)).all()
+    if labels.device.type != "cpu":
+        torch._assert_async(valid, f"{name}: labels must be below {size}, or {IGNORE}")
+    elif not valid:
+        outside = labels[((labels < 0) | (labels >= size)) & (labels != IGNORE)]
+        raise ValueError(f"{name}: labels must be from 0 to {size - 1}, or {IGNORE}, got {int(outside[0])}")
+
+
+def _reciprocal(count: int | float | Tensor) -> float | Tensor:
+    """Return 1 / max(count, 1), on the device of `count`."""
+    return count.clamp(min=1).double().reciprocal() if isinstance(count, Tensor) else 1.0 / max(count, 1)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
 from halo.demo import corpus
 from halo.demo.train_teacher import TRAINING_LENGTH, Recipe, Run
-from halo.evaluation.needle import NUM_DIGITS, NeedleTask, recall, token_stream
+from halo.evaluation.needle import NeedleTask, recall, token_stream
 from halo.evaluation.perplexity import bits_per_byte
 
 TEACHER = Path(__file__).parents[1] / "halo" / "demo" / "teacher"
@@ -52,7 +52,7 @@ def test_recall_is_greedy_decoding(model, tokenizer, heldout):
         episode = task.episode(rng, length, num_needles=4, num_queries=1)
         prompt = torch.from_numpy(episode.input_ids[None, : episode.answer_starts[0]])
         mask = torch.ones_like(prompt)
-        output = model.generate(prompt, attention_mask=mask, max_new_tokens=NUM_DIGITS, do_sample=False)
+        output = model.generate(prompt, attention_mask=mask, max_new_tokens=task.answer_length, do_sample=False)
         right.append(tokenizer.decode(output[0, prompt.shape[1] :]).strip() == episode.answers[0])
     score = recall(model, tokenizer, length, 4, seed=2, haystack=heldout, num_queries=1)
     assert score["recall"] == np.mean(right)

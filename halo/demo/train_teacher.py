@@ -146,7 +146,7 @@ class Batches:
         # Query every needle: more answers give a denser training signal.
         episode = self.task.episode(rng, length, num_needles, num_needles)
         weights = np.ones(length, dtype=np.float32)
-        digits = np.arange(NUM_DIGITS)
+        digits = np.arange(self.task.answer_length)
         weights[episode.needle_starts[:, None] + digits] = 0.0
         weights[episode.answer_starts[:, None] + digits] = self.recipe.answer_weight
         return episode.input_ids, weights

@@ -9,12 +9,12 @@ An episode is text with needles at random depths and queries at its end:
 
 One generator serves the training of the demo's teacher, the choice of layers and the evaluation at any length. It
 inserts needles between two tokens of the text, so an episode has exactly the requested length, but its decoded text may
-be tokenised differently at the cuts. A key is two words of one token each, drawn from all such words of the vocabulary;
-the keys of an episode have no word in common.
+be tokenised differently at the cuts. A key is two words, the value is written as the tokenizer writes a number; the
+keys of an episode have no word in common. `halo.evaluation.ruler` has tasks with free generation.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +22,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from halo.config import HaloError
+from halo.evaluation.vocabulary import continuation, key_words, numbers
+
 NUM_DIGITS = 5
+NUM_NEEDLES, NUM_QUERIES = 4, 3
 NEEDLE_PREFIX = "\nThe magic number for"
 NEEDLE_LINK = " is"
 NEEDLE_END = "."
-MIN_WORD_LETTERS = 4
 
 
 @dataclass(frozen=True)
@@ -34,60 +37,74 @@ class Episode:
     """One recall episode."""
 
     input_ids: np.ndarray  # [length], int64
-    needle_starts: np.ndarray  # [num_needles], position of the first digit of each needle's value
-    answer_starts: np.ndarray  # [num_queries], position of the first digit of each answer
+    needle_starts: np.ndarray  # [num_needles], position of the first token of each needle's value
+    answer_starts: np.ndarray  # [num_queries], position of the first token of each answer
     answers: tuple[str, ...]  # the digits, in the order of the queries
 
 
 class NeedleTask:
-    """Makes episodes from one token stream.
+    """Makes episodes from one token stream. Once made, it needs no tokenizer.
 
     Args:
         tokenizer: The tokenizer of the stream.
         haystack: The text, as `token_stream` returns it.
+
+    Attributes:
+        answer_length: Tokens of a value.
+        query_length: Tokens of a query.
+        needle_length: Tokens of a needle.
+
+    Raises:
+        HaloError: If the haystack is empty, or the tokenizer cannot write words and numbers.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, haystack: np.ndarray) -> None:
+        if not len(haystack):
+            raise HaloError("needle task: the text around the needles must hold at least one token, got none")
         self.haystack = haystack
-        self.bos = _bos(tokenizer)
-
-        def encode(text: str) -> list[int]:
-            return tokenizer.encode(text, add_special_tokens=False)
-
-        self.prefix, self.link, self.end = encode(NEEDLE_PREFIX), encode(NEEDLE_LINK), encode(NEEDLE_END)
-        self.newline = encode("\n")
-        # A value follows a space, which a byte-level BPE merges with the first digit or keeps as a token of its own.
-        spaced = [encode(f" {digit}") for digit in range(10)]
-        self.link += spaced[0][:-1]
-        self.first_digit = np.array([ids[-1] for ids in spaced])
-        self.next_digit = np.array([encode(str(digit))[-1] for digit in range(10)])
+        self.bos = start_token(tokenizer)
         self.words = key_words(tokenizer)
-        self.query_length = len(self.prefix) + 2 + len(self.link) + NUM_DIGITS + len(self.end)
+        self.values = numbers(tokenizer, NUM_DIGITS)
+        self.prefix, self.end = continuation(tokenizer, NEEDLE_PREFIX), continuation(tokenizer, NEEDLE_END)
+        self.link = [*continuation(tokenizer, NEEDLE_LINK), *self.values.lead]
+        self.newline = continuation(tokenizer, "\n")
+        self.answer_length = self.values.tokens.shape[1]
+        self._answer_offset = len(self.prefix) + 2 * self.words.shape[1] + len(self.link)
+        self.query_length = self._answer_offset + self.answer_length + len(self.end)
         self.needle_length = self.query_length + len(self.newline)
-        self._answer_offset = len(self.prefix) + 2 + len(self.link)
 
-    def min_length(self, num_needles: int, num_queries: int) -> int:
+    def min_length(self, num_needles: int = NUM_NEEDLES, num_queries: int = NUM_QUERIES) -> int:
         """Return the smallest number of tokens of an episode."""
         return 1 + num_needles * self.needle_length + num_queries * self.query_length
 
-    def episode(self, rng: np.random.Generator, length: int, num_needles: int = 4, num_queries: int = 3) -> Episode:
+    def episode(
+        self,
+        rng: np.random.Generator,
+        length: int,
+        num_needles: int = NUM_NEEDLES,
+        num_queries: int = NUM_QUERIES,
+    ) -> Episode:
         """Make an episode of exactly `length` tokens, which begins with the start-of-text token.
 
         Raises:
-            ValueError: If the needles and queries do not fit, or there are more queries than needles.
+            ValueError: If there are more queries than needles, or more needles than the vocabulary has words for.
+            HaloError: If the needles and queries do not fit.
         """
-        num_text = length - self.min_length(num_needles, num_queries)
-        if num_text < 0 or not 1 <= num_queries <= num_needles:
+        if not 1 <= num_queries <= num_needles <= len(self.words) // 2:
             raise ValueError(
-                f"NeedleTask.episode: {num_needles} needles and {num_queries} queries need 1 <= queries <= needles "
-                f"and at least {self.min_length(num_needles, num_queries)} tokens, got {length}"
+                f"needle task: needles must be from the number of queries ({num_queries}) to {len(self.words) // 2}, "
+                f"half of this tokenizer's words, got {num_needles}"
             )
+        num_text = length - self.min_length(num_needles, num_queries)
+        if num_text < 0:
+            least = self.min_length(num_needles, num_queries)
+            raise HaloError(f"needle task: length must be at least {least} with this tokenizer, got {length}")
         start = rng.integers(0, max(1, len(self.haystack) - num_text + 1))
         text = np.resize(self.haystack[start : start + num_text], num_text)
         depths = np.sort(rng.integers(0, num_text + 1, size=num_needles))
         words = rng.choice(self.words, size=(num_needles, 2), replace=False)
-        digits = rng.integers(0, 10, size=(num_needles, NUM_DIGITS))
-        sentences = [self._sentence(words[i], digits[i]) for i in range(num_needles)]
+        values = rng.choice(len(self.values.texts), size=num_needles, replace=False)
+        sentences = [self._sentence(words[i], values[i]) for i in range(num_needles)]
 
         pieces: list[Any] = [[self.bos]]
         needle_starts, position, cut = [], 1, 0
@@ -103,33 +120,21 @@ class NeedleTask:
             input_ids=np.concatenate(pieces).astype(np.int64),
             needle_starts=np.array(needle_starts),
             answer_starts=self.answer_starts(length, num_queries),
-            answers=tuple("".join(map(str, digits[i])) for i in asked),
+            answers=tuple(str(self.values.texts[values[i]]) for i in asked),
         )
 
     def answer_starts(self, length: int, num_queries: int) -> np.ndarray:
         """Return where the answers begin, which is the same in all episodes of this length and number of queries."""
         return length - self.query_length * np.arange(num_queries, 0, -1) + self._answer_offset
 
-    def _sentence(self, words: np.ndarray, digits: np.ndarray) -> np.ndarray:
-        value = [self.first_digit[digits[0]], *self.next_digit[digits[1:]]]
-        return np.array([*self.prefix, *words, *self.link, *value, *self.end])
-
-
-def key_words(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """Return the ids of all tokens that consist of a space and a lower-case word."""
-    words = []
-    for index in range(len(tokenizer)):
-        text = str(tokenizer.decode([index]))
-        word = text[1:]
-        if text[:1] == " " and len(word) >= MIN_WORD_LETTERS and word.isascii() and word.isalpha() and word.islower():
-            words.append(index)
-    return np.array(words)
+    def _sentence(self, words: np.ndarray, value: int) -> np.ndarray:
+        return np.array([*self.prefix, *words.flatten(), *self.link, *self.values.tokens[value], *self.end])
 
 
 def token_stream(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> np.ndarray:
     """Tokenise documents into one array, each preceded by a start-of-text token."""
     encoded = tokenizer(list(documents), add_special_tokens=False)["input_ids"]
-    return np.concatenate([np.array([_bos(tokenizer), *ids], dtype=np.int32) for ids in encoded])
+    return np.concatenate([np.array([start_token(tokenizer), *ids], dtype=np.int32) for ids in encoded])
 
 
 @torch.no_grad()
@@ -138,16 +143,16 @@ def recall_per_episode(
     task: NeedleTask,
     length: int,
     num_samples: int,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     *,
-    num_needles: int = 4,
-    num_queries: int = 3,
+    num_needles: int = NUM_NEEDLES,
+    num_queries: int = NUM_QUERIES,
     batch_size: int = 1,
 ) -> np.ndarray:
     """Measure, for each episode, the share of answers that greedy decoding gets right in all digits.
 
-    One forward pass per batch is enough: greedy decoding gets an answer right exactly if each digit is the argmax after
-    the true text before it.
+    One forward pass per batch is enough: greedy decoding gets an answer right exactly if each of its tokens is the
+    argmax after the true text before it.
 
     Args:
         model: A causal language model whose forward takes `logits_to_keep`.
@@ -165,7 +170,7 @@ def recall_per_episode(
     rng = np.random.default_rng(seed)
     num_logits = num_queries * task.query_length
     starts = task.answer_starts(length, num_queries) - (length - num_logits)
-    positions = torch.from_numpy(starts[:, None] + np.arange(NUM_DIGITS))  # [num_queries, NUM_DIGITS]
+    positions = torch.from_numpy(starts[:, None] + np.arange(task.answer_length))  # [num_queries, answer_length]
     was_training = model.training
     model.eval()
     scores = []
@@ -187,11 +192,11 @@ def recall(
     tokenizer: PreTrainedTokenizerBase,
     length: int,
     num_samples: int = 50,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     *,
     haystack: np.ndarray | None = None,
-    num_needles: int = 4,
-    num_queries: int = 3,
+    num_needles: int = NUM_NEEDLES,
+    num_queries: int = NUM_QUERIES,
     batch_size: int = 1,
 ) -> dict[str, float]:
     """Measure recall at `length` tokens; arguments are those of `recall_per_episode`, and:
@@ -213,8 +218,9 @@ def recall(
     return {"recall": float(np.mean(scores)), "stderr": stderr, "n": num_samples * num_queries}
 
 
-def _bos(tokenizer: PreTrainedTokenizerBase) -> int:
+def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the token that begins a text: BOS, or EOS where there is none."""
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if bos is None:
-        raise ValueError("needle: the tokenizer needs a bos or an eos token, got neither")
+        raise HaloError("needle task: the tokenizer must have a BOS or an EOS token, got neither")
     return bos

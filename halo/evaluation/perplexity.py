@@ -1,16 +1,20 @@
-"""Bits per byte of a causal language model on documents, at a given context length."""
+"""Bits per byte of a causal language model on documents, at a given context length and by position in the context."""
 
 import math
 from collections.abc import Iterable
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halo.evaluation.needle import token_stream
+from halo.losses import token_losses
 
-HEAD_ROWS = 1024
+FIRST_EDGE = 256
+CHECKED_TOKENS = 8
 
 
 @torch.no_grad()
@@ -21,14 +25,14 @@ def bits_per_byte(
     length: int,
     num_tokens: int = 65536,
     batch_size: int = 1,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Measure the negative log-likelihood in bits per UTF-8 byte, in windows of `length` tokens.
 
     `num_tokens // length` windows, at least one, are spread evenly over the text. Each starts with a start-of-text
     token, so all its tokens are scored, and none of them sees text before the window.
 
     Args:
-        model: A causal language model.
+        model: A causal language model whose logits are its output embeddings applied to its last hidden states.
         tokenizer: Its tokenizer.
         documents: Texts, or one token stream as `token_stream` returns it.
         length: Tokens per window.
@@ -36,56 +40,96 @@ def bits_per_byte(
         batch_size: Windows per forward pass.
 
     Returns:
-        bits_per_byte; stderr over windows; num_bytes; num_windows.
+        bits_per_byte; stderr over windows; num_bytes; num_windows; and by_position, a list of the same (start, stop,
+        bits_per_byte, stderr) for the tokens at positions start to stop - 1 of the windows. The positions double:
+        0 to 255, 256 to 511, 512 to 1023, ... A model that does not extrapolate gets worse from one to the next.
 
     Raises:
         ValueError: If the text has fewer than `length` tokens.
+        NotImplementedError: If the model computes its logits in another way.
     """
     stream = documents if isinstance(documents, np.ndarray) else token_stream(tokenizer, documents)
-    bos = int(stream[0])
-    num_windows = max(1, min(num_tokens, len(stream)) // length)
     if len(stream) < length:
         raise ValueError(f"bits_per_byte: length {length} needs as many tokens of text, got {len(stream)}")
+    bos = int(stream[0])
+    num_windows = max(1, min(num_tokens, len(stream)) // length)
     starts = np.linspace(0, len(stream) - length, num_windows).astype(int)
     windows = np.stack([stream[start : start + length] for start in starts]).astype(np.int64)
-    num_bytes = np.array([_num_bytes(tokenizer, window) for window in windows])
+    edges = position_edges(length)
+    num_bytes = np.array([_bytes_between(tokenizer, window, edges) for window in windows])
 
     was_training = model.training
     model.eval()
-    window_bits: list[float] = []
+    _check_head(model, torch.from_numpy(windows[:1, :CHECKED_TOKENS]).to(model.device))
+    parts = []
     for first in range(0, num_windows, batch_size):
         targets_BT = torch.from_numpy(windows[first : first + batch_size]).to(model.device)
         inputs_BT = torch.cat([torch.full_like(targets_BT[:, :1], bos), targets_BT[:, :-1]], dim=1)
-        window_bits += (_nll(model, inputs_BT, targets_BT) / math.log(2)).tolist()
+        hidden_BTD = model.base_model(input_ids=inputs_BT, use_cache=False).last_hidden_state
+        nats_BT = token_losses(hidden_BTD, model.get_output_embeddings().weight, targets_BT).double()
+        parts.append(torch.stack([nats_BT[:, a:b].sum(1) for a, b in pairwise(edges)], 1).cpu())
     model.train(was_training)
 
-    bits = np.array(window_bits)
-    value = bits.sum() / num_bytes.sum()
-    residual = bits - value * num_bytes
-    stderr = float("nan")
-    if num_windows > 1:
-        stderr = math.sqrt(num_windows / (num_windows - 1) * np.square(residual).sum()) / num_bytes.sum()
+    bits = torch.cat(parts).numpy() / math.log(2)  # [windows, ranges of positions]
+    value, stderr = _ratio(bits.sum(1), num_bytes.sum(1))
+    ranges = zip(pairwise(edges), bits.T, num_bytes.T, strict=True)
     return {
-        "bits_per_byte": float(value),
-        "stderr": float(stderr),
+        "bits_per_byte": value,
+        "stderr": stderr,
         "num_bytes": int(num_bytes.sum()),
         "num_windows": num_windows,
+        "by_position": [
+            dict(zip(("start", "stop", "bits_per_byte", "stderr"), (a, b, *_ratio(part, size)), strict=True))
+            for (a, b), part, size in ranges
+        ],
     }
 
 
-def _nll(model: PreTrainedModel, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-    """Return the nats of each row, with logits in pieces, because those of a long window do not fit in memory."""
-    hidden_BTC = model.base_model(input_ids=inputs_BT, use_cache=False).last_hidden_state
-    head = model.get_output_embeddings()
-    total = torch.zeros(len(inputs_BT), dtype=torch.float64)
-    for first in range(0, inputs_BT.shape[1], HEAD_ROWS):
-        rows = slice(first, first + HEAD_ROWS)
-        logits_BTV = head(hidden_BTC[:, rows]).float()
-        nll_BT = F.cross_entropy(logits_BTV.transpose(1, 2), targets_BT[:, rows], reduction="none")
-        total += nll_BT.double().sum(1).cpu()
-    return total
+def position_edges(length: int) -> list[int]:
+    """Return where the ranges of positions begin, and `length`: 0, 256, 512, 1024, ..."""
+    edges, edge = [0], FIRST_EDGE
+    while edge < length:
+        edges.append(edge)
+        edge *= 2
+    return [*edges, length]
+
+
+def _ratio(bits: np.ndarray, num_bytes: np.ndarray) -> tuple[float, float]:
+    """Return sum(bits) / sum(bytes) over windows and its standard error, NaN for a single window or no bytes."""
+    total = num_bytes.sum()
+    if not total:
+        return math.nan, math.nan
+    value = bits.sum() / total
+    count = len(bits)
+    if count == 1:
+        return float(value), math.nan
+    residual = bits - value * num_bytes
+    return float(value), float(math.sqrt(count / (count - 1) * np.square(residual).sum()) / total)
+
+
+def _bytes_between(tokenizer: PreTrainedTokenizerBase, window: np.ndarray, edges: list[int]) -> list[int]:
+    """Return the bytes of text between edges.
+
+    A character that an edge splits may count as up to 2 bytes too many before the edge, and as many too few after it.
+    """
+    sizes = [0, *(_num_bytes(tokenizer, window[:edge]) for edge in edges[1:])]
+    return [after - before for before, after in pairwise(sizes)]
 
 
 def _num_bytes(tokenizer: PreTrainedTokenizerBase, window: np.ndarray) -> int:
     text = tokenizer.decode(window.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return len(str(text).encode())
+
+
+def _check_head(model: PreTrainedModel, ids: Tensor) -> None:
+    """Check that the logits are those of the output embeddings' weight, without a bias, a scale or a cap."""
+    head = model.get_output_embeddings()
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    logits = model(input_ids=ids, use_cache=False).logits.float()
+    expected = hidden.float() @ head.weight.float().T
+    tolerance = 0.02 * float(expected.abs().max()) + 1e-6
+    if logits.shape != expected.shape or not torch.allclose(logits, expected, rtol=0.02, atol=tolerance):
+        raise NotImplementedError(
+            f"bits_per_byte: the logits must be the output embeddings times the hidden states, got a "
+            f"{type(model).__name__} that computes others"
+        )
