@@ -24,9 +24,9 @@ from transformers import (
 
 from halo.config import HaloError
 from halo.data import Batch
-from hypenet import HypeNetForCausalLM, MixerContext, from_qwen3
+from hypenet import HypeNetForCausalLM, MixerContext, from_teacher
 from hypenet.configuration_hypenet import hype_logits_scaling
-from hypenet.conversion import check_teacher
+from hypenet.conversion import family_of
 from hypenet.mixers import Mixer
 
 
@@ -50,7 +50,7 @@ def load_teacher(name: str, device: torch.device) -> Qwen3ForCausalLM:
         HaloError: If it cannot be loaded or is not a Qwen3.
     """
     with _teacher_errors(name):
-        check_teacher(_qwen3_config(name))
+        family_of(_qwen3_config(name))
         teacher = Qwen3ForCausalLM.from_pretrained(_teacher_path(name), dtype=torch.float32)
     teacher.to(device)  # type: ignore[arg-type]  # transformers wraps Module.to without its types
     return teacher
@@ -81,7 +81,7 @@ def load_hypenet(directory: Path, device: torch.device) -> HypeNetForCausalLM:
 
 def make_twins(teacher: Qwen3ForCausalLM, mixer: str) -> HypeNetForCausalLM:
     """Build a HypeNet in which each layer is the recurrent twin of the teacher's (weight transfer, HALO 4.1)."""
-    return from_qwen3(teacher, keep_layers=[], mixer=mixer)
+    return from_teacher(teacher, keep_layers=[], mixer=mixer)
 
 
 def make_student(
@@ -97,7 +97,7 @@ def make_student(
         gate_init: Initialisation of the new output gates, "open" or "random".
     """
     aligned = {layer: twin for layer, twin in enumerate(mixers(twins)) if layer not in layers}
-    return from_qwen3(teacher, keep_layers=layers, mixer=mixer, mixers=aligned, gate_init=gate_init)
+    return from_teacher(teacher, keep_layers=layers, mixer=mixer, mixers=aligned, gate_init=gate_init)
 
 
 def mixers(model: HypeNetForCausalLM) -> list[Mixer]:
