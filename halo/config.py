@@ -156,7 +156,10 @@ class EvalSettings(Settings):
 class Config(Settings):
     """The configuration of one conversion."""
 
-    teacher: str = Field(description='directory or Hugging Face name of a Qwen3 with its tokenizer, or "demo"')
+    teacher: str = Field(
+        description="directory, .gguf file or Hugging Face name of a Qwen3, Qwen2 or Llama with its tokenizer, or "
+        '"demo" or "smollm2-135m" for one that a package ships'
+    )
     mixer: Literal["lightning", "gdn"] = "lightning"
     out: Path = Field(description="directory of all results")
     aligned: Path | None = Field(

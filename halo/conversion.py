@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import Qwen3ForCausalLM
+from transformers import PreTrainedModel
 
-from halo import models, plan
+from halo import models, plan, teachers
 from halo.config import STAGE_HELP, Config, HaloError
 from halo.data import Corpus
 from halo.journal import Journal
@@ -104,14 +104,14 @@ class Conversion:
         return self.out / stage
 
     @cached_property
-    def teacher(self) -> Qwen3ForCausalLM:
+    def teacher(self) -> PreTrainedModel:
         """The teacher, in fp32."""
-        return models.load_teacher(self.config.teacher, self.device)
+        return teachers.load_teacher(self.config.teacher, self.device)
 
     @cached_property
     def corpus(self) -> Corpus:
         """The training and held-out data."""
-        tokenizer = models.load_tokenizer(self.config.teacher)
+        tokenizer = teachers.load_tokenizer(self.config.teacher)
         return Corpus(self.config.data, tokenizer, self.config.seed, self.out / "data")
 
     @property

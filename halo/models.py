@@ -1,32 +1,22 @@
-"""Operations on models: load them, build twins and hybrids, record and replace layers, set the attention scale.
+"""Operations on models: build twins and hybrids, record and replace layers, set the attention scale.
 
-B sequences, T tokens, D hidden size. The teacher is a Qwen3ForCausalLM; the twins are a HypeNet that is recurrent in
-every layer; the student is a HypeNet with some softmax layers.
+B sequences, T tokens, D hidden size. The teacher is a causal language model of transformers; the twins are a HypeNet
+that is recurrent in every layer; the student is a HypeNet with some softmax layers.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Qwen3ForCausalLM,
-)
+from transformers import PreTrainedModel
 
-from halo.config import HaloError
 from halo.data import Batch
 from hypenet import HypeNetForCausalLM, MixerContext, from_teacher
 from hypenet.configuration_hypenet import hype_logits_scaling
-from hypenet.conversion import family_of
 from hypenet.mixers import Mixer
 
 
@@ -39,39 +29,6 @@ class AttentionCall:
     position_embeddings: tuple[Tensor, Tensor]
 
 
-def load_teacher(name: str, device: torch.device) -> Qwen3ForCausalLM:
-    """Load a teacher in fp32.
-
-    Args:
-        name: A directory, a Hugging Face name, or "demo" for the teacher that ships with the package.
-        device: Where to put it.
-
-    Raises:
-        HaloError: If it cannot be loaded or is not a Qwen3.
-    """
-    with _teacher_errors(name):
-        family_of(_qwen3_config(name))
-        teacher = Qwen3ForCausalLM.from_pretrained(_teacher_path(name), dtype=torch.float32)
-    teacher.to(device)  # type: ignore[arg-type]  # transformers wraps Module.to without its types
-    return teacher
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a teacher.
-
-    Raises:
-        HaloError: If it cannot be loaded or does not fit the model's vocabulary.
-    """
-    with _teacher_errors(name):
-        vocabulary = _qwen3_config(name).vocab_size
-        tokenizer = AutoTokenizer.from_pretrained(_teacher_path(name))
-    if not 256 <= len(tokenizer) <= vocabulary:
-        raise HaloError(
-            f"teacher: must come with its tokenizer of at most {vocabulary} tokens, got {len(tokenizer)} in {name}"
-        )
-    return tokenizer
-
-
 def load_hypenet(directory: Path, device: torch.device) -> HypeNetForCausalLM:
     """Load a HypeNet that an earlier stage saved, in fp32."""
     model = HypeNetForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -79,13 +36,13 @@ def load_hypenet(directory: Path, device: torch.device) -> HypeNetForCausalLM:
     return model
 
 
-def make_twins(teacher: Qwen3ForCausalLM, mixer: str) -> HypeNetForCausalLM:
+def make_twins(teacher: PreTrainedModel, mixer: str) -> HypeNetForCausalLM:
     """Build a HypeNet in which each layer is the recurrent twin of the teacher's (weight transfer, HALO 4.1)."""
     return from_teacher(teacher, keep_layers=[], mixer=mixer)
 
 
 def make_student(
-    teacher: Qwen3ForCausalLM, twins: HypeNetForCausalLM, layers: list[int], mixer: str, gate_init: str
+    teacher: PreTrainedModel, twins: HypeNetForCausalLM, layers: list[int], mixer: str, gate_init: str
 ) -> HypeNetForCausalLM:
     """Build the hybrid of stage 2, with softmax attention in `layers` and the twins' mixers in all others.
 
@@ -139,7 +96,7 @@ def document_positions(batch: Batch) -> Tensor:
 
 
 @contextmanager
-def recorded_attention(teacher: Qwen3ForCausalLM) -> Iterator[list[AttentionCall]]:
+def recorded_attention(teacher: PreTrainedModel) -> Iterator[list[AttentionCall]]:
     """Record the attention layers: inside the context, a forward pass adds one AttentionCall per layer to the list."""
     calls: list[AttentionCall] = []
 
@@ -156,7 +113,7 @@ def recorded_attention(teacher: Qwen3ForCausalLM) -> Iterator[list[AttentionCall
 
 
 @contextmanager
-def swapped(teacher: Qwen3ForCausalLM, twins: HypeNetForCausalLM, layer: int) -> Iterator[None]:
+def swapped(teacher: PreTrainedModel, twins: HypeNetForCausalLM, layer: int) -> Iterator[None]:
     """Replace the mixer of one layer of the teacher by its recurrent twin inside the context, without copying."""
     block = teacher.model.layers[layer]
     original = block.self_attn
@@ -173,7 +130,7 @@ def set_logit_scale_base(model: PreTrainedModel, base: float | None) -> None:
 
 
 class _TwinAttention(nn.Module):
-    """Gives a recurrent mixer the signature of Qwen3Attention, for a forward pass without cache or padding."""
+    """Gives a recurrent mixer the signature of a teacher's attention, for a forward pass without cache or padding."""
 
     def __init__(self, mixer: nn.Module) -> None:
         super().__init__()
@@ -190,27 +147,3 @@ class _TwinAttention(nn.Module):
         if past_key_values is not None:
             raise NotImplementedError("swapped: the cache must be off, got past_key_values")
         return run_mixer(self.mixer, hidden_states, position_embeddings), None
-
-
-def _teacher_path(name: str) -> str:
-    return str(resources.files("halo") / "demo" / "teacher") if name == "demo" else name
-
-
-def _qwen3_config(name: str) -> PreTrainedConfig:
-    is_path = name.startswith((".", "/")) or name.count("/") > 1
-    if is_path and not Path(name).is_dir():
-        raise HaloError(f"teacher: must be an existing directory or a Hugging Face name, got {name}")
-    config = AutoConfig.from_pretrained(_teacher_path(name))
-    if config.model_type != "qwen3":
-        raise HaloError(f"teacher: must be a Qwen3 model (model_type qwen3), got {config.model_type} in {name}")
-    return config
-
-
-@contextmanager
-def _teacher_errors(name: str) -> Iterator[None]:
-    """Turn the errors of transformers for a model that cannot be loaded into a HaloError."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise HaloError(f"teacher: must be a loadable Qwen3 model with its tokenizer, got {name} ({reason})") from None

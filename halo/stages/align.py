@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen3ForCausalLM
+from transformers import PreTrainedModel
 
 from halo import models
 from halo.config import AlignSettings
@@ -22,7 +22,7 @@ from hypenet import HypeNetForCausalLM
 class Align:
     """Aligns the recurrent mixers of `student` with the attention layers of `teacher`; only the mixers are trained."""
 
-    teacher: Qwen3ForCausalLM
+    teacher: PreTrainedModel
     student: HypeNetForCausalLM
     settings: AlignSettings
     isolate_documents: bool = False

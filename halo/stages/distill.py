@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen3ForCausalLM
+from transformers import PreTrainedModel
 
 from halo import models
 from halo.config import DistillSettings
@@ -18,7 +18,7 @@ from hypenet import HypeNetForCausalLM
 class Distill:
     """Trains `student` on the KL divergence from the distribution of `teacher`."""
 
-    teacher: Qwen3ForCausalLM
+    teacher: PreTrainedModel
     student: HypeNetForCausalLM
     settings: DistillSettings
     isolate_documents: bool = False

@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen3ForCausalLM
+from transformers import PreTrainedModel
 
 from halo import models
 from halo.config import SelectSettings
@@ -19,7 +19,7 @@ from hypenet import HypeNetForCausalLM
 
 
 def measure_swaps(
-    teacher: Qwen3ForCausalLM,
+    teacher: PreTrainedModel,
     twins: HypeNetForCausalLM,
     corpus: Corpus,
     settings: SelectSettings,
