@@ -14,7 +14,7 @@ from transformers import Cache, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from bench import records, timing
 from bench.records import ModelRecord
-from hypenet import from_qwen3
+from hypenet import from_teacher
 
 WIDTHS: dict[str, Any] = {
     "hidden_size": 2048,
@@ -66,7 +66,7 @@ def build(device: str, layers: int) -> dict[str, Any]:
     config = Qwen3Config(num_hidden_layers=layers, tie_word_embeddings=True, **WIDTHS)
     with torch.device(device):
         teacher = Qwen3ForCausalLM(config).eval().to(dtype)
-    student = from_qwen3(teacher, list(range(SOFTMAX_EVERY - 1, layers, SOFTMAX_EVERY)), mixer="lightning")
+    student = from_teacher(teacher, list(range(SOFTMAX_EVERY - 1, layers, SOFTMAX_EVERY)), mixer="lightning")
     return {"Qwen3": teacher, "HypeNet": student.eval().to(device=device, dtype=dtype)}
 
 

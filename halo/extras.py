@@ -6,9 +6,11 @@ import importlib.util
 
 # Packages that each extra installs beside torch and numpy, by their import names.
 MODEL = ("transformers", "typer", "rich", "safetensors")
+HALO = (*MODEL, "datasets", "torchdata", "pydantic", "yaml", "matplotlib")
 PACKAGES = {
     "model": MODEL,
-    "halo": (*MODEL, "datasets", "torchdata", "pydantic", "yaml", "matplotlib"),
+    "halo": HALO,
+    "gguf": (*HALO, "gguf", "accelerate"),
 }
 
 

@@ -44,7 +44,7 @@ class Job:
     @cached_property
     def teacher_config(self) -> PreTrainedConfig:
         """The teacher's configuration, checked."""
-        return teachers.load_config(self.config.teacher)
+        return teachers.check_teacher(self.config.teacher)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

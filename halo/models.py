@@ -13,12 +13,12 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Qwen3ForCausalLM
+from transformers import PreTrainedModel
 
 from halo import files
 from halo.data import Batch
 from halo.settings import LossSettings
-from hypenet import HypeNetForCausalLM, MixerContext, from_qwen3
+from hypenet import HypeNetForCausalLM, MixerContext, from_teacher
 from hypenet.configuration_hypenet import hype_logits_scaling
 from hypenet.mixers import Mixer
 
@@ -34,7 +34,7 @@ class AttentionCall:
 
 def make_twins(teacher: PreTrainedModel, mixer: str) -> nn.ModuleList:
     """Build the recurrent twin of every attention layer, in float32 on the CPU (weight transfer, HALO 4.1)."""
-    model = from_qwen3(cast(Qwen3ForCausalLM, teacher), keep_layers=[], mixer=mixer)
+    model = from_teacher(teacher, keep_layers=[], mixer=mixer)
     return nn.ModuleList(mixers(model)).float().cpu()
 
 
@@ -87,9 +87,7 @@ def make_student(
         gate_init: Initialisation of the new output gates, "open" or "random".
     """
     aligned = {layer: cast(Mixer, twin) for layer, twin in enumerate(twins) if layer not in layers}
-    student = from_qwen3(
-        cast(Qwen3ForCausalLM, teacher), keep_layers=layers, mixer=mixer, mixers=aligned, gate_init=gate_init
-    )
+    student = from_teacher(teacher, keep_layers=layers, mixer=mixer, mixers=aligned, gate_init=gate_init)
     return student.float()
 
 

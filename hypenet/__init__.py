@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from hypenet.cache import HypeNetCache
 from hypenet.configuration_hypenet import HypeNetConfig
 from hypenet.context import MixerContext
-from hypenet.conversion import config_from_qwen3, from_qwen3
+from hypenet.conversion import config_from_teacher, from_teacher
 from hypenet.mixers import GatedDeltaNet, LightningAttention, SoftmaxAttention
 from hypenet.modeling_hypenet import HypeNetForCausalLM, HypeNetModel, HypeNetPreTrainedModel
 from hypenet_kernels import __version__
@@ -34,6 +34,6 @@ __all__ = [
     "MixerContext",
     "SoftmaxAttention",
     "__version__",
-    "config_from_qwen3",
-    "from_qwen3",
+    "config_from_teacher",
+    "from_teacher",
 ]

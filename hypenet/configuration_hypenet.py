@@ -1,4 +1,4 @@
-"""The configuration of a HypeNet: a Qwen3 decoder whose layers are softmax attention or a linear recurrence."""
+"""The configuration of a HypeNet: a Llama-style decoder with layers of softmax attention or a linear recurrence."""
 
 from typing import Any, ClassVar, cast
 
@@ -22,14 +22,20 @@ class HypeNetConfig(PreTrainedConfig):
     Args:
         max_position_embeddings (`int`, defaults to 1048576): As in `Qwen3Config`; the model itself has no limit.
         rope_parameters (`dict`, *optional*): Rotary embedding, for the layers that use it; theta defaults to 1,000,000.
-        attention_bias (`bool`, defaults to `False`): Biases in the projections of softmax and Lightning layers.
+        attention_bias (`bool`, defaults to `False`):
+            Biases in all projections of softmax and Lightning layers, including the output gates of the latter.
+        attention_qkv_bias (`bool`, *optional*):
+            Biases in the query, key and value projections of all layers; default `attention_bias`.
+        attention_o_bias (`bool`, *optional*): Biases in the output projections of all layers; default `attention_bias`.
         attention_dropout (`float`, defaults to 0): Must be 0; the kernels have no dropout.
+        mlp_bias (`bool`, defaults to `False`): Biases in the projections of the MLPs.
         mixer_types (`list[str]`, *optional*):
             One of "attn", "lightning-attn" (or "lightning") and "gdn" for each layer. An empty list means all softmax
             attention. If not given, it follows from `layer_types`; if that is not given either, every fourth layer
             (0, 4, ...) is softmax attention and the others are Lightning.
         layer_types (`list[str]`, *optional*):
             The same in transformers' terms, "full_attention" and "linear_attention"; follows from `mixer_types`.
+        attn_use_qk_norm (`bool`, defaults to `True`): Apply RMSNorm to each head of q and k in softmax layers.
         attn_use_rope (`bool`, defaults to `False`): Use rotary embedding in softmax layers, as Qwen3 does.
         attn_use_output_gate (`bool`, defaults to `True`): Use a sigmoid output gate in softmax layers.
         attn_logits_scaling (`str` or `float`, *optional*):
@@ -84,7 +90,10 @@ class HypeNetConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
     rope_parameters: dict | None = None
     attention_bias: bool = False
+    attention_qkv_bias: bool | None = None
+    attention_o_bias: bool | None = None
     attention_dropout: float = 0.0
+    mlp_bias: bool = False
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -92,6 +101,7 @@ class HypeNetConfig(PreTrainedConfig):
     mixer_types: list[str] | None = None
     layer_types: list[str] | None = None
 
+    attn_use_qk_norm: bool = True
     attn_use_rope: bool = False
     attn_use_output_gate: bool = True
     attn_logits_scaling: str | float | None = None
@@ -118,6 +128,9 @@ class HypeNetConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        for field in ("attention_qkv_bias", "attention_o_bias"):
+            if getattr(self, field) is None:
+                setattr(self, field, self.attention_bias)
         for field in ("num_key_value_heads", "lightning_nh", "lightning_nkv", "gdn_nh", "gdn_nkv"):
             if getattr(self, field) is None:
                 setattr(self, field, self.num_attention_heads)

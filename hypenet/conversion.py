@@ -1,52 +1,85 @@
-"""Transfer of a pretrained Qwen3's weights into a HypeNet, the start of a conversion; nothing is trained here.
+"""Transfer of a pretrained transformer's weights into a HypeNet, the start of a conversion; nothing is trained here.
 
-Source: arXiv 2601.22156, sections 3 and 4.
+The teachers are decoders whose modules have the names and the arithmetic of Llama. The families differ in QK-norm and
+biases, which is one row of `FAMILIES` each. Source: arXiv 2601.22156, sections 3 and 4.
 """
 
 import copy
+import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hypenet.configuration_hypenet import MIXER_ALIASES, SOFTMAX, HypeNetConfig, hype_logits_scaling
 from hypenet.mixers import MIXERS, Mixer
 from hypenet.modeling_hypenet import HypeNetForCausalLM, rotary_embedding
 
-QWEN3_FIELDS = (
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of teacher: what its decoder has beside Llama's weights.
+
+    A bias is given as True, as False, or as the name of the boolean field of the teacher's configuration that decides.
+    """
+
+    model_type: str
+    qk_norm: bool
+    qkv_bias: bool | str
+    o_bias: bool | str
+    mlp_bias: bool | str
+
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("qwen3", qk_norm=True, qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias=False),
+        Family("qwen2", qk_norm=False, qkv_bias=True, o_bias=False, mlp_bias=False),
+        Family("llama", qk_norm=False, qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
+    )
+}
+# Model types that one may expect to work, by their beginning, and why they do not.
+REFUSED = {
+    "smollm3": "some of its layers have no position encoding (no_rope_layers)",
+    "gemma": "its norms, its embeddings and some of its layers' attention are others",
+}
+COPIED_FIELDS = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
-    "head_dim",
     "hidden_act",
     "max_position_embeddings",
     "initializer_range",
     "rms_norm_eps",
     "tie_word_embeddings",
-    "attention_bias",
-    "attention_dropout",
     "pad_token_id",
     "bos_token_id",
     "eos_token_id",
 )
+# Tables that only rotate. Those of YaRN and LongRoPE also scale q and k, which layers without RoPE would lose; those of
+# dynamic scaling depend on the length.
+ROPE_TYPES = ("default", "linear", "llama3")
 
 
-def config_from_qwen3(
-    teacher: Qwen3Config,
+def config_from_teacher(
+    teacher: PreTrainedConfig,
     keep_layers: Iterable[int],
     mixer: str = "lightning",
     logit_scale_base: float | None = None,
     **options: Any,
 ) -> HypeNetConfig:
-    """Build the configuration of a HypeNet that a Qwen3's weights fit.
+    """Build the configuration of a HypeNet that a teacher's weights fit.
+
+    Softmax layers have QK-norm if the teacher has it; recurrent layers always have it.
 
     Args:
-        teacher: The Qwen3's configuration.
+        teacher: The teacher's configuration: of Qwen3, of Qwen2 and Qwen2.5, or of Llama 2, Llama 3 and SmolLM2.
         keep_layers: Indices of the layers that stay softmax attention; all others become `mixer`.
         mixer: "lightning" or "gdn".
         logit_scale_base: The base `a` of the HyPE scale ln(t + a) / ln(a), or None for no scale.
@@ -57,86 +90,107 @@ def config_from_qwen3(
         The configuration.
 
     Raises:
-        ValueError: If `teacher` is not a Qwen3 with full attention in every layer, or another argument is out of range.
+        ValueError: If the weights of `teacher` cannot become a HypeNet, or another argument is out of range.
+
+    Warns:
+        UserWarning: If the teacher has attention dropout, which is dropped.
 
     Example:
         >>> from transformers import Qwen3Config
-        >>> from hypenet import config_from_qwen3
-        >>> config = config_from_qwen3(Qwen3Config(num_hidden_layers=3), keep_layers=[1], logit_scale_base=500.0)
+        >>> from hypenet import config_from_teacher
+        >>> config = config_from_teacher(Qwen3Config(num_hidden_layers=3), keep_layers=[1], logit_scale_base=500.0)
         >>> config.mixer_types, config.attn_logits_scaling
         (['lightning-attn', 'attn', 'lightning-attn'], 'hype 500')
     """
-    check_teacher(teacher)
+    family = family_of(teacher)
     keep = set(keep_layers)
     if not keep <= set(range(teacher.num_hidden_layers)):
-        raise ValueError(f"from_qwen3: keep_layers must lie in 0..{teacher.num_hidden_layers - 1}, got {sorted(keep)}")
+        raise ValueError(
+            f"from_teacher: keep_layers must lie in 0..{teacher.num_hidden_layers - 1}, got {sorted(keep)}"
+        )
     if MIXER_ALIASES.get(mixer, mixer) not in MIXERS:
-        raise ValueError(f"from_qwen3: mixer must be one of {[*MIXER_ALIASES, *MIXERS]}, got {mixer!r}")
-    fields = {name: getattr(teacher, name) for name in QWEN3_FIELDS}
+        raise ValueError(f"from_teacher: mixer must be one of {[*MIXER_ALIASES, *MIXERS]}, got {mixer!r}")
+    if getattr(teacher, "attention_dropout", 0.0):
+        warnings.warn(
+            f"from_teacher: the teacher's attention_dropout of {teacher.attention_dropout} is dropped "
+            "(no kernel has dropout)",
+            stacklevel=2,
+        )
+    fields = {name: getattr(teacher, name) for name in COPIED_FIELDS}
+    fields["head_dim"] = getattr(teacher, "head_dim", None)
     fields["rope_parameters"] = dict(cast(dict[str, Any], teacher.rope_parameters))
+    fields["attn_use_qk_norm"] = family.qk_norm
+    for field, rule in (
+        ("attention_qkv_bias", family.qkv_bias),
+        ("attention_o_bias", family.o_bias),
+        ("mlp_bias", family.mlp_bias),
+    ):
+        fields[field] = bool(getattr(teacher, rule)) if isinstance(rule, str) else rule
     fields["mixer_types"] = [SOFTMAX if i in keep else mixer for i in range(teacher.num_hidden_layers)]
     fields["attn_logits_scaling"] = hype_logits_scaling(logit_scale_base)
     return HypeNetConfig(**(fields | options))
 
 
-def from_qwen3(
-    teacher: Qwen3ForCausalLM | str | Path,
+def from_teacher(
+    teacher: PreTrainedModel | str | Path,
     keep_layers: Iterable[int],
     mixer: str = "lightning",
     logit_scale_base: float | None = None,
     *,
     mixers: Mapping[int, Mixer] | None = None,
-    gate_init: str = "random",
+    gate_init: str = "open",
     **options: Any,
 ) -> HypeNetForCausalLM:
-    """Build a HypeNet from a Qwen3's weights.
+    """Build a HypeNet from a teacher's weights.
 
     Softmax layers lose their rotary embedding and gain an output gate. Recurrent layers take the teacher's projections,
     with key and value heads repeated to one per query head. Everything else is copied.
 
     Args:
-        teacher: A `Qwen3ForCausalLM`, or the name or directory to load one from. It is not modified, and the result
-            shares no memory with it.
+        teacher: A causal language model of transformers, of the families that `config_from_teacher` names, or the name
+            or directory to load one from. It is not modified, and the result shares no memory with it.
         keep_layers: Indices of the layers that stay softmax attention; all others become `mixer`.
         mixer: "lightning" or "gdn".
         logit_scale_base: The base `a` of the HyPE scale ln(t + a) / ln(a), or None for no scale.
         mixers: Mixers to use instead of new ones, by layer index, such as recurrent layers after alignment. The
             modules themselves become part of the model, not copies of them.
-        gate_init: "random" for the published initialisation of output gates (N(0, 0.02^2) in softmax layers, PyTorch's
-            default in recurrent ones), or "open" for gates that have no effect at the start.
-        options: Other fields of `HypeNetConfig`, as for `config_from_qwen3`.
+        gate_init: Initialisation of the softmax layers' output gates: "open" for gates that have no effect at the
+            start, or "random" as published, N(0, initializer_range^2).
+        options: Other fields of `HypeNetConfig`, as for `config_from_teacher`.
 
     Returns:
         The model, in the teacher's dtype, on its device, and in training mode if the teacher is.
 
     Raises:
-        ValueError: If `teacher` is not a Qwen3 with full attention in every layer, or another argument is out of range.
+        ValueError: If the weights of `teacher` cannot become a HypeNet, or another argument is out of range.
 
     Example:
-        >>> from transformers import Qwen3Config, Qwen3ForCausalLM
-        >>> from hypenet import from_qwen3
-        >>> teacher = Qwen3ForCausalLM(Qwen3Config(vocab_size=64, hidden_size=32, intermediate_size=32, head_dim=8,
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from hypenet import from_teacher
+        >>> teacher = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32,
         ...     num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2))
-        >>> model = from_qwen3(teacher, keep_layers=[1], gate_init="open")
+        >>> model = from_teacher(teacher, keep_layers=[1])
         >>> [type(layer.self_attn).__name__ for layer in model.model.layers]
         ['LightningAttention', 'SoftmaxAttention', 'LightningAttention']
     """
     if isinstance(teacher, str | Path):
-        check_teacher(AutoConfig.from_pretrained(teacher))
-        teacher = Qwen3ForCausalLM.from_pretrained(teacher)
-    check_teacher(getattr(teacher, "config", None))
-    config = config_from_qwen3(teacher.config, keep_layers, mixer, logit_scale_base, **options)
+        family_of(AutoConfig.from_pretrained(teacher))
+        teacher = cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(teacher))
+    family_of(getattr(teacher, "config", None))
+    if teacher.get_output_embeddings() is None:
+        raise ValueError(f"from_teacher: teacher must be a causal language model, got {type(teacher).__name__}")
+    config = config_from_teacher(teacher.config, keep_layers, mixer, logit_scale_base, **options)
     with torch.device("meta"):
         student = HypeNetForCausalLM._from_config(config, dtype=teacher.dtype)
     _copy_backbone(student, teacher)
-    for i, layer in enumerate(student.model.layers):
+    layers = cast(Iterable[torch.nn.Module], teacher.base_model.layers)
+    for i, (layer, source) in enumerate(zip(student.model.layers, layers, strict=True)):
         given = None if mixers is None else mixers.get(i)
         if given is None:
-            attention = teacher.model.layers[i].self_attn
-            given = MIXERS[config.mixers[i]].from_qwen3(attention, config, i, gate_init=gate_init)
+            given = MIXERS[config.mixers[i]].from_attention(source.get_submodule("self_attn"), config, i, gate_init)
         elif (given.mixer_type, given.layer_idx) != (config.mixers[i], i):
             raise ValueError(
-                f"from_qwen3: mixers[{i}] must be of kind {config.mixers[i]!r} for layer {i}, "
+                f"from_teacher: mixers[{i}] must be of kind {config.mixers[i]!r} for layer {i}, "
                 f"got {given.mixer_type!r} for layer {given.layer_idx}"
             )
         layer.self_attn = given
@@ -144,21 +198,38 @@ def from_qwen3(
     return student.train(teacher.training)
 
 
-def check_teacher(config: PreTrainedConfig | None) -> None:
-    """Check that a configuration is that of a Qwen3 with full attention in every layer.
+def family_of(config: PreTrainedConfig | None) -> Family:
+    """Return the family of a teacher's configuration.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If its weights cannot become a HypeNet, with the reason.
     """
     model_type = getattr(config, "model_type", type(config).__name__)
-    if model_type != "qwen3":
-        raise ValueError(f"from_qwen3: teacher must be a Qwen3 language model (model_type 'qwen3'), got {model_type!r}")
-    layers = set(getattr(config, "layer_types", ()))
+    if config is None or model_type not in FAMILIES:
+        reasons = [reason for name, reason in REFUSED.items() if model_type.startswith(name)]
+        if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+            reasons = ["it is a mixture of experts"]
+        reason = f": {reasons[0]}" if reasons else ""
+        raise ValueError(
+            f"from_teacher: teacher must be of model_type {', '.join(FAMILIES)}, got {model_type!r}{reason}"
+        )
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     if layers != {"full_attention"}:
-        raise ValueError(f"from_qwen3: teacher must have full attention in every layer, got {sorted(layers)}")
+        raise ValueError(f"from_teacher: teacher must have full attention in every layer, got {sorted(layers)}")
+    rope_type = cast(dict[str, Any], config.rope_parameters)["rope_type"]
+    if rope_type not in ROPE_TYPES:
+        raise ValueError(
+            f"from_teacher: teacher must have a rope_type of {', '.join(ROPE_TYPES)}, got {rope_type!r}, whose tables "
+            "scale q and k or depend on the length"
+        )
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
+        raise ValueError(f"from_teacher: teacher must have weights that are not quantised, got {method}")
+    return FAMILIES[model_type]
 
 
-def _copy_backbone(student: HypeNetForCausalLM, teacher: Qwen3ForCausalLM) -> None:
+def _copy_backbone(student: HypeNetForCausalLM, teacher: PreTrainedModel) -> None:
     """Copy everything but the token mixers from the teacher into a student on the meta device."""
     weights = {name: x.detach().clone() for name, x in teacher.state_dict().items() if ".self_attn." not in name}
     if student.config.tie_word_embeddings:
@@ -167,7 +238,8 @@ def _copy_backbone(student: HypeNetForCausalLM, teacher: Qwen3ForCausalLM) -> No
     left = [name for name in result.missing_keys if ".self_attn." not in name and name != "lm_head.weight"]
     if left or result.unexpected_keys:
         raise ValueError(
-            f"from_qwen3: teacher must have the weights of a Qwen3, missing {left}, unknown {result.unexpected_keys}"
+            f"from_teacher: teacher must have the weights of a {teacher.config.model_type}, missing {left}, "
+            f"unknown {result.unexpected_keys}"
         )
     student.tie_weights()
     with torch.device(teacher.device):

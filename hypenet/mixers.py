@@ -1,6 +1,7 @@
 """The token mixers of a HypeNet: softmax attention without positions, Lightning attention, gated DeltaNet.
 
-Each is called as mixer(x_BTC, context) -> y_BTC and can be built from a teacher's attention layer with `from_qwen3`.
+Each is called as mixer(x_BTC, context) -> y_BTC and can be built from a teacher's attention layer with
+`from_attention`.
 B batch, T tokens, C hidden size, H heads, D head dimension, K and V rows and columns of a state.
 """
 
@@ -23,8 +24,9 @@ from hypenet_kernels import (
     simple_gla_step,
 )
 
-COPIED_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
-GATE_INITS = ("random", "open")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+NORMS = ("q_norm", "k_norm")
+GATE_INITS = ("open", "random")
 
 
 class HypeNetRMSNorm(nn.Module):
@@ -50,7 +52,6 @@ class Mixer(nn.Module):
     Args:
         config: The model's configuration.
         layer_idx: Index of the layer, which selects the layer of a cache.
-        bias: Whether the projections have biases.
         use_qk_norm: Whether q and k are normalised, head by head.
         use_rope: Whether q and k are rotated.
 
@@ -67,7 +68,6 @@ class Mixer(nn.Module):
         config: HypeNetConfig,
         layer_idx: int,
         *,
-        bias: bool,
         use_qk_norm: bool,
         use_rope: bool,
     ) -> None:
@@ -78,10 +78,11 @@ class Mixer(nn.Module):
         head_dim = self.head_dim
         self.use_rope = use_rope
         width, kv_width = self.num_heads * head_dim, self.num_kv_heads * head_dim
+        bias = bool(config.attention_qkv_bias)
         self.q_proj = nn.Linear(config.hidden_size, width, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=bias)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=bool(config.attention_o_bias))
         self.q_norm = HypeNetRMSNorm(head_dim, config.rms_norm_eps) if use_qk_norm else None
         self.k_norm = HypeNetRMSNorm(head_dim, config.rms_norm_eps) if use_qk_norm else None
 
@@ -112,23 +113,26 @@ class Mixer(nn.Module):
         return x * context.keep.view(*context.keep.shape, *[1] * (x.dim() - 2)).to(x.dtype)
 
     @classmethod
-    def from_qwen3(cls, attention: nn.Module, config: HypeNetConfig, layer_idx: int, gate_init: str = "random") -> Self:
-        """Build a mixer with the weights of an attention layer, in its dtype, on its device.
+    def from_attention(
+        cls, attention: nn.Module, config: HypeNetConfig, layer_idx: int, gate_init: str = "open"
+    ) -> Self:
+        """Build a mixer with the weights of a teacher's attention layer, in its dtype, on its device.
 
         Args:
-            attention: A `Qwen3Attention` or `SoftmaxAttention`. Its key and value heads are repeated where this mixer
-                has more of them.
+            attention: A layer with the projections, and the norms of q and k where it has them, under the names of
+                transformers' Llama and Qwen3. Its key and value heads are repeated where this mixer has more of them.
+                Norms that it lacks start at 1.
             config: The HypeNet's configuration.
             layer_idx: Index of the layer in the HypeNet.
-            gate_init: Initialisation of the output gate, which the teacher lacks: "random" as published
-                (N(0, initializer_range^2) in softmax layers, PyTorch's default in recurrent ones), or "open" for a
-                gate that has no effect at the start.
+            gate_init: Initialisation of the output gate of a softmax layer, which the teacher lacks: "open" for a gate
+                that has no effect at the start, or "random" as published, N(0, initializer_range^2). The gates of
+                recurrent layers have PyTorch's default in both cases: opened, they start farther from the teacher.
 
         Raises:
-            ValueError: If `gate_init` is neither, or "open" for a mixer whose gate cannot be without effect.
+            ValueError: If `gate_init` is neither, or the layer's projections and biases are not those of the mixer.
         """
         if gate_init not in GATE_INITS:
-            raise ValueError(f"from_qwen3: gate_init must be one of {GATE_INITS}, got {gate_init!r}")
+            raise ValueError(f"from_attention: gate_init must be one of {GATE_INITS}, got {gate_init!r}")
         weight = attention.get_parameter("q_proj.weight")
         with torch.device(weight.device):
             mixer = cast(Callable[[HypeNetConfig, int], Self], cls)(config, layer_idx).to(weight.dtype)
@@ -137,28 +141,26 @@ class Mixer(nn.Module):
         return mixer
 
     def init_gate(self, gate_init: str) -> None:
-        """Initialise the output gate for the start of a conversion, as `from_qwen3` describes."""
-        raise NotImplementedError
+        """Initialise the output gate for the start of a conversion, as `from_attention` describes."""
 
     def copy_projections(self, attention: nn.Module) -> None:
         """Copy projections and norms of an attention layer, repeating key and value heads to this mixer's number."""
-        source = attention.state_dict()
+        source, own = attention.state_dict(), self.state_dict(keep_vars=True)
+        given, needed = ({name for name in names if name.split(".")[0] in PROJECTIONS} for names in (source, own))
+        if given != needed:
+            raise ValueError(
+                f"from_attention: attention must have exactly the projections that {type(self).__name__} has, "
+                f"missing {sorted(needed - given)}, unknown {sorted(given - needed)}"
+            )
         with torch.no_grad():
-            for name, target in self.state_dict(keep_vars=True).items():
-                if name not in source or name.split(".")[0] not in COPIED_MODULES:
+            for name, target in own.items():
+                if name not in source or name.split(".")[0] not in (*PROJECTIONS, *NORMS):
                     continue
                 weight = source[name]
                 if name.startswith(("k_proj.", "v_proj.")):
                     heads = weight.unflatten(0, (-1, self.head_dim))
                     weight = heads.repeat_interleave(self.num_kv_heads // heads.shape[0], dim=0).flatten(0, 1)
                 target.copy_(weight)
-
-    def open_gate(self, gate: nn.Linear) -> None:
-        """Make a sigmoid gate start without effect: zero weights give 1/2, which the output projection doubles."""
-        with torch.no_grad():
-            for parameter in gate.parameters():
-                parameter.zero_()
-            self.o_proj.weight.mul_(2)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         # 16-bit types cannot represent the decays well enough, so these tensors change their device only.
@@ -177,8 +179,8 @@ class SoftmaxAttention(Mixer):
 
         o_t = sigmoid(x_t Wz) * sum_{i <= t} softmax_i(s_t q_t . k_i / sqrt(D)) v_i
 
-    With `attn_use_rope` and without `attn_use_output_gate` it is Qwen3's attention.
-    Source: arXiv 2601.22156, section 3.
+    With `attn_use_rope` and without `attn_use_output_gate` it is Qwen3's attention, and without `attn_use_qk_norm` too
+    Llama's. Source: arXiv 2601.22156, section 3.
 
     Args:
         config: The model's configuration.
@@ -191,8 +193,7 @@ class SoftmaxAttention(Mixer):
         super().__init__(
             config,
             layer_idx,
-            bias=config.attention_bias,
-            use_qk_norm=True,
+            use_qk_norm=config.attn_use_qk_norm,
             use_rope=config.attn_use_rope,
         )
         width = self.num_heads * self.head_dim
@@ -251,10 +252,14 @@ class SoftmaxAttention(Mixer):
         return o
 
     def init_gate(self, gate_init: str) -> None:
-        if self.o_gate is not None and gate_init == "open":
-            self.open_gate(self.o_gate)
-        elif self.o_gate is not None:
+        if self.o_gate is None:
+            return
+        if gate_init == "random":
             nn.init.normal_(self.o_gate.weight, std=self.config.initializer_range)
+        else:  # zero weights give sigmoid(0) = 1/2, which the output projection doubles
+            nn.init.zeros_(self.o_gate.weight)
+            with torch.no_grad():
+                self.o_proj.weight.mul_(2)
 
 
 class LightningAttention(Mixer):
@@ -278,15 +283,15 @@ class LightningAttention(Mixer):
         super().__init__(
             config,
             layer_idx,
-            bias=config.attention_bias,
             use_qk_norm=config.lightning_use_qk_norm,
             use_rope=config.lightning_use_rope,
         )
-        width, bias = self.num_heads * self.head_dim, config.attention_bias
+        width = self.num_heads * self.head_dim
         self.scale = {"1/sqrt(d)": self.head_dim**-0.5, "1/d": 1 / self.head_dim, "1": 1.0}[config.lightning_scale]
         self.register_buffer("log_decay", alibi_log_decay(self.num_heads), persistent=False)
         self.o_norm = HypeNetRMSNorm(width, config.rms_norm_eps) if config.lightning_use_output_norm else None
-        self.z_proj = nn.Linear(config.hidden_size, width, bias=bias) if config.lightning_use_output_gate else None
+        gated, bias = config.lightning_use_output_gate, config.attention_bias
+        self.z_proj = nn.Linear(config.hidden_size, width, bias=bias) if gated else None
 
     def forward(self, x_BTC: torch.Tensor, context: MixerContext) -> torch.Tensor:
         """Mix x [B, T, C] along T and return [B, T, C]; with a cache, also update this layer's state."""
@@ -317,10 +322,6 @@ class LightningAttention(Mixer):
             y = y * self.z_proj(x_BTC).sigmoid()
         return self.o_proj(y)
 
-    def init_gate(self, gate_init: str) -> None:
-        if self.z_proj is not None and gate_init == "open":
-            self.open_gate(self.z_proj)
-
 
 class GatedDeltaNet(Mixer):
     """Gated DeltaNet: a linear recurrence with the delta rule and a decay per head and token.
@@ -348,7 +349,6 @@ class GatedDeltaNet(Mixer):
         super().__init__(
             config,
             layer_idx,
-            bias=False,
             use_qk_norm=config.gdn_use_qk_norm,
             use_rope=config.gdn_use_rope,
         )
@@ -409,12 +409,6 @@ class GatedDeltaNet(Mixer):
         if self.g_proj is not None:
             o = o * F.silu(self.g_proj(x_BTC)).view_as(o)
         return self.o_proj(o.flatten(-2))
-
-    def init_gate(self, gate_init: str) -> None:
-        if self.g_proj is not None and gate_init == "open":
-            raise ValueError(
-                "from_qwen3: gate_init must be 'random' for gdn layers (no weights make a SiLU gate 1), got 'open'"
-            )
 
 
 MIXERS: dict[str, type[SoftmaxAttention] | type[LightningAttention] | type[GatedDeltaNet]] = {

@@ -9,12 +9,12 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Qwen3Config
+from transformers import GenerationConfig, GenerationMixin, LlamaConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 
 from hypenet.cache import HypeNetCache
@@ -36,7 +36,7 @@ class HypeNetDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
         super().__init__()
         self.self_attn: Mixer = MIXERS[config.mixers[layer_idx]](config, layer_idx)
-        self.mlp = Qwen3MLP(config)
+        self.mlp = LlamaMLP(cast(LlamaConfig, config))
         self.input_layernorm = HypeNetRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = HypeNetRMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -394,6 +394,6 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
         )
 
 
-def rotary_embedding(config: HypeNetConfig) -> Qwen3RotaryEmbedding:
-    """Return Qwen3's rotary embedding; it reads only fields that both configurations have."""
-    return Qwen3RotaryEmbedding(cast(Qwen3Config, config))
+def rotary_embedding(config: HypeNetConfig) -> LlamaRotaryEmbedding:
+    """Return Llama's rotary embedding; it reads only fields that both configurations have."""
+    return LlamaRotaryEmbedding(cast(LlamaConfig, config))

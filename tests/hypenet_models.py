@@ -1,7 +1,7 @@
 """Small models for the tests of hypenet, with every kind of layer and widths that are not multiples of each other."""
 
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hypenet import HypeNetConfig, HypeNetForCausalLM
 
@@ -30,9 +30,11 @@ def small_model(mixer_types=MIXED, dtype=torch.float64, **fields):
     return _randomised(model).to(dtype)
 
 
-def small_teacher(dtype=torch.float64, **fields):
-    """Return a Qwen3 of the same sizes with four layers."""
-    model = Qwen3ForCausalLM(Qwen3Config(**(SIZES | {"num_hidden_layers": 4} | fields))).eval()
+def small_teacher(dtype=torch.float64, model_type="qwen3", **fields):
+    """Return a teacher of the same sizes with four layers; a field given as None is left to the family's default."""
+    fields = SIZES | {"num_hidden_layers": 4} | fields
+    given = {name: value for name, value in fields.items() if value is not None}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **given)).eval()
     return _randomised(model).to(dtype)
 
 
@@ -46,4 +48,6 @@ def _randomised(model):
             torch.nn.init.normal_(parameter, 1.0, 0.2)
         elif parameter.dim() == 2 and "embed" not in name and "lm_head" not in name:
             torch.nn.init.normal_(parameter, 0.0, parameter.shape[1] ** -0.5)
+        elif name.endswith(".bias"):
+            torch.nn.init.normal_(parameter, 0.0, 0.5)
     return model

@@ -24,7 +24,7 @@ ALLOWED = {
     "hypenet_kernels": CORE,
     "hypenet": CORE | set(PACKAGES["model"]),
     # tokenizers and transformers' other dependencies come with it
-    "halo": CORE | set(PACKAGES["halo"]) | {"tokenizers"},
+    "halo": CORE | set(PACKAGES["halo"]) | {"tokenizers", "huggingface_hub"},
 }
 # which the user of an integration has, imported by the function that needs it
 INTEGRATED = {"transformers", "fla"}

@@ -10,7 +10,7 @@ from compare import assert_matches_reference
 from hypenet_models import small_teacher
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from hypenet import HypeNetConfig, HypeNetForCausalLM, config_from_qwen3
+from hypenet import HypeNetConfig, HypeNetForCausalLM, config_from_teacher
 from hypenet.configuration_hypenet import hype_logits_scaling
 from hypenet.mixers import alibi_log_decay
 from hypenet_kernels import hype_attention
@@ -87,7 +87,7 @@ def test_decay_table():
 def test_base_keeps_every_digit(base):
     assert HypeNetConfig(attn_logits_scaling=hype_logits_scaling(base)).logit_scale_base == base
     teacher = small_teacher(torch.float32)
-    assert config_from_qwen3(teacher.config, [0], logit_scale_base=base).logit_scale_base == base
+    assert config_from_teacher(teacher.config, [0], logit_scale_base=base).logit_scale_base == base
 
 
 def test_base_as_published():

@@ -1,13 +1,12 @@
-"""from_qwen3: a teacher's weights in a HypeNet, for the whole model or a single mixer."""
+"""from_teacher: a teacher's weights in a HypeNet, for the whole model or a single mixer."""
 
 import pytest
 import torch
 from compare import assert_matches_reference
 from hypenet_models import small_teacher, tokens
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from hypenet import GatedDeltaNet, HypeNetForCausalLM, LightningAttention, MixerContext, SoftmaxAttention, from_qwen3
-from hypenet.conversion import config_from_qwen3
+from hypenet import GatedDeltaNet, HypeNetForCausalLM, LightningAttention, MixerContext, SoftmaxAttention, from_teacher
+from hypenet.conversion import config_from_teacher
 
 TEACHER_FORM = {"attn_use_rope": True, "attn_use_output_gate": False}
 
@@ -22,8 +21,8 @@ def layer_inputs(teacher, layer_idx, length=25):
 
 @pytest.mark.parametrize("mixer", ["lightning", "gdn"])
 def test_heads_are_repeated_not_rows(mixer):
-    teacher = small_teacher(attention_bias=mixer == "lightning")
-    student = from_qwen3(teacher, [1, 3], mixer=mixer)
+    teacher = small_teacher(attention_bias=True)
+    student = from_teacher(teacher, [1, 3], mixer=mixer, gate_init="random")
     for i, (own, given) in enumerate(zip(student.model.layers, teacher.model.layers, strict=True)):
         repeats = [0, 1] if i in (1, 3) else [0, 0, 1, 1]
         for name in ("k_proj", "v_proj"):
@@ -31,8 +30,11 @@ def test_heads_are_repeated_not_rows(mixer):
             assert torch.equal(getattr(own.self_attn, name).weight, heads[repeats].flatten(0, 1))
         for name in ("q_proj", "o_proj", "q_norm", "k_norm"):
             assert torch.equal(getattr(own.self_attn, name).weight, getattr(given.self_attn, name).weight)
-        if mixer == "lightning":
-            assert torch.equal(own.self_attn.k_proj.bias[:16], given.self_attn.k_proj.bias[:16])
+        for name in ("k_proj", "v_proj"):
+            heads = getattr(given.self_attn, name).bias.unflatten(0, (2, 16))
+            assert torch.equal(getattr(own.self_attn, name).bias, heads[repeats].flatten())
+        for name in ("q_proj", "o_proj"):
+            assert torch.equal(getattr(own.self_attn, name).bias, getattr(given.self_attn, name).bias)
         assert torch.equal(own.mlp.down_proj.weight, given.mlp.down_proj.weight)
 
 
@@ -41,8 +43,10 @@ def test_unshared_heads_give_the_same_outputs(mixer_class):
     teacher = small_teacher()
     attention = teacher.model.layers[2].self_attn
     x, context = layer_inputs(teacher, 2)
-    shared = mixer_class.from_qwen3(attention, config_from_qwen3(teacher.config, [], lightning_nkv=2, gdn_nkv=2), 2)
-    unshared = mixer_class.from_qwen3(attention, config_from_qwen3(teacher.config, []), 2)
+    shared = mixer_class.from_attention(
+        attention, config_from_teacher(teacher.config, [], lightning_nkv=2, gdn_nkv=2), 2
+    )
+    unshared = mixer_class.from_attention(attention, config_from_teacher(teacher.config, []), 2)
     assert shared.k_proj.out_features == 32 and unshared.k_proj.out_features == 64
     new = {name: value for name, value in shared.state_dict().items() if not name.startswith(("k_proj", "v_proj"))}
     unshared.load_state_dict(new, strict=False)
@@ -52,7 +56,7 @@ def test_unshared_heads_give_the_same_outputs(mixer_class):
 def test_teacher_is_untouched_and_shares_nothing():
     teacher = small_teacher(tie_word_embeddings=False)
     before = {name: x.clone() for name, x in teacher.state_dict().items()}
-    student = from_qwen3(teacher, [0])
+    student = from_teacher(teacher, [0])
     assert student.dtype == teacher.dtype and not student.training
     assert torch.equal(student.lm_head.weight, teacher.lm_head.weight)
     assert not torch.equal(student.lm_head.weight, student.model.embed_tokens.weight)
@@ -64,36 +68,48 @@ def test_teacher_is_untouched_and_shares_nothing():
 
 
 def test_tied_head_stays_tied():
-    student = from_qwen3(small_teacher(tie_word_embeddings=True), [0])
+    student = from_teacher(small_teacher(tie_word_embeddings=True), [0])
     assert student.lm_head.weight is student.model.embed_tokens.weight
 
 
 def test_kept_layers_lose_positions_and_gain_a_gate():
-    student = from_qwen3(small_teacher(), [1], logit_scale_base=100)
+    student = from_teacher(small_teacher(), [1], logit_scale_base=100, gate_init="random")
     layer = student.model.layers[1].self_attn
     assert isinstance(layer, SoftmaxAttention) and not layer.use_rope
     assert 0.01 < layer.o_gate.weight.std() < 0.03
     assert student.config.attn_logits_scaling == "hype 100"
 
 
-@pytest.mark.parametrize("mixer_class", [SoftmaxAttention, LightningAttention])
-def test_open_gates_change_nothing(mixer_class):
+def test_open_gates_change_nothing():
     teacher = small_teacher()
     attention = teacher.model.layers[0].self_attn
     x, context = layer_inputs(teacher, 0)
-    fields = {"attn_use_output_gate": False, "lightning_use_output_gate": False}
-    gated = mixer_class.from_qwen3(attention, config_from_qwen3(teacher.config, []), 0, gate_init="open")
-    bare = mixer_class.from_qwen3(attention, config_from_qwen3(teacher.config, [], **fields), 0)
+    gated = SoftmaxAttention.from_attention(attention, config_from_teacher(teacher.config, [0]), 0, gate_init="open")
+    without = config_from_teacher(teacher.config, [0], attn_use_output_gate=False)
+    bare = SoftmaxAttention.from_attention(attention, without, 0)
     assert_matches_reference("y", gated(x, context), bare(x, context))
     gated(x, context).sum().backward()
-    gate = gated.o_gate if mixer_class is SoftmaxAttention else gated.z_proj
-    assert gate.weight.grad.abs().max() > 0
+    assert gated.o_gate.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("mixer_class", [LightningAttention, GatedDeltaNet])
+def test_recurrent_gates_are_random_in_both_cases(mixer_class):
+    teacher = small_teacher()
+    config = config_from_teacher(teacher.config, [])
+    made = []
+    for gate_init in ("open", "random"):
+        torch.manual_seed(3)
+        made.append(mixer_class.from_attention(teacher.model.layers[0].self_attn, config, 0, gate_init))
+    for name, value in made[0].state_dict().items():
+        assert torch.equal(value, made[1].state_dict()[name]), name
+    gate = made[0].z_proj if mixer_class is LightningAttention else made[0].g_proj
+    assert gate.weight.std() > 0.01
 
 
 def test_standalone_mixer_equals_the_layer_in_the_model():
     """A mixer called alone on the teacher's hidden states gives what it gives when swapped into the model."""
     teacher = small_teacher()
-    student = from_qwen3(teacher, range(4), **TEACHER_FORM)
+    student = from_teacher(teacher, range(4), **TEACHER_FORM)
     ids = tokens(2, 25)
     with torch.no_grad():
         expected = student(ids).logits
@@ -105,14 +121,14 @@ def test_standalone_mixer_equals_the_layer_in_the_model():
         context = MixerContext(teacher.model.rotary_emb(x, torch.arange(25)[None]))
         assert_matches_reference("teacher", student.model.layers[2].self_attn(x, context), y)
 
-        twin = LightningAttention.from_qwen3(teacher.model.layers[2].self_attn, student.config, 2)
+        twin = LightningAttention.from_attention(teacher.model.layers[2].self_attn, student.config, 2)
         former = student.swap_mixer(2, twin)
         assert student.config.mixer_types == ["attn", "attn", "lightning-attn", "attn"]
         assert student.config.layer_types[2] == "linear_attention"
         swapped = student(ids).logits
         assert not torch.allclose(swapped, expected)
         assert_matches_reference(
-            "twin", swapped, from_qwen3(teacher, [0, 1, 3], mixers={2: twin}, **TEACHER_FORM)(ids).logits
+            "twin", swapped, from_teacher(teacher, [0, 1, 3], mixers={2: twin}, **TEACHER_FORM)(ids).logits
         )
         assert torch.equal(
             student.generate(ids, max_new_tokens=5, do_sample=False),
@@ -124,7 +140,9 @@ def test_standalone_mixer_equals_the_layer_in_the_model():
 
 def test_packed_documents_through_one_mixer():
     teacher = small_teacher()
-    mixer = LightningAttention.from_qwen3(teacher.model.layers[1].self_attn, config_from_qwen3(teacher.config, []), 1)
+    mixer = LightningAttention.from_attention(
+        teacher.model.layers[1].self_attn, config_from_teacher(teacher.config, []), 1
+    )
     x = torch.randn(1, 30, teacher.config.hidden_size, dtype=teacher.dtype)
     bounds = torch.tensor([0, 11, 30], dtype=torch.int32)
     positions = torch.cat([torch.arange(11), torch.arange(19)])[None]
@@ -141,9 +159,9 @@ def test_from_a_folder(tmp_path):
     teacher.generation_config.eos_token_id = 5
     teacher.save_pretrained(tmp_path / "teacher")
     torch.manual_seed(1)
-    student = from_qwen3(tmp_path / "teacher", [0, 2])
+    student = from_teacher(tmp_path / "teacher", [0, 2])
     torch.manual_seed(1)
-    same = from_qwen3(teacher, [0, 2])
+    same = from_teacher(teacher, [0, 2])
     ids = tokens(1, 9)
     with torch.no_grad():
         assert torch.equal(student(ids).logits, same(ids).logits)
@@ -153,26 +171,20 @@ def test_from_a_folder(tmp_path):
         assert torch.equal(HypeNetForCausalLM.from_pretrained(tmp_path / "student")(ids).logits, same(ids).logits)
 
 
-def test_refusals(tmp_path):
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 9}
-    llama = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **sizes))
-    llama.save_pretrained(tmp_path)
+def test_refusals():
     teacher = small_teacher()
-    for other in (llama, tmp_path):
-        with pytest.raises(ValueError, match=r"teacher must be a Qwen3 language model .* got 'llama'"):
-            from_qwen3(other, [0])
-    with pytest.raises(ValueError, match="full attention in every layer"):
-        from_qwen3(small_teacher(use_sliding_window=True, max_window_layers=2, sliding_window=8), [0])
     with pytest.raises(ValueError, match=r"keep_layers must lie in 0..3, got \[1, 4\]"):
-        from_qwen3(teacher, [1, 4])
+        from_teacher(teacher, [1, 4])
     with pytest.raises(ValueError, match=r"mixer must be one of .* got 'mamba'"):
-        from_qwen3(teacher, [1], mixer="mamba")
-    with pytest.raises(ValueError, match="gate_init must be one of"):
-        from_qwen3(teacher, [1], gate_init="half")
-    with pytest.raises(ValueError, match="gate_init must be 'random' for gdn"):
-        from_qwen3(teacher, [1], mixer="gdn", gate_init="open")
-    gdn = GatedDeltaNet.from_qwen3(teacher.model.layers[0].self_attn, config_from_qwen3(teacher.config, []), 0)
+        from_teacher(teacher, [1], mixer="mamba")
+    with pytest.raises(ValueError, match=r"from_attention: gate_init must be one of .* got 'half'"):
+        from_teacher(teacher, [1], gate_init="half")
+    config = config_from_teacher(teacher.config, [])
+    gdn = GatedDeltaNet.from_attention(teacher.model.layers[0].self_attn, config, 0)
     with pytest.raises(ValueError, match=r"mixers\[0\] must be of kind 'lightning-attn' .* got 'gdn'"):
-        from_qwen3(teacher, [1], mixers={0: gdn})
+        from_teacher(teacher, [1], mixers={0: gdn})
     with pytest.raises(ValueError, match="must be for layer 2, got one for layer 0"):
-        from_qwen3(teacher, [1]).swap_mixer(2, gdn)
+        from_teacher(teacher, [1]).swap_mixer(2, gdn)
+    biased = small_teacher(attention_bias=True).model.layers[0].self_attn
+    with pytest.raises(ValueError, match=r"projections .* missing \[\], unknown \['k_proj.bias', 'o_proj.bias'"):
+        LightningAttention.from_attention(biased, config, 0)

@@ -8,7 +8,7 @@ from compare import assert_matches_reference
 from hypenet_models import MIXED, small_config, small_model, small_teacher, tokens
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from hypenet import HypeNetForCausalLM, HypeNetModel, from_qwen3, mixers
+from hypenet import HypeNetForCausalLM, HypeNetModel, from_teacher, mixers
 from hypenet_kernels import reference
 
 TEACHER_FORM = {"attn_use_rope": True, "attn_use_output_gate": False}
@@ -17,7 +17,7 @@ TEACHER_FORM = {"attn_use_rope": True, "attn_use_output_gate": False}
 @pytest.mark.parametrize("tied", [True, False])
 def test_all_softmax_with_rope_is_qwen3(tied):
     teacher = small_teacher(torch.float32, tie_word_embeddings=tied)
-    student = from_qwen3(teacher, range(4), **TEACHER_FORM)
+    student = from_teacher(teacher, range(4), **TEACHER_FORM)
     ids = tokens(2, 33)
     with torch.no_grad():
         assert_matches_reference("logits", student(ids).logits, teacher(ids).logits)

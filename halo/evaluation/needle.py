@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from halo.config import HaloError
+from halo.settings import HaloError
 from halo.evaluation.vocabulary import continuation, key_words, numbers
 
 NUM_DIGITS = 5

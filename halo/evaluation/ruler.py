@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from halo.config import HaloError
+from halo.settings import HaloError
 from halo.evaluation.needle import start_token
 from halo.evaluation.vocabulary import continuation, key_words
 

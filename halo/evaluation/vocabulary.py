@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from halo.config import HaloError
+from halo.settings import HaloError
 
 # What marks a token that begins with a space: byte-level BPE, SentencePiece, others.
 SPACE_MARKS = "Ġ▁ "
