@@ -10,6 +10,8 @@ if missing := [name for name in ("transformers", "safetensors") if importlib.uti
     raise ModuleNotFoundError(message, name=missing[0])
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from hypenet.cache import HypeNetCache
 from hypenet.configuration_hypenet import HypeNetConfig
@@ -22,6 +24,12 @@ from hypenet_kernels import __version__
 AutoConfig.register("hypenet", HypeNetConfig, exist_ok=True)
 AutoModel.register(HypeNetConfig, HypeNetModel, exist_ok=True)
 AutoModelForCausalLM.register(HypeNetConfig, HypeNetForCausalLM, exist_ok=True)
+# Files keep the published names of the decay's parameters; `decay` is a module only so that it can be sharded apart.
+register_checkpoint_conversion_mapping(
+    "hypenet",
+    [WeightRenaming(rf"self_attn\.{name}", f"self_attn.decay.{name}") for name in ("A_log", "dt_bias")],
+    overwrite=True,
+)
 
 __all__ = [
     "GatedDeltaNet",
