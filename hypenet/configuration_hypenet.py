@@ -1,5 +1,6 @@
 """The configuration of a HypeNet: a Qwen3 decoder whose layers are softmax attention or a linear recurrence."""
 
+import math
 from typing import Any, ClassVar, cast
 
 import torch
@@ -12,6 +13,14 @@ MIXER_ALIASES = {"lightning": LIGHTNING}
 LAYER_TYPES = {SOFTMAX: "full_attention", LIGHTNING: "linear_attention", GDN: "linear_attention"}
 DEFAULT_HYPE_BASE = 362.0
 LIGHTNING_SCALES = ("1/sqrt(d)", "1/d", "1")
+# The largest value of each size. Work that is proportional to one, such as a list of layers, starts after the check.
+MAX_SIZES = {
+    "num_hidden_layers": 2**13,
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), 2**16),
+    **dict.fromkeys(("lightning_nh", "lightning_nkv", "lightning_head_dim", "gdn_nh", "gdn_nkv"), 2**16),
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"), 2**31 - 1),
+}
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", *(name for name in MAX_SIZES if name.startswith(("li", "gdn"))))
 
 
 class HypeNetConfig(PreTrainedConfig):
@@ -116,6 +125,7 @@ class HypeNetConfig(PreTrainedConfig):
     gdn_activation: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self._check_sizes()
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         for field in ("num_key_value_heads", "lightning_nh", "lightning_nkv", "gdn_nh", "gdn_nkv"):
@@ -211,6 +221,14 @@ class HypeNetConfig(PreTrainedConfig):
             )
         return mixers
 
+    def _check_sizes(self) -> None:
+        for name, largest in MAX_SIZES.items():
+            value = getattr(self, name)
+            if value is None and name in OPTIONAL_SIZES:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
+                raise ValueError(f"HypeNetConfig: {name} must be an integer from 1 to {largest}, got {value!r}")
+
     def _check(self) -> None:
         parse_logits_scaling(self.attn_logits_scaling)
         if self.attention_dropout:
@@ -253,7 +271,8 @@ def parse_logits_scaling(value: str | float | None) -> tuple[float | None, float
     """Parse an `attn_logits_scaling` entry.
 
     Args:
-        value: None, a constant factor, "hype a" with a base a > 1, or "hype" for the published code's default base.
+        value: None, a constant factor, "hype a" with a base a > 1, or "hype" for the published code's default base;
+            all finite.
 
     Returns:
         (base of the HyPE scale or None, constant factor).
@@ -263,17 +282,20 @@ def parse_logits_scaling(value: str | float | None) -> tuple[float | None, float
     """
     if value is None:
         return None, 1.0
-    if not isinstance(value, str):
-        return None, float(value)
-    words = value.split()
     try:
+        if not isinstance(value, str):
+            constant = float(value)
+            if isinstance(value, bool) or not math.isfinite(constant):
+                raise ValueError
+            return None, constant
+        words = value.split()
         if len(words) not in (1, 2) or words[0].lower() != "hype":
             raise ValueError
         base = float(words[1]) if len(words) == 2 else DEFAULT_HYPE_BASE
-        if not base > 1.0:
+        if not 1.0 < base < math.inf:
             raise ValueError
-    except ValueError:
+    except (TypeError, ValueError):
         raise ValueError(
-            f"HypeNetConfig: attn_logits_scaling must be None, a number or 'hype <a>' with a > 1, got {value!r}"
+            f"HypeNetConfig: attn_logits_scaling must be None, a finite number or 'hype <a>' with a > 1, got {value!r}"
         ) from None
     return base, 1.0
