@@ -1,18 +1,30 @@
 """The configuration of a HypeNet: a Qwen3 decoder whose layers are softmax attention or a linear recurrence."""
 
 import math
-from typing import Any, ClassVar, cast
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from transformers import PreTrainedConfig
+from transformers.utils import CONFIG_NAME
 
 SOFTMAX = "attn"
 LIGHTNING = "lightning-attn"
 GDN = "gdn"
-MIXER_ALIASES = {"lightning": LIGHTNING}
+MIXER_ALIASES = {"lightning": LIGHTNING, "lightning_attn": LIGHTNING}
 LAYER_TYPES = {SOFTMAX: "full_attention", LIGHTNING: "linear_attention", GDN: "linear_attention"}
 DEFAULT_HYPE_BASE = 362.0
 LIGHTNING_SCALES = ("1/sqrt(d)", "1/d", "1")
+# Where a program that has not imported hypenet finds the classes, once it trusts a model's folder.
+LOADER = Path(__file__).with_name("load_hypenet.py")
+AUTO_MAP = {
+    "AutoConfig": "load_hypenet.HypeNetConfig",
+    "AutoModel": "load_hypenet.HypeNetModel",
+    "AutoModelForCausalLM": "load_hypenet.HypeNetForCausalLM",
+}
 # The largest value of each size. Work that is proportional to one, such as a list of layers, starts after the check.
 MAX_SIZES = {
     "num_hidden_layers": 2**13,
@@ -61,6 +73,10 @@ class HypeNetConfig(PreTrainedConfig):
         gdn_use_short_conv (`bool`, defaults to `False`): Must be False; no published model has a convolution.
         gdn_expand_v (`float`, defaults to 1.0): Value dimension as a multiple of the key dimension; only 1 is built.
         gdn_activation (`str`, *optional*): "silu" applies SiLU to q, k and v; None applies nothing.
+
+    Attributes:
+        auto_map: What transformers needs to find these classes in a program that has not imported hypenet. It is in
+            every saved configuration, with the file that it names.
 
     Raises:
         ValueError: If a field is out of range, or if fields contradict each other.
@@ -135,7 +151,24 @@ class HypeNetConfig(PreTrainedConfig):
             self.lightning_head_dim = self.head_dim
         self.set_mixer_types(self._resolve_mixer_types())
         self._check()
+        if kwargs.get("attn_sqrtd"):
+            warnings.warn(
+                "HypeNetConfig: attn_sqrtd is taken to mean the scale 1/sqrt(head_dim) of softmax layers, which they "
+                "always have",
+                stacklevel=2,
+            )
         super().__post_init__(**kwargs)
+        self.auto_map = dict(AUTO_MAP)  # not that of a file, which may name code that is in its folder only
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Do nothing: every saved configuration says where the classes are, and needs no copy of their code."""
+
+    def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
+        """Write the configuration and, beside a config.json, the file that `auto_map` names."""
+        super().to_json_file(json_file_path, use_diff)
+        if Path(json_file_path).name == CONFIG_NAME:
+            shutil.copyfile(LOADER, Path(json_file_path).with_name(LOADER.name))
 
     def set_mixer_types(self, mixer_types: list[str]) -> None:
         """Set `mixer_types`, and `layer_types` accordingly."""
@@ -260,6 +293,18 @@ class HypeNetConfig(PreTrainedConfig):
                     f"HypeNetConfig: {heads} must be a multiple of {kv_heads}, "
                     f"got {getattr(self, heads)} and {getattr(self, kv_heads)}"
                 )
+
+
+class HybridConfig(HypeNetConfig):
+    """The name that the first published checkpoints have for `HypeNetConfig`, with model_type "hybrid"."""
+
+    model_type = "hybrid"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
+        """Build the `HypeNetConfig` with the fields of a configuration of this name."""
+        fields = config_dict | {"model_type": HypeNetConfig.model_type}
+        return cast(Self, HypeNetConfig.from_dict(fields, **kwargs))
 
 
 def hype_logits_scaling(base: float | None) -> str | None:

@@ -68,6 +68,10 @@ class HypeNetPreTrainedModel(PreTrainedModel):
     # Assisted generation would have to roll recurrent states back.
     _is_stateful = True
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Do nothing, as `HypeNetConfig.register_for_auto_class`."""
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, LightningAttention):
