@@ -347,12 +347,18 @@ class Corpus:
     """
 
     def __init__(
-        self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int = 0, cache: Path | None = None, tokens=None
+        self,
+        settings: DataSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int = 0,
+        cache: Path | None = None,
+        tokens=None,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise HaloError("teacher: its tokenizer must have an EOS token to end documents with, got none")
         self.settings, self.tokenizer, self.seed, self.cache = settings, tokenizer, seed, cache
         from halo.sources import open_source
+
         self.source = open_source(settings)
         self._stores: dict[bool, TokenStore] = {}
 
@@ -365,7 +371,13 @@ class Corpus:
 
     def samples(self, length, needle_ratio=None, stage=0):
         ratio = self.settings.needle_ratio if needle_ratio is None else needle_ratio
-        return Samples(self.store("train"), length, self.seed + 1000 * stage, ratio, self.episodes(self.seed + 1000 * stage, "train") if ratio else None)
+        return Samples(
+            self.store("train"),
+            length,
+            self.seed + 1000 * stage,
+            ratio,
+            self.episodes(self.seed + 1000 * stage, "train") if ratio else None,
+        )
 
     def task(self, split):
         return NeedleTask(self.tokenizer, self.store(split).tokens)
@@ -375,6 +387,7 @@ class Corpus:
 
     def stream(self, split):
         from halo.evaluation.needle import token_stream
+
         return token_stream(self.tokenizer, self.texts(split))
 
     def texts(self, split):
@@ -429,7 +442,7 @@ class Corpus:
 
     def store(self, split) -> TokenStore:
         """Return the tokenised documents of one side of the split; for a streamed dataset, only the first ones."""
-        held_out = split != 'train'
+        held_out = split != "train"
         if held_out not in self._stores:
             texts = lambda: self.source.texts(held_out)  # noqa: E731
             if self.cache is None:

@@ -1,10 +1,10 @@
 """The files of a run: their names, writes that are whole or absent, and reads that say which file is damaged.
 
-    <out>/config.yaml            the configuration, with every default
-    <out>/data/                  tokenised text
-    <out>/<stage>/               a stage's result; finished once done.json is there, which is written last
-    <out>/<stage>/checkpoints/   step-N, the last two, while a training stage runs
-    <out>/model/                 the finished model
+<out>/config.yaml            the configuration, with every default
+<out>/data/                  tokenised text
+<out>/<stage>/               a stage's result; finished once done.json is there, which is written last
+<out>/<stage>/checkpoints/   step-N, the last two, while a training stage runs
+<out>/model/                 the finished model
 """
 
 import json
@@ -153,7 +153,9 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise HaloError(f"{path}: must be writable, got {_reason(error)}; free space and run the same command") from None
+        raise HaloError(
+            f"{path}: must be writable, got {_reason(error)}; free space and run the same command"
+        ) from None
 
 
 @contextmanager

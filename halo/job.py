@@ -136,7 +136,9 @@ class Job:
 
     def load_student(self, stage: str) -> HypeNetForCausalLM:
         """Load the student that distill or finetune left, in float32 on the device."""
-        return models.load_hypenet(self.directory(stage) / files.MODEL, self.compute.device, _again(self.directory(stage)))
+        return models.load_hypenet(
+            self.directory(stage) / files.MODEL, self.compute.device, _again(self.directory(stage))
+        )
 
     def load_finished(self) -> HypeNetForCausalLM:
         """Load the finished model, in float32 on the device."""

@@ -140,9 +140,7 @@ def document_positions(batch: Batch) -> Tensor:
 
 
 @contextmanager
-def observed_attention(
-    teacher: PreTrainedModel, observe: Callable[[int, AttentionCall], None]
-) -> Iterator[None]:
+def observed_attention(teacher: PreTrainedModel, observe: Callable[[int, AttentionCall], None]) -> Iterator[None]:
     """Inside the context, call `observe(layer, call)` after each attention layer of the teacher has run."""
 
     def hook_of(layer: int) -> Callable[..., None]:

@@ -103,7 +103,9 @@ class Pipeline:
             settings = made_with | {name: settings[name] for name in ("teacher", "teacher_fingerprint", "mixer")}
         difference = first_difference(made_with, settings)
         if difference:
-            raise HaloError(f"{directory}: was made with other settings ({difference}); give another --out or delete it")
+            raise HaloError(
+                f"{directory}: was made with other settings ({difference}); give another --out or delete it"
+            )
 
     def _write_config(self) -> None:
         plain = self.config.model_dump(mode="json")

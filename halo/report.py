@@ -107,7 +107,11 @@ def every_digit(value: float) -> str:
 
 
 def _training_section(out: Path, config: dict, directories: dict[str, Path]) -> str:
-    metrics = {stage: lines for stage, directory in directories.items() if (lines := files.read_lines(directory / files.METRICS))}
+    metrics = {
+        stage: lines
+        for stage, directory in directories.items()
+        if (lines := files.read_lines(directory / files.METRICS))
+    }
     if not metrics:
         return ""
     figure, panels = plt.subplots(

@@ -188,7 +188,9 @@ def _require_finite(training: Training, step: int, record: dict[str, Any]) -> No
 
 def _require_finite_gradients(training: Training, step: int, norms: Tensor) -> None:
     if not bool(torch.isfinite(norms).all()):
-        raise HaloError(f"{training.name}: gradient must stay finite, got {norms.max()} at step {step}; {_advice(training)}")
+        raise HaloError(
+            f"{training.name}: gradient must stay finite, got {norms.max()} at step {step}; {_advice(training)}"
+        )
 
 
 def _advice(training: Training) -> str:

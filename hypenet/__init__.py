@@ -10,18 +10,27 @@ if missing := [name for name in ("transformers", "safetensors") if importlib.uti
     raise ModuleNotFoundError(message, name=missing[0])
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from hypenet.cache import HypeNetCache
-from hypenet.configuration_hypenet import HypeNetConfig
+from hypenet.configuration_hypenet import HybridConfig, HypeNetConfig
 from hypenet.context import MixerContext
 from hypenet.conversion import config_from_teacher, from_teacher
 from hypenet.mixers import GatedDeltaNet, LightningAttention, SoftmaxAttention
 from hypenet.modeling_hypenet import HypeNetForCausalLM, HypeNetModel, HypeNetPreTrainedModel
 from hypenet_kernels import __version__
 
-AutoConfig.register("hypenet", HypeNetConfig, exist_ok=True)
+for config_class in (HypeNetConfig, HybridConfig):
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
 AutoModel.register(HypeNetConfig, HypeNetModel, exist_ok=True)
 AutoModelForCausalLM.register(HypeNetConfig, HypeNetForCausalLM, exist_ok=True)
+# Files keep the published names of the decay's parameters; `decay` is a module only so that it can be sharded apart.
+register_checkpoint_conversion_mapping(
+    "hypenet",
+    [WeightRenaming(rf"self_attn\.{name}", f"self_attn.decay.{name}") for name in ("A_log", "dt_bias")],
+    overwrite=True,
+)
 
 __all__ = [
     "GatedDeltaNet",

@@ -1,17 +1,38 @@
 """The configuration of a HypeNet: a Llama-style decoder with layers of softmax attention or a linear recurrence."""
 
-from typing import Any, ClassVar, cast
+import math
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from transformers import PreTrainedConfig
+from transformers.utils import CONFIG_NAME
 
 SOFTMAX = "attn"
 LIGHTNING = "lightning-attn"
 GDN = "gdn"
-MIXER_ALIASES = {"lightning": LIGHTNING}
+MIXER_ALIASES = {"lightning": LIGHTNING, "lightning_attn": LIGHTNING}
 LAYER_TYPES = {SOFTMAX: "full_attention", LIGHTNING: "linear_attention", GDN: "linear_attention"}
 DEFAULT_HYPE_BASE = 362.0
 LIGHTNING_SCALES = ("1/sqrt(d)", "1/d", "1")
+# Where a program that has not imported hypenet finds the classes, once it trusts a model's folder.
+LOADER = Path(__file__).with_name("load_hypenet.py")
+AUTO_MAP = {
+    "AutoConfig": "load_hypenet.HypeNetConfig",
+    "AutoModel": "load_hypenet.HypeNetModel",
+    "AutoModelForCausalLM": "load_hypenet.HypeNetForCausalLM",
+}
+# The largest value of each size. Work that is proportional to one, such as a list of layers, starts after the check.
+MAX_SIZES = {
+    "num_hidden_layers": 2**13,
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), 2**16),
+    **dict.fromkeys(("lightning_nh", "lightning_nkv", "lightning_head_dim", "gdn_nh", "gdn_nkv"), 2**16),
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"), 2**31 - 1),
+}
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", *(name for name in MAX_SIZES if name.startswith(("li", "gdn"))))
 
 
 class HypeNetConfig(PreTrainedConfig):
@@ -58,6 +79,10 @@ class HypeNetConfig(PreTrainedConfig):
         gdn_use_short_conv (`bool`, defaults to `False`): Must be False; no published model has a convolution.
         gdn_expand_v (`float`, defaults to 1.0): Value dimension as a multiple of the key dimension; only 1 is built.
         gdn_activation (`str`, *optional*): "silu" applies SiLU to q, k and v; None applies nothing.
+
+    Attributes:
+        auto_map: What transformers needs to find these classes in a program that has not imported hypenet. It is in
+            every saved configuration, with the file that it names.
 
     Raises:
         ValueError: If a field is out of range, or if fields contradict each other.
@@ -126,6 +151,7 @@ class HypeNetConfig(PreTrainedConfig):
     gdn_activation: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self._check_sizes()
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         for field in ("attention_qkv_bias", "attention_o_bias"):
@@ -138,7 +164,24 @@ class HypeNetConfig(PreTrainedConfig):
             self.lightning_head_dim = self.head_dim
         self.set_mixer_types(self._resolve_mixer_types())
         self._check()
+        if kwargs.get("attn_sqrtd"):
+            warnings.warn(
+                "HypeNetConfig: attn_sqrtd is taken to mean the scale 1/sqrt(head_dim) of softmax layers, which they "
+                "always have",
+                stacklevel=2,
+            )
         super().__post_init__(**kwargs)
+        self.auto_map = dict(AUTO_MAP)  # not that of a file, which may name code that is in its folder only
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Do nothing: every saved configuration says where the classes are, and needs no copy of their code."""
+
+    def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
+        """Write the configuration and, beside a config.json, the file that `auto_map` names."""
+        super().to_json_file(json_file_path, use_diff)
+        if Path(json_file_path).name == CONFIG_NAME:
+            shutil.copyfile(LOADER, Path(json_file_path).with_name(LOADER.name))
 
     def set_mixer_types(self, mixer_types: list[str]) -> None:
         """Set `mixer_types`, and `layer_types` accordingly."""
@@ -224,6 +267,14 @@ class HypeNetConfig(PreTrainedConfig):
             )
         return mixers
 
+    def _check_sizes(self) -> None:
+        for name, largest in MAX_SIZES.items():
+            value = getattr(self, name)
+            if value is None and name in OPTIONAL_SIZES:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
+                raise ValueError(f"HypeNetConfig: {name} must be an integer from 1 to {largest}, got {value!r}")
+
     def _check(self) -> None:
         parse_logits_scaling(self.attn_logits_scaling)
         if self.attention_dropout:
@@ -257,6 +308,18 @@ class HypeNetConfig(PreTrainedConfig):
                 )
 
 
+class HybridConfig(HypeNetConfig):
+    """The name that the first published checkpoints have for `HypeNetConfig`, with model_type "hybrid"."""
+
+    model_type = "hybrid"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
+        """Build the `HypeNetConfig` with the fields of a configuration of this name."""
+        fields = config_dict | {"model_type": HypeNetConfig.model_type}
+        return cast(Self, HypeNetConfig.from_dict(fields, **kwargs))
+
+
 def hype_logits_scaling(base: float | None) -> str | None:
     """Return the `attn_logits_scaling` entry for a HyPE base, with all digits, so that it parses to the same number."""
     return None if base is None else f"hype {repr(float(base)).removesuffix('.0')}"
@@ -266,7 +329,8 @@ def parse_logits_scaling(value: str | float | None) -> tuple[float | None, float
     """Parse an `attn_logits_scaling` entry.
 
     Args:
-        value: None, a constant factor, "hype a" with a base a > 1, or "hype" for the published code's default base.
+        value: None, a constant factor, "hype a" with a base a > 1, or "hype" for the published code's default base;
+            all finite.
 
     Returns:
         (base of the HyPE scale or None, constant factor).
@@ -276,17 +340,20 @@ def parse_logits_scaling(value: str | float | None) -> tuple[float | None, float
     """
     if value is None:
         return None, 1.0
-    if not isinstance(value, str):
-        return None, float(value)
-    words = value.split()
     try:
+        if not isinstance(value, str):
+            constant = float(value)
+            if isinstance(value, bool) or not math.isfinite(constant):
+                raise ValueError
+            return None, constant
+        words = value.split()
         if len(words) not in (1, 2) or words[0].lower() != "hype":
             raise ValueError
         base = float(words[1]) if len(words) == 2 else DEFAULT_HYPE_BASE
-        if not base > 1.0:
+        if not 1.0 < base < math.inf:
             raise ValueError
-    except ValueError:
+    except (TypeError, ValueError):
         raise ValueError(
-            f"HypeNetConfig: attn_logits_scaling must be None, a number or 'hype <a>' with a > 1, got {value!r}"
+            f"HypeNetConfig: attn_logits_scaling must be None, a finite number or 'hype <a>' with a > 1, got {value!r}"
         ) from None
     return base, 1.0

@@ -27,6 +27,7 @@ from hypenet_kernels import (
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 NORMS = ("q_norm", "k_norm")
 GATE_INITS = ("open", "random")
+HALF = (torch.bfloat16, torch.float16)
 
 
 class HypeNetRMSNorm(nn.Module):
@@ -57,11 +58,9 @@ class Mixer(nn.Module):
 
     Attributes:
         mixer_type: The name of this kind in `HypeNetConfig.mixer_types`.
-        full_precision: Names of tensors that stay in float32 when the module is cast to a 16-bit type.
     """
 
     mixer_type: str
-    full_precision: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -161,17 +160,6 @@ class Mixer(nn.Module):
                     heads = weight.unflatten(0, (-1, self.head_dim))
                     weight = heads.repeat_interleave(self.num_kv_heads // heads.shape[0], dim=0).flatten(0, 1)
                 target.copy_(weight)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        # 16-bit types cannot represent the decays well enough, so these tensors change their device only.
-        kept = [getattr(self, name) for name in self.full_precision]
-
-        def keep_precision(x: torch.Tensor) -> torch.Tensor:
-            y = fn(x)
-            half = y.dtype in (torch.bfloat16, torch.float16)
-            return x.to(y.device) if half and any(x is tensor for tensor in kept) else y
-
-        return super()._apply(keep_precision, recurse)
 
 
 class SoftmaxAttention(Mixer):
@@ -273,10 +261,13 @@ class LightningAttention(Mixer):
     Args:
         config: The model's configuration.
         layer_idx: Index of the layer.
+
+    Attributes:
+        log_decay: ln gamma_h, float32 [H] in every precision of the model. It is saved with the weights; a state
+            without it, such as that of a published checkpoint, means the ALiBi slopes.
     """
 
     mixer_type = LIGHTNING
-    full_precision = ("log_decay",)
     log_decay: torch.Tensor
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
@@ -288,7 +279,7 @@ class LightningAttention(Mixer):
         )
         width = self.num_heads * self.head_dim
         self.scale = {"1/sqrt(d)": self.head_dim**-0.5, "1/d": 1 / self.head_dim, "1": 1.0}[config.lightning_scale]
-        self.register_buffer("log_decay", alibi_log_decay(self.num_heads), persistent=False)
+        self.register_buffer("log_decay", alibi_log_decay(self.num_heads))
         self.o_norm = HypeNetRMSNorm(width, config.rms_norm_eps) if config.lightning_use_output_norm else None
         gated, bias = config.lightning_use_output_gate, config.attention_bias
         self.z_proj = nn.Linear(config.hidden_size, width, bias=bias) if gated else None
@@ -322,6 +313,52 @@ class LightningAttention(Mixer):
             y = y * self.z_proj(x_BTC).sigmoid()
         return self.o_proj(y)
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        before = self.log_decay
+        super()._apply(fn, recurse)
+        if self.log_decay.is_meta:
+            return self
+        # `to_empty` leaves memory without values: take them from before, or from the definition if there were none.
+        values = alibi_log_decay(self.num_heads) if before.is_meta else before
+        self.log_decay = full_precision(lambda x: x.to(self.log_decay))(values)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}log_decay" not in state_dict:
+            with torch.device(self.log_decay.device):
+                state_dict[f"{prefix}log_decay"] = alibi_log_decay(self.num_heads)
+        widen(state_dict, f"{prefix}log_decay")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class LogDecay(nn.Module):
+    """The float32 parameters of a gated delta rule's decay, ln alpha_t = -exp(A_log) softplus(a_t + dt_bias).
+
+    Calling it returns A_log and dt_bias as one tensor [2, H]. They are a module of their own because FSDP2 has one
+    policy for all parameters of a unit, and beside bfloat16 weights they need another:
+    `fully_shard(mixer.decay, mp_policy=MixedPrecisionPolicy(torch.float32, torch.float32))`.
+
+    Args:
+        heads: Number of heads, H.
+    """
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        A_log, dt_bias = initial_decay(heads)
+        self.A_log = nn.Parameter(A_log)
+        self.dt_bias = nn.Parameter(dt_bias)
+
+    def forward(self) -> torch.Tensor:
+        """Return copies of A_log and dt_bias, [2, H]: what shards or offloads a module frees its own at the end."""
+        return torch.stack((self.A_log, self.dt_bias))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        return super()._apply(full_precision(fn), recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        widen(state_dict, f"{prefix}A_log", f"{prefix}dt_bias")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
 
 class GatedDeltaNet(Mixer):
     """Gated DeltaNet: a linear recurrence with the delta rule and a decay per head and token.
@@ -341,7 +378,6 @@ class GatedDeltaNet(Mixer):
     """
 
     mixer_type = GDN
-    full_precision = ("A_log", "dt_bias")
 
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
         if config.gdn_expand_v != 1:
@@ -355,19 +391,9 @@ class GatedDeltaNet(Mixer):
         heads, width = self.num_heads, self.num_heads * self.head_dim
         self.a_proj = nn.Linear(config.hidden_size, heads, bias=False)
         self.b_proj = nn.Linear(config.hidden_size, heads, bias=False)
-        self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32))
-        self.dt_bias = nn.Parameter(torch.empty(heads, dtype=torch.float32))
+        self.decay = LogDecay(heads)
         self.o_norm = HypeNetRMSNorm(self.head_dim, config.rms_norm_eps)
         self.g_proj = nn.Linear(config.hidden_size, width, bias=False) if config.gdn_use_gate else None
-        A_log, dt_bias = self.initial_decay()
-        self.A_log.data.copy_(A_log)
-        self.dt_bias.data.copy_(dt_bias)
-
-    def initial_decay(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw (A_log, dt_bias) [H]: A uniform in (0, 16), softplus(dt_bias) log-uniform in [1e-3, 0.1]."""
-        A = torch.empty_like(self.A_log).uniform_(0, 16).clamp_(min=1e-4)
-        dt = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(0.1)).exp()
-        return A.log(), dt + torch.log(-torch.expm1(-dt))
 
     def activate(self, x: torch.Tensor) -> torch.Tensor:
         """Apply SiLU to x if `gdn_activation` says so."""
@@ -378,11 +404,12 @@ class GatedDeltaNet(Mixer):
         q, k, v = self.qkv(x_BTC, context)
         k, v = self.unshare(k, v)
         a, b = self.a_proj(x_BTC), self.b_proj(x_BTC)
+        A_log, dt_bias = self.decay().unbind()
         gates: dict[str, Any] = {
             "use_qk_l2norm_in_kernel": True,
             "use_gate_in_kernel": True,
-            "A_log": self.A_log,
-            "dt_bias": self.dt_bias,
+            "A_log": A_log,
+            "dt_bias": dt_bias,
             "use_beta_sigmoid_in_kernel": True,
             "allow_neg_eigval": True,
         }
@@ -410,6 +437,12 @@ class GatedDeltaNet(Mixer):
             o = o * F.silu(self.g_proj(x_BTC)).view_as(o)
         return self.o_proj(o.flatten(-2))
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("A_log", "dt_bias"):  # the published layout has them in the mixer itself
+            if prefix + name in state_dict:
+                state_dict[f"{prefix}decay.{name}"] = state_dict.pop(prefix + name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
 
 MIXERS: dict[str, type[SoftmaxAttention] | type[LightningAttention] | type[GatedDeltaNet]] = {
     mixer.mixer_type: mixer for mixer in (SoftmaxAttention, LightningAttention, GatedDeltaNet)
@@ -426,6 +459,30 @@ def alibi_log_decay(heads: int) -> torch.Tensor:
     slopes = [2 ** (-8 * h / power) for h in range(1, power + 1)]
     slopes += [2 ** (-8 * h / (2 * power)) for h in range(1, 2 * power + 1, 2)][: heads - power]
     return -torch.tensor(slopes, dtype=torch.float32)
+
+
+def initial_decay(heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw (A_log, dt_bias), float32 [H]: A uniform in (0, 16), softplus(dt_bias) log-uniform in [1e-3, 0.1]."""
+    A = torch.empty(heads, dtype=torch.float32).uniform_(0, 16).clamp_(min=1e-4)
+    dt = torch.empty(heads, dtype=torch.float32).uniform_(math.log(1e-3), math.log(0.1)).exp()
+    return A.log(), dt + torch.log(-torch.expm1(-dt))
+
+
+def full_precision(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return `fn` for tensors that 16-bit types cannot represent well enough: of a cast to one, only the device."""
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        y = fn(x)
+        return x.to(y.device) if y.dtype in HALF else y
+
+    return keep
+
+
+def widen(state_dict: dict[str, Any], *names: str) -> None:
+    """Cast 16-bit entries of a state to float32, which `load_state_dict(assign=True)` would put into a module."""
+    for name in names:
+        if name in state_dict and state_dict[name].dtype in HALF:
+            state_dict[name] = state_dict[name].float()
 
 
 def rotate(x_BTHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,15 @@ from hypenet.context import (
     new_token_mask,
     packed_positions,
 )
-from hypenet.mixers import MIXERS, GatedDeltaNet, HypeNetRMSNorm, LightningAttention, Mixer, alibi_log_decay
+from hypenet.mixers import (
+    MIXERS,
+    HypeNetRMSNorm,
+    LightningAttention,
+    LogDecay,
+    Mixer,
+    alibi_log_decay,
+    initial_decay,
+)
 
 
 class HypeNetDecoderLayer(GradientCheckpointingLayer):
@@ -55,16 +63,21 @@ class HypeNetPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["HypeNetDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "log_decay"]
+    _keys_to_ignore_on_load_missing = [r"\.log_decay$"]  # published checkpoints have none: they mean the default
     # Assisted generation would have to roll recurrent states back.
     _is_stateful = True
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Do nothing, as `HypeNetConfig.register_for_auto_class`."""
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, LightningAttention):
             init.copy_(module.log_decay, alibi_log_decay(module.num_heads))
-        elif isinstance(module, GatedDeltaNet):
-            A_log, dt_bias = module.initial_decay()
+        elif isinstance(module, LogDecay):
+            A_log, dt_bias = initial_decay(len(module.A_log))
             init.copy_(module.A_log, A_log)
             init.copy_(module.dt_bias, dt_bias)
 

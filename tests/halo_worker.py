@@ -1,6 +1,6 @@
 """Runs conversions of JSON configurations, one after the other, in each process that torchrun starts.
 
-    torchrun -m halo_worker CONFIG... [--kill STAGE STEP] [--replicate]
+torchrun -m halo_worker CONFIG... [--kill STAGE STEP] [--replicate]
 """
 
 import argparse

@@ -89,7 +89,11 @@ def test_mistake_is_one_line(name, write, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("a: [1", "must be YAML"), ("- 1", "must be a mapping of keys, got list"), ("teacher: x\nout: y", "data: must be given")],
+    [
+        ("a: [1", "must be YAML"),
+        ("- 1", "must be a mapping of keys, got list"),
+        ("teacher: x\nout: y", "data: must be given"),
+    ],
 )
 def test_file_that_is_no_config(text, expected, write):
     result = halo("align", "--config", str(write(text)))

@@ -112,7 +112,9 @@ def test_choices_and_measurements_are_those_of_one_process(one, two, name):
     assert read(alone, "select/selection.json")["layers"] == read(shared, "select/selection.json")["layers"]
     assert read(alone, "scale/scale.json")["a"] == read(shared, "scale/scale.json")["a"]
     rows = [read(out, "eval/results.json")["rows"] for out in (alone, shared)]
-    assert [row["bits_per_byte"] for row in rows[0]] == pytest.approx([row["bits_per_byte"] for row in rows[1]], rel=1e-4)
+    assert [row["bits_per_byte"] for row in rows[0]] == pytest.approx(
+        [row["bits_per_byte"] for row in rows[1]], rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -2,16 +2,17 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
 from compare import assert_matches_reference
 from hypenet_models import small_teacher
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM
 
 from hypenet import HypeNetConfig, HypeNetForCausalLM, config_from_teacher
-from hypenet.configuration_hypenet import hype_logits_scaling
+from hypenet.configuration_hypenet import MAX_SIZES, hype_logits_scaling
 from hypenet.mixers import alibi_log_decay
 from hypenet_kernels import hype_attention
 
@@ -137,6 +138,11 @@ def test_logits_scaling_values(value, base, constant):
         ({"attn_logits_scaling": "hype 1"}, "attn_logits_scaling must be"),
         ({"attn_logits_scaling": "hype a b"}, "attn_logits_scaling must be"),
         ({"attn_logits_scaling": "yarn 4"}, "attn_logits_scaling must be"),
+        ({"attn_logits_scaling": "hype inf"}, "attn_logits_scaling must be"),
+        ({"attn_logits_scaling": "hype nan"}, "attn_logits_scaling must be"),
+        ({"attn_logits_scaling": math.nan}, "attn_logits_scaling must be"),
+        ({"attn_logits_scaling": True}, "attn_logits_scaling must be"),
+        ({"attn_logits_scaling": ["hype", 5]}, "attn_logits_scaling must be"),
         ({"attention_dropout": 0.1}, "attention_dropout must be 0"),
         ({"lightning_use_short_conv": True}, "short_conv must be False"),
         ({"lightning_scale": "2/d"}, "lightning_scale must be one of"),
@@ -148,6 +154,17 @@ def test_logits_scaling_values(value, base, constant):
 def test_refusals(fields, message):
     with pytest.raises(ValueError, match=message):
         HypeNetConfig(num_hidden_layers=2, **fields)
+
+
+@pytest.mark.parametrize("field", MAX_SIZES)
+@pytest.mark.parametrize("value", [10**12, 1e12, 2.0, "16", True, 0, -1])
+def test_sizes_are_checked_before_anything_is_built(field, value, tmp_path):
+    message = rf"{field} must be an integer from 1 to \d+, got {re.escape(repr(value))}"
+    with pytest.raises(ValueError, match=message):
+        HypeNetConfig(**{field: value})
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "hypenet", field: value}))
+    with pytest.raises(ValueError, match=message):
+        AutoConfig.from_pretrained(tmp_path)
 
 
 def test_published_field_names_load(tmp_path):

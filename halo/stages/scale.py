@@ -136,7 +136,9 @@ def long_samples(corpus: Corpus, settings: ScaleSettings) -> torch.Tensor:
         parts.append(torch.from_numpy(np.stack([episode(i, settings.length) for i in range(num_episodes)])))
     samples = torch.cat(parts)
     if len(samples) < settings.documents:
-        warn(f"scale: the held-out text has {len(samples)} samples of {settings.length} tokens, not {settings.documents}")
+        warn(
+            f"scale: the held-out text has {len(samples)} samples of {settings.length} tokens, not {settings.documents}"
+        )
     return samples
 
 

@@ -66,9 +66,7 @@ def run(job: Job) -> None:
                 lambda done, part: progress.update(done, "layers swapped"),
             )
         rule = selection.ScoreRule(settings.score, settings.language_weight, settings.eps)
-        chosen = selection.choose(
-            measured, keep, rule, settings.bootstrap, settings.stable_share, job.config.seed
-        )
+        chosen = selection.choose(measured, keep, rule, settings.bootstrap, settings.stable_share, job.config.seed)
         record |= _record(measured, chosen)
     if job.compute.main:
         for warning in record.get("warnings", []):
