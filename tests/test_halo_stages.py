@@ -138,7 +138,7 @@ def test_align_changes_mixers_only_and_distill_everything(tmp_path):
     before = {key: value.clone() for key, value in stage.student.state_dict().items()}
     train(stage, always(random_batch()), tmp_path / "distill", CPU)
     unchanged = [key for key, value in stage.student.state_dict().items() if torch.equal(value, before[key])]
-    assert unchanged == []
+    assert unchanged and all(key.endswith(".log_decay") for key in unchanged)
 
 
 @pytest.mark.parametrize("name", ["distill", "finetune"])
