@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+
+from halo.data.settings import DataSettings
+from halo.settings import HaloError, Settings
 
 STAGE_HELP = {
     "transfer": "Build a recurrent twin of every attention layer from its weights.",
@@ -22,29 +25,6 @@ STAGE_HELP = {
     "scale": "Choose the base of the attention scale on long documents, and write the final model.",
     "eval": "Measure recall and bits per byte at multiples of the training length.",
 }
-
-
-class HaloError(Exception):
-    """A mistake in the input of a command, described in one line: place, rule and value."""
-
-
-class Settings(BaseModel):
-    """Base of every section: unknown keys are errors, and values are immutable."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-
-class DataSettings(Settings):
-    """Source of the text, and how it is cut into chunks of tokens."""
-
-    source: str = Field(description='"stdlib", a file or directory of .txt, .md, .jsonl, or a Hugging Face dataset')
-    subset: str | None = Field(None, description="configuration name of a Hugging Face dataset")
-    split: str = Field("train", description="split of a Hugging Face dataset")
-    field: str = Field("text", description="key of the text in a JSONL line or dataset row")
-    held_out: float = Field(0.01, gt=0, lt=1, description="share of documents kept for selection, scale and eval")
-    needle_ratio: float = Field(0.0, ge=0, le=1, description="share of training chunks that are recall episodes")
-    isolate_documents: bool = Field(False, description="do not carry attention or state across documents")
-    shuffle_buffer: PositiveInt = Field(4096, description="chunks in the shuffle buffer of a streamed dataset")
 
 
 class TrainingSettings(Settings):

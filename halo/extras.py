@@ -8,7 +8,7 @@ import importlib.util
 MODEL = ("transformers", "typer", "rich", "safetensors")
 PACKAGES = {
     "model": MODEL,
-    "halo": (*MODEL, "datasets", "torchdata", "pydantic", "yaml", "matplotlib"),
+    "halo": (*MODEL, "datasets", "pydantic", "yaml", "matplotlib"),
 }
 
 
