@@ -59,7 +59,7 @@ class FileReader:
     def __init__(self, path: Path, field: str, size: int) -> None:
         self.path, self.field, self.size = path, field, size
         self.kind = kind_of(path)
-        self.fraction = 0.0  # of the file that is read
+        self.begun = self.fraction = 0.0  # share of the file that is read, before and after the last item
 
     def items(self, start: int = 0) -> Iterator[tuple[int, Item]]:
         """Yield the items after the first `start`, with their numbers.
@@ -78,8 +78,8 @@ class FileReader:
             text = io.TextIOWrapper(stream, encoding, errors="replace", newline=newline)
             read = {TEXT[0]: self._pieces, LINES[0]: self._lines, JSON[0]: self._json}[_family(self.kind)]
             for number, item in read(text):
+                self.begun, self.fraction = self.fraction, min(file.tell() / size, 1.0)
                 if number > start:
-                    self.fraction = min(file.tell() / size, 1.0)
                     yield number, item
 
     def _pieces(self, text: io.TextIOWrapper) -> Iterator[tuple[int, Item]]:
@@ -138,7 +138,7 @@ class FileReader:
                     for row in _plain_rows(batch):
                         number += 1
                         if number > start:
-                            self.fraction = number / total
+                            self.begun, self.fraction = (number - 1) / total, number / total
                             yield number, row
 
 

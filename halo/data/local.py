@@ -68,8 +68,10 @@ class LocalText(Source):
                 except Unusable as problem:
                     tally.skip(f"{file}:{number}", str(problem))
                     continue
-                fraction = (before + reader.fraction * self.sizes[index]) / total
-                yield Record(text, f"{file}:{number}", [index, number], fraction)
+                begun, fraction = (
+                    (before + share * self.sizes[index]) / total for share in (reader.begun, reader.fraction)
+                )
+                yield Record(text, f"{file}:{number}", [index, number], begun, fraction)
             skip, before = 0, before + self.sizes[index]
 
     def _relative(self, file: Path) -> str:

@@ -89,7 +89,8 @@ def _pieces(source: Source, start: Any, size: int, tally: Tally) -> Iterator[_Pi
             parts = list(cut(text, size))
             for number, part in enumerate(parts[used:], used + 1):
                 end = [record.next, 0] if number == len(parts) else [position, number]
-                yield _Piece(part, text_key(part) if record.key is None else record.key, end, record.fraction)
+                fraction = record.begun + number / len(parts) * (record.fraction - record.begun)
+                yield _Piece(part, text_key(part) if record.key is None else record.key, end, fraction)
         position, used = record.next, 0
 
 

@@ -16,13 +16,14 @@ class Record:
         text: The text, of any length.
         place: Where it was found, for messages.
         next: The position after it, as plain JSON, from which a source can be read on.
-        fraction: Share of the source that is read, 0 to 1, or 0 if it is not known.
+        begun, fraction: Share of the source that is read before and after it, 0 to 1, or 0 if it is not known.
         key: A number that decides on which side of the split it is, 64 bits; None for a hash of the text.
     """
 
     text: str
     place: str
     next: Any
+    begun: float = 0.0
     fraction: float = 0.0
     key: int | None = None
 

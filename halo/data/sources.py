@@ -55,4 +55,5 @@ class StandardLibrary(Source):
         first = position or 0
         for number, (name, text) in enumerate(self.documents[first:], first + 1):
             tally.records += 1
-            yield Record(text, name, number, number / len(self.documents), corpus.split_key(name))
+            total = len(self.documents)
+            yield Record(text, name, number, (number - 1) / total, number / total, corpus.split_key(name))

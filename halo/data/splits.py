@@ -11,8 +11,9 @@ import numpy as np
 
 LEAST_TOKENS = 32_768  # of `choose` and of `judge`, but at most
 LEAST_SHARE = 1 / 16  # of all tokens
-PASSAGES = 4  # that the least is made of, at least: longer documents are cut
-MIN_PASSAGE = 32
+# A passage is a quarter of what a side must have, but at least this many tokens or this share of the text.
+MIN_PASSAGE = 512
+MIN_SHARE = 1 / 8
 TRAIN, CHOOSE, JUDGE = range(3)
 
 
@@ -51,7 +52,8 @@ def split_documents(keys: np.ndarray, lengths: np.ndarray, share: float, fixed: 
     if fixed or all(lengths[side == wanted].sum() >= least for wanted in (CHOOSE, JUDGE)):
         return whole
     wanted = max(least, int(total * share / 2))
-    parts, hashes = _passages(keys, lengths, max(MIN_PASSAGE, wanted // PASSAGES))
+    size = max(wanted // 4, min(MIN_PASSAGE, int(total * MIN_SHARE)), 1)
+    parts, hashes = _passages(keys, lengths, size)
     order = np.argsort(hashes, kind="stable")
     reached = np.cumsum(parts.length[order])
     first = int(np.searchsorted(reached, wanted)) + 1
