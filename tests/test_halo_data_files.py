@@ -149,7 +149,7 @@ def test_no_line_with_the_key_is_one_line(tokenizer, tmp_path):
 
 
 def test_lone_surrogate_is_replaced_and_a_pair_is_joined(tokenizer, tmp_path):
-    records = ['{"text": "%s x \\ud83d y"}\n' % ("word " * 40), '{"text": "\\ud83d\\ude00 z"}\n']  # noqa: UP031
+    records = ['{"text": "%s x \\ud83d y"}\n' % ("word " * 40), '{"text": "\\ud83d\\ude00 z"}\n']
     path = write_lines(tmp_path / "a.jsonl", [*records, *({"text": text} for text in documents(20))])
     text = make_corpus(tokenizer, path)
     texts = all_texts(text)
@@ -278,7 +278,7 @@ def test_outputs_are_never_inputs(tokenizer, tmp_path):
         other = make_corpus(tokenizer, source, cache=tmp_path / "two" / "data")
         assert sorted(all_texts(other)) == sorted(texts) and other.fingerprint == first
     with pytest.raises(
-        HaloError, match="data.source: must be another directory than the run's output, got .* for both"
+        HaloError, match=r"data.source: must be another directory than the run's output, got .* for both"
     ):
         make_corpus(tokenizer, tmp_path, cache=tmp_path / "data")
 

@@ -1,4 +1,4 @@
-"""Sample n is a pure function of seed and n: every token once per epoch, exact shares, exact resume, ranks that agree."""
+"""Sample n depends on seed and n alone: all tokens once an epoch, exact shares and resumes, ranks that agree."""
 
 import pickle
 from itertools import islice
@@ -71,7 +71,7 @@ def test_epochs_of_samples_hold_the_same_chunks_of_their_order(tokenizer):
     per_epoch = samples.stores[0].num_tokens // LENGTH
     for epoch in range(4):
         order = PackedOrder(samples.stores[0], LENGTH, (0, 0), epoch)
-        # Samples are dealt in the order of their numbers within a block, which is permuted; together they are the epoch.
+
         wanted = sorted(tuple(order.chunk(i)[0]) for i in range(per_epoch))
         numbers = [n for n in range(BLOCK) if samples._deal(n)[1] // per_epoch == epoch]
         assert sorted(tuple(samples[n][0]) for n in numbers) == wanted
@@ -101,7 +101,7 @@ def test_resume_continues_over_several_epochs(tokenizer, text_directory, consume
     make = lambda: make_corpus(tokenizer, text_directory, needle_ratio=needle_ratio).samples(64)  # noqa: E731
     uninterrupted = list(islice(batches(make(), 2), consumed + 200))
     chunks_per_epoch = make().stores[0].num_tokens // 64
-    assert 200 * 2 > 3 * chunks_per_epoch  # the part after the resume has several ends of epochs
+    assert 3 * chunks_per_epoch < 200 * 2  # the part after the resume has several ends of epochs
     assert_same(list(islice(batches(make(), 2, start=consumed), 200)), uninterrupted[consumed:])
 
 
@@ -176,12 +176,12 @@ def test_mixture_gives_each_source_its_share_and_its_own_order(tokenizer, tmp_pa
 
 
 def test_too_little_text_is_one_line(tokenizer, text_directory):
-    with pytest.raises(HaloError, match="^data: must hold at least one chunk of 99999 tokens, got [0-9]+ from "):
+    with pytest.raises(HaloError, match=r"^data: must hold at least one chunk of 99999 tokens, got [0-9]+ from "):
         make_corpus(tokenizer, text_directory).samples(99_999)
 
 
 def test_episode_that_does_not_fit_is_one_line(tokenizer, text_directory):
-    with pytest.raises(HaloError, match="^needle_ratio: must be 0 for samples of 8 tokens"):
+    with pytest.raises(HaloError, match=r"^needle_ratio: must be 0 for samples of 8 tokens"):
         make_corpus(tokenizer, text_directory, needle_ratio=0.1).samples(8)
 
 

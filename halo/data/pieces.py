@@ -28,6 +28,7 @@ class ShardTask:
     fraction: float = 0.0
     tally: dict[str, Any] = field(default_factory=dict)
     characters: int = 0
+    last: bool = False
     end: Any = None
 
     def __post_init__(self) -> None:
@@ -58,13 +59,14 @@ def shard_tasks(source: Source, index: int, start: Any, max_document: int) -> It
         if task.full:
             # Taken now, because the source counts what it skips while it looks for the next record.
             task.tally = tally.take()
-    if task.full:
+    rest = tally.take()
+    if task.full and rest["records"]:  # what was skipped at the end is counted in a shard of its own
         yield task
         task = ShardTask(task.index + 1, task.end, task.fraction)
-    # The last shard is not full; it may hold no more than the count of what was skipped.
-    task.tally, task.fraction = tally.take(), 1.0
-    if task.texts or task.tally["records"] or task.index == 0:
-        yield task
+    if not task.full:
+        task.tally = rest
+    task.fraction, task.last = 1.0, True
+    yield task
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ class Header:
         tokens, documents: Counts.
         start, end: Positions in the source before and after its documents.
         fraction: Share of the source that is read at its end.
+        last: Whether the source ends with it.
         tally: Records that were read and skipped on the way.
         digest: SHA-256 of the arrays.
         check: Checksum of the values above.
@@ -41,6 +42,7 @@ class Header:
     start: Any
     end: Any
     fraction: float
+    last: bool
     tally: dict[str, Any]
     digest: str
     check: int = 0

@@ -41,6 +41,10 @@ class Source(ABC):
     def identity(self) -> Any:
         """Return what tells this text from another without reading all of it, as plain JSON."""
 
+    def place(self, position: Any) -> Any:
+        """Return what two positions have in common if and only if the same records follow."""
+        return position
+
     @abstractmethod
     def read(self, position: Any, tally: Tally) -> Iterator[Record]:
         """Yield the records after a position; None is the beginning. What cannot be read is counted in `tally`.

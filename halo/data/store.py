@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from halo.data.encoder import Encoder
 from halo.data.shards import Shard, open_shard
 from halo.data.splits import split_documents
-from halo.data.workers import encode
 
 
 class TokenStore:
@@ -35,7 +35,7 @@ class TokenStore:
     @classmethod
     def build(cls, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> "TokenStore":
         """Tokenise documents in memory, each ending in EOS."""
-        pieces = encode(list(texts), tokenizer)
+        pieces = Encoder(tokenizer)(list(texts))
         length = np.array([len(piece) for piece in pieces], np.int64)
         tokens = np.concatenate(pieces) if pieces else np.zeros(0, np.uint32)
         return cls([tokens], np.zeros(len(pieces), np.int64), np.cumsum(length) - length, length)

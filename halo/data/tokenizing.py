@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from halo import files
+from halo.data.encoder import Encoder
 from halo.data.pieces import ShardTask, shard_tasks
 from halo.data.shards import VERSION, Header, read_header, shard_path
 from halo.data.source import Source
@@ -22,7 +23,6 @@ from halo.data.tally import Tally
 from halo.data.workers import Workers
 from halo.settings import HaloError
 
-END = "end.json"  # says how many shards a source has in all
 EARLY_CHECK = 1000  # records after which too many skipped ones are an error before all are read
 
 
@@ -94,10 +94,10 @@ class TokenizedSource:
                 partial.unlink(missing_ok=True)
         found = self._found(check=True)
         clock = _Clock(self.source.name, self.tokens, sum(header.tokens for header in found.values()), on_progress)
-        with Workers(self.tokenizer, self.directory, workers) as pool:
+        with Workers(Encoder(self.tokenizer), self.directory, workers) as pool:
             while self._used(found) is None:
                 self._fill(found, pool, max_skipped, clock)
-                found = _chained(found)
+                found = self._chained(found)
         used = self._used(found)
         headers = [found[index] for index in range(used or 0)]
         check_skipped(self.source.name, total_tally(headers), max_skipped)
@@ -110,10 +110,8 @@ class TokenizedSource:
         stop = min((index for index in found if index > first), default=math.inf)
         start = found[first - 1].end if first else None
         tally = total_tally(list(found.values()))
-        ended = False
 
         def tasks() -> Iterator[ShardTask]:
-            nonlocal ended
             for task in shard_tasks(self.source, first, start, self.max_document):
                 if task.index >= stop:
                     return
@@ -121,16 +119,12 @@ class TokenizedSource:
                 if tally.records >= EARLY_CHECK:
                     check_skipped(self.source.name, tally, max_skipped)
                 yield task
-            ended = True
 
         for index, header in pool.run(tasks(), clock.advance):
             found[index] = header
             clock.finish(header)
-            if self._enough(found):
+            if self._used(found) is not None:
                 return
-        if ended:
-            with files.writing(self.directory):
-                files.write_json(self.directory / END, {"shards": _contiguous(found)})
 
     def _found(self, check: bool) -> dict[int, Header]:
         """Return the shards that are whole, by number."""
@@ -139,26 +133,30 @@ class TokenizedSource:
             header = read_header(path, check) if path.stem.isdigit() else None
             if header is not None:
                 found[int(path.stem)] = header
-        return _chained(found)
+        return self._chained(found)
+
+    def _chained(self, found: dict[int, Header]) -> dict[int, Header]:
+        """Return the shards without those that do not begin where the one before them ends."""
+        kept: dict[int, Header] = {}
+        for index in sorted(found):
+            before, start = kept.get(index - 1), found[index].start
+            if index and before is None:
+                kept[index] = found[index]  # the one before it will be made again
+            elif self._place(start) == self._place(before.end if before else None):
+                kept[index] = found[index]
+        return kept
+
+    def _place(self, position: Any) -> Any:
+        return position and [self.source.place(position[0]), position[1]]
 
     def _used(self, found: dict[int, Header]) -> int | None:
         """Return how many shards are used, or None if one of them is missing."""
-        if self.tokens is not None:
-            reached = 0
-            for index in range(_contiguous(found)):
-                reached += found[index].tokens
-                if reached >= self.tokens:
-                    return index + 1
-        try:
-            shards = json.loads((self.directory / END).read_text())["shards"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return shards if isinstance(shards, int) and 0 < shards <= _contiguous(found) else None
-
-    def _enough(self, found: dict[int, Header]) -> bool:
-        if self.tokens is None:
-            return False
-        return sum(found[index].tokens for index in range(_contiguous(found))) >= self.tokens
+        reached = 0
+        for index in range(_contiguous(found)):
+            reached += found[index].tokens
+            if found[index].last or (self.tokens is not None and reached >= self.tokens):
+                return index + 1
+        return None
 
 
 def total_tally(headers: list[Header]) -> Tally:
@@ -189,16 +187,6 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     else:
         parts += [tokenizer.get_vocab(), {key: str(value) for key, value in tokenizer.init_kwargs.items()}]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _chained(found: dict[int, Header]) -> dict[int, Header]:
-    """Return the shards without those that do not begin where the one before them ends."""
-    kept: dict[int, Header] = {}
-    for index in sorted(found):
-        before = kept.get(index - 1)
-        if found[index].start == (before.end if before else None) or (index and before is None):
-            kept[index] = found[index]
-    return kept
 
 
 def _contiguous(found: dict[int, Header]) -> int:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from halo import files
+from halo.data.encoder import Encoder
 from halo.data.pieces import ShardTask
 from halo.data.shards import Header, Shard, shard_path, write_shard
 from halo.settings import HaloError
@@ -22,20 +22,20 @@ from halo.settings import HaloError
 FEW = 2  # tasks that are done without starting processes
 _BATCH_CHARACTERS, _BATCH_DOCUMENTS = 500_000, 256
 
-_tokenizer: PreTrainedTokenizerBase | None = None
+_encode: Encoder | None = None
 
 
 class Workers:
     """Tokenises shards; a context manager that ends its processes.
 
     Args:
-        tokenizer: Sent to each process once.
+        encode: Tokenises; sent to each process once.
         directory: Of the shards.
         count: Processes; None for the number of CPUs that this process may use. Few tasks need none.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, directory: Path, count: int | None) -> None:
-        self.tokenizer, self.directory = tokenizer, directory
+    def __init__(self, encode: Encoder, directory: Path, count: int | None) -> None:
+        self.encode, self.directory = encode, directory
         self.count = count or _available_cpus()
         self.pool: ProcessPoolExecutor | None = None
 
@@ -61,14 +61,14 @@ class Workers:
             few = list(islice(tasks, FEW + 1)) if self.count > 1 and self.pool is None else []
             if self.count == 1 or (self.pool is None and len(few) <= FEW):
                 for task in chain(few, tasks):
-                    yield task.index, make_shard(task, self.tokenizer, self.directory, on_tokens)
+                    yield task.index, make_shard(task, self.encode, self.directory, on_tokens)
                 return
             yield from self._run_in_processes(chain(few, tasks))
 
     def _run_in_processes(self, tasks: Iterator[ShardTask]) -> Iterator[tuple[int, Header]]:
         if self.pool is None:
             self.pool = ProcessPoolExecutor(
-                self.count, multiprocessing.get_context("spawn"), _start_worker, (self.tokenizer,)
+                self.count, multiprocessing.get_context("spawn"), _start_worker, (self.encode,)
             )
         waiting: dict[Future[Header], int] = {}
         try:
@@ -88,7 +88,7 @@ class Workers:
 
 def make_shard(
     task: ShardTask,
-    tokenizer: PreTrainedTokenizerBase,
+    encode: Encoder,
     directory: Path,
     on_tokens: Callable[[int, float], None] | None = None,
 ) -> Header:
@@ -104,7 +104,7 @@ def make_shard(
         while last < min(len(task.texts), first + _BATCH_DOCUMENTS) and characters < _BATCH_CHARACTERS:
             characters += len(task.texts[last])
             last += 1
-        encoded = encode(task.texts[first:last], tokenizer)
+        encoded = encode(task.texts[first:last])
         pieces += encoded
         first, done = last, done + characters
         if on_tokens is not None:
@@ -113,23 +113,13 @@ def make_shard(
     tokens = np.concatenate(pieces) if pieces else np.zeros(0, np.uint32)
     ends = np.cumsum([len(piece) for piece in pieces], dtype=np.uint64)
     shard = Shard(tokens, ends, np.array(task.keys, np.uint64))
-    header = Header(len(tokens), len(pieces), task.start, task.end, task.fraction, task.tally, "")
+    header = Header(len(tokens), len(pieces), task.start, task.end, task.fraction, task.last, task.tally, "")
     return write_shard(shard_path(directory, task.index), shard, header)
 
 
-def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
-    """Return the tokens of each text, followed by EOS, uint32."""
-    if not texts:
-        return []
-    rows = tokenizer(
-        texts, add_special_tokens=False, verbose=False, return_attention_mask=False, return_token_type_ids=False
-    )
-    return [np.array([*ids, tokenizer.eos_token_id], np.uint32) for ids in rows["input_ids"]]
-
-
-def _start_worker(tokenizer: PreTrainedTokenizerBase) -> None:
-    global _tokenizer
-    _tokenizer = tokenizer
+def _start_worker(encode: Encoder) -> None:
+    global _encode
+    _encode = encode
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread for each process
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -143,8 +133,8 @@ def _start_worker(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _work(task: ShardTask, directory: Path) -> Header:
-    assert _tokenizer is not None
-    return make_shard(task, _tokenizer, directory)
+    assert _encode is not None
+    return make_shard(task, _encode, directory)
 
 
 def _available_cpus() -> int:
