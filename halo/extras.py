@@ -6,7 +6,7 @@ import importlib.util
 
 # Packages that each extra installs beside torch and numpy, by their import names.
 MODEL = ("transformers", "typer", "rich", "safetensors")
-HALO = (*MODEL, "datasets", "torchdata", "pydantic", "yaml", "matplotlib")
+HALO = (*MODEL, "datasets", "pydantic", "yaml", "matplotlib")
 PACKAGES = {
     "model": MODEL,
     "halo": HALO,

@@ -22,17 +22,21 @@ def documents(split: str, share: float = HELDOUT_SHARE) -> list[str]:
     """Return the documents of `split` ("train" or "heldout"), ordered by name; `share` of them are held out."""
     if split not in SPLITS:
         raise ValueError(f"documents: split must be one of {SPLITS}, got {split!r}")
-    named = _named_documents()
-    return [named[name] for name in sorted(named) if is_heldout(name, share) == (split == "heldout")]
+    return [text for name, text in named_documents() if is_heldout(name, share) == (split == "heldout")]
 
 
 def is_heldout(name: str, share: float = HELDOUT_SHARE) -> bool:
     """Return whether a document is held out. What a smaller share holds out, a larger one does too."""
-    digest = hashlib.sha256(name.encode()).digest()
-    return int.from_bytes(digest[:4], "big") < share * 2**32
+    return split_key(name) < share * 2**64
 
 
-def _named_documents() -> dict[str, str]:
+def split_key(name: str) -> int:
+    """Return a hash of a document's name, below 2**64; the documents with the smallest are held out."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") << 32
+
+
+def named_documents() -> list[tuple[str, str]]:
+    """Return all documents with their names, ordered by name."""
     from pydoc_data.topics import topics
 
     named = {f"topics/{name}": text for name, text in topics.items()}
@@ -47,4 +51,4 @@ def _named_documents() -> dict[str, str]:
         if (stdlib / name).is_file():
             named["licence"] = (stdlib / name).read_text(encoding="utf-8", errors="replace")
             break
-    return {name: text for name, text in named.items() if text.strip()}
+    return [(name, named[name]) for name in sorted(named) if named[name].strip()]
