@@ -1,12 +1,14 @@
 """Checkpoints of a training stage: whole or absent, the last two kept, bound to what they were made from.
 
-Weights and optimizer state are written by torch.distributed.checkpoint into step-N.partial, in the background where that
-saves time, and published by renaming it to step-N. Any number of processes can load it.
+Weights and optimizer state are written by torch.distributed.checkpoint into step-N.partial, in the background where
+that saves time, and published by renaming it to step-N. Any number of processes can load it.
 """
 
 import shutil
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,6 @@ from halo import files
 from halo.compute import PATIENCE, Compute
 from halo.progress import warn
 from halo.settings import HaloError
-
-# One process saves and loads without a process group, which torch remarks on every time.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 KEPT = 2
 RECORD = "checkpoint.json"
@@ -80,7 +79,8 @@ class Checkpoints:
         else:
             with files.writing(path):
                 try:
-                    dcp.save(state, checkpoint_id=partial, no_dist=True)
+                    with _quiet():
+                        dcp.save(state, checkpoint_id=partial, no_dist=True)
                 except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
                     files.remove(partial)
                     raise OSError(f"{next(iter(str(error).splitlines()), error)}") from None
@@ -124,7 +124,7 @@ class Checkpoints:
             )
         _allocate(optimizer)
         state = _state(module, optimizer)
-        with files.reading(path, remedy):
+        with files.reading(path, remedy), _quiet():
             dcp.load(state, checkpoint_id=path, process_group=self.group, no_dist=self.compute.world == 1)
         if record["world"] != self.compute.world and self.compute.main:
             warn(
@@ -199,6 +199,14 @@ def _allocate(optimizer: torch.optim.Optimizer) -> None:
                 "exp_avg": torch.zeros_like(parameter, requires_grad=False),
                 "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
             }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from remarking each time that one process saves and loads without a process group."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def _completion(response: Future | AsyncSaveResponse) -> Future:

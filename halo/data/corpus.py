@@ -76,7 +76,9 @@ class Corpus:
         Raises:
             HaloError: If a source cannot be read or holds too little text, or if the tokens cannot be written.
         """
-        files.write_file(self.cache / CACHE_MARK, lambda path: path.write_text("Tokenised text. May be deleted.\n"))
+        mark = self.cache / CACHE_MARK
+        if not mark.is_file():
+            files.write_file(mark, lambda path: path.write_text("Tokenised text. May be deleted.\n"))
         for source in self._sources:
             source.prepare(self.settings.workers, self.settings.max_skipped, on_progress)
 
