@@ -1,6 +1,5 @@
 """Writes report.md and its plots from the JSON and JSONL files of a conversion."""
 
-import json
 from pathlib import Path
 
 import matplotlib

@@ -27,8 +27,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from halo.settings import HaloError
 from halo.progress import warn
+from halo.settings import HaloError
 from halo.weight_files import check_weights, gguf_config, gguf_tensors, refuse_pointer, weight_files
 from hypenet.conversion import family_of
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from halo.settings import HaloError
 from halo.extras import require
+from halo.settings import HaloError
 
 # In the order in which transformers looks for them.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")

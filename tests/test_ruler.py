@@ -7,10 +7,10 @@ from tokenizer_kinds import KINDS as TOKENIZERS
 from tokenizer_kinds import TEXT, single_digits, whitespace
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from halo.settings import HaloError
 from halo.demo import corpus
 from halo.evaluation.needle import token_stream
 from halo.evaluation.ruler import KINDS, RulerTask, generated_recall, share
+from halo.settings import HaloError
 
 
 def without_spaces(tokenizer, ids):

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from halo.settings import HaloError
 from halo.evaluation.vocabulary import continuation, key_words, numbers
+from halo.settings import HaloError
 
 NUM_DIGITS = 5
 NUM_NEEDLES, NUM_QUERIES = 4, 3

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from halo.settings import HaloError
 from halo.evaluation.needle import start_token
 from halo.evaluation.vocabulary import continuation, key_words
+from halo.settings import HaloError
 
 NUM_DIGITS = 7  # RULER's
 EXTRA_TOKENS = 16  # generated beyond those of the value, for models that do not answer with it at once

@@ -5,16 +5,15 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from pydantic import Field, PositiveInt
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halo import files
 from halo.data import Corpus
 from halo.evaluation.needle import recall
 from halo.evaluation.perplexity import bits_per_byte
-from halo.journal import Journal
 from halo.job import Job
+from halo.journal import Journal
 from halo.progress import StageProgress
 from halo.settings import Settings
 
