@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from halo.settings import HaloError
 from halo.demo import corpus
 from halo.demo.train_teacher import train_tokenizer
 from halo.evaluation.needle import NUM_DIGITS, NeedleTask, recall, recall_per_episode, token_stream
+from halo.settings import HaloError
 
 
 @pytest.fixture(scope="module")
