@@ -2,6 +2,7 @@
 
 import os
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,14 @@ from halo.stages import STAGE_HELP
 
 if TYPE_CHECKING:
     from halo.pipeline import Pipeline
+
+
+class Precision(StrEnum):
+    """Data types that a model can be loaded in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
 
 
 class OneLineErrors(TyperGroup):
@@ -91,6 +100,70 @@ def demo(
     run_demo(load_config(config, (*(changes or ()), f"out={out}")))
 
 
+@app.command("eval", help=STAGE_HELP["eval"])
+def evaluate(
+    config: Annotated[
+        str | None, typer.Option("--config", help="YAML file, or the name of a shipped configuration.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Output directory; with --model, a JSON file.")] = None,
+    changes: SetOption = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Measure this model instead: a directory, or a teacher's name.")
+    ] = None,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="recall, bits, RULER's s1, s2, s3, multikey, multikey2, multikey3, and any of lm-evaluation-harness."
+        ),
+    ] = "recall,bits,s1,s2,s3,multikey",
+    lengths: Annotated[str, typer.Option(help="Tokens of context, separated by commas.")] = "4096",
+    haystack: Annotated[
+        str | None, typer.Option(help="File, directory or dataset with the text; default: Python's standard library.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Prompts per task and length.")] = 50,
+    text_tokens: Annotated[int, typer.Option(min=1, help="Tokens of text for bits per byte, per length.")] = 65_536,
+    digits: Annotated[int, typer.Option(min=1, max=15, help="Digits of a number in RULER's tasks.")] = 7,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens per forward pass, at least one sample.")] = 8192,
+    limit: Annotated[int | None, typer.Option(min=1, help="lm-evaluation-harness: samples per task.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="lm-evaluation-harness: examples in a prompt.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[Precision, typer.Option(help="Data type of the weights; auto: as saved.")] = Precision.auto,
+) -> None:
+    """Run the stage of a conversion, or measure one model."""
+    if (config is None) == (model is None):
+        raise HaloError("eval: must be given one of --config and --model")
+    if config is not None:
+        _pipeline(config, out, changes).run_stage("eval")
+        return
+    numbers = [part.strip() for part in lengths.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) for part in numbers):
+        raise HaloError(f"eval: --lengths must be positive numbers separated by commas, got {lengths}")
+    if changes:
+        raise HaloError("eval: --set must come with --config, got --model")
+    from halo.evaluation.standalone import Request, evaluate_model
+    from halo.progress import say
+
+    _silence_loading()
+    request = Request(
+        model=str(model),
+        tasks=tuple(part.strip() for part in tasks.split(",") if part.strip()),
+        lengths=tuple(sorted({int(part) for part in numbers})),
+        haystack=haystack,
+        samples=samples,
+        text_tokens=text_tokens,
+        digits=digits,
+        batch_tokens=batch_tokens,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        device=device,
+        dtype=dtype.value,
+    )
+    for row in evaluate_model(request, out):
+        error = "" if row["error"] is None else f" +- {row['error']:.4f}"
+        length = "" if row["length"] is None else f"{row['length']:,} tokens"
+        say(f"{row['task']:24} {length:16} {row['metric']:32} {row['value']:.4f}{error}")
+
+
 def _add_stage(name: str) -> None:
     def command(config: ConfigOption, out: OutOption = None, changes: SetOption = None) -> None:
         _pipeline(config, out, changes).run_stage(name)
@@ -99,7 +172,8 @@ def _add_stage(name: str) -> None:
 
 
 for _name in STAGE_HELP:
-    _add_stage(_name)
+    if _name != "eval":
+        _add_stage(_name)
 
 
 def _pipeline(config: str, out: Path | None, changes: list[str] | None) -> "Pipeline":

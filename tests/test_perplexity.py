@@ -38,7 +38,7 @@ def model(tokenizer):
 
 def test_uniform_model_costs_log_vocabulary_per_token(model, tokenizer):
     text = "def quiet_river(value):\n    return value\n" * 20
-    stream = token_stream(tokenizer, [text])[1:]
+    stream = token_stream(tokenizer, [text])[1:]  # begins with text, as a corpus' stream does
     head = model.lm_head.weight
     kept = head.detach().clone()
     with torch.no_grad():
@@ -51,13 +51,13 @@ def test_uniform_model_costs_log_vocabulary_per_token(model, tokenizer):
 
 
 def test_windows_agree_with_the_models_own_loss(model, tokenizer):
-    stream = token_stream(tokenizer, corpus.documents("heldout")[:4])
+    stream = token_stream(tokenizer, corpus.documents("heldout")[:4])[5:]
     length, num_windows = 100, 7
     measured = bits_per_byte(model, tokenizer, stream, length, length * num_windows, batch_size=3)
     total = num_bytes = 0
     for start in np.linspace(0, len(stream) - length, num_windows).astype(int):
         window = stream[start : start + length]
-        ids = torch.tensor([[stream[0], *window]], dtype=torch.long)
+        ids = torch.tensor([[tokenizer.bos_token_id, *window]], dtype=torch.long)
         total += model(input_ids=ids, labels=ids).loss.item() * length / math.log(2)
         num_bytes += len(tokenizer.decode(window, skip_special_tokens=True).encode())
     assert measured["num_windows"] == num_windows and measured["num_bytes"] == num_bytes

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from halo.demo import corpus
 from halo.evaluation.needle import token_stream
-from halo.evaluation.ruler import KINDS, RulerTask, generated_recall, share
+from halo.evaluation.ruler import KINDS, RulerTask, generated_recall
 from halo.settings import HaloError
 
 
@@ -136,15 +136,6 @@ def test_answers_are_judged_one_by_one(tokenizer, stream, name, batch_size):
     model = Echo(tokenizer, task, wrong={1, 4})
     scores = generated_recall(model, task, task.min_length() + 100, 7, batch_size=batch_size)
     assert scores.tolist() == [1, 0, 1, 1, 0, 1, 1]
-    assert share(scores) == {
-        "recall": 5 / 7,
-        "recall_error": pytest.approx(np.std(scores, ddof=1) / 7**0.5),
-        "samples": 7,
-    }
-
-
-def test_share_of_one_sample_has_no_error():
-    assert share(np.ones(1)) == {"recall": 1.0, "recall_error": None, "samples": 1}
 
 
 def test_what_cannot_be_measured_is_refused(tokenizer, stream):

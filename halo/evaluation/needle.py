@@ -42,6 +42,13 @@ class Episode:
     answers: tuple[str, ...]  # the digits, in the order of the queries
 
 
+class TooShort(HaloError, ValueError):
+    """The needles of a task do not fit into the length asked for."""
+
+    def __init__(self, least: int, length: int) -> None:
+        super().__init__(f"needle task: length must be at least {least} with this tokenizer, got {length}")
+
+
 class NeedleTask:
     """Makes episodes from one token stream. Once made, it needs no tokenizer.
 
@@ -88,17 +95,17 @@ class NeedleTask:
 
         Raises:
             ValueError: If there are more queries than needles, or more needles than the vocabulary has words for.
-            HaloError: If the needles and queries do not fit.
+            TooShort: If the needles and queries do not fit.
         """
         if not 1 <= num_queries <= num_needles <= len(self.words) // 2:
             raise ValueError(
                 f"needle task: needles must be from the number of queries ({num_queries}) to {len(self.words) // 2}, "
                 f"half of this tokenizer's words, got {num_needles}"
             )
-        num_text = length - self.min_length(num_needles, num_queries)
+        least = self.min_length(num_needles, num_queries)
+        num_text = length - least
         if num_text < 0:
-            least = self.min_length(num_needles, num_queries)
-            raise HaloError(f"needle task: length must be at least {least} with this tokenizer, got {length}")
+            raise TooShort(least, length)
         start = rng.integers(0, max(1, len(self.haystack) - num_text + 1))
         text = np.resize(self.haystack[start : start + num_text], num_text)
         depths = np.sort(rng.integers(0, num_text + 1, size=num_needles))
@@ -214,8 +221,14 @@ def recall(
         haystack = token_stream(tokenizer, documents("heldout"))
     task, counts = NeedleTask(tokenizer, haystack), {"num_needles": num_needles, "num_queries": num_queries}
     scores = recall_per_episode(model, task, length, num_samples, seed, **counts, batch_size=batch_size)
-    stderr = float(np.std(scores, ddof=1)) / math.sqrt(num_samples) if num_samples > 1 else float("nan")
-    return {"recall": float(np.mean(scores)), "stderr": stderr, "n": num_samples * num_queries}
+    value, stderr = mean_and_error(scores)
+    return {"recall": value, "stderr": stderr, "n": num_samples * num_queries}
+
+
+def mean_and_error(scores: np.ndarray) -> tuple[float, float]:
+    """Return the mean of scores and its standard error, NaN for a single one."""
+    error = float(np.std(scores, ddof=1)) / math.sqrt(len(scores)) if len(scores) > 1 else math.nan
+    return float(np.mean(scores)), error
 
 
 def start_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from halo.evaluation.needle import token_stream
+from halo.evaluation.needle import start_token, token_stream
 from halo.losses import token_losses
 
 FIRST_EDGE = 256
@@ -51,7 +51,7 @@ def bits_per_byte(
     stream = documents if isinstance(documents, np.ndarray) else token_stream(tokenizer, documents)
     if len(stream) < length:
         raise ValueError(f"bits_per_byte: length {length} needs as many tokens of text, got {len(stream)}")
-    bos = int(stream[0])
+    bos = start_token(tokenizer)
     num_windows = max(1, min(num_tokens, len(stream)) // length)
     starts = np.linspace(0, len(stream) - length, num_windows).astype(int)
     windows = np.stack([stream[start : start + length] for start in starts]).astype(np.int64)

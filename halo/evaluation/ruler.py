@@ -15,17 +15,16 @@ The wording is our own, so scores compare with each other and not with published
 of lm-evaluation-harness (`halo.evaluation.harness`).
 """
 
-import math
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from halo.evaluation.needle import start_token
+from halo.evaluation.needle import TooShort, start_token
 from halo.evaluation.vocabulary import continuation, key_words
 from halo.settings import HaloError
 
@@ -114,12 +113,10 @@ class RulerTask:
         """Make a prompt of exactly `length - max_new_tokens` tokens.
 
         Raises:
-            HaloError: If the needles and the question do not fit.
+            TooShort: If the needles and the question do not fit.
         """
         if length < self.min_length():
-            raise HaloError(
-                f"needle task: length must be at least {self.min_length()} with this tokenizer, got {length}"
-            )
+            raise TooShort(self.min_length(), length)
         pairs = self._pairs(rng, self.kind.needles)
         key, value = pairs[0]
         question = self._question(key)
@@ -236,12 +233,6 @@ def generated_recall(
         right += [task.is_right(sample.answer, ids) for sample, ids in zip(samples, answers, strict=True)]
     model.train(was_training)
     return np.array(right, dtype=np.float64)
-
-
-def share(scores: np.ndarray) -> dict[str, Any]:
-    """Return the mean of scores, its standard error (None for one score), and their number."""
-    error = float(np.std(scores, ddof=1)) / math.sqrt(len(scores)) if len(scores) > 1 else None
-    return {"recall": float(np.mean(scores)), "recall_error": error, "samples": len(scores)}
 
 
 def _greedy(model: PreTrainedModel, task: RulerTask) -> GenerationConfig:
