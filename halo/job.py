@@ -91,7 +91,7 @@ class Job:
         return self.out / stage
 
     def identity(self, stage: str) -> dict[str, Any]:
-        """Return everything that a stage's result depends on: inputs, and the settings of this stage and those before."""
+        """Return everything that a stage's result depends on: inputs, and the settings up to this stage."""
         config = self.config
         found: dict[str, Any] = {
             "teacher": config.teacher,

@@ -1,7 +1,7 @@
 """Operations on models: build twins and hybrids, save and load them, observe and replace layers.
 
-B sequences, T tokens, D hidden size. The twins are the recurrent mixers of all layers, made from the attention layers of
-the teacher; the student is a HypeNet with some softmax layers and the twins in all others.
+B sequences, T tokens, D hidden size. The twins are the recurrent mixers of all layers, made from the attention layers
+of the teacher; the student is a HypeNet with some softmax layers and the twins in all others.
 """
 
 from collections.abc import Callable, Iterator
@@ -179,7 +179,7 @@ def set_logit_scale_base(model: PreTrainedModel, base: float | None) -> None:
 
 
 class _TwinAttention(nn.Module):
-    """Gives a recurrent mixer the signature of an attention layer of transformers, for a forward pass without cache or padding."""
+    """Gives a recurrent mixer the signature of an attention layer of transformers, without cache or padding."""
 
     def __init__(self, mixer: nn.Module) -> None:
         super().__init__()

@@ -59,9 +59,8 @@ class TokenisingProgress:
         self.last_line = time.monotonic()
         total = f"/{progress.total:,}" if progress.total else ""
         left = f"  {progress.remaining:,.0f} s left" if progress.remaining else ""
-        say(
-            f"tokenising {progress.source}: {progress.tokens:,}{total}  {progress.tokens_per_second:,.0f} tokens/s{left}"
-        )
+        speed = f"{progress.tokens_per_second:,.0f} tokens/s"
+        say(f"tokenising {progress.source}: {progress.tokens:,}{total}  {speed}{left}")
 
 
 def say(text: str) -> None:

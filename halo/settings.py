@@ -1,4 +1,4 @@
-"""What every section of a configuration is made of: checked models, a user's mistakes, and a training stage's numbers."""
+"""What every section of a configuration is made of: checked models, mistakes, and a training stage's numbers."""
 
 from typing import Any, Self
 

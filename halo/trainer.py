@@ -1,8 +1,8 @@
 """The training loop of all stages. A stage defines the trained weights, the loss and what the loss is a mean over.
 
 The gradient of a step is the gradient of the whole batch, whatever the micro-batches and the number of processes: each
-adds its sum, divided by the count of the whole batch. A run that is interrupted and started again continues from its last
-checkpoint with the same batches, so its losses are bit for bit those of an uninterrupted run.
+adds its sum, divided by the count of the whole batch. A run that is interrupted and started again continues from its
+last checkpoint with the same batches, so its losses are bit for bit those of an uninterrupted run.
 """
 
 import math

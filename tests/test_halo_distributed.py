@@ -19,8 +19,8 @@ from halo.pipeline import Pipeline
 
 TESTS = Path(__file__).parent
 STAGES = ("align", "distill", "finetune")
-# AdamW moves every weight by about the learning rate, 1e-3, however small its gradient is; float32 sums in another order
-# change that by up to half a percent where a gradient is next to nothing.
+# AdamW moves every weight by about the learning rate, 1e-3, however small its gradient is; float32 sums in another
+# order change that by up to half a percent where a gradient is next to nothing.
 TOLERANCE = 5e-6
 
 
@@ -153,7 +153,7 @@ def test_another_number_of_processes_continues_with_a_word(two, inputs, capsys):
 
 @pytest.mark.slow
 def test_nodes_replicate(two, inputs):
-    """With as many nodes as processes, weights are replicated across them, as in one process with another batch order."""
+    """With as many nodes as processes, weights are replicated across them instead of sharded."""
     path = write_config(inputs, "nodes", **CASES["lightning"])
     run = torchrun(path, "--replicate")
     assert run.returncode == 0, run.stderr[-3000:]
