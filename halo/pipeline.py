@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from halo import files
+from halo import files, preflight
 from halo.checkpoint import first_difference
 from halo.compute import Compute
 from halo.config import Config
@@ -41,7 +41,13 @@ class Pipeline:
         self.config, self.compute, self.out = config, self.job.compute, config.out
 
     def run(self) -> None:
-        """Run all stages that are not finished."""
+        """Run all stages that are not finished.
+
+        Raises:
+            HaloError: As for `run_stage`, and before the first stage if a later one would miss anything.
+        """
+        if not all((self.job.directory(stage) / files.DONE).is_file() for stage in STAGES):
+            preflight.check(self.job)
         for stage in STAGES:
             self.run_stage(stage)
 

@@ -6,6 +6,7 @@ much as those within it: the scale matters there, and they would be outweighed w
 Leaves scale.json, and the finished model in <out>/model.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, Self
 
@@ -21,6 +22,8 @@ from halo.journal import Journal
 from halo.losses import next_token_labels, token_losses
 from halo.progress import StageProgress, say, warn
 from halo.settings import Settings
+
+MIN_CHUNKS = 2
 
 
 class ScaleSettings(Settings):
@@ -70,6 +73,19 @@ def run(job: Job) -> None:
     files.write_json(job.directory("scale") / files.SCALE, record)
     models.set_logit_scale_base(student, best["a"])
     job.save_model(student)
+
+
+def shortfalls(settings: ScaleSettings, corpus: Corpus) -> Iterator[str]:
+    """Yield a line for everything that the measurement needs and the text or the lengths do not give."""
+    num_episodes = round(settings.needle_ratio * settings.documents)
+    if num_episodes < settings.documents and corpus.count_chunks("choose", settings.length) < MIN_CHUNKS:
+        yield (
+            f"scale.length: must leave {MIN_CHUNKS} samples of held-out text, got {settings.length} tokens of "
+            f"{corpus.store('choose').num_tokens}; raise data.held_out"
+        )
+    least = corpus.task("choose").min_length(1, 1)
+    if num_episodes and settings.length < least:
+        yield f"scale.length: must be at least {least} for recall episodes with this tokenizer, got {settings.length}"
 
 
 def choose_scale(

@@ -3,7 +3,7 @@
 Leaves selection.json: the layers that stay attention, and what was measured.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
@@ -23,6 +23,8 @@ from halo.losses import next_token_labels, token_losses
 from halo.progress import StageProgress, say, warn
 from halo.selection import Measurements
 from halo.settings import HOW, HaloError, Settings
+
+MIN_CHUNKS = 2
 
 
 class SelectSettings(Settings):
@@ -73,6 +75,20 @@ def run(job: Job) -> None:
             warn(warning)
         say(f"{'select':10} softmax attention stays in layers {record['layers']} (score: {record['score']})")
         files.write_json(job.directory("select") / files.SELECTION, record)
+
+
+def shortfalls(settings: SelectSettings, corpus: Corpus) -> Iterator[str]:
+    """Yield a line for everything that the measurement needs and the text or the lengths do not give."""
+    if settings.layers is not None or settings.score == "even":
+        return
+    least = corpus.task("choose").min_length()
+    if settings.recall_length < least:
+        yield f"select.recall_length: must be at least {least} with this tokenizer, got {settings.recall_length}"
+    if corpus.count_chunks("choose", settings.language_length) < MIN_CHUNKS:
+        yield (
+            f"select.language_length: must leave {MIN_CHUNKS} chunks of held-out text, got {settings.language_length} "
+            f"tokens of {corpus.store('choose').num_tokens}; raise data.held_out"
+        )
 
 
 def check_layers(settings: SelectSettings, num_layers: int) -> int:

@@ -1,0 +1,144 @@
+"""Everything that any stage will need, checked before the first one: no hours are spent on a run that must fail.
+
+Every shortfall is listed at once. A stage that needs something of the data has a function `shortfalls` beside its
+settings; what needs the machine is here.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from halo import files
+from halo.job import TRAINED_STAGES, Job
+from halo.settings import HaloError, Settings, TrainingSettings
+from halo.stages import STAGES, stage_module
+from halo.stages.select import check_layers
+from hypenet import HypeNetForCausalLM, config_from_teacher
+
+# float32: weights and two moments in each of two kept checkpoints and the one being written, and three saved models.
+BYTES_ON_DISK = 4 * (3 * 3 + 3)
+# float32 weights, gradients and two moments of the student; a teacher of the same size is in the arithmetic's dtype.
+BYTES_ON_DEVICE = 4 * 4
+PROBE_TOKENS = 96
+
+
+def check(job: Job) -> None:
+    """Check that the stages of a conversion will find what they need.
+
+    Raises:
+        HaloError: If anything is missing; the message has a line for each shortfall.
+    """
+    found = list(dict.fromkeys(_shortfalls(job)))
+    if len(found) == 1:
+        raise HaloError(found[0])
+    if found:
+        raise HaloError("\n  ".join([f"{job.out}: {len(found)} things are missing for the whole conversion", *found]))
+
+
+def _shortfalls(job: Job) -> Iterator[str]:
+    config = job.config
+    yield from _attempt(lambda: _check_writable(job))
+    yield from _attempt(lambda: job.teacher_config)
+    yield from _attempt(lambda: check_layers(config.select, job.teacher_config.num_hidden_layers))
+    yield from _batches(job)
+    yield from _attempt(lambda: job.tokenizer)
+    if "tokenizer" in job.__dict__:
+        yield from _data(job)
+    if "teacher_config" in job.__dict__:
+        yield from _attempt(lambda: _check_layer(job))
+        yield from _sizes(job)
+
+
+def _attempt(check: Callable[[], Any]) -> Iterator[str]:
+    """Yield the message of the HaloError that a check raises, if any."""
+    try:
+        check()
+    except HaloError as error:
+        yield str(error)
+
+
+def _check_writable(job: Job) -> None:
+    with files.writing(job.out):
+        job.out.mkdir(parents=True, exist_ok=True)
+        probe = job.out / f".writable{files.PARTIAL}"
+        probe.write_text("")
+        probe.unlink()
+
+
+def _batches(job: Job) -> Iterator[str]:
+    world = job.compute.world
+    for name in TRAINED_STAGES:
+        settings: TrainingSettings = getattr(job.config, name)
+        if settings.batch % world:
+            yield f"{name}.batch: must be a multiple of the {world} processes, got {settings.batch}"
+        elif settings.micro_batch and settings.micro_batch > 1 and (settings.batch // world) % settings.micro_batch:
+            share = settings.batch // world
+            yield f"{name}.micro_batch: must divide each process's {share} sequences, got {settings.micro_batch}"
+
+
+def _data(job: Job) -> Iterator[str]:
+    try:
+        corpus = job.corpus
+    except HaloError as error:
+        yield str(error)
+        return
+    for number, name in enumerate(STAGES):
+        section = getattr(job.config, name, None)
+        if isinstance(section, TrainingSettings) and section.steps:
+            try:
+                corpus.samples(section.length, section.needle_ratio, number)
+            except HaloError as error:
+                yield f"{name}: {error}"
+        needs: Callable[[Settings, Any], Iterator[str]] | None = getattr(stage_module(name), "shortfalls", None)
+        if needs is not None and section is not None:
+            try:
+                yield from needs(section, corpus)
+            except HaloError as error:
+                yield f"{name}: {error}"
+
+
+def _check_layer(job: Job) -> None:
+    """Run a step of one softmax and one recurrent layer of the student's width on the device, forward and backward."""
+    config = config_from_teacher(job.teacher_config, keep_layers=[0], mixer=job.config.mixer)
+    plain = config.to_dict() | {"num_hidden_layers": 2, "mixer_types": ["attn", job.config.mixer], "vocab_size": 256}
+    plain |= {"intermediate_size": 128, "tie_word_embeddings": True, "layer_types": None}
+    plain |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    ids = torch.arange(PROBE_TOKENS)[None].to(job.compute.device) % 256
+    try:
+        model = HypeNetForCausalLM(type(config)(**plain)).to(job.compute.device)  # type: ignore[arg-type]
+        with job.compute.autocast():
+            logits = model(input_ids=ids).logits
+        logits.float().square().mean().backward()
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise HaloError(
+            f"device: a step of the student's layers must run on {job.compute.device} in {job.compute.precision}, "
+            f"got {type(error).__name__}: {reason}"
+        ) from None
+
+
+def _sizes(job: Job) -> Iterator[str]:
+    with torch.device("meta"):
+        student = HypeNetForCausalLM(config_from_teacher(job.teacher_config, keep_layers=[], mixer=job.config.mixer))
+    count = sum(parameter.numel() for parameter in student.parameters())
+    finished = all((job.directory(name) / files.DONE).is_file() for name in TRAINED_STAGES)
+    free = shutil.disk_usage(job.out).free
+    if not finished and free < count * BYTES_ON_DISK:
+        yield f"out: must have {_gib(count * BYTES_ON_DISK)} of free space for checkpoints and models, got {_gib(free)}"
+    needed = count * (BYTES_ON_DEVICE / job.compute.world + job.compute.dtype.itemsize)
+    if job.compute.device.type == "cuda":
+        total = torch.cuda.get_device_properties(job.compute.device).total_memory
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // job.compute.world
+    if needed > total:
+        yield (
+            f"device: must hold {_gib(needed)} of weights, gradients and optimizer state for {job.compute.world} "
+            f"processes, got {_gib(total)}; use more devices"
+        )
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.1f} GiB"
