@@ -19,6 +19,7 @@ DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16,
 LAYOUTS = get_args(Layout)
 EXPORT = "export"
 CARD = "README.md"
+LOADING = ("is_local", "local_files_only", "name_or_path")
 
 
 def export(
@@ -147,10 +148,9 @@ def _load(folder: Path, dtype: torch.dtype) -> tuple[HypeNetForCausalLM, PreTrai
 
 
 def _forget_where_it_came_from(path: Path) -> None:
-    """Remove the directory that a tokenizer was loaded from."""
+    """Remove from a tokenizer's configuration what only says how it was loaded here."""
     record: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    if record.pop("name_or_path", None) is not None:
-        _write_json(path, record)
+    _write_json(path, {name: value for name, value in record.items() if name not in LOADING})
 
 
 def _write_json(path: Path, record: dict[str, Any]) -> None:

@@ -64,6 +64,7 @@ def assert_names_no_place_of_the_run(folder, directory):
     for path in folder.iterdir():
         if path.suffix != ".safetensors":
             assert str(directory) not in path.read_text(), path.name
+    assert not {"is_local", "name_or_path"} & json.loads((folder / "tokenizer_config.json").read_text()).keys()
 
 
 def test_the_folder_stands_alone(tmp_path):
