@@ -4,7 +4,7 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -84,6 +84,32 @@ def convert(config: ConfigOption, out: OutOption = None, changes: SetOption = No
 def report(out: Annotated[Path, typer.Argument(help="Output directory of a conversion or of the demo.")]) -> None:
     """Write report.md and its plots from the results of a conversion so far."""
     _report(out)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Output directory of a finished conversion.")],
+    to: Annotated[Path | None, typer.Option("--to", help="Folder to write, new or empty; default RUN/export.")] = None,
+    dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Data type of the weights.")] = "bf16",
+    layout: Annotated[
+        Literal["hypenet", "published"], typer.Option(help="published: fields and names of the published checkpoints.")
+    ] = "hypenet",
+    max_position_embeddings: Annotated[
+        int | None, typer.Option(min=1, help="Context length of the configuration; default: the longest in eval.")
+    ] = None,
+    license_name: Annotated[str, typer.Option("--license", help="License of the model card, such as mit.")] = "unknown",
+    push_to_hub: Annotated[str | None, typer.Option(help="Upload it to the Hugging Face Hub under this name.")] = None,
+) -> None:
+    """Write the finished model as a folder of transformers, with tokenizer and model card."""
+    from halo import export
+    from halo.progress import say
+
+    _silence_loading()
+    options: dict[str, Any] = {"dtype": dtype, "layout": layout, "max_position_embeddings": max_position_embeddings}
+    folder = export.export(run, to, **options, license_name=license_name, repository=push_to_hub)
+    say(f"export     {folder}")
+    if push_to_hub:
+        say(f"upload     {export.push_to_hub(folder, push_to_hub)}")
 
 
 @app.command()

@@ -218,6 +218,8 @@ def _evaluation_section(out: Path) -> str:
 
 
 def _recall_cell(row: dict) -> str:
+    if row["recall"] is None:
+        return "not measured"
     return f"{row['recall']:.2f} ± {row['recall_error'] or 0:.2f}"
 
 
