@@ -1,8 +1,8 @@
 """How FSDP2 divides weights, gradients and optimizer state over the processes.
 
 The root of a sharded model must be the module that is called, so the loss is the forward pass of the root. Embedding
-and head may share their weight, so both are in the root. Layers gather their weights in the arithmetic's dtype and reduce
-gradients in float32; the root keeps float32, so that the residual stream is as wide as in one process.
+and head may share their weight, so both are in the root. Layers gather their weights in the arithmetic's dtype and
+reduce gradients in float32; the root keeps float32, so that the residual stream is as wide as in one process.
 """
 
 from typing import Any, cast
