@@ -232,10 +232,10 @@ def test_one_line_of_many_megabytes_is_cut_and_reported(tokenizer, tmp_path, mon
         ("{tmp}/pipe", "data.source: must be a regular file or a directory"),
         ("/dev/zero", "data.source: must be a regular file or a directory"),
         ("{tmp}/blank.txt", "data.source: must hold text, got none in"),
-        ("{tmp}/cut.jsonl.gz", "cut.jsonl.gz: must be a readable file, got Compressed file ended"),
-        ("{tmp}/cut.jsonl.zst", "cut.jsonl.zst: must be a readable file, got Truncated compressed stream"),
-        ("{tmp}/no.jsonl.gz", "no.jsonl.gz: must be a readable file, got Not a gzipped file"),
-        ("{tmp}/no.parquet", "no.parquet: must be a readable file, got"),
+        ("{tmp}/cut.jsonl.gz", "cut.jsonl.gz: must be readable, got Compressed file ended"),
+        ("{tmp}/cut.jsonl.zst", "cut.jsonl.zst: must be readable, got Truncated compressed stream"),
+        ("{tmp}/no.jsonl.gz", "no.jsonl.gz: must be readable, got Not a gzipped file"),
+        ("{tmp}/no.parquet", "no.parquet: must be readable, got"),
     ],
 )
 def test_wrong_source_is_one_line(tokenizer, tmp_path, source, message):
@@ -281,6 +281,20 @@ def test_outputs_are_never_inputs(tokenizer, tmp_path):
         HaloError, match=r"data.source: must be another directory than the run's output, got .* for both"
     ):
         make_corpus(tokenizer, tmp_path, cache=tmp_path / "data")
+
+
+def test_directory_that_cannot_be_read_is_one_line(tokenizer, tmp_path, monkeypatch):
+    write_texts(tmp_path / "in" / "closed", documents(5))
+    listed = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(HaloError, match=r"in: must be readable, got Permission denied$"):
+        make_corpus(tokenizer, tmp_path / "in")
 
 
 def test_text_inside_the_output_folder_that_is_asked_for_is_read(tokenizer, tmp_path):

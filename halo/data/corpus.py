@@ -66,6 +66,7 @@ class Corpus:
             source = open_source(entry, settings, tokenizer, out)
             self._sources.append(TokenizedSource(source, tokenizer, self.cache, settings.max_document, needed))
         self._stores: dict[str, TokenStore] = {}
+        self._tasks: dict[str, NeedleTask] = {}
 
     def prepare(self, on_progress: Callable[[Progress], None] | None = None) -> None:
         """Tokenise what is missing. One process calls it before the others use the corpus.
@@ -133,7 +134,9 @@ class Corpus:
 
     def task(self, split: str) -> NeedleTask:
         """Return the needle task whose text is that of one side of the split."""
-        return NeedleTask(self.tokenizer, self.stream(split))
+        if split not in self._tasks:
+            self._tasks[split] = NeedleTask(self.tokenizer, self.stream(split))
+        return self._tasks[split]
 
     def episodes(self, seed: int, split: str) -> EpisodeMaker:
         """Return a function that makes recall episodes with 1 to MAX_NEEDLES needles, each of which is queried.
