@@ -13,7 +13,7 @@ from halo import files, models, teachers
 from halo.compute import Compute
 from halo.data import Batch, Corpus, batches
 from halo.journal import Journal
-from halo.progress import show_tokenising
+from halo.progress import TokenisingProgress
 from halo.settings import HaloError, Settings, TrainingSettings
 from halo.sharding import whole_state
 from halo.stages import STAGES
@@ -62,7 +62,7 @@ class Job:
     def corpus(self) -> Corpus:
         """The text of training, of choices and of the final measurement."""
         corpus = Corpus(self.config.data, self.tokenizer, self.config.seed, self.out / "data", self.training_tokens())
-        self.compute.from_main(lambda: corpus.prepare(show_tokenising))
+        self.compute.from_main(lambda: corpus.prepare(TokenisingProgress()))
         return corpus
 
     def load_teacher_weights(self) -> PreTrainedModel:

@@ -47,6 +47,21 @@ class StageProgress:
             say(f"{self.name:10} {done}/{self.total}  {note}")
 
 
+class TokenisingProgress:
+    """Shows how far tokenising is: called with a `halo.data.Progress`, prints a line now and then."""
+
+    def __init__(self) -> None:
+        self.last_line = time.monotonic()
+
+    def __call__(self, progress: Any) -> None:
+        if time.monotonic() - self.last_line < LINE_SECONDS:
+            return
+        self.last_line = time.monotonic()
+        total = f"/{progress.total:,}" if progress.total else ""
+        left = f"  {progress.remaining:,.0f} s left" if progress.remaining else ""
+        say(f"tokenising {progress.source}: {progress.tokens:,}{total}  {progress.tokens_per_second:,.0f} tokens/s{left}")
+
+
 def say(text: str) -> None:
     """Print one line of information to standard output."""
     console.print(text, markup=False, soft_wrap=True)

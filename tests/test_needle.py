@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from halo.config import HaloError
+from halo.settings import HaloError
 from halo.demo import corpus
 from halo.demo.train_teacher import train_tokenizer
 from halo.evaluation.needle import NUM_DIGITS, NeedleTask, recall, recall_per_episode, token_stream

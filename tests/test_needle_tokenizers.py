@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tokenizer_kinds import KINDS, TEXT, gpt2, sentencepiece_bpe, three_digits, whitespace
 
-from halo.config import HaloError
+from halo.settings import HaloError
 from halo.evaluation.needle import NUM_DIGITS, NeedleTask, token_stream
 from halo.evaluation.vocabulary import continuation, key_words, numbers
 

@@ -7,7 +7,7 @@ from tokenizer_kinds import KINDS as TOKENIZERS
 from tokenizer_kinds import TEXT, single_digits, whitespace
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from halo.config import HaloError
+from halo.settings import HaloError
 from halo.demo import corpus
 from halo.evaluation.needle import token_stream
 from halo.evaluation.ruler import KINDS, RulerTask, generated_recall, share

@@ -14,7 +14,7 @@ from halo_tiny import tiny_teacher, tiny_tokenizer, write_inputs
 from hypenet_models import small_teacher, tokens
 
 from halo import teachers
-from halo.config import HaloError
+from halo.settings import HaloError
 from halo.teachers import SMOLLM2, check_teacher, fingerprint, load_teacher, load_tokenizer, locate
 from hypenet import from_teacher
 from hypenet.conversion import FAMILIES

@@ -126,7 +126,7 @@ def _check_head(model: PreTrainedModel, ids: Tensor) -> None:
     head = model.get_output_embeddings()
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     logits = model(input_ids=ids, use_cache=False).logits.float()
-    expected = hidden.float() @ head.weight.float().T
+    expected = (hidden.float() @ head.weight.float().T).float()
     tolerance = 0.02 * float(expected.abs().max()) + 1e-6
     if logits.shape != expected.shape or not torch.allclose(logits, expected, rtol=0.02, atol=tolerance):
         raise NotImplementedError(
