@@ -2,6 +2,7 @@
 
 import json
 
+import pyarrow
 import torch
 
 from halo.data import Corpus, DataSettings
@@ -25,6 +26,13 @@ def write_lines(path, records):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in records))
     return path
+
+
+def compress_zstd(data):
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
 
 
 def all_texts(corpus):

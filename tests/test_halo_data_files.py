@@ -2,12 +2,11 @@
 
 import gzip
 import json
-import os
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-from halo_text import all_texts, make_corpus, write_lines, write_texts
+from halo_text import all_texts, compress_zstd, make_corpus, write_lines, write_texts
 from halo_tiny import documents, tiny_tokenizer
 
 from halo.settings import HaloError
@@ -16,13 +15,6 @@ from halo.settings import HaloError
 @pytest.fixture(scope="module")
 def tokenizer():
     return tiny_tokenizer()
-
-
-def compress_zstd(data):
-    sink = pyarrow.BufferOutputStream()
-    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
-        stream.write(data)
-    return sink.getvalue().to_pybytes()
 
 
 def lines(texts, key="text"):
@@ -215,90 +207,3 @@ def test_one_line_of_many_megabytes_is_cut_and_reported(tokenizer, tmp_path, mon
     stores = [text.store(split) for split in ("train", "choose", "judge")]
     assert sum(store.num_tokens for store in stores) == seen[-1].tokens and len(stores[0]) > 10
     assert text.skipped["records"] == 1
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("missing.txt", "data.source: must be an existing file or directory, got missing.txt"),
-        ("missing.jsonl.gz", "data.source: must be an existing file or directory, got missing.jsonl.gz"),
-        ("./nowhere", "data.source: must be an existing file or directory, got ./nowhere"),
-        (
-            "{tmp}/*/none*",
-            "data.source: must hold files ending in .txt, .md, .rst, .jsonl, .ndjson, .json, .parquet, got none",
-        ),
-        ("{tmp}/empty", "data.source: must hold files ending in .txt"),
-        ("{tmp}/image.png", "data.source: must end in one of .txt"),
-        ("{tmp}/pipe", "data.source: must be a regular file or a directory"),
-        ("/dev/zero", "data.source: must be a regular file or a directory"),
-        ("{tmp}/blank.txt", "data.source: must hold text, got none in"),
-        ("{tmp}/cut.jsonl.gz", "cut.jsonl.gz: must be a readable file, got Compressed file ended"),
-        ("{tmp}/cut.jsonl.zst", "cut.jsonl.zst: must be a readable file, got Truncated compressed stream"),
-        ("{tmp}/no.jsonl.gz", "no.jsonl.gz: must be a readable file, got Not a gzipped file"),
-        ("{tmp}/no.parquet", "no.parquet: must be a readable file, got"),
-    ],
-)
-def test_wrong_source_is_one_line(tokenizer, tmp_path, source, message):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "image.png").write_bytes(b"\x89PNG")
-    (tmp_path / "blank.txt").write_text(" \n\n")
-    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(lines(documents(40)))[:-40])
-    (tmp_path / "cut.jsonl.zst").write_bytes(compress_zstd(lines(documents(40)))[:-40])
-    (tmp_path / "no.jsonl.gz").write_bytes(lines(documents(2)))
-    (tmp_path / "no.parquet").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(HaloError) as error:
-        make_corpus(tokenizer, source.format(tmp=tmp_path)).prepare()
-    assert message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_pipes_loops_and_devices_in_a_folder_are_not_read(tokenizer, tmp_path):
-    write_texts(tmp_path / "in", documents(30))
-    os.mkfifo(tmp_path / "in" / "pipe.txt")
-    (tmp_path / "in" / "loop.txt").symlink_to("loop.txt")
-    (tmp_path / "in" / "around").symlink_to(tmp_path / "in", target_is_directory=True)
-    (tmp_path / "in" / "zero.txt").symlink_to("/dev/zero")
-    (tmp_path / "in" / "gone.txt").symlink_to("nowhere.txt")
-    assert sorted(all_texts(make_corpus(tokenizer, tmp_path / "in"))) == sorted(documents(30))
-
-
-def test_outputs_are_never_inputs(tokenizer, tmp_path):
-    texts = documents(30)
-    write_texts(tmp_path, texts)
-    out = tmp_path / "runs" / "one"
-    for source in (tmp_path, tmp_path / "**" / "*"):
-        text = make_corpus(tokenizer, source, cache=out / "data")
-        text.prepare()
-        first = text.fingerprint
-        write_lines(out / "align" / "metrics.jsonl", [{"step": 1, "text": "never to be read"}])
-        (out / "selection.json").write_text('{"text": "never to be read"}')
-        again = make_corpus(tokenizer, source, cache=out / "data")
-        assert sorted(all_texts(again)) == sorted(texts) and again.fingerprint == first
-        # Nor does another run read them.
-        other = make_corpus(tokenizer, source, cache=tmp_path / "two" / "data")
-        assert sorted(all_texts(other)) == sorted(texts) and other.fingerprint == first
-    with pytest.raises(
-        HaloError, match=r"data.source: must be another directory than the run's output, got .* for both"
-    ):
-        make_corpus(tokenizer, tmp_path, cache=tmp_path / "data")
-
-
-def test_text_inside_the_output_folder_that_is_asked_for_is_read(tokenizer, tmp_path):
-    write_texts(tmp_path / "out" / "my text", documents(30))
-    text = make_corpus(tokenizer, tmp_path / "out" / "my text", cache=tmp_path / "out" / "data")
-    assert len(all_texts(text)) == 30
-
-
-def test_locale_does_not_matter(tokenizer, tmp_path):
-    """Files are UTF-8 whatever the locale says."""
-    import subprocess
-    import sys
-
-    (tmp_path / "a.txt").write_text("Stra\xdfe " * 50, encoding="utf-8")
-    code = (
-        "import sys; from pathlib import Path; from halo.data.formats import FileReader;"
-        f"print(ascii(next(FileReader(Path({str(tmp_path / 'a.txt')!r}), 'text', 9999).items())[1][:6]))"
-    )
-    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert result.stdout == "'Stra\\xdfe'\n", result.stderr

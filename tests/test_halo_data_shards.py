@@ -1,7 +1,6 @@
 """Tokenising continues after a kill at any moment; the shards are byte for byte those of a run that was not killed."""
 
 import os
-import pickle
 import random
 import signal
 import subprocess
@@ -10,15 +9,12 @@ import time
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 from halo_text import make_corpus, write_lines, write_texts
 from halo_tiny import documents, tiny_tokenizer
 
 from halo import files
 from halo.data import shards, tokenizing
-from halo.data.encoder import Encoder
-from halo.data.shards import Header, Shard, open_shard, read_header, write_shard
 from halo.settings import HaloError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,9 +133,6 @@ def test_kills_inside_writes(tokenizer, source, whole, tmp_path, point, monkeypa
     """The process dies at the n-th system call of one kind, and is started again until it survives."""
     cache = tmp_path / "data"
 
-    def die():
-        os.kill(os.getpid(), signal.SIGKILL)
-
     def run(calls):
         """Prepare, and die at call number `calls` of the chosen kind."""
         left = [calls]
@@ -148,7 +141,7 @@ def test_kills_inside_writes(tokenizer, source, whole, tmp_path, point, monkeypa
             if here == point:
                 left[0] -= 1
                 if not left[0]:
-                    die()
+                    os.kill(os.getpid(), signal.SIGKILL)
             return action(*arguments)
 
         plain_open, plain_sync, plain_replace = Path.open, os.fsync, Path.replace
@@ -158,14 +151,12 @@ def test_kills_inside_writes(tokenizer, source, whole, tmp_path, point, monkeypa
                 self.file = file
 
             def write(self, data):
-                def half(data):
-                    self.file.write(bytes(data)[: len(bytes(data)) // 2])
-                    self.file.flush()
-                    die()
-
-                if point == "half written" and left[0] == 1:
-                    half(data)
-                left[0] -= point == "half written"
+                if point == "half written":
+                    left[0] -= 1
+                    if not left[0]:
+                        self.file.write(bytes(data)[: len(bytes(data)) // 2])
+                        self.file.flush()
+                        os.kill(os.getpid(), signal.SIGKILL)
                 return counted("write", self.file.write, data)
 
             def __getattr__(self, name):
@@ -307,45 +298,3 @@ def test_unreadable_and_full_disks_are_one_line(tokenizer, source, tmp_path, mon
         with pytest.raises(HaloError, match="must be writable, got OSError: No space left on device; free space"):
             prepared(tokenizer, source, tmp_path / "data")
     assert not list((tmp_path / "data").rglob("*.partial"))
-
-
-def test_a_shard_comes_back(tmp_path):
-    shard = Shard(
-        np.array([1, 2**32 - 1, 7], np.uint32), np.array([1, 3], np.uint64), np.array([5, 2**64 - 1], np.uint64)
-    )
-    written = write_shard(
-        tmp_path / "0.tokens", shard, Header(0, 0, None, [["a", 1], 0], 0.5, True, {"records": 2}, "")
-    )
-    assert read_header(tmp_path / "0.tokens") == written and (written.tokens, written.documents) == (3, 2)
-    again = open_shard(tmp_path / "0.tokens")
-    for name in ("tokens", "offsets", "keys"):
-        assert np.array_equal(getattr(again, name), getattr(shard, name))
-        assert getattr(again, name).dtype == getattr(shard, name).dtype
-    assert isinstance(again.tokens, np.memmap) and again.tokens.ctypes.data % 4 == 0
-
-
-@pytest.mark.parametrize("fast", [True, False])
-def test_encoder_gives_the_tokens_of_the_tokenizer(tokenizer, fast, monkeypatch):
-    texts = [
-        *documents(3),
-        "",
-        " ",
-        "\n\n a  b\t",
-        "caf\xe9 \u4f60\u597d \U0001f600",
-        f"a {tokenizer.eos_token} b",
-        "x" * 5000,
-    ]
-    tokenizer(texts, truncation=True, padding=True, max_length=8)  # leaves its settings in the tokenizer
-    if not fast:
-        monkeypatch.setattr(type(tokenizer), "is_fast", False)
-    encode = Encoder(tokenizer)
-    rows = pickle.loads(pickle.dumps(encode))(texts)
-    for text, row in zip(texts, rows, strict=True):
-        assert row.dtype == np.uint32
-        assert row.tolist() == [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    assert encode([]) == []
-
-
-def test_workers_import_neither_torch_nor_transformers():
-    code = "import sys, halo.data.workers; print([name for name in ('torch', 'transformers') if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"

@@ -66,6 +66,7 @@ class Corpus:
             source = open_source(entry, settings, tokenizer, out)
             self._sources.append(TokenizedSource(source, tokenizer, self.cache, settings.max_document, needed))
         self._stores: dict[str, TokenStore] = {}
+        self._tasks: dict[str, NeedleTask] = {}
 
     def prepare(self, on_progress: Callable[[Progress], None] | None = None) -> None:
         """Tokenise what is missing. One process calls it before the others use the corpus.
@@ -111,10 +112,7 @@ class Corpus:
         stores = [stores[0] for stores in self._split]
         episode = self.episodes(self.seed + 1000 * stage, "train") if ratio else None
         if episode is not None:
-            try:
-                episode(0, length)
-            except ValueError as error:
-                raise HaloError(f"needle_ratio: must be 0 for samples of {length} tokens ({error})") from None
+            episode(0, length)  # says so now if no episode fits
         names = [source.source.name for source in self._sources]
         weights = [entry.weight for entry in self.entries]
         return Samples(stores, weights, length, (self.seed, stage), ratio, episode, names)
@@ -135,7 +133,9 @@ class Corpus:
 
     def task(self, split: str) -> NeedleTask:
         """Return the needle task whose text is that of one side of the split."""
-        return NeedleTask(self.tokenizer, self.stream(split))
+        if split not in self._tasks:
+            self._tasks[split] = NeedleTask(self.tokenizer, self.stream(split))
+        return self._tasks[split]
 
     def episodes(self, seed: int, split: str) -> EpisodeMaker:
         """Return a function that makes recall episodes with 1 to MAX_NEEDLES needles, each of which is queried.

@@ -70,7 +70,7 @@ class FileReader:
         if self.kind in PARQUET:
             yield from self._rows(start)
             return
-        with _reading(self.path), self.path.open("rb", buffering=0) as file:
+        with reading(self.path), self.path.open("rb", buffering=0) as file:
             size = max(self.path.stat().st_size, 1)
             stream = _decompressed(file, self.path)
             encoding = sniff_encoding(stream.peek(4096)[:4096])
@@ -120,7 +120,7 @@ class FileReader:
         import pyarrow
         import pyarrow.parquet
 
-        with _reading(self.path), pyarrow.parquet.ParquetFile(self.path) as file:
+        with reading(self.path), pyarrow.parquet.ParquetFile(self.path) as file:
             names = file.schema_arrow.names
             columns = [self.field] if self.field in names else [name for name in CHAT_KEYS if name in names]
             if not columns:
@@ -206,10 +206,10 @@ class _Raw(io.RawIOBase):
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn an error of the file system or of decompression into one line that names the file."""
+def reading(path: Path) -> Iterator[None]:
+    """Turn an error of the file system or of decompression inside the context into one line that names the file."""
     try:
         yield
     except (OSError, EOFError, zlib.error, ValueError) as error:  # pyarrow's errors are OSError or ValueError
         reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
-        raise HaloError(f"{path}: must be a readable file, got {reason}") from None
+        raise HaloError(f"{path}: must be readable, got {reason}") from None

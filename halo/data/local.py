@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from halo.data.formats import READABLE, SUFFIXES, FileReader, Problem, kind_of
+from halo.data.formats import READABLE, SUFFIXES, FileReader, Problem, kind_of, reading
 from halo.data.records import Unusable, record_text
 from halo.data.settings import DataSettings, SourceSettings
 from halo.data.source import Record, Source
@@ -43,8 +43,9 @@ class LocalText(Source):
     ) -> None:
         self.name, self.field, self.size = entry.source, entry.field or "text", settings.max_document
         self.tokenizer = tokenizer
-        self.root, self.files = find_files(entry.source, out)
-        self.sizes = [file.stat().st_size for file in self.files]
+        with reading(Path(entry.source)):
+            self.root, self.files = find_files(entry.source, out)
+            self.sizes = [file.stat().st_size for file in self.files]
 
     def identity(self) -> list[Any]:
         return [
@@ -118,11 +119,15 @@ def _is_glob(name: str) -> bool:
 def _files_below(root: Path, out: Path | None) -> list[Path]:
     """Return the regular files below a directory, without following links to directories."""
     found = []
-    for directory, names, files in os.walk(root):
+    for directory, names, files in os.walk(root, onerror=_refuse):
         here = Path(directory)
         names[:] = [name for name in names if not _is_output(here / name, out)]
         found += [here / name for name in files if (here / name).is_file()]
     return found
+
+
+def _refuse(error: OSError) -> None:
+    raise error  # rather than read without this directory
 
 
 def _is_output(directory: Path, out: Path | None) -> bool:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -120,6 +121,7 @@ def make_shard(
 def _start_worker(encode: Encoder) -> None:
     global _encode
     _encode = encode
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which lets the shards in work be finished
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread for each process
     parent = multiprocessing.parent_process()
     assert parent is not None
