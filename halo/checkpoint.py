@@ -41,7 +41,7 @@ class Checkpoints:
         self.writing: tuple[Future, Path, Path] | None = None
         # Collectives of a save run beside those of training, so they need a group of their own.
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if compute.world > 1 else None
-        compute.from_main(self._delete_leftovers)
+        compute.from_main(lambda: files.remove_leftovers(directory))
 
     def steps(self) -> list[int]:
         """Return the steps of all checkpoints, ascending."""
@@ -150,10 +150,6 @@ class Checkpoints:
         files.publish_directory(partial, path)
         for step in self.steps()[:-KEPT]:
             shutil.rmtree(self.directory / f"step-{step}")
-
-    def _delete_leftovers(self) -> None:
-        for partial in self.directory.glob("*" + files.PARTIAL):
-            files.remove(partial)
 
 
 def first_difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str | None:

@@ -138,6 +138,13 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_leftovers(directory: Path) -> None:
+    """Delete what an interrupted process has left in a directory: files and directories that are not whole."""
+    for pattern in (f"*{PARTIAL}", ".tmp*"):  # the second is how safetensors names a file until it is whole
+        for path in directory.glob(pattern):
+            remove(path)
+
+
 def sync_directory(path: Path) -> None:
     """Make renames in a directory durable."""
     descriptor = os.open(path, os.O_RDONLY)

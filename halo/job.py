@@ -1,6 +1,6 @@
 """What a stage works with: the configuration, the processes, the files of the run, and teacher and data on demand."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from halo.progress import TokenisingProgress
 from halo.settings import HaloError, Settings, TrainingSettings
 from halo.sharding import whole_state
 from halo.stages import STAGES
-from halo.trainer import Training
+from halo.trainer import Run, Training, train
 from hypenet import HypeNetForCausalLM
 
 if TYPE_CHECKING:
@@ -118,8 +118,8 @@ class Job:
         """Open the journal of a stage that measures."""
         return Journal(self.directory(stage), self.identity(stage), self.compute)
 
-    def train(self, training: Training, loop: Callable[..., None]) -> None:
-        """Run the training loop of a stage on its batches."""
+    def train(self, training: Training) -> None:
+        """Train a stage on its samples."""
         settings = training.settings
         offset = STAGES.index(training.name)
         samples = self.corpus.samples(settings.length, settings.needle_ratio, offset)
@@ -127,8 +127,20 @@ class Job:
         def source(step: int) -> Iterator[Batch]:
             return batches(samples, settings.batch, step, self.compute.rank, self.compute.world, self.compute.device)
 
-        directory = self.directory(training.name)
-        loop(training, source, directory, self.compute, self.identity(training.name), self.config.tensorboard)
+        run = Run(source, self._held_out(settings), self.identity(training.name), self.config.tensorboard)
+        train(training, run, self.directory(training.name), self.compute)
+
+    def _held_out(self, settings: TrainingSettings) -> list[Batch]:
+        """Return held-out text for the measurements of a stage, in batches that every process has a share of."""
+        if settings.held_out_every is None:
+            return []
+        world = self.compute.world
+        size = (settings.micro_batch or max(settings.batch // world, 1)) * world
+        chunks = self.corpus.chunks("choose", settings.held_out_samples, settings.length)
+        whole = chunks[: max(len(chunks) // size, 1) * size]
+        if len(whole) % world:
+            raise HaloError(f"held_out_samples: must be at least the {world} processes, got {len(whole)} samples")
+        return [Batch(ids, torch.zeros_like(ids, dtype=torch.int32)) for ids in whole.split(size)]
 
     def load_mixers(self, stage: str) -> nn.ModuleList:
         """Load the twins that transfer or align left, in float32 on the CPU."""

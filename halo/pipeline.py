@@ -71,7 +71,7 @@ class Pipeline:
         if before >= 0:
             self.compute.from_main(lambda: self._require(STAGES[before]))
         with self._locked():
-            self.compute.from_main(self._write_config)
+            self.compute.from_main(lambda: self._prepare(directory))
             began = time.monotonic()
             stage_module(stage).run(job)
             self.compute.barrier()
@@ -113,7 +113,9 @@ class Pipeline:
                 f"{directory}: was made with other settings ({difference}); give another --out or delete it"
             )
 
-    def _write_config(self) -> None:
+    def _prepare(self, directory: Path) -> None:
+        for place in (self.out, directory):
+            files.remove_leftovers(place)
         plain = self.config.model_dump(mode="json")
         files.write_file(self.out / files.CONFIG, lambda path: path.write_text(yaml.safe_dump(plain, sort_keys=False)))
 

@@ -92,6 +92,11 @@ def _data(job: Job) -> Iterator[str]:
                 corpus.samples(section.length, section.needle_ratio, number)
             except HaloError as error:
                 yield f"{name}: {error}"
+            if section.held_out_every and corpus.count_chunks("choose", section.length) < max(2, job.compute.world):
+                yield (
+                    f"{name}.held_out_every: must be null where held-out text has fewer than two samples of "
+                    f"{section.length} tokens, got {section.held_out_every}"
+                )
         needs: Callable[[Settings, Any], Iterator[str]] | None = getattr(stage_module(name), "shortfalls", None)
         if needs is not None and section is not None:
             try:

@@ -44,6 +44,12 @@ class TrainingSettings(Settings):
         None, ge=0, le=1, description="share of recall episodes in this stage; default: data.needle_ratio"
     )
     log_every: PositiveInt = Field(10, json_schema_extra=HOW, description="steps between lines of metrics.jsonl")
+    held_out_every: PositiveInt | None = Field(
+        None, json_schema_extra=HOW, description="steps between measurements of the loss on held-out text; null: none"
+    )
+    held_out_samples: PositiveInt = Field(
+        32, json_schema_extra=HOW, description="sequences of held-out text for them, of the stage's length"
+    )
     checkpoint_minutes: float = Field(15.0, gt=0, json_schema_extra=HOW, description="minutes between checkpoints")
     checkpoint_every: PositiveInt | None = Field(
         None, json_schema_extra=HOW, description="steps between checkpoints, in addition to checkpoint_minutes"

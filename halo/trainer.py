@@ -9,6 +9,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -61,32 +62,36 @@ class Training(nn.Module, ABC):
         """Return what to log of a batch, of which one value is named `loss`."""
         return sums
 
-    def held_out(self) -> dict[str, float]:
-        """Return measurements on held-out text to log now and then; empty if the stage has none."""
-        return {}
-
     def clip_groups(self) -> list[list[nn.Parameter]]:
         """Return groups of parameters; the gradient norm of each group is clipped on its own."""
         return [[parameter for parameter in self.parameters() if parameter.requires_grad]]
 
 
-def train(
-    training: Training,
-    batches: BatchSource,
-    directory: Path,
-    compute: Compute,
-    identity: dict[str, Any] | None = None,
-    tensorboard: bool = False,
-) -> None:
+@dataclass(frozen=True)
+class Run:
+    """What a stage is trained on and how that is logged.
+
+    Attributes:
+        batches: Makes the batches from a step on.
+        held_out: Batches of held-out text, of which this process measures its share; empty for none.
+        identity: Everything that the result depends on, as plain JSON; a checkpoint of another identity is refused.
+        tensorboard: Whether to write TensorBoard's event files too.
+    """
+
+    batches: BatchSource
+    held_out: list[Batch] = field(default_factory=list)
+    identity: dict[str, Any] | None = None
+    tensorboard: bool = False
+
+
+def train(training: Training, run: Run, directory: Path, compute: Compute) -> None:
     """Run all steps of a stage; `training` holds the result.
 
     Args:
         training: What to train, on the device.
-        batches: Makes the batches from a step on.
+        run: Its data and log.
         directory: Receives metrics.jsonl and checkpoints/, from the last of which an interrupted run continues.
         compute: Device, arithmetic and processes.
-        identity: Everything that the result depends on, as plain JSON; a checkpoint of another identity is refused.
-        tensorboard: Whether to write TensorBoard's event files too.
 
     Raises:
         HaloError: If loss, gradient or weights stop being finite, or if a checkpoint cannot be used.
@@ -104,15 +109,15 @@ def train(
         weight_decay=settings.weight_decay,
         fused=True,
     )
-    checkpoints = Checkpoints(directory / files.CHECKPOINTS, identity or settings.identity(), compute)
+    checkpoints = Checkpoints(directory / files.CHECKPOINTS, run.identity or settings.identity(), compute)
     resumed = checkpoints.load(training, optimizer) or {"step": 0, "seconds": 0.0}
     start = resumed["step"]
     if start and compute.main:
         say(f"{training.name}: continues after step {start}")
-    source = batches(start)
+    source = run.batches(start)
     tokens = settings.batch * settings.length
     saved = time.monotonic()
-    metrics = Metrics(directory, compute, start, resumed["seconds"], tokens, tensorboard)
+    metrics = Metrics(directory, compute, start, resumed["seconds"], tokens, run.tensorboard)
     with StageProgress(training.name, settings.steps, compute.main) as progress, metrics, StopRequest() as stop:
         for step in range(start, settings.steps):
             done = step + 1
@@ -123,10 +128,13 @@ def train(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             last = done == settings.steps
-            if done % settings.log_every == 0 or last or done == 1:
+            measured = bool(run.held_out) and (last or done % (settings.held_out_every or settings.steps) == 0)
+            if done % settings.log_every == 0 or last or done == 1 or measured:
                 record = {"lr": learning_rate(step, settings), "grad_norm": float(norms.max())}
                 record |= _logged(training, sums, compute)
                 _require_finite(training, done, record)
+                if measured:
+                    record["held_out_loss"] = held_out_loss(training, run.held_out, compute)
                 line = metrics.log(done, record)
                 progress.update(done, f"loss {line['loss']:.4f}  {line['tokens_per_second']:,.0f} tokens/s")
             due = bool(settings.checkpoint_every) and done % settings.checkpoint_every == 0
@@ -152,6 +160,19 @@ def learning_rate(step: int, settings: TrainingSettings) -> float:
     progress = (step - settings.warmup) / max(settings.steps - 1 - settings.warmup, 1)
     drop = settings.learning_rate - settings.final_learning_rate
     return settings.final_learning_rate + 0.5 * drop * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+@torch.no_grad()
+def held_out_loss(training: Training, held_out: list[Batch], compute: Compute) -> float:
+    """Measure the loss on batches, each of which is shared out over the processes."""
+    share = [batch.share(compute.rank, compute.world).to(compute.device) for batch in held_out]
+    count = compute.sum(torch.stack([training.units(batch) for batch in share]).sum()).clamp(min=1)
+    sums: dict[str, Tensor] = {}
+    for batch in share:
+        with compute.autocast():
+            for key, value in training.accumulate(batch, count, 1.0).items():
+                sums[key] = sums[key] + value if key in sums else value
+    return float(training.record({key: compute.sum(value) for key, value in sums.items()})["loss"])
 
 
 def _accumulate(training: Training, batch: Batch, compute: Compute) -> dict[str, Tensor]:

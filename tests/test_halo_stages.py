@@ -22,7 +22,7 @@ from halo.settings import HaloError, TrainingSettings
 from halo.stages.align import Align, AlignSettings
 from halo.stages.distill import Distill, DistillSettings
 from halo.stages.finetune import Finetune, FinetuneSettings
-from halo.trainer import Training, learning_rate, train
+from halo.trainer import Run, Training, held_out_loss, learning_rate, train
 
 VOCABULARY, LENGTH = 61, 40
 CPU = Compute(torch.device("cpu"))
@@ -32,8 +32,8 @@ STAGES = ("align", "distill", "finetune")
 
 
 def always(batch):
-    """Yield the same batch at every step, in place of a data loader."""
-    return lambda step: repeat(batch)
+    """Train on the same batch at every step."""
+    return Run(lambda step: repeat(batch))
 
 
 def random_batch(sequences=2, documents=2):
@@ -176,6 +176,18 @@ def test_micro_batches_give_the_gradient_of_the_batch(name):
         gradients.append(torch.cat([p.grad.flatten().double() for p in stage.parameters() if p.grad is not None]))
     error = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
     assert error < 100 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_held_out_loss_is_the_mean_over_its_batches_and_trains_nothing(name, tmp_path):
+    stage, batch = make_stage(name, steps=4, held_out_every=2, log_every=100), random_batch()
+    expected = held_out_loss(stage, [batch], CPU)
+    assert expected == pytest.approx(held_out_loss(stage, batch.split(1), CPU), rel=1e-5)
+    assert all(parameter.grad is None for parameter in stage.parameters())
+    train(stage, Run(lambda step: repeat(batch), batch.split(1)), tmp_path, CPU)
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines if "held_out_loss" in line] == [2, 4]
+    assert lines[-1]["held_out_loss"] == pytest.approx(held_out_loss(stage, [batch], CPU), rel=1e-5) != expected
 
 
 def test_isolated_documents_do_not_see_each_other():

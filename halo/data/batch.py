@@ -24,6 +24,12 @@ class Batch:
         """Copy to page-locked memory, from which copies to a GPU run in the background."""
         return Batch(self.input_ids.pin_memory(), self.document_ids.pin_memory())
 
+    def share(self, rank: int, world: int) -> "Batch":
+        """Return the rows of one of `world` processes."""
+        count = self.input_ids.shape[0] // world
+        rows = slice(rank * count, (rank + 1) * count)
+        return Batch(self.input_ids[rows], self.document_ids[rows])
+
     def split(self, size: int | None) -> list["Batch"]:
         """Split into batches of `size` sequences; None does not split."""
         if size is None or size >= self.input_ids.shape[0]:

@@ -20,7 +20,7 @@ from halo.data import Batch
 from halo.job import Job
 from halo.settings import TrainingSettings
 from halo.sharding import shard_mixers, shard_teacher, whole_state
-from halo.trainer import Training, train
+from halo.trainer import Training
 
 
 class AlignSettings(TrainingSettings):
@@ -108,7 +108,7 @@ def run(job: Job) -> None:
     """Align the twins and save them."""
     twins = job.load_mixers("transfer").to(job.compute.device)
     training = Align(job.teacher, twins, job.config.align, job.config.data.isolate_documents)
-    job.train(training, train)
+    job.train(training)
     state = whole_state(training.mixers, job.compute)
     if job.compute.main:
         models.save_mixers(state, job.directory("align") / files.MIXERS)

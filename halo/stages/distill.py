@@ -15,9 +15,9 @@ from halo.compute import Compute
 from halo.data import Batch
 from halo.job import Job
 from halo.losses import kl_divergence
-from halo.settings import LossSettings
+from halo.settings import HOW, LossSettings
 from halo.sharding import shard_student, shard_teacher
-from halo.trainer import Training, train
+from halo.trainer import Training
 from hypenet import HypeNetForCausalLM
 
 
@@ -27,6 +27,11 @@ class DistillSettings(LossSettings):
     steps: NonNegativeInt = Field(20_000, le=10**9, description="optimizer steps")
     batch: PositiveInt = Field(96, description="sequences per optimizer step, over all processes")
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
+    held_out_every: PositiveInt | None = Field(
+        500,
+        json_schema_extra=HOW,
+        description="steps between measurements of the divergence on held-out text; null: none",
+    )
     gate_init: Literal["open", "random"] = Field(
         "open",
         description="open: new attention gates start without effect; random (the paper) halves the output at first",
@@ -106,5 +111,5 @@ def run(job: Job) -> None:
     del twins
     student.to(job.compute.device)  # type: ignore[arg-type]
     training = Distill(job.teacher, student, config.distill, config.data.isolate_documents)
-    job.train(training, train)
+    job.train(training)
     job.save_student(training.student, "distill")

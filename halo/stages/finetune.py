@@ -16,7 +16,7 @@ from halo.job import Job
 from halo.losses import IGNORE, next_token_labels, next_token_loss
 from halo.settings import HOW, LossSettings
 from halo.sharding import shard_student
-from halo.trainer import Training, train
+from halo.trainer import Training
 from hypenet import HypeNetForCausalLM
 
 
@@ -84,5 +84,5 @@ def run(job: Job) -> None:
     job.release_teacher()
     student = job.load_student("distill")
     training = Finetune(student, job.config.finetune, job.config.data.isolate_documents)
-    job.train(training, train)
+    job.train(training)
     job.save_student(training.student, "finetune")
