@@ -150,6 +150,23 @@ def losses(
 
 
 @app.command()
+def conversion(
+    config: Annotated[str, typer.Option(help="YAML file, or the name of a shipped configuration.")],
+    work: Annotated[Path, typer.Option(help="Output directory of the conversion.")],
+    kill: Annotated[bool, typer.Option("--kill", help="Kill the process once in every stage.")] = False,
+    out: OutOption = None,
+) -> None:
+    """Run a whole conversion, if wanted with a kill in every stage, and record times, losses and measurements."""
+    from bench import conversion as runner
+
+    work.mkdir(parents=True, exist_ok=True)
+    record = runner.run(config, work, kill, work / "conversion.log")
+    path = out or records.RESULTS / "conversions" / f"{Path(config).stem}.json"
+    records.save(path, record)
+    console.print(f"written to {path}")
+
+
+@app.command()
 def plot(
     folder: Annotated[Path, typer.Argument(help="Folder with the records of one device.")],
 ) -> None:
