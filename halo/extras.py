@@ -11,6 +11,7 @@ PACKAGES = {
     "model": MODEL,
     "halo": HALO,
     "gguf": (*HALO, "gguf", "accelerate"),
+    "eval": (*HALO, "lm_eval"),
 }
 
 

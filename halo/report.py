@@ -1,5 +1,7 @@
 """Writes report.md and its plots from the JSON and JSONL files of a conversion."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -52,12 +54,15 @@ def write_report(out: Path) -> Path:
 
 
 def evaluation_table(rows: list[dict]) -> str:
-    """Format recall and bits per byte as Markdown tables: a row per model, a column per length."""
+    """Format recall, RULER's tasks and bits per byte as Markdown tables: a row per model, a column per length."""
     lengths = sorted({row["length"] for row in rows})
     multiples = {row["length"]: row["multiple"] for row in rows}
     head = " | ".join(f"{length} ({multiples[length]}x)" for length in lengths)
+    tasks = dict.fromkeys(name for row in rows for name in row.get("tasks", {}))
+    cells_of: dict[str, Callable[[dict], str]] = {"needle recall": _recall_cell}
+    cells_of |= {f"{name}, generated": partial(_task_cell, name) for name in tasks}
     lines = []
-    for title, cell in (("needle recall", _recall_cell), ("bits per byte", _bits_cell)):
+    for title, cell in (cells_of | {"bits per byte": _bits_cell}).items():
         lines += [f"| {title} | {head} |", "|---|" + "---:|" * len(lengths)]
         for label in dict.fromkeys(row["model"] for row in rows):
             by_length = {row["length"]: row for row in rows if row["model"] == label}
@@ -65,6 +70,20 @@ def evaluation_table(rows: list[dict]) -> str:
             lines.append(f"| {label} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def position_table(rows: list[dict]) -> str:
+    """Format bits per byte by position, at the greatest length that was measured, as a Markdown table."""
+    longest = max((row["length"] for row in rows if row.get("by_position")), default=None)
+    chosen = [row for row in rows if row["length"] == longest and row["by_position"]]
+    if not chosen:
+        return ""
+    head = [f"{part['start']} to {part['stop'] - 1}" for part in chosen[0]["by_position"]]
+    lines = [f"| bits per byte by position, at {longest} tokens | {' | '.join(head)} |", "|---|" + "---:|" * len(head)]
+    for row in chosen:
+        cells = [f"{part['bits_per_byte']:.3f} ± {part['stderr'] or 0:.3f}" for part in row["by_position"]]
+        lines.append(f"| {row['model']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
 
 
 def plot_evaluation(rows: list[dict], training_length: int, path: Path) -> None:
@@ -214,13 +233,19 @@ def _evaluation_section(out: Path) -> str:
     if record is None:
         return ""
     plot_evaluation(record["rows"], record["training_length"], out / "evaluation.png")
-    return "\n".join(["## Evaluation\n", evaluation_table(record["rows"]), "![evaluation](evaluation.png)\n"])
+    tables = [evaluation_table(record["rows"]), position_table(record["rows"])]
+    return "\n".join(["## Evaluation\n", *tables, "![evaluation](evaluation.png)\n"])
 
 
 def _recall_cell(row: dict) -> str:
     if row["recall"] is None:
         return "not measured"
     return f"{row['recall']:.2f} ± {row['recall_error'] or 0:.2f}"
+
+
+def _task_cell(name: str, row: dict) -> str:
+    task = row["tasks"].get(name)
+    return "" if task is None else _recall_cell(task)
 
 
 def _bits_cell(row: dict) -> str:

@@ -13,6 +13,7 @@ from halo.evaluation import ruler
 from halo.evaluation.needle import NeedleTask, TooShort, recall_per_episode, token_stream
 from halo.evaluation.perplexity import bits_per_byte
 from halo.journal import Journal
+from halo.report import evaluation_table, position_table
 from halo.settings import HaloError
 from halo.stages import evaluate as stage
 from halo.stages.evaluate import EvalSettings, evaluate, shortfalls
@@ -167,3 +168,20 @@ def test_models_of_half_precision_are_measured(text, model, tmp_path):
     [row] = measured(text, half, tmp_path, multiples=[1])
     [whole] = measured(text, model, tmp_path, "fp32", multiples=[1])
     assert row["bits_per_byte"] == pytest.approx(whole["bits_per_byte"], rel=0.02)
+
+
+def test_the_report_has_a_column_for_each_length_and_position(text, model, tmp_path):
+    rows = measured(text, model, tmp_path)
+    table = evaluation_table(rows)
+    assert [line.split(" | ")[0] for line in table.splitlines() if " (1x) " in line] == [
+        "| needle recall",
+        "| s1, generated",
+        "| multikey, generated",
+        "| bits per byte",
+    ]
+    recall = rows[1]["tasks"]["s1"]
+    assert f"{recall['recall']:.2f} ± {recall['recall_error']:.2f}" in table
+    positions = position_table(rows).splitlines()
+    assert positions[0] == "| bits per byte by position, at 400 tokens | 0 to 255 | 256 to 399 |"
+    assert f"{rows[1]['by_position'][1]['bits_per_byte']:.3f} ± " in positions[2]
+    assert position_table([row | {"by_position": None} for row in rows]) == ""

@@ -13,7 +13,7 @@ from halo import extras
 from halo.cli import app
 from halo.evaluation import ruler
 
-OWN = "recall,bits,s1,s3"
+OWN = "recall,bits,s1"
 
 
 @pytest.fixture(scope="module")

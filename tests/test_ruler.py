@@ -8,6 +8,7 @@ from tokenizer_kinds import TEXT, single_digits, whitespace
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from halo.demo import corpus
+from halo.evaluation import ruler
 from halo.evaluation.needle import token_stream
 from halo.evaluation.ruler import KINDS, RulerTask, generated_recall
 from halo.settings import HaloError
@@ -148,8 +149,9 @@ def test_what_cannot_be_measured_is_refused(tokenizer, stream):
         RulerTask("s1", whitespace(), stream)
 
 
-def test_a_model_generates_through_its_cache():
+def test_a_model_generates_through_its_cache(monkeypatch):
     """The demo's teacher was trained to copy the value of a needle, and finds it in text."""
+    monkeypatch.setattr(ruler, "EXTRA_TOKENS", 2)
     folder = "halo/demo/teacher"
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     task = RulerTask("s2", tokenizer, token_stream(tokenizer, corpus.documents("heldout")[:8]), digits=5)

@@ -16,6 +16,7 @@ from halo.settings import HaloError
 # What marks a token that begins with a space: byte-level BPE, SentencePiece, others.
 SPACE_MARKS = "Ġ▁ "
 MIN_WORD_LETTERS = 4
+LEAST_WORDS = 8
 MIN_WORDS = 16  # below this, a vocabulary's own words are too few to make keys of
 # Text before a piece, so that it is tokenised as a continuation: at the start of a text, some tokenizers add a space.
 ANCHORS = ("a", ".", "\n", "")
@@ -74,7 +75,7 @@ def key_words(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     words in several tokens each.
 
     Raises:
-        HaloError: If the tokenizer cannot write at least two words.
+        HaloError: If the tokenizer cannot write as many words as the keys of four needles have.
     """
     single = [
         (index, token[1:])
@@ -93,8 +94,10 @@ def key_words(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     enough = [size for size, group in by_size.items() if len(group) >= MIN_WORDS]
     best = min(enough) if enough else max(by_size, key=lambda size: len(by_size[size]), default=0)
     words = by_size.get(best, [])
-    if len(words) < 2:
-        raise HaloError("needle task: the tokenizer must be able to write words, got one that reads back other text")
+    if len(words) < LEAST_WORDS:
+        raise HaloError(
+            f"needle task: the tokenizer must be able to write {LEAST_WORDS} words, got one that writes {len(words)}"
+        )
     return np.array(words, dtype=np.int64)
 
 
