@@ -179,8 +179,8 @@ def _check_finite(module: nn.Module, compute: Compute, step: int) -> None:
 
 def _state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return trainable weights and AdamW's state under flat names, as the tensors themselves."""
-    names = {parameter: name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    state: dict[str, Tensor] = {f"model.{name}": parameter.detach() for parameter, name in names.items()}
+    names: dict[Tensor, str] = {weight: name for name, weight in module.named_parameters() if weight.requires_grad}
+    state: dict[str, Tensor] = {f"model.{name}": weight.detach() for weight, name in names.items()}
     for parameter, values in optimizer.state.items():
         state |= {f"optimizer.{names[parameter]}.{key}": value for key, value in values.items()}
     return state

@@ -40,7 +40,7 @@ class Job:
         if like is not None:
             compute = compute or like.compute
             self.corpus, self.teacher_config = like.corpus, like.teacher_config
-        self.compute = compute or Compute.start(config.device, config.precision, config.threads)
+        self.compute: Compute = compute or Compute.start(config.device, config.precision, config.threads)
 
     @cached_property
     def teacher_config(self) -> PreTrainedConfig:

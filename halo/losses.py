@@ -1,4 +1,4 @@
-"""The three losses of the conversion. Shapes: B sequences, T tokens, D hidden size, V vocabulary, N = B * T.
+"""The losses over the vocabulary of the conversion. Shapes: B sequences, T tokens, D hidden size, V vocabulary, N = B * T.
 
 Losses over the vocabulary take hidden states and the head's weight. The logits of `token_chunk` tokens (and of
 `vocab_chunk` entries, if given) are computed at a time, into workspaces that are reused, and turned into the gradient
@@ -133,23 +133,6 @@ def next_token_labels(input_ids: Tensor, document_ids: Tensor | None = None) -> 
     if document_ids is not None:
         labels[:, :-1][document_ids[:, 1:] != document_ids[:, :-1]] = IGNORE
     return labels
-
-
-def mixer_mse(outputs: list[Tensor], targets: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Compute the errors of stage 1 (HALO, section 4.2), which a caller may divide by the targets' power.
-
-    Args:
-        outputs: Each layer's mixer output [B, T, D]; differentiable.
-        targets: What it should be, of the same shapes.
-
-    Returns:
-        The mean squared error of each layer [L], and the mean square of its target [L], in fp32 at least. The power has
-        no gradient. With errors / powers all layers learn at the same rate under Adam, whose eps is otherwise larger
-        than the gradients of layers with small outputs.
-    """
-    wide = [(_wide(y), _wide(t.detach())) for y, t in zip(outputs, targets, strict=True)]
-    errors = torch.stack([(y - t).square().mean() for y, t in wide])
-    return errors, torch.stack([t.square().mean() for _, t in wide])
 
 
 class _LinearKL(torch.autograd.Function):

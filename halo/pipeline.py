@@ -37,7 +37,7 @@ class Pipeline:
     """
 
     def __init__(self, config: Config, compute: Compute | None = None, like: "Pipeline | None" = None) -> None:
-        self.job = Job(config, compute, like.job if like else None)
+        self.job: Job = Job(config, compute, like.job if like else None)
         self.config, self.compute, self.out = config, self.job.compute, config.out
 
     def run(self) -> None:

@@ -43,7 +43,8 @@ def shard_teacher(teacher: PreTrainedModel, compute: Compute) -> None:
     size = sum(parameter.numel() * parameter.element_size() for parameter in teacher.parameters())
     if size < REPLICATED_SHARE * torch.cuda.get_device_properties(compute.device).total_memory:
         return
-    whole = {module.weight for module in (teacher.get_input_embeddings(), teacher.get_output_embeddings())}
+    ends: list[Any] = [teacher.get_input_embeddings(), teacher.get_output_embeddings()]
+    whole: set[nn.Parameter] = {module.weight for module in ends}
     decoder = cast(Any, teacher).model
     for layer in decoder.layers:
         fully_shard(layer, mesh=compute.mesh, reshard_after_forward=True)

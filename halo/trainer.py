@@ -137,7 +137,7 @@ def train(training: Training, run: Run, directory: Path, compute: Compute) -> No
                     record["held_out_loss"] = held_out_loss(training, run.held_out, compute)
                 line = metrics.log(done, record)
                 progress.update(done, f"loss {line['loss']:.4f}  {line['tokens_per_second']:,.0f} tokens/s")
-            due = bool(settings.checkpoint_every) and done % settings.checkpoint_every == 0
+            due = settings.checkpoint_every is not None and done % settings.checkpoint_every == 0
             due |= compute.main and time.monotonic() - saved >= 60 * settings.checkpoint_minutes
             stopped, due = compute.agree(stop.requested, due)
             if stopped or due or last:

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.losses import traced_bytes
 from halo import losses
-from halo.losses import IGNORE, kl_divergence, mixer_mse, next_token_labels, next_token_loss, token_losses
+from halo.losses import IGNORE, kl_divergence, next_token_labels, next_token_loss, token_losses
 
 N, D, V = 37, 16, 53
 # Chunk sizes: a single chunk, divisors, non-divisors, and one token or vocabulary entry at a time.
@@ -132,35 +132,6 @@ def test_labels_stop_at_documents():
     assert next_token_labels(ids).tolist() == [[6, 7, 8, 9, IGNORE]]
     documents = torch.tensor([[0, 0, 1, 1, 2]])
     assert next_token_labels(ids, documents).tolist() == [[6, IGNORE, 8, IGNORE, IGNORE]]
-
-
-def test_mixer_mse_is_an_error_and_a_power_for_each_layer():
-    outputs = [torch.zeros(2, 3, 4, requires_grad=True), torch.ones(2, 3, 4, requires_grad=True)]
-    targets = [torch.full((2, 3, 4), 2.0), torch.full((2, 3, 4), 3.0)]
-    errors, powers = mixer_mse(outputs, targets)
-    assert errors.tolist() == [4.0, 4.0] and powers.tolist() == [4.0, 9.0]
-    assert errors.requires_grad and not powers.requires_grad
-
-
-def test_mixer_mse_subtracts_in_float32():
-    """1.0078125 is the bf16 after 1; the difference of fp32 values that round to it is not lost."""
-    outputs, targets = [torch.tensor([[[1.0078125, 256.0]]]).bfloat16()], [torch.tensor([[[1.0, 255.0]]]).bfloat16()]
-    errors, _ = mixer_mse(outputs, targets)
-    assert errors.dtype == torch.float32
-    assert errors.item() == pytest.approx((0.0078125**2 + 1) / 2)
-
-
-@pytest.mark.parametrize("scale", [1.0, 1e-6])
-def test_relative_errors_train_small_and_large_outputs_alike(scale):
-    """Adam's first step is the learning rate in each element, unless the gradient is as small as eps."""
-    target = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)) * scale
-    output = torch.zeros_like(target, requires_grad=True)
-    optimizer = torch.optim.Adam([output], lr=scale)
-    errors, powers = mixer_mse([output], [target])
-    (errors / powers).sum().backward()
-    optimizer.step()
-    moved = (output.detach() / scale).abs()
-    assert (moved[target.abs() > 0.1 * scale] > 0.95).all()
 
 
 @pytest.mark.parametrize("count", [1, 50.0, torch.tensor(50)])

@@ -152,12 +152,12 @@ def test_damaged_results_are_one_line_that_says_what_to_do(aligned, name):
 
 
 def test_another_teacher_under_the_same_name_is_noticed(aligned, inputs):
-    tree, out = aligned
+    tree, _ = aligned
     path = inputs / "teacher" / "model.safetensors"
     before = path.read_bytes()
     try:
         path.write_bytes(before[:-4] + bytes(4))
-        with pytest.raises(HaloError, match="was made with other settings .teacher_fingerprint: "):
+        with pytest.raises(HaloError, match=r"was made with other settings .teacher_fingerprint: "):
             Pipeline(make_config(tree)).run_stage("distill")
     finally:
         path.write_bytes(before)

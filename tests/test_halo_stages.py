@@ -100,6 +100,21 @@ def test_clipping_one_layer_leaves_the_others_alone():
     assert len(together.clip_groups()) == 1
 
 
+def test_layers_with_small_outputs_learn_as_fast(tmp_path):
+    """AdamW's first step is the learning rate in every element, unless the gradient is as small as its epsilon."""
+    stage = make_stage("align", steps=1, warmup=0)
+    with torch.no_grad():
+        for block in stage.teacher.model.layers:
+            block.self_attn.o_proj.weight.mul_(1e-5)
+        for mixer in stage.mixers:
+            mixer.o_proj.weight.mul_(1e-5)
+    before = [mixer.o_proj.weight.detach().clone() for mixer in stage.mixers]
+    train(stage, always(random_batch()), tmp_path, CPU)
+    for mixer, start in zip(stage.mixers, before, strict=True):
+        moved = (mixer.o_proj.weight.detach() - start).abs() / NUMBERS["learning_rate"]
+        assert (moved > 0.9).float().mean() > 0.99
+
+
 def test_targets_of_align_are_the_teachers_mixer_outputs():
     stage = make_stage("align")
     batch = random_batch()

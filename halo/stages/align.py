@@ -45,6 +45,7 @@ class Align(Training):
     name: ClassVar[str] = "align"
     # An element's gradient is about 1e-7 at real widths, which AdamW's usual 1e-8 would damp.
     adam_eps: ClassVar[float] = 1e-15
+    settings: AlignSettings
 
     def __init__(
         self, teacher: PreTrainedModel, mixers: nn.ModuleList, settings: AlignSettings, isolate_documents: bool = False

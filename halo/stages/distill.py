@@ -49,6 +49,7 @@ class Distill(Training):
     """
 
     name: ClassVar[str] = "distill"
+    settings: DistillSettings
 
     def __init__(
         self,
@@ -78,7 +79,7 @@ class Distill(Training):
 
     def forward(self, batch: Batch, teacher_BTD: Tensor, count: Tensor) -> Tensor:
         """Return the sum of the divergence over a micro-batch, divided by `count`."""
-        settings = cast(DistillSettings, self.settings)
+        settings = self.settings
         return kl_divergence(
             models.hidden_states(self.student, batch, self.isolate_documents),
             self.student.get_output_embeddings().weight,

@@ -3,7 +3,7 @@
 Leaves the student as a folder of transformers, in float32.
 """
 
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -42,6 +42,7 @@ class Finetune(Training):
     """
 
     name: ClassVar[str] = "finetune"
+    settings: FinetuneSettings
 
     def __init__(
         self, student: HypeNetForCausalLM, settings: FinetuneSettings, isolate_documents: bool = False
@@ -60,7 +61,7 @@ class Finetune(Training):
 
     def forward(self, batch: Batch, count: Tensor) -> Tensor:
         """Return the sum of the loss over a micro-batch, divided by `count`."""
-        settings = cast(FinetuneSettings, self.settings)
+        settings = self.settings
         return next_token_loss(
             models.hidden_states(self.student, batch, self.isolate_documents),
             self.student.get_output_embeddings().weight,

@@ -119,7 +119,7 @@ def choose_scale(
     parts = np.array([found[f"a = {base}"] for base in grid])  # [bases, samples, (within, beyond)]
     losses = parts.mean(-1)
     best = losses[int(np.argmin(losses.mean(1)))]
-    rows = [_row(base, *values, best) for base, *values in zip(grid, losses, parts, strict=True)]
+    rows = [_row(base, loss, pair, best) for base, loss, pair in zip(grid, losses, parts, strict=True)]
     return sorted(rows, key=lambda row: row["loss"])
 
 
