@@ -1,6 +1,6 @@
-"""The losses over the vocabulary of the conversion. Shapes: B sequences, T tokens, D hidden size, V vocabulary, N = B * T.
+"""The losses over the vocabulary. Shapes: B sequences, T tokens, D hidden size, V vocabulary, N = B * T.
 
-Losses over the vocabulary take hidden states and the head's weight. The logits of `token_chunk` tokens (and of
+They take hidden states and the head's weight. The logits of `token_chunk` tokens (and of
 `vocab_chunk` entries, if given) are computed at a time, into workspaces that are reused, and turned into the gradient
 with respect to the logits in place; d_hidden and d_weight are computed from it in the forward pass. Memory beyond the
 weights and their gradient: one fp32 [token_chunk, V] for the cross-entropy, two for the KL divergence, and a few blocks
