@@ -103,7 +103,8 @@ def test_file_that_is_no_config(text, expected, write):
 def test_missing_file_names_the_shipped_ones():
     result = halo("align", "--config", "nowhere.yaml")
     assert result.exit_code == 2 and _one_line(result.stderr)
-    assert "nowhere.yaml: must be an existing file or one of demo, hypenet-2b, hypenet-5b, hypenet-9b" in result.stderr
+    names = "demo, hypenet-2b, hypenet-5b, hypenet-9b, smollm2-135m"
+    assert f"nowhere.yaml: must be an existing file or one of {names}" in result.stderr
 
 
 @pytest.mark.parametrize(
