@@ -151,7 +151,7 @@ struct HypeAttentionOperands {
   View gate;  // [B, T, H, D] dtype before the sigmoid, or null data
 };
 
-// Query t of a sequence is at position query_offset + t.
+// Query t of a sequence is at position query_offset + t. Rows of outputs from cu_seqlens[N] on are written as zeros.
 struct HypeAttentionFwdParams : HypeAttentionOperands {
   int64_t S, N, query_offset;
   const int64_t* cu_seqlens;  // [N + 1] or null; with it B = 1, S = T, query_offset = 0

@@ -94,7 +94,7 @@ def causal_conv1d_fn(
         _check_seq_idx(seq_idx, (B, T), cu_seqlens, initial_states, return_final_states, final_states_out)
     N = B
     if cu_seqlens is not None:
-        _checks.cu_seqlens(OP, cu_seqlens, x.transpose(1, 2), whole=False)
+        _checks.cu_seqlens(OP, cu_seqlens, x.transpose(1, 2))
         N = cu_seqlens.shape[0] - 1
     if initial_states is not None:
         _checks.shape(OP, "initial_states", initial_states, (N, C, W - 1))
