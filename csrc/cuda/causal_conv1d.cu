@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class C>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads)
     causal_conv1d_bwd_kernel(const __grid_constant__ CausalConv1dBwdParams params) {
   constexpr int W = C::W;
   Walk<C, CausalConv1dBwdParams> walk(params);
