@@ -104,24 +104,32 @@ inline Fields<HypeAttentionDecodeParams> fields_of() {
 
 template <class Params>
 Fields<Params> causal_conv1d_operands() {
-  return {FIELD(dtype), FIELD(silu), FIELD(num_threads), FIELD(B),      FIELD(T),
-          FIELD(C),     FIELD(W),    FIELD(x),           FIELD(weight), FIELD(bias)};
+  return {FIELD(dtype),       FIELD(weight_dtype),
+          FIELD(bias_dtype),  FIELD(silu),
+          FIELD(num_threads), FIELD(B),
+          FIELD(T),           FIELD(C),
+          FIELD(W),           FIELD(x),
+          FIELD(weight),      FIELD(bias)};
+}
+
+template <class Params>
+Fields<Params> causal_conv1d_sequences() {
+  return causal_conv1d_operands<Params>() +
+         Fields<Params>{FIELD(seq_idx), FIELD(N), FIELD(cu_seqlens), FIELD(initial_states)};
 }
 
 template <>
 inline Fields<CausalConv1dFwdParams> fields_of() {
   using Params = CausalConv1dFwdParams;
-  return causal_conv1d_operands<Params>() +
-         Fields<Params>{FIELD(positions), FIELD(sequences), FIELD(initial_states), FIELD(y)};
+  return causal_conv1d_sequences<Params>() + Fields<Params>{FIELD(y)};
 }
 
 template <>
 inline Fields<CausalConv1dBwdParams> fields_of() {
   using Params = CausalConv1dBwdParams;
-  return causal_conv1d_operands<Params>() +
-         Fields<Params>{FIELD(positions), FIELD(sequences),       FIELD(initial_states),
-                        FIELD(dy),        FIELD(num_blocks),      FIELD(dx),
-                        FIELD(dweight),   FIELD(dinitial_states), FIELD(partials)};
+  return causal_conv1d_sequences<Params>() +
+         Fields<Params>{FIELD(dy),      FIELD(num_blocks),      FIELD(dx),
+                        FIELD(dweight), FIELD(dinitial_states), FIELD(partials)};
 }
 
 template <>

@@ -151,7 +151,7 @@ struct HypeAttentionOperands {
   View gate;  // [B, T, H, D] dtype before the sigmoid, or null data
 };
 
-// Query t of a sequence is at position query_offset + t.
+// Query t of a sequence is at position query_offset + t. Rows of outputs from cu_seqlens[N] on are written as zeros.
 struct HypeAttentionFwdParams : HypeAttentionOperands {
   int64_t S, N, query_offset;
   const int64_t* cu_seqlens;  // [N + 1] or null; with it B = 1, S = T, query_offset = 0
@@ -199,32 +199,34 @@ constexpr int64_t kConvBlock = 64;  // tokens whose part of dweight is summed to
 
 // Operands of every kernel of the family. W taps, C channels.
 struct CausalConv1dOperands {
-  DType dtype;
+  DType dtype, weight_dtype, bias_dtype;
   bool silu;
   int64_t num_threads, B, T, C, W;
-  View x;              // [B, T, C] dtype, channels contiguous
-  const void* weight;  // [W, C] acc, the tap of the token itself last
-  const void* bias;    // [C] acc, or null
+  View x;       // [B, T, C] dtype; token, head: strides of token and channel
+  View weight;  // [1, C, W] weight_dtype, the tap of the token itself last; strides as for conv_state
+  View bias;    // [1, C, 1] bias_dtype, or null data
 };
 
-struct CausalConv1dFwdParams : CausalConv1dOperands {
-  const int32_t* positions;    // [B, T] tokens of the same sequence before each, or null: t
-  const int32_t* sequences;    // [B, T] sequence of each token, -1 for none (y = 0), or null: the batch
-  const void* initial_states;  // [N, W - 1, C] dtype, inputs before each sequence, or null for 0
+// The sequences of every batch: packed ones by seq_idx or by cu_seqlens, else one per batch.
+struct CausalConv1dSequences : CausalConv1dOperands {
+  Indices seq_idx;     // [B, T] a change of value begins a sequence, negative = none (y = 0); or null data
+  int64_t N;           // sequences of cu_seqlens
+  Indices cu_seqlens;  // [N + 1], B = 1; tokens from cu_seqlens[N] on have y = 0; or null data
+  const void* initial_states;  // [B or N, W - 1, C] dtype, inputs before each sequence, or null for 0
+};
+
+struct CausalConv1dFwdParams : CausalConv1dSequences {
   // outputs
   void* y;  // [B, T, C] dtype
 };
 
-struct CausalConv1dBwdParams : CausalConv1dOperands {
-  const int32_t* positions;
-  const int32_t* sequences;
-  const void* initial_states;
+struct CausalConv1dBwdParams : CausalConv1dSequences {
   View dy;             // [B, T, C] dtype, channels contiguous
   int64_t num_blocks;  // B ceil(T / kConvBlock)
   // outputs
   void* dx;               // [B, T, C] dtype
   void* dweight;          // [W + 1, C] acc, dbias last
-  void* dinitial_states;  // [N, W - 1, C] dtype, zeros before the call, or null
+  void* dinitial_states;  // [B or N, W - 1, C] dtype, zeros before the call, or null
   // workspace
   void* partials;  // [num_blocks, W + 1, C] acc
 };

@@ -109,8 +109,8 @@ def has_values(x: Tensor) -> bool:
     return x.device.type == "cpu" and not isinstance(x, FakeTensor) and not torch.compiler.is_compiling()
 
 
-def cu_seqlens(op: str, x: Tensor, q: Tensor, whole: bool = True) -> None:
-    """Check bounds [N + 1] of sequences packed along T of q: rising from 0 to T, if not `whole` to at most T.
+def cu_seqlens(op: str, x: Tensor, q: Tensor) -> None:
+    """Check bounds [N + 1] of sequences packed along T of q: rising from 0 to at most T.
 
     Values are checked on the CPU alone.
     """
@@ -123,9 +123,8 @@ def cu_seqlens(op: str, x: Tensor, q: Tensor, whole: bool = True) -> None:
         fail(ValueError, op, "cu_seqlens", "have at least one entry", list(x.shape))
     if has_values(x):
         bounds = x.tolist()
-        if bounds[0] != 0 or bounds[-1] > T or (whole and bounds[-1] < T) or bounds != sorted(bounds):
-            end = "to" if whole else "to at most"
-            fail(ValueError, op, "cu_seqlens", f"rise from 0 {end} T = {T} without falling", bounds)
+        if bounds[0] != 0 or bounds[-1] > T or bounds != sorted(bounds):
+            fail(ValueError, op, "cu_seqlens", f"rise from 0 to at most T = {T} without falling", bounds)
 
 
 def pool(op: str, name: str, x: Tensor) -> None:

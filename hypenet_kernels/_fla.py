@@ -189,7 +189,7 @@ def run_reversed(rule: Rule, operators: Operators, x: Inputs, options: Options) 
         o, final_state = run(rule, operators, flipped, options)
         return o.flip(1), final_state
     # The tokens after the last sequence now come first: a sequence of their own, whose results are dropped.
-    _checks.cu_seqlens(rule.op, bounds, x.q, whole=False)
+    _checks.cu_seqlens(rule.op, bounds, x.q)
     bounds = torch.nn.functional.pad(T - bounds.flip(0), (1, 0))
     if state is not None:
         state = torch.cat([torch.zeros_like(state[:1]), state.flip(0)])

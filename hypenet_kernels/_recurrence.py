@@ -113,7 +113,7 @@ def check(op: str, x: Inputs) -> None:
     """Check the arguments of a forward or backward op."""
     check_operands(op, x.q, x.k, x.v, x.g, x.beta, _native.accumulator(x.q.dtype))
     if x.cu_seqlens is not None:
-        _checks.cu_seqlens(op, x.cu_seqlens, x.q, whole=False)
+        _checks.cu_seqlens(op, x.cu_seqlens, x.q)
     if x.state_indices is None:
         if x.initial_state is not None:
             _check_state(op, "initial_state", x.initial_state, x, x.num_sequences)

@@ -68,7 +68,7 @@ def hype_attention(
         scale: default D ** -0.5.
         query_offset: position of the first query.
         cu_seqlens: [N + 1] int32 or int64, bounds of sequences packed along T (B = 1, query_offset = 0); positions
-            restart and attention ends at each.
+            restart and attention ends at each. Where it ends before T, o is 0.
 
     Returns:
         o [B, T, H, D] in q's dtype.

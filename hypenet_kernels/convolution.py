@@ -22,11 +22,23 @@ class Inputs(NamedTuple):
     """The arguments of the forward op."""
 
     x: Tensor  # [B, T, C]
-    weight: Tensor  # [W, C] in the accumulation type, as bias
+    weight: Tensor  # [C, W]
     bias: Tensor | None  # [C]
     initial_states: Tensor | None  # [N, W - 1, C] in x's dtype
-    positions: Tensor | None  # [B, T] int32: tokens of the same sequence before each; None: t
-    sequences: Tensor | None  # [B, T] int32: sequence of each token, -1 for none; None: the batch
+    seq_idx: Tensor | None  # [B, T]
+    cu_seqlens: Tensor | None  # [N + 1]
+    silu: bool
+
+
+class UpdateInputs(NamedTuple):
+    """The arguments of the update op."""
+
+    x: Tensor  # [B, T, C]
+    conv_state: Tensor  # [slots, C, L]
+    weight: Tensor  # [C, W]
+    bias: Tensor | None  # [C]
+    cache_seqlens: Tensor | None  # [B]
+    conv_state_indices: Tensor | None  # [B]
     silu: bool
 
 
@@ -49,9 +61,10 @@ def causal_conv1d_fn(
     Args:
         x: [B, C, T], float64, float32, bfloat16 or float16 (on CUDA not float64). Channels next to each other in
             memory, as in the transpose of a [B, T, C] tensor, save a copy.
-        weight: [C, W], W = 2, 3 or 4.
+        weight: [C, W], W = 2, 3 or 4, of any float type, as bias.
         bias: [C].
-        seq_idx: [B, T] int32 or int64, sequence of every token; a change of its value begins a new sequence.
+        seq_idx: [B, T] int32 or int64, sequence of every token; a change of its value begins a new sequence, and where
+            it is negative y is 0. Takes no states: how many sequences have one would depend on its values.
         initial_states: [N, C, W - 1] in x's dtype, inputs before each sequence; N = B, or the number of packed
             sequences. Default: zeros.
         return_final_states: whether to return the last W - 1 inputs of each sequence too.
@@ -77,35 +90,18 @@ def causal_conv1d_fn(
     silu = _check(OP, x, weight, bias, activation)
     _checks.rank(OP, "x", x, "B C T")
     (B, C, T), W = x.shape, weight.shape[1]
-    positions = sequences = None
     if seq_idx is not None:
-        for name in ("cu_seqlens", "initial_states", "final_states_out"):
-            value = cu_seqlens if name == "cu_seqlens" else initial_states if name[0] == "i" else final_states_out
-            if value is not None:
-                _checks.fail(ValueError, OP, name, "be None with seq_idx", value)
-        if return_final_states:
-            _checks.fail(ValueError, OP, "return_final_states", "be False with seq_idx", True)
-        positions = _positions_of_runs(seq_idx, B, T)
-        sequences = None
+        _check_seq_idx(seq_idx, (B, T), cu_seqlens, initial_states, return_final_states, final_states_out)
     N = B
     if cu_seqlens is not None:
-        N = cu_seqlens.shape[0] - 1 if cu_seqlens.dim() else 0
-        positions, sequences = _positions_of_bounds(cu_seqlens, x)
+        _checks.cu_seqlens(OP, cu_seqlens, x.transpose(1, 2))
+        N = cu_seqlens.shape[0] - 1
     if initial_states is not None:
         _checks.shape(OP, "initial_states", initial_states, (N, C, W - 1))
         _checks.dtype(OP, "initial_states", initial_states, (x.dtype,))
         initial_states = initial_states.mT
     rows = x.transpose(1, 2)
-    wide = _native.accumulator(x.dtype)
-    inputs = Inputs(
-        rows,
-        weight.to(wide).T,
-        None if bias is None else bias.to(wide),
-        initial_states,
-        positions,
-        sequences,
-        silu,
-    )
+    inputs = Inputs(rows, weight, bias, initial_states, seq_idx, cu_seqlens, silu)
     if _checks.wants_gradient(*inputs[:4]):
         y = _differentiable(*inputs)[0].transpose(1, 2)
     else:
@@ -131,10 +127,10 @@ def causal_conv1d_update(
 ) -> Tensor:
     """Convolve the next token, or tokens, of every sequence, and update its window of inputs in place.
 
-    No gradient. Allocates y and copies of the weights; on CUDA nothing is read on the host, so a graph can capture it.
+    No gradient. Allocates y alone; on CUDA nothing is read on the host, so a graph can capture it.
 
     Args:
-        x: [B, C] or [B, C, T] in conv_state's dtype.
+        x: [B, C] or [B, C, T] in conv_state's dtype, any strides.
         conv_state: [B, C, L], L >= W - 1, any strides: the last L inputs, newest last. With conv_state_indices a pool
             of any number of slots.
         weight, bias, activation: as in `causal_conv1d_fn`.
@@ -163,9 +159,7 @@ def causal_conv1d_update(
     if x.dim() not in (2, 3):
         _checks.fail(ValueError, UPDATE_OP, "x", "have 2 or 3 dimensions [B, C] or [B, C, T]", list(x.shape))
     rows = x[:, None] if x.dim() == 2 else x.transpose(1, 2)
-    wide = _native.accumulator(x.dtype)
-    bias = None if bias is None else bias.to(wide)
-    y: Tensor = _update(rows, conv_state, weight.to(wide).T, bias, cache_seqlens, conv_state_indices, silu)
+    y: Tensor = _update(rows, conv_state, weight, bias, cache_seqlens, conv_state_indices, silu)
     return y[:, 0] if x.dim() == 2 else y.transpose(1, 2)
 
 
@@ -187,23 +181,15 @@ def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, activation: 
     return ACTIVATIONS[activation]
 
 
-def _positions_of_runs(seq_idx: Tensor, B: int, T: int) -> Tensor:
-    """Return [B, T] int32: how many tokens before each have its seq_idx without a break."""
-    _checks.shape(OP, "seq_idx", seq_idx, (B, T))
+def _check_seq_idx(seq_idx: Tensor, shape: tuple[int, int], *excluded: Any) -> None:
+    """Check seq_idx; excluded: cu_seqlens, initial_states, return_final_states, final_states_out."""
+    names = ("cu_seqlens", "initial_states", "return_final_states", "final_states_out")
+    for name, value in zip(names, excluded, strict=True):
+        if value is not None and value is not False:
+            rule = f"be {not value if value is True else None} with seq_idx (sequences with states need cu_seqlens)"
+            _checks.fail(ValueError, OP, name, rule, value)
+    _checks.shape(OP, "seq_idx", seq_idx, shape)
     _checks.dtype(OP, "seq_idx", seq_idx, (torch.int32, torch.int64))
-    t = torch.arange(T, device=seq_idx.device, dtype=torch.int32)
-    begins = torch.ones_like(seq_idx, dtype=torch.bool)
-    begins[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
-    return t - torch.where(begins, t, 0).cummax(dim=1).values
-
-
-def _positions_of_bounds(cu_seqlens: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ([1, T] position in its sequence, [1, T] sequence or -1 after the last) of every token, int32."""
-    _checks.cu_seqlens(OP, cu_seqlens, x.transpose(1, 2), whole=False)
-    t = torch.arange(x.shape[2], device=x.device)
-    n = torch.searchsorted(cu_seqlens.long(), t, right=True) - 1
-    positions = (t - cu_seqlens.long()[n]).int()
-    return positions[None], torch.where(n < cu_seqlens.shape[0] - 1, n, -1).int()[None]
 
 
 def _final_states(x: Tensor, initial_states: Tensor | None, cu_seqlens: Tensor | None, W: int) -> Tensor:
@@ -226,12 +212,10 @@ def _final_states(x: Tensor, initial_states: Tensor | None, cu_seqlens: Tensor |
 def _check_inputs(x: Inputs) -> None:
     _checks.rank(OP, "x", x.x, "B T C")
     B, T, C = x.x.shape
-    W = x.weight.shape[0]
-    _checks.shape(OP, "weight", x.weight, (W, C))
-    for name, y in (("positions", x.positions), ("sequences", x.sequences)):
-        if y is not None:
-            _checks.shape(OP, name, y, (B, T))
-            _checks.dtype(OP, name, y, (torch.int32,))
+    _checks.rank(OP, "weight", x.weight, "C W")
+    _checks.shape(OP, "weight", x.weight, (C, x.weight.shape[1]))
+    if x.seq_idx is not None:
+        _checks.shape(OP, "seq_idx", x.seq_idx, (B, T))
 
 
 def _forward_fake(save: bool, *arguments: Any) -> Any:
@@ -245,9 +229,9 @@ def _forward(save: bool, *arguments: Any) -> Any:
     x, results = Inputs._make(arguments), _forward_fake(save, *arguments)
     y = results[0] if save else results
     if y.numel():
-        rows, tensors = _native.dense_last(x.x), _contiguous(x)
-        fields = {**_operands(x, rows, tensors), "y": _native.pointer(y)}
-        _native.kernel(OP, "causal_conv1d_fwd", rows.device)(fields)
+        x = _readable(x)
+        fields = {**_operands(x), **_sequences(x), "y": _native.pointer(y)}
+        _native.kernel(OP, "causal_conv1d_fwd", y.device)(fields)
     return results
 
 
@@ -255,21 +239,23 @@ def _backward_fake(dy: Tensor, *arguments: Any) -> Any:
     x, op = Inputs._make(arguments), f"{OP}_bwd"
     _check_inputs(x)
     _checks.like(op, "dy", dy, "x", x.x)
-    W, C = x.weight.shape
+    C, W = x.weight.shape
+    dweight = x.x.new_zeros(W + 1, C, dtype=_native.accumulator(x.x.dtype))
     dinitial = x.x.new_zeros(0 if x.initial_states is None else x.initial_states.shape)
-    return _native.empty_like(x.x), x.weight.new_zeros(W + 1, C), dinitial
+    return _native.empty_like(x.x), dweight, dinitial
 
 
 def _backward(dy: Tensor, *arguments: Any) -> Any:
     x, gradients = Inputs._make(arguments), _backward_fake(dy, *arguments)
     dx, dweight, dinitial = gradients
     if dx.numel():
-        rows, dy, tensors = _native.dense_last(x.x), _native.dense_last(dy), _contiguous(x)
-        (B, T, C), W = rows.shape, x.weight.shape[0]
+        x, dy = _readable(x), _native.dense_last(dy)
+        (B, T, C), W = x.x.shape, x.weight.shape[1]
         num_blocks = B * (-(-T // BLOCK))
         partials = dweight.new_empty(num_blocks, W + 1, C)
         fields = {
-            **_operands(x, rows, tensors),
+            **_operands(x),
+            **_sequences(x),
             "dy": _native.view(dy),
             "num_blocks": num_blocks,
             "dx": _native.pointer(dx),
@@ -277,28 +263,41 @@ def _backward(dy: Tensor, *arguments: Any) -> Any:
             "dinitial_states": _native.pointer(dinitial if x.initial_states is not None else None),
             "partials": _native.pointer(partials),
         }
-        _native.kernel(f"{OP}_bwd", "causal_conv1d_bwd", rows.device)(fields)
+        _native.kernel(f"{OP}_bwd", "causal_conv1d_bwd", dx.device)(fields)
     return gradients
 
 
-def _contiguous(x: Inputs) -> dict[str, Tensor | None]:
-    names = ("weight", "bias", "initial_states", "positions", "sequences")
-    return {name: _native.contiguous(getattr(x, name)) for name in names}
+def _readable(x: Inputs) -> Inputs:
+    """Return the operands of forward and backward in the layouts that their kernels read."""
+    initial_states, seq_idx, cu_seqlens = map(_native.contiguous, x[3:6])
+    return x._replace(x=_native.dense_last(x.x), initial_states=initial_states, seq_idx=seq_idx, cu_seqlens=cu_seqlens)
 
 
-def _operands(x: Inputs, rows: Tensor, tensors: dict[str, Tensor | None]) -> dict[str, Any]:
-    """The fields that forward and backward share; rows: x as kernels read it."""
-    B, T, C = rows.shape
+def _operands(x: Inputs | UpdateInputs) -> dict[str, Any]:
+    """The fields that all params structs of the family share."""
+    B, T, C = x.x.shape
     return {
-        "dtype": _native.DTYPES[rows.dtype],
+        "dtype": _native.DTYPES[x.x.dtype],
+        "weight_dtype": _native.DTYPES[x.weight.dtype],
+        "bias_dtype": 0 if x.bias is None else _native.DTYPES[x.bias.dtype],
         "silu": x.silu,
         "num_threads": torch.get_num_threads(),
         "B": B,
         "T": T,
         "C": C,
-        "W": x.weight.shape[0],
-        "x": _native.view(rows),
-        **{name: _native.pointer(y) for name, y in tensors.items()},
+        "W": x.weight.shape[1],
+        "x": _native.view(x.x),
+        "weight": _native.view(x.weight[None]),
+        "bias": _native.view(None if x.bias is None else x.bias[None, :, None]),
+    }
+
+
+def _sequences(x: Inputs) -> dict[str, Any]:
+    return {
+        "seq_idx": _native.indices(x.seq_idx),
+        "N": 0 if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1,
+        "cu_seqlens": _native.indices(x.cu_seqlens),
+        "initial_states": _native.pointer(x.initial_states),
     }
 
 
@@ -310,75 +309,51 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 def _differentiate(ctx: Any, dy: Tensor, *_: Any) -> Any:
     x = Inputs._make((*ctx.saved_tensors, ctx.silu))
     dx, dweight, dinitial = _backward_op(dy, *x)
-    dbias = None if x.bias is None else dweight[-1]
-    return dx, dweight[:-1], dbias, None if x.initial_states is None else dinitial, None, None, None
+    dbias = None if x.bias is None else dweight[-1].to(x.bias.dtype)
+    dinitial = None if x.initial_states is None else dinitial
+    return dx, dweight[:-1].T.to(x.weight.dtype), dbias, dinitial, None, None, None
 
 
-def _update_fake(
-    x: Tensor,
-    state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lengths: Tensor | None,
-    slots: Tensor | None,
-    silu: bool,
-) -> Tensor:
-    op, (B, _, C), W = UPDATE_OP, x.shape, weight.shape[0]
+def _update_fake(*arguments: Any) -> Tensor:
+    x = UpdateInputs._make(arguments)
+    op, state, (B, _, C), W = UPDATE_OP, x.conv_state, x.x.shape, x.weight.shape[1]
     _checks.rank(op, "conv_state", state, "slots C L")
-    _checks.shape(op, "conv_state", state, (B if slots is None else state.shape[0], C, state.shape[2]))
+    num_slots = B if x.conv_state_indices is None else state.shape[0]
+    _checks.shape(op, "conv_state", state, (num_slots, C, state.shape[2]))
     if state.shape[2] < W - 1:
         _checks.fail(ValueError, op, "conv_state", f"hold at least W - 1 = {W - 1} inputs", state.shape[2])
-    if state.dtype != x.dtype:
-        _checks.fail(TypeError, op, "conv_state", f"have x's dtype {x.dtype}", state.dtype)
+    if state.dtype != x.x.dtype:
+        _checks.fail(TypeError, op, "conv_state", f"have x's dtype {x.x.dtype}", state.dtype)
     if any(n > 1 and stride == 0 for n, stride in zip(state.shape, state.stride(), strict=True)):
         _checks.fail(ValueError, op, "conv_state", "not be expanded (it is written to)", f"strides {state.stride()}")
-    for name, y in (("cache_seqlens", lengths), ("conv_state_indices", slots)):
+    for name, y in (("cache_seqlens", x.cache_seqlens), ("conv_state_indices", x.conv_state_indices)):
         if y is not None:
             _checks.indices(op, name, y, B)
-    return _native.empty_like(x)
+    return _native.empty_like(x.x)
 
 
-def _update_run(
-    x: Tensor,
-    state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lengths: Tensor | None,
-    slots: Tensor | None,
-    silu: bool,
-) -> Tensor:
-    y = _update_fake(x, state, weight, bias, lengths, slots, silu)
+def _update_run(*arguments: Any) -> Tensor:
+    x, y = UpdateInputs._make(arguments), _update_fake(*arguments)
     if y.numel() == 0:
         return y
-    if slots is not None and not _native.on_cuda(x):
-        _checks.slots(UPDATE_OP, slots, state.shape[0], "conv_state_indices")
-    x, weight = _native.dense_last(x), weight.contiguous()
-    bias, lengths, slots = map(_native.contiguous, (bias, lengths, slots))
-    B, T, C = x.shape
+    if x.conv_state_indices is not None and not _native.on_cuda(y):
+        _checks.slots(UPDATE_OP, x.conv_state_indices, x.conv_state.shape[0], "conv_state_indices")
+    lengths, slots = _native.contiguous(x.cache_seqlens), _native.contiguous(x.conv_state_indices)
     fields = {
-        "dtype": _native.DTYPES[x.dtype],
-        "silu": silu,
-        "num_threads": torch.get_num_threads(),
-        "B": B,
-        "T": T,
-        "C": C,
-        "W": weight.shape[0],
-        "x": _native.view(x),
-        "weight": _native.pointer(weight),
-        "bias": _native.pointer(bias),
-        "L": state.shape[2],
-        "num_slots": state.shape[0],
+        **_operands(x),
+        "L": x.conv_state.shape[2],
+        "num_slots": x.conv_state.shape[0],
         "cache_seqlens": _native.indices(lengths),
         "state_indices": _native.indices(slots),
-        "conv_state": _native.view(state),
+        "conv_state": _native.view(x.conv_state),
         "y": _native.pointer(y),
     }
-    _native.kernel(UPDATE_OP, "causal_conv1d_update", x.device)(fields)
+    _native.kernel(UPDATE_OP, "causal_conv1d_update", y.device)(fields)
     return y
 
 
 _SCHEMA = (
-    "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_states, Tensor? positions, Tensor? sequences, bool silu"
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, bool silu"
 )
 _backward_op = _ops.differentiable_once(
     _ops.define(

@@ -118,7 +118,8 @@ def hype_attention(
 ) -> Tensor:
     """o_t = sum_{i <= t} softmax_i(s_t scale q_t . k_i) v_i, times sigmoid(gate_t); s_t = ln(t + a) / ln(a).
 
-    q, gate [B, T, H, D]; k, v [B, S, HK, D] with S = query_offset + T; t counts from the start of the keys.
+    q, gate [B, T, H, D]; k, v [B, S, HK, D] with S = query_offset + T; t counts from the start of the keys. cu_seqlens
+    may end before T: the rest of o is zero.
     """
     if cu_seqlens is not None:
         spans = list(zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:], strict=False))
@@ -127,7 +128,7 @@ def hype_attention(
             hype_attention(*(x[:, i:j] for x in (q, k, v)), gate=None if gate is None else gate[:, i:j], **options)
             for i, j in spans
         ]
-        return torch.cat(parts, dim=1)
+        return torch.cat([*parts, torch.zeros_like(q[:, int(cu_seqlens[-1]) :])], dim=1)
     group = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
     scale = q.shape[-1] ** -0.5 if scale is None else scale

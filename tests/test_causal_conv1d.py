@@ -129,6 +129,55 @@ def test_bounds_that_end_before_T_leave_zeros():
     assert (gradients(forward, inputs, given, cu_seqlens=bounds(30, 40))["x"][:, :, 70:] == 0).all()
 
 
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_runs_of_seq_idx_over_blocks_and_rows(index_dtype):
+    """Sequences that begin 1, 2 and 3 tokens before a block of 64 and at its first token, in two rows."""
+    inputs = make_inputs(2, 9, 200, 4)
+    del inputs["initial_states"]
+    starts = ((0, 61, 126, 191), (0, 63, 64, 128))
+    seq_idx = torch.zeros(2, 200, dtype=index_dtype)
+    for b, row in enumerate(starts):
+        for n, start in enumerate(row):
+            seq_idx[b, start:] = n % 2  # neighbours differ, and every other sequence has the same value
+    y = causal_conv1d_fn(**inputs, seq_idx=seq_idx)
+    dy = torch.randn(2, 9, 200)
+    dx = gradients(lambda x: (causal_conv1d_fn(**x, seq_idx=seq_idx),), inputs, [dy])["x"]
+    for b, row in enumerate(starts):
+        for start, stop in pairwise((*row, 200)):
+            alone = inputs | {"x": inputs["x"][b, None, :, start:stop]}
+            assert y[b, None, :, start:stop].equal(causal_conv1d_fn(**alone))
+            given = [dy[b, None, :, start:stop]]
+            assert dx[b, None, :, start:stop].equal(gradients(lambda x: (causal_conv1d_fn(**x),), alone, given)["x"])
+
+
+def check_padding(device):
+    inputs = {name: x.to(device) for name, x in make_inputs(1, 16, 150, 4).items() if name != "initial_states"}
+    seq_idx = torch.full((1, 150), -1, dtype=torch.int32)
+    used = ((3, 63), (66, 120), (120, 129))
+    for n, (start, stop) in enumerate(used):
+        seq_idx[:, start:stop] = n
+    unused = seq_idx[0] < 0
+    dy = torch.randn(1, 16, 150)
+    poisoned = inputs | {"x": inputs["x"].clone()}
+    poisoned["x"][:, :, unused.to(device)], dy[:, :, unused] = torch.nan, torch.nan
+    dy, seq_idx = dy.to(device), seq_idx.to(device)
+    run = lambda x: (causal_conv1d_fn(**x, seq_idx=seq_idx, activation="silu"),)  # noqa: E731
+    y, found = run(poisoned)[0], gradients(run, poisoned, [dy])
+    assert (y[:, :, unused.to(device)] == 0).all() and (found["x"][:, :, unused.to(device)] == 0).all()
+    alone = lambda x: (causal_conv1d_fn(**x, activation="silu"),)  # noqa: E731
+    total = 0
+    for start, stop in used:
+        own = inputs | {"x": inputs["x"][:, :, start:stop]}
+        expected = gradients(alone, own, [dy[:, :, start:stop]])
+        assert y[:, :, start:stop].equal(alone(own)[0]) and found["x"][:, :, start:stop].equal(expected["x"])
+        total += expected["weight"].double()
+    assert_matches_reference("dweight", found["weight"], total)
+
+
+def test_negative_seq_idx_is_padding():
+    check_padding("cpu")
+
+
 @pytest.mark.parametrize("split", [1, 2, 64])
 def test_two_calls_carrying_the_state_are_one(split):
     inputs = make_inputs(2, 9, 70, 4)
@@ -183,24 +232,31 @@ def test_empty_problems():
         assert all(found[name].shape == x.shape for name, x in inputs.items())
 
 
-def op_arguments():
-    positions = torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]], dtype=torch.int32)
-    sequences = torch.tensor([[0, 0, 0, 1, 1], [2, 3, 3, 3, 3]], dtype=torch.int32)
-    x, weight, bias = torch.randn(2, 5, 6), torch.randn(4, 6), torch.randn(6)
-    return [x, weight, bias, torch.randn(4, 3, 6), positions, sequences, True]
+def op_arguments(packed):
+    """Of the forward op, with sequences named by seq_idx or by cu_seqlens."""
+    x, weight, bias = torch.randn(1 if packed else 2, 5, 6), torch.randn(6, 4), torch.randn(6)
+    if packed:
+        return [x, weight, bias, torch.randn(2, 3, 6), None, bounds(2, 3), True]
+    return [x, weight, bias, None, torch.tensor([[0, 0, 0, 1, 1], [2, 3, 3, -1, 0]]), None, True]
 
 
-def test_opcheck():
-    arguments = op_arguments()
+@pytest.mark.parametrize("packed", [False, True])
+def test_opcheck(packed):
+    arguments = op_arguments(packed)
     torch.library.opcheck(torch.ops.hypenet.causal_conv1d_fn_inference.default, arguments)
-    torch.library.opcheck(torch.ops.hypenet.causal_conv1d_fn_bwd.default, [torch.randn(2, 5, 6), *arguments])
-    for i in range(4):
-        arguments[i].requires_grad_()
+    dy = torch.randn_like(arguments[0])
+    torch.library.opcheck(torch.ops.hypenet.causal_conv1d_fn_bwd.default, [dy, *arguments])
+    for x in arguments[:4]:
+        if x is not None:
+            x.requires_grad_()
     torch.library.opcheck(torch.ops.hypenet.causal_conv1d_fn.default, arguments)
+
+
+def test_opcheck_update():
     state = torch.randn(3, 6, 4)
     for lengths, slots in ((None, None), (torch.tensor([1, 5]), torch.tensor([2, -1]))):
         own = state if slots is not None else state[:2].clone()
-        arguments = (torch.randn(2, 1, 6), own, torch.randn(4, 6), None, lengths, slots, True)
+        arguments = (torch.randn(2, 1, 6), own, torch.randn(6, 4), None, lengths, slots, True)
         torch.library.opcheck(torch.ops.hypenet.causal_conv1d_update.default, arguments)
 
 
@@ -249,6 +305,78 @@ def test_updates_are_the_convolution_token_by_token(dtype, L, ring):
         assert state[b][:, at].equal(newest[b])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("W", [2, 3, 4])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_update_gives_the_bits_of_the_convolution(activation, W, dtype):
+    """Of any part of the channels, bounded by vectors of every width."""
+    inputs = make_inputs(3, 64 + 19, 5, W, dtype)
+    expected = causal_conv1d_fn(**inputs, activation=activation)
+    state = inputs["initial_states"].clone()
+    for t, x in enumerate(inputs["x"].unbind(2)):
+        y = causal_conv1d_update(x, state, inputs["weight"], inputs["bias"], activation)
+        assert y.equal(expected[:, :, t]), t
+    state = inputs["initial_states"].clone()
+    assert causal_conv1d_update(inputs["x"], state, inputs["weight"], inputs["bias"], activation).equal(expected)
+
+
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_weights_of_any_dtype_and_strides(dtype, weight_dtype):
+    inputs = make_inputs(2, 70, 9, 4, dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    weight, bias = inputs["weight"].to(weight_dtype), inputs["bias"].to(weight_dtype)
+    strided = inputs | {"weight": weight.mT.contiguous().mT, "bias": torch.stack([bias, bias], dim=1)[:, 0]}
+    widened = inputs | {"weight": weight.to(wide), "bias": bias.to(wide)}
+    assert not strided["weight"].is_contiguous() and not strided["bias"].is_contiguous()
+    given = [torch.randn(2, 70, 9), torch.randn(2, 70, 3)]
+    assert forward(strided, activation="silu")[0].equal(forward(widened, activation="silu")[0])
+    found, expected = (gradients(forward, x, given, activation="silu") for x in (strided, widened))
+    for name, x in found.items():
+        assert x.dtype == strided[name].dtype and x.equal(expected[name].to(x.dtype)), name
+    results = [
+        causal_conv1d_update(x["x"], x["initial_states"].clone(), x["weight"], x["bias"]) for x in (strided, widened)
+    ]
+    assert results[0].equal(results[1])
+
+
+def allocations(run):
+    """Return the names of the operators in which run() allocates memory."""
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    return [event.name for event in profile.events() if event.name.startswith("aten::") and event.self_cpu_memory_usage]
+
+
+@pytest.mark.parametrize("x_shape", [(2, 70), (2, 70, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_update_allocates_its_output_alone(dtype, x_shape):
+    """Also for time-last x, weights of another dtype and any strides of the state."""
+    x, state = torch.randn(x_shape).to(dtype), torch.randn(2, 4, 70).to(dtype).mT
+    weight, bias, lengths = torch.randn(70, 4).double(), torch.randn(70), torch.tensor([1, 2])
+    assert len(allocations(lambda: causal_conv1d_update(x, state, weight, bias, "silu"))) == 1
+    assert len(allocations(lambda: causal_conv1d_update(x, state, weight, bias, "silu", lengths, lengths - 1))) == 2
+
+
+@pytest.mark.parametrize("how", ["seq_idx", "cu_seqlens"])
+def test_packing_costs_no_allocation(how):
+    inputs = make_inputs(1, 16, 70, 4)
+    packed = torch.zeros(1, 70, dtype=torch.int32) if how == "seq_idx" else bounds(30, 40, dtype=torch.int32)
+    arguments = inputs["x"], inputs["weight"].half(), inputs["bias"]
+    assert len(allocations(lambda: causal_conv1d_fn(*arguments, **{how: packed}))) == 1
+
+
+def test_update_in_a_ring_of_negative_length():
+    """Entry i % L is input i, also of inputs counted from a later one."""
+    x, weight, state = torch.randn(2, 9), torch.randn(9, 4), torch.randn(2, 9, 5)
+    states = [state.clone() for _ in range(2)]
+    results = [
+        causal_conv1d_update(x, own, weight, cache_seqlens=torch.tensor(lengths))
+        for own, lengths in zip(states, ([-3, -11], [2, 4]), strict=True)
+    ]
+    assert results[0].equal(results[1]) and states[0].equal(states[1]) and not states[0].equal(state)
+
+
 def test_update_in_a_pool():
     inputs = make_inputs(3, 9, 1, 4)
     pool = torch.full((5, 2, 9, 4), torch.nan)[:, 0]  # gaps between slots
@@ -283,6 +411,10 @@ def test_wrong_arguments():
         initial_states=torch.zeros(2, 9, 4),
     )
     bad(ValueError, "initial_states must be None with seq_idx", seq_idx=torch.zeros(2, 7, dtype=torch.int32))
+    one = {"initial_states": None, "seq_idx": torch.zeros(2, 7, dtype=torch.int32)}
+    bad(ValueError, "cu_seqlens must be None with seq_idx", **one, cu_seqlens=torch.tensor([0, 7]))
+    bad(ValueError, "return_final_states must be False with seq_idx .*, got True", **one, return_final_states=True)
+    bad(ValueError, "final_states_out must be None with seq_idx", **one, final_states_out=torch.zeros(2, 9, 3))
     one = {"initial_states": None, "seq_idx": torch.zeros(2, 6, dtype=torch.int32)}
     bad(ValueError, r"seq_idx must have shape \[2, 7\]", **one)
     bad(

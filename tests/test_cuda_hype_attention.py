@@ -6,7 +6,7 @@ import pytest
 import torch
 from compare import assert_matches_reference
 from emulation import emulated
-from test_hype_attention import Shape, fused, make_inputs, run_with_gradients
+from test_hype_attention import Shape, check_tail, fused, make_inputs, run_with_gradients
 
 from hypenet_kernels import hype_attention, reference
 
@@ -114,6 +114,24 @@ def test_packed_sequences_are_each_alone(device, index_dtype):
 def test_packed_matches_reference(device):
     inputs = make_inputs(Shape(1, 140, 4, 1, 128), torch.bfloat16, gate=True)
     assert_matches(device, inputs, cu_seqlens=torch.tensor([0, 1, 1, 70, 140]), logit_scale_base=9.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", [(30, 0, 64), (128,), (127, 1, 0, 0), (0, 0), ()], ids=str)
+def test_sequences_that_end_before_T(device, lengths, dtype):
+    """Tails that are shorter and longer than a tile, and end at, before and after its bounds."""
+    for rows, D, gated in ((1, 64, True), (64, 64, False), (135, 64, True), (70, 40, True)):
+        check_tail(lengths, sum(lengths) + rows, Shape(1, 0, 2, 1, D), dtype, device, gated)
+
+
+@pytest.mark.parametrize("D", [128, 256])
+def test_tails_of_longer_heads(device, D):
+    check_tail((30, 20), 150, Shape(1, 0, 2, 2, D), torch.bfloat16, device)
+
+
+def test_a_tail_matches_the_reference(device):
+    inputs = make_inputs(Shape(1, 140, 4, 1, 64), torch.bfloat16, gate=True)
+    assert_matches(device, inputs, cu_seqlens=torch.tensor([0, 1, 1, 70, 100]), logit_scale_base=9.0)
 
 
 @pytest.mark.parametrize("B, T, S", [(0, 5, 5), (2, 0, 0), (2, 0, 7)])

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from compare import assert_as_accurate, assert_matches_reference
+from recurrence_suite import bounds
 
 from hypenet_kernels import hype_attention, reference
 
@@ -204,6 +205,58 @@ def test_packed_matches_reference():
     assert_op_matches_reference(inputs, cu_seqlens=bounds, logit_scale_base=9.0)
 
 
+TAILS = [(30, 0, BLOCK), (BLOCK, BLOCK), (0, 1), (0, 0), ()]  # lengths of sequences before the tail
+
+
+def check_tail(lengths, total, shape, dtype, device="cpu", gated=True):
+    """Rows after the last sequence are zero, whatever they hold, and change nothing before them."""
+    end, options = sum(lengths), {"logit_scale_base": 9.0}
+    inputs = [x.detach().to(device) for x in make_inputs(shape._replace(T=total), dtype, gated)]
+    do = torch.randn(inputs[0].shape, dtype=dtype).to(device)
+    options["cu_seqlens"] = bounds(*lengths).to(device)
+    expected = run_with_gradients(hype_attention, [x[:, :end] for x in inputs], do[:, :end], **options)
+    for x in (*inputs, do):
+        x[:, end:] = torch.nan
+    results = run_with_gradients(hype_attention, inputs, do, **options)
+    assert len(results) == 5 if gated else 4
+    for name, x in results.items():
+        assert x[:, :end].equal(expected[name]) and (x[:, end:] == 0).all() and x.shape[1] == total > end, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", TAILS, ids=str)
+def test_sequences_that_end_before_T(lengths, dtype):
+    check_tail(lengths, sum(lengths) + BLOCK + 9, Shape(1, 0, 4, 2, 16), dtype)
+    check_tail(lengths, sum(lengths) + 1, Shape(1, 0, 2, 2, 20), dtype, gated=False)
+
+
+def test_a_tail_matches_the_reference():
+    inputs = make_inputs(Shape(1, BLOCK + 30, 4, 1, 20), torch.float32, gate=True)
+    assert_op_matches_reference(inputs, cu_seqlens=torch.tensor([0, 1, 1, 40, BLOCK]), logit_scale_base=9.0)
+
+
+def test_every_saved_tensor_has_a_zero_tail():
+    q, k, v, gate = (x.detach() for x in make_inputs(Shape(1, 80, 4, 2, 16), gate=True))
+    results = torch.ops.hypenet.hype_attention_saving(q, k, v, gate, bounds(30, 20), None, 0.25, 0)
+    o, o_ungated, lse = results
+    assert all((x[:, 50:] == 0).all() for x in (o, o_ungated)) and (lse[:, :, 50:] == 0).all()
+    assert all(x.ne(0).all() for x in (o[:, :50], o_ungated[:, :50]))
+
+
+@pytest.fixture
+def restore_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_tail_with_any_number_of_threads(threads, restore_threads):
+    """One pass over the gradients and two."""
+    torch.set_num_threads(threads)
+    check_tail((BLOCK + 9, 5), 3 * BLOCK, Shape(1, 0, 2, 1, 32), torch.float32)
+
+
 @pytest.mark.parametrize("B, T, S", [(0, 5, 5), (2, 0, 0), (2, 0, 7)])
 def test_empty_problems(B, T, S):
     q = torch.randn(B, T, 4, 8, requires_grad=True)
@@ -327,13 +380,6 @@ def test_nan_stays_in_its_sequence():
 # ---- determinism
 
 
-@pytest.fixture
-def restore_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [Shape(1, 3 * BLOCK + 5, 2, 1, 32), Shape(2, 2 * BLOCK, 6, 3, 16, 17)], ids=str)
 def test_any_number_of_threads_gives_the_same_bits(shape, dtype, restore_threads):
@@ -452,9 +498,9 @@ ERRORS = {
         ValueError,
         "query_offset must be 0 with cu_seqlens, got 2",
     ),
-    "packed falling": packed_error(ValueError, "rise from 0 to T = 6", torch.tensor([0, 4, 2, 6])),
-    "packed start": packed_error(ValueError, "rise from 0 to T = 6", torch.tensor([1, 6])),
-    "packed end": packed_error(ValueError, "rise from 0 to T = 6", torch.tensor([0, 7])),
+    "packed falling": packed_error(ValueError, "rise from 0 to at most T = 6", torch.tensor([0, 4, 2, 6])),
+    "packed start": packed_error(ValueError, "rise from 0 to at most T = 6", torch.tensor([1, 6])),
+    "packed end": packed_error(ValueError, "rise from 0 to at most T = 6", torch.tensor([0, 7])),
     "packed float": packed_error(TypeError, "be int32 or int64, got float32", torch.tensor([0.0, 6.0])),
     "packed rank": packed_error(ValueError, "have 1 dimensions", torch.tensor([[0, 6]])),
     "packed nothing": packed_error(ValueError, "have at least one entry", torch.tensor([], dtype=torch.int64)),

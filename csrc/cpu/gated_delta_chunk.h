@@ -14,6 +14,7 @@
 #include "convert.h"
 #include "dtype.h"
 #include "gemm.h"
+#include "tail.h"
 #include "workspace.h"
 
 namespace hypenet::cpu::gated_delta {
@@ -56,14 +57,6 @@ template <class Element, class Params>
 void zero_output(const Params& p, const Sequence& seq, int64_t head, int64_t start, int64_t width) {
   Element* o = static_cast<Element*>(p.o) + ((seq.batch * p.T + seq.start) * p.HV + head) * p.V + start;
   for (int64_t t = 0; t < seq.length; ++t) std::fill_n(o + t * p.HV * p.V, width, Element(0.0f));
-}
-
-// Zeros the rows of a packed output [1, T, width] that belong to no sequence.
-template <class Element, class Params>
-void zero_tail(const Params& p, void* output, int64_t width) {
-  if (p.cu_seqlens == nullptr || output == nullptr) return;
-  const int64_t end = p.cu_seqlens[p.N];
-  std::fill_n(static_cast<Element*>(output) + end * width, (p.T - end) * width, Element(0.0f));
 }
 
 template <class Element>

@@ -12,6 +12,7 @@
 #include "dtype.h"
 #include "pairs.h"
 #include "simd.h"
+#include "tail.h"
 #include "workspace.h"
 
 namespace hypenet::cpu::attention {

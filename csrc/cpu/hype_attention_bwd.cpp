@@ -423,6 +423,8 @@ void backward(const HypeAttentionBwdParams& p) {
   using Acc = acc_t<Element>;
   using Factor = factor_t<Element>;
   const int64_t D = p.D, group = p.H / p.HK;
+  for (void* x : {p.dq, p.dgate}) zero_tail<Element>(p, x, p.H * D);
+  for (void* x : {p.dk, p.dv}) zero_tail<Element>(p, x, p.HK * D);
   const std::vector<Task> queries = list_blocks(p, p.HK, kQueryBlock, [](const Sequence& s) { return s.T; });
   const int64_t threads = useful_threads(p.num_threads, queries.size(), 3 * multiply_adds(p));
   const bool single = one_pass(p, threads);

@@ -285,6 +285,10 @@ Status hype_attention_fwd(const HypeAttentionFwdParams& params) {
     for_each_task(num_tasks, threads, [&](int64_t i, int64_t thread) {
       run_task<Element>(params, tasks[i], memory.thread(thread));
     });
+    for (void* x : {params.o, params.o_ungated}) zero_tail<Element>(params, x, params.H * params.D);
+    if (params.lse == nullptr) return nullptr;
+    for (int64_t head = 0; head < params.H; ++head)
+      zero_tail<Acc>(params, static_cast<Acc*>(params.lse) + head * params.T, 1);
     return nullptr;
   });
 }

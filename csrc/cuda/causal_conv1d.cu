@@ -8,21 +8,25 @@
 //   (3) dinitial_state_i = sum_r weight_{i-r} dz_r over the first tokens r <= i of a sequence
 //   (4) dweight_{W-1-d} = sum_t dz_t x_{t-d}, dbias = sum_t dz_t: per block of tokens, then over blocks in order
 //
-// Shapes: CausalConv1d*Params (params.h). Tokens whose sequence is -1 get y = 0 and no gradient.
+// Shapes: CausalConv1d*Params (params.h). Tokens of no sequence get y = 0 and no gradient.
 //
-// Mapping: forward and backward: a block is kConvBlock tokens of kThreads channel vectors of one batch; a thread walks
-// along its tokens with the last W inputs of kVec channels in registers (16 bytes of x, or one element where C or an
-// address is no multiple of 16 bytes). The backward keeps the last W of dz too, and runs W - 1 tokens past its block to
-// finish the last dx; so two blocks compute those dz, the same bits. A second kernel, a thread per column, adds the
-// blocks' parts of dweight. Update: a thread owns one channel of one sequence.
+// Mapping: forward and backward: a block is kConvBlock tokens of kThreads channel vectors of one batch. (0) Each of its
+// first threads finds the sequence of one token, by bisection of cu_seqlens or from the values of seq_idx before it.
+// Then a thread walks along the tokens with the last W inputs of kVec channels in registers: 16 bytes of x, in the
+// backward 4 elements, or one element where C or an address is no multiple of these. The backward keeps the last W of
+// dz and the sums of dweight too (of 8 channels they would take the registers of half the blocks of an SM), and
+// runs W - 1 tokens past its block to finish the last dx; so two blocks compute those dz, the same bits. A second
+// kernel, a thread per column, adds the blocks' parts of dweight. Update: a thread owns one channel of one sequence.
 //
-// Shared memory: none. Barriers: none. Numerics: fp32; one rounding at each store. Every sum has a fixed order: results
-// are bitwise repeatable, and do not depend on the rest of the batch. sigmoid takes e^-|z|, which does not overflow.
+// Shared memory: places [kConvBlock + W - 1], of the block's tokens and those after it. Barriers: one, after (0).
+// Numerics: fp32; one rounding at each store. Every sum has a fixed order: results are bitwise repeatable, and do not
+// depend on the rest of the batch. sigmoid takes e^-|z|, which does not overflow.
 //
 // Cost per element: forward 2 W FLOPs and one read and write, backward 6 W and two reads and a write: bound by memory.
 //
 // Limits: W = 2, 3, 4; fp32, bf16, fp16; 2^31 - 1 blocks.
 #include <limits>
+#include <type_traits>
 
 #include "arch/sm80.cuh"
 #include "dtype.cuh"
@@ -40,6 +44,7 @@ template <class Element, int W_, int Vec>
 struct Config {
   using Type = Element;
   static constexpr int W = W_, kVec = Vec;
+  static_assert(kVec == 1 || kVec * sizeof(Element) == 8 || kVec * sizeof(Element) == 16);
 };
 
 template <class C>
@@ -56,8 +61,12 @@ __device__ __forceinline__ void load(Values<C>& to, const typename C::Type* from
   if constexpr (C::kVec == 1) {
     to[0] = to_float(*from);
   } else {
-    typename C::Type x[C::kVec];
-    *reinterpret_cast<uint4*>(x) = arch::load_16_bytes(from);
+    alignas(16) typename C::Type x[C::kVec];
+    if constexpr (sizeof(x) == 8) {
+      *reinterpret_cast<uint2*>(x) = arch::load_8_bytes(from);
+    } else {
+      *reinterpret_cast<uint4*>(x) = arch::load_16_bytes(from);
+    }
 #pragma unroll
     for (int i = 0; i < C::kVec; ++i) to[i] = to_float(x[i]);
   }
@@ -70,6 +79,8 @@ __device__ __forceinline__ void store(typename C::Type* to, const Values<C>& fro
   for (int i = 0; i < C::kVec; ++i) from_float(x[i], from[i]);
   if constexpr (C::kVec == 1) {
     *to = x[0];
+  } else if constexpr (sizeof(x) == 8) {
+    arch::store_8_bytes(to, *reinterpret_cast<const uint2*>(x));
   } else {
     arch::store_16_bytes(to, *reinterpret_cast<const uint4*>(x));
   }
@@ -87,6 +98,91 @@ __device__ __forceinline__ void copy(Values<C>& to, const Values<C>& from) {
   for (int i = 0; i < C::kVec; ++i) to[i] = from[i];
 }
 
+// Calls run(address) with the address of a weight in its type.
+template <class Run>
+__device__ __forceinline__ void with_type(DType dtype, const void* address, Run&& run) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return run(static_cast<const double*>(address));
+    case DType::kFloat32:
+      return run(static_cast<const float*>(address));
+    case DType::kBFloat16:
+      return run(static_cast<const arch::bf16*>(address));
+    case DType::kFloat16:
+      return run(static_cast<const arch::fp16*>(address));
+  }
+}
+
+template <class Weight>
+__device__ __forceinline__ float weight_to_float(Weight x) {
+  if constexpr (std::is_same_v<Weight, double>) {
+    return static_cast<float>(x);
+  } else {
+    return to_float(x);
+  }
+}
+
+// The weights of kVec channels from `channel` on.
+template <int W, int kVec>
+struct Filters {
+  float weight[W][kVec], bias[kVec];
+
+  __device__ void load(const CausalConv1dOperands& p, int64_t channel) {
+    with_type(p.weight_dtype, p.weight.data, [&](const auto* x) {
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) {
+#pragma unroll
+        for (int k = 0; k < W; ++k)
+          weight[k][i] = weight_to_float(x[(channel + i) * p.weight.token + k * p.weight.head]);
+      }
+    });
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) bias[i] = 0.0f;
+    if (p.bias.data == nullptr) return;
+    with_type(p.bias_dtype, p.bias.data, [&](const auto* x) {
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) bias[i] = weight_to_float(x[(channel + i) * p.bias.token]);
+    });
+  }
+};
+
+// The sequence of a token.
+struct Place {
+  int sequence, position;  // -1: none; the number of earlier tokens of the sequence, at most W - 1
+};
+
+// The tokens of a block, and the W - 1 after it.
+template <int W>
+struct Smem {
+  Place places[kConvBlock + W - 1];
+};
+static_assert(sizeof(Smem<4>::places) / sizeof(Place) <= kThreads);
+
+// (0)
+template <int W>
+__device__ __forceinline__ Place find_place(const CausalConv1dSequences& p, int64_t b, int64_t t) {
+  if (t >= p.T) return {-1, 0};
+  int position = 0;
+  if (p.cu_seqlens.data != nullptr) {
+    int64_t low = 0, high = p.N + 1;  // bounds before `low` are at most t, those from `high` on are greater
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (index_at(p.cu_seqlens, middle) <= t) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    if (low == 0 || low > p.N) return {-1, 0};
+    const int64_t first = index_at(p.cu_seqlens, low - 1);
+    return {static_cast<int>(low - 1), t - first < W - 1 ? static_cast<int>(t - first) : W - 1};
+  }
+  if (p.seq_idx.data == nullptr) return {static_cast<int>(b), t < W - 1 ? static_cast<int>(t) : W - 1};
+  const int64_t token = b * p.T + t, value = index_at(p.seq_idx, token);
+  while (position < W - 1 && position < t && index_at(p.seq_idx, token - position - 1) == value) ++position;
+  return {value < 0 ? -1 : static_cast<int>(b), position};
+}
+
 // A thread's channels and its block's tokens; the last W inputs as it walks along them.
 template <class C, class Params>
 struct Walk {
@@ -94,7 +190,8 @@ struct Walk {
   const Params& params;
   int64_t b, block, start, stop;
   int channel;
-  Values<C> weight[C::W], bias, window[C::W];
+  Filters<C::W, C::kVec> filters;
+  Values<C> window[C::W];
 
   __device__ explicit Walk(const Params& p) : params(p) {
     const unsigned panels = (static_cast<unsigned>(p.C) + kThreads * C::kVec - 1) / (kThreads * C::kVec);
@@ -104,23 +201,18 @@ struct Walk {
     b = block / blocks;
     start = block % blocks * kConvBlock;
     stop = start + kConvBlock < p.T ? start + kConvBlock : p.T;
-    if (!is_inside()) return;
-    const auto* w = static_cast<const float*>(p.weight);
-#pragma unroll
-    for (int i = 0; i < C::kVec; ++i) {
-#pragma unroll
-      for (int k = 0; k < C::W; ++k) weight[k][i] = w[k * p.C + channel + i];
-      bias[i] = p.bias == nullptr ? 0.0f : static_cast<const float*>(p.bias)[channel + i];
+    auto& smem = arch::shared_memory<Smem<C::W>>();
+    const int i = arch::thread_idx();
+    if (i < kConvBlock + C::W - 1) {
+      const Place found = find_place<C::W>(p, b, start + i);
+      smem.places[i] = found;
     }
+    arch::sync_block();
+    if (is_inside()) filters.load(p, channel);
   }
 
   __device__ bool is_inside() const { return channel < params.C; }
-  __device__ int64_t position(int64_t t) const {
-    return params.positions == nullptr ? t : params.positions[b * params.T + t];
-  }
-  __device__ int64_t sequence(int64_t t) const {
-    return params.sequences == nullptr ? b : params.sequences[b * params.T + t];
-  }
+  __device__ Place place(int64_t t) const { return arch::shared_memory<Smem<C::W>>().places[t - start]; }
   __device__ const Element* row(const View& x, int64_t t) const {
     return static_cast<const Element*>(x.data) + b * x.batch + t * x.token + channel;
   }
@@ -130,17 +222,16 @@ struct Walk {
   }
 
   // The W - 1 inputs before token t, into all of the window but its last.
-  __device__ void look_back(int64_t t) {
-    const int64_t p = position(t);
+  __device__ void look_back(int64_t t, const Place& place) {
 #pragma unroll
     for (int d = 1; d < C::W; ++d) {
       Values<C>& x = window[C::W - 1 - d];
       set_zero<C>(x);
-      if (d <= p) {
+      if (d <= place.position) {
         load<C>(x, row(params.x, t - d));
       } else if (params.initial_states != nullptr) {
         const auto* states = static_cast<const Element*>(params.initial_states);
-        load<C>(x, states + initial_offset(sequence(t), C::W - 1 + p - d));
+        load<C>(x, states + initial_offset(place.sequence, C::W - 1 + place.position - d));
       }
     }
   }
@@ -150,9 +241,9 @@ struct Walk {
     load<C>(window[C::W - 1], row(params.x, t));
 #pragma unroll
     for (int i = 0; i < C::kVec; ++i) {
-      z[i] = bias[i];
+      z[i] = filters.bias[i];
 #pragma unroll
-      for (int k = 0; k < C::W; ++k) z[i] += weight[k][i] * window[k][i];
+      for (int k = 0; k < C::W; ++k) z[i] += filters.weight[k][i] * window[k][i];
     }
   }
 
@@ -168,17 +259,15 @@ __global__ void __launch_bounds__(kThreads)
   Walk<C, CausalConv1dFwdParams> walk(params);
   if (!walk.is_inside()) return;
   auto* y = static_cast<typename C::Type*>(params.y);
-  bool follows = false;  // the token before is in the window
   for (int64_t t = walk.start; t < walk.stop; ++t) {
     Values<C> z;
-    if (walk.sequence(t) < 0) {
+    const Place place = walk.place(t);
+    if (place.sequence < 0) {
       set_zero<C>(z);
       store<C>(y + walk.offset(t), z);
-      follows = false;
       continue;
     }
-    if (!follows || walk.position(t) == 0) walk.look_back(t);
-    follows = true;
+    if (t == walk.start || place.position == 0) walk.look_back(t, place);
     walk.advance(t, z);
     if (params.silu) {
 #pragma unroll
@@ -203,17 +292,17 @@ __global__ void __launch_bounds__(kThreads)
     set_zero<C>(dweight[k]);
     set_zero<C>(dz[k]);
   }
-  bool follows = false;
+  unsigned breaks = 0;  // bit d: the token W - 1 - d before is the first of a sequence, or of none
   for (int64_t t = walk.start; t < walk.stop + W - 1; ++t) {
+    breaks >>= 1;
 #pragma unroll
     for (int k = 0; k + 1 < W; ++k) copy<C>(dz[k], dz[k + 1]);
     Values<C>& now = dz[W - 1];
     set_zero<C>(now);
-    if (t >= params.T || walk.sequence(t) < 0) {
-      follows = false;
-    } else {  // (1)
-      if (!follows || walk.position(t) == 0) walk.look_back(t);
-      follows = true;
+    const Place place = walk.place(t);
+    if (place.sequence < 0 || place.position == 0) breaks |= 1u << (W - 1);
+    if (place.sequence >= 0) {  // (1)
+      if (t == walk.start || place.position == 0) walk.look_back(t, place);
       Values<C> z;
       walk.advance(t, z);
       load<C>(now, walk.row(params.dy, t));
@@ -232,25 +321,19 @@ __global__ void __launch_bounds__(kThreads)
     }
     const int64_t done = t - (W - 1);  // every dz that its dx takes is there
     if (done < walk.start) continue;
-    const int64_t n = walk.sequence(done), p = walk.position(done);
-    int reach = 0;  // tokens after it in its sequence, of the next W - 1
-#pragma unroll
-    for (int d = 1; d < W; ++d) {
-      if (reach == d - 1 && done + d < params.T && walk.sequence(done + d) == n &&
-          walk.position(done + d) == p + d)
-        reach = d;
-    }
     Values<C> dx;
     set_zero<C>(dx);
 #pragma unroll
-    for (int d = 0; d < W; ++d) {  // (2)
+    for (int d = 0; d < W; ++d) {  // (2), up to the end of the sequence
 #pragma unroll
       for (int i = 0; i < C::kVec; ++i) {
-        if (d <= reach) dx[i] += walk.weight[W - 1 - d][i] * dz[d][i];
+        if ((breaks & ((2u << d) - 2)) == 0) dx[i] += walk.filters.weight[W - 1 - d][i] * dz[d][i];
       }
     }
     store<C>(static_cast<Element*>(params.dx) + walk.offset(done), dx);
-    if (params.dinitial_states == nullptr || n < 0 || p != 0) continue;
+    if (params.dinitial_states == nullptr || breaks % 2 == 0) continue;
+    const int n = walk.place(done).sequence;
+    if (n < 0) continue;
     auto* dinitial = static_cast<Element*>(params.dinitial_states);
 #pragma unroll
     for (int j = 0; j < W - 1; ++j) {  // (3)
@@ -259,7 +342,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int r = 0; r <= j; ++r) {
 #pragma unroll
         for (int i = 0; i < C::kVec; ++i) {
-          if (r <= reach) dx[i] += walk.weight[j - r][i] * dz[r][i];
+          if ((breaks & ((2u << r) - 2)) == 0) dx[i] += walk.filters.weight[j - r][i] * dz[r][i];
         }
       }
       store<C>(dinitial + walk.initial_offset(n, j), dx);
@@ -301,30 +384,30 @@ __global__ void __launch_bounds__(kThreads)
   }
   auto* state = static_cast<Element*>(params.conv_state.data) + slot * params.conv_state.batch +
                 c * params.conv_state.token;
-  const auto* x = static_cast<const Element*>(params.x.data) + b * params.x.batch + c;
+  const auto* x = static_cast<const Element*>(params.x.data) + b * params.x.batch + c * params.x.head;
   const int64_t step = params.conv_state.head;
   const bool ring = params.cache_seqlens.data != nullptr;
   const int64_t length = ring ? index_at(params.cache_seqlens, b) : 0;
-  float window[W], weight[W];
-#pragma unroll
-  for (int k = 0; k < W; ++k) weight[k] = static_cast<const float*>(params.weight)[k * params.C + c];
+  const auto in_ring = [&](int64_t i) { return (i % L + L) % L; };
+  float window[W];
+  Filters<W, 1> filters;
+  filters.load(params, c);
 #pragma unroll
   for (int d = 1; d < W; ++d) {
-    const int64_t i = ring ? ((length - d) % L + L) % L : L - d;
+    const int64_t i = ring ? in_ring(length - d) : L - d;
     window[W - 1 - d] = to_float(state[i * step]);
   }
-  const float bias = params.bias == nullptr ? 0.0f : static_cast<const float*>(params.bias)[c];
   for (int64_t t = 0; t < params.T; ++t) {
     const Element input = x[t * params.x.token];
     window[W - 1] = to_float(input);
-    float z = bias;
+    float z = filters.bias[0];
 #pragma unroll
-    for (int k = 0; k < W; ++k) z += weight[k] * window[k];
+    for (int k = 0; k < W; ++k) z += filters.weight[k][0] * window[k];
     if (params.silu) z *= sigmoid(z);
     from_float(y[t * params.C], z);
 #pragma unroll
     for (int k = 0; k + 1 < W; ++k) window[k] = window[k + 1];
-    if (ring) state[(length + t) % L * step] = input;
+    if (ring) state[in_ring(length + t) * step] = input;
   }
   if (ring) return;
   for (int64_t i = 0; i < L; ++i) {
@@ -350,12 +433,12 @@ Status dispatch(DType dtype, int64_t W, Run&& run) {
   });
 }
 
-// Whether rows of these strides and addresses can be read 16 bytes at a time.
-template <class Element, class... Addresses>
+// Whether rows of these strides and addresses can be read kVec elements at a time.
+template <class Element, int64_t kVec, class... Addresses>
 bool whole_vectors(const CausalConv1dOperands& params, const View& rows, const Addresses*... addresses) {
-  constexpr int64_t kVec = 16 / sizeof(Element);
   const auto bits = (reinterpret_cast<uintptr_t>(rows.data) | ... | reinterpret_cast<uintptr_t>(addresses));
-  return bits % 16 == 0 && params.C % kVec == 0 && rows.batch % kVec == 0 && rows.token % kVec == 0;
+  return bits % (kVec * sizeof(Element)) == 0 && params.C % kVec == 0 && rows.batch % kVec == 0 &&
+         rows.token % kVec == 0;
 }
 
 template <class C, class Params>
@@ -366,14 +449,14 @@ int64_t num_blocks(const Params& params) {
 
 template <class C>
 Status launch_forward(const CausalConv1dFwdParams& params, Stream stream) {
-  return launch("causal_conv1d_fwd", causal_conv1d_fwd_kernel<C>, num_blocks<C>(params), kThreads, 0, stream,
-                params);
+  return launch("causal_conv1d_fwd", causal_conv1d_fwd_kernel<C>, num_blocks<C>(params), kThreads,
+                sizeof(Smem<C::W>), stream, params);
 }
 
 template <class C>
 Status launch_backward(const CausalConv1dBwdParams& params, Stream stream) {
-  return launch("causal_conv1d_bwd", causal_conv1d_bwd_kernel<C>, num_blocks<C>(params), kThreads, 0, stream,
-                params);
+  return launch("causal_conv1d_bwd", causal_conv1d_bwd_kernel<C>, num_blocks<C>(params), kThreads,
+                sizeof(Smem<C::W>), stream, params);
 }
 
 }  // namespace
@@ -381,7 +464,7 @@ Status launch_backward(const CausalConv1dBwdParams& params, Stream stream) {
 Status causal_conv1d_fwd(const CausalConv1dFwdParams& params, Stream stream) {
   return dispatch(params.dtype, params.W, [&]<class Element, int W>() {
     constexpr int kVec = 16 / sizeof(Element);
-    return whole_vectors<Element>(params, params.x, params.y, params.initial_states)
+    return whole_vectors<Element, kVec>(params, params.x, params.y, params.initial_states)
                ? launch_forward<Config<Element, W, kVec>>(params, stream)
                : launch_forward<Config<Element, W, 1>>(params, stream);
   });
@@ -392,10 +475,10 @@ Status causal_conv1d_bwd(const CausalConv1dBwdParams& params, Stream stream) {
     return "partials must have a row for every block of tokens";
   }
   const Status status = dispatch(params.dtype, params.W, [&]<class Element, int W>() {
-    constexpr int kVec = 16 / sizeof(Element);
-    const bool whole =
-        whole_vectors<Element>(params, params.x, params.dx, params.initial_states, params.dinitial_states) &&
-        whole_vectors<Element>(params, params.dy);
+    constexpr int kVec = 4;
+    const bool whole = whole_vectors<Element, kVec>(params, params.x, params.dx, params.initial_states,
+                                                    params.dinitial_states) &&
+                       whole_vectors<Element, kVec>(params, params.dy);
     return whole ? launch_backward<Config<Element, W, kVec>>(params, stream)
                  : launch_backward<Config<Element, W, 1>>(params, stream);
   });

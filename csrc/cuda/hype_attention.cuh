@@ -44,17 +44,20 @@ Status dispatch_head_dim(int64_t D, Run&& run) {
   return "D is not built for CUDA";
 }
 
-// T queries from row `first` of `batch` on, at positions offset ..., against S keys from the same row on.
+// T queries from row `first` of `batch` on, at positions offset ..., against S keys from the same row on. The tail is
+// the rows after packed sequences, without queries or keys.
 struct Sequence {
   int batch, first, T, S, offset;
+  bool is_tail = false;
 };
 
 // ---- tiles of kRows rows, numbered over all sequences without a table: sequence n of a packed batch has the
-// slots from cu_seqlens[n] / kRows + n on, which are at least ceil(length / kRows) and at most one too many.
+// slots from cu_seqlens[n] / kRows + n on, which are at least ceil(length / kRows) and at most one too many. The tail
+// is sequence N.
 
 template <int kRows, class Params>
 int64_t num_slots(const Params& p, int64_t rows) {
-  return p.cu_seqlens == nullptr ? p.B * ((rows + kRows - 1) / kRows) : rows / kRows + p.N;
+  return p.cu_seqlens == nullptr ? p.B * ((rows + kRows - 1) / kRows) : rows / kRows + p.N + 1;
 }
 
 // The last n in [0, N) for which start(n), which never falls, is at most x.
@@ -83,9 +86,11 @@ __device__ __forceinline__ Sequence find_tile(const Params& p, unsigned slot, in
   }
   const int64_t* bounds = p.cu_seqlens;
   const auto first_slot = [&](int64_t n) { return bounds[n] / kRows + n; };
-  const int64_t n = last_at_most(p.N, slot, first_slot);
+  const int64_t n = last_at_most(p.N + 1, slot, first_slot);
   begin = static_cast<int>(slot - first_slot(n)) * kRows;
-  const int first = static_cast<int>(bounds[n]), length = static_cast<int>(bounds[n + 1]) - first;
+  const int first = static_cast<int>(bounds[n]);
+  if (n == p.N) return {0, first, 0, 0, 0, true};
+  const int length = static_cast<int>(bounds[n + 1]) - first;
   return {0, first, length, length, 0};
 }
 
@@ -101,6 +106,16 @@ template <int D, class Element>
 __device__ __forceinline__ Element* head_row(void* x, int64_t T, int64_t heads, int64_t batch, int64_t token,
                                              int64_t head) {
   return static_cast<Element*>(x) + ((batch * T + token) * heads + head) * D;
+}
+
+// Zeros one head of a tile's rows in a contiguous [1, T, heads, D] tensor.
+template <int kRows, int kThreads, int D, class Element>
+__device__ __forceinline__ void zero_rows(void* x, int64_t T, int64_t heads, int64_t head, int64_t first) {
+  constexpr int kPieces = D / kPiece;
+  for (int i = arch::thread_idx(); i < kRows * kPieces && first + i / kPieces < T; i += kThreads) {
+    Element* row = head_row<D, Element>(x, T, heads, 0, first + i / kPieces, head);
+    arch::store_16_bytes(row + i % kPieces * kPiece, uint4{0, 0, 0, 0});
+  }
 }
 
 // sigmoid(x) by an exponent that is never positive.

@@ -16,7 +16,8 @@
 //       registers are at once the left operands of dV = P^T dO' and dK = dX^T Q: no product passes through
 //       shared memory.
 //   (3) queries: a block owns kRows queries of a head and takes the tiles of keys that they see, a warp 16.
-// Longest blocks first; heads are neighbours. With cu_seqlens a block finds its sequence by bisection.
+// Longest blocks first; heads are neighbours. With cu_seqlens a block finds its sequence by bisection; rows after the
+// last one get zeros.
 //
 // Shared memory of (2) and (3):
 //   owned     [2][kRows, D]               K and V, or Q and dO'; at last each warp's rows of the output
@@ -166,7 +167,9 @@ __global__ void __launch_bounds__(Shape::kPrepareThreads, 4)
   if (row != wanted) return;
   if (gated) {
     arch::store_16_bytes(static_cast<Element*>(p.do_ungated) + row * D + col, grad_ungated.bytes);
-    arch::store_16_bytes(static_cast<Element*>(p.dgate) + row * D + col, dgate.bytes);
+    const bool is_tail = p.cu_seqlens != nullptr && t >= p.cu_seqlens[p.N];
+    arch::store_16_bytes(static_cast<Element*>(p.dgate) + row * D + col,
+                         is_tail ? uint4{0, 0, 0, 0} : dgate.bytes);
   }
   if (col == 0) {
     const float factor = arguments.logit_scale(position_of(p, t));
@@ -272,6 +275,14 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 
   // (2.1) the keys and values, the first queries
   const Place found = find_keys<Shape>(p);
+  if (found.sequence.is_tail) {
+    const int64_t first = found.sequence.first + found.begin;
+    if constexpr (kWithKeys)
+      zero_rows<Shape::kRows, kThreads, D, Element>(p.dk, p.S, p.HK, found.key_head, first);
+    if constexpr (kWithValues)
+      zero_rows<Shape::kRows, kThreads, D, Element>(p.dv, p.S, p.HK, found.key_head, first);
+    return;
+  }
   if (found.begin >= found.sequence.S) return;
   if (arch::thread_idx() == 0) smem.place = found;
   arch::sync_block();
@@ -346,6 +357,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const int key_head = head / (H / static_cast<int>(p.HK));
   int begin;
   const Sequence s = find_tile<Shape::kRows>(p, arguments.num_slots - 1 - arch::block_idx() / H, begin);
+  if (s.is_tail) return zero_rows<Shape::kRows, kThreads, D, Element>(p.dq, p.T, H, head, s.first + begin);
   if (begin >= s.T) return;
 
   // (3.1) the queries, and the keys that they see: tiles [0, num_tiles)

@@ -11,7 +11,7 @@
 // Mapping: a block owns kQueries queries of one head, a warp kWarpRows of them; all warps do the same and
 // meet twice a tile, before the products that read what was copied. Blocks are numbered along x, the head
 // fastest (heads of a group share keys in L2), the longest tiles first. With cu_seqlens a block finds its
-// sequence by bisection; at most one block a sequence finds nothing to do.
+// sequence by bisection; at most one block a sequence finds nothing to do. Blocks after the last sequence write zeros.
 //
 // Shared memory:
 //   q      [kQueries, D]         the queries; at last each warp's rows of the output
@@ -244,6 +244,17 @@ __device__ __forceinline__ void apply_gate(float (&o)[kBlocks][kColumnsO][4], co
   }
 }
 
+// The outputs of rows that belong to no sequence.
+template <class Shape, class Element>
+__device__ __forceinline__ void zero_tail(const Params& p, int64_t first, int head) {
+  constexpr int kRows = Shape::kQueries, kThreads = Shape::kThreads, D = Shape::D;
+  zero_rows<kRows, kThreads, D, Element>(p.o, p.T, p.H, head, first);
+  if (p.o_ungated != nullptr) zero_rows<kRows, kThreads, D, Element>(p.o_ungated, p.T, p.H, head, first);
+  for (int i = arch::thread_idx(); i < kRows && first + i < p.T; i += kThreads) {
+    static_cast<float*>(p.lse)[head * p.T + first + i] = 0;
+  }
+}
+
 template <class Shape, class Element>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerProcessor)
     hype_attention_fwd_kernel(const __grid_constant__ Arguments arguments) {
@@ -251,8 +262,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerProcessor)
   auto& smem = arch::shared_memory<Smem<Element, Shape>>();
   const Params& p = arguments.params;
   const Place place = find_place<Shape>(p, arguments.num_slots);
-  if (place.num_tiles == 0) return;
   const Sequence& s = place.sequence;
+  if (s.is_tail) return zero_tail<Shape, Element>(p, s.first + place.begin, place.head);
+  if (place.num_tiles == 0) return;
 
   // (1) the queries and the first two pieces; c_p of this thread's rows
   copy_tile_async<Shape::kThreads>(smem.q,

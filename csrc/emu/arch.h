@@ -69,6 +69,12 @@ inline void store_16_bytes(float* address, float4 x) {
 }
 inline uint4 load_16_bytes(const void* address) { return emu::load_16_bytes(address); }
 inline void store_16_bytes(void* address, uint4 x) { emu::store_16_bytes(address, x); }
+inline uint2 load_8_bytes(const void* address) {
+  return std::bit_cast<uint2>(*static_cast<const uint64_t*>(address));
+}
+inline void store_8_bytes(void* address, uint2 x) {
+  *static_cast<uint64_t*>(address) = std::bit_cast<uint64_t>(x);
+}
 
 // ---- asynchronous copies
 

@@ -94,6 +94,12 @@ __device__ __forceinline__ uint4 load_16_bytes(const void* address) {
 }
 __device__ __forceinline__ void store_16_bytes(void* address, uint4 x) { *static_cast<uint4*>(address) = x; }
 
+// 8 bytes: `address` is a multiple of 8.
+__device__ __forceinline__ uint2 load_8_bytes(const void* address) {
+  return *static_cast<const uint2*>(address);
+}
+__device__ __forceinline__ void store_8_bytes(void* address, uint2 x) { *static_cast<uint2*>(address) = x; }
+
 // ---- asynchronous copies from global to shared memory
 
 __device__ __forceinline__ uint32_t shared_address(const void* shared) {
