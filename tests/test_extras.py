@@ -12,7 +12,7 @@ import pytest
 
 import halo
 import hypenet
-from halo.extras import PACKAGES, require
+from halo.extras import PACKAGES, SPIN_COUNT, bound_spinning, require
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -145,3 +145,10 @@ def test_help_imports_nothing_that_takes_seconds(arguments):
 def test_a_mistake_in_the_configuration_is_found_without_torch(tmp_path):
     result = command("halo", "convert", "--config", str(tmp_path / "none.yaml"), hide=[])
     assert result.returncode == 2 and result.stderr.startswith(f"halo: {tmp_path}/none.yaml: must be an existing file")
+
+
+@pytest.mark.parametrize("chosen", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}, {"KMP_BLOCKTIME": "1"}])
+def test_threads_spin_for_a_bounded_time_unless_the_user_decides(chosen):
+    environment = dict(chosen)
+    bound_spinning(environment)
+    assert environment == (chosen or {"GOMP_SPINCOUNT": SPIN_COUNT})
