@@ -66,8 +66,10 @@ class Job:
         return corpus
 
     def load_teacher_weights(self) -> PreTrainedModel:
-        """Load the teacher on the CPU in float32, to copy weights from."""
-        return teachers.load_teacher(self.config.teacher, torch.device("cpu"), torch.float32)
+        """Load the teacher on the CPU in the dtype that it is stored in, to copy weights from."""
+        stored = getattr(self.teacher_config, "dtype", None)
+        dtype = stored if isinstance(stored, torch.dtype) else torch.float32
+        return teachers.load_teacher(self.config.teacher, torch.device("cpu"), dtype)
 
     def release_teacher(self) -> None:
         """Free the teacher's memory."""
@@ -145,7 +147,7 @@ class Job:
     def load_mixers(self, stage: str) -> nn.ModuleList:
         """Load the twins that transfer or align left, in float32 on the CPU."""
         path = self.directory(stage) / files.MIXERS
-        return models.load_mixers(path, self.load_teacher_weights(), self.config.mixer, _again(path.parent))
+        return models.load_mixers(path, self.teacher_config, self.config.mixer, _again(path.parent))
 
     def load_student(self, stage: str) -> HypeNetForCausalLM:
         """Load the student that distill or finetune left, in float32 on the device."""

@@ -13,13 +13,14 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from halo import files
 from halo.data import Batch
 from halo.settings import LossSettings
 from hypenet import HypeNetForCausalLM, MixerContext, from_teacher
 from hypenet.configuration_hypenet import hype_logits_scaling
+from hypenet.conversion import empty_twins, recurrent_twins
 from hypenet.mixers import Mixer
 
 
@@ -34,8 +35,7 @@ class AttentionCall:
 
 def make_twins(teacher: PreTrainedModel, mixer: str) -> nn.ModuleList:
     """Build the recurrent twin of every attention layer, in float32 on the CPU (weight transfer, HALO 4.1)."""
-    model = from_teacher(teacher, keep_layers=[], mixer=mixer)
-    return nn.ModuleList(mixers(model)).float().cpu()
+    return recurrent_twins(teacher, mixer).float().cpu()
 
 
 def save_mixers(state: dict[str, Tensor], path: Path) -> None:
@@ -44,21 +44,21 @@ def save_mixers(state: dict[str, Tensor], path: Path) -> None:
     files.write_file(path, lambda partial: save_file(whole, partial))
 
 
-def load_mixers(path: Path, teacher: PreTrainedModel, mixer: str, remedy: str) -> nn.ModuleList:
+def load_mixers(path: Path, teacher: PreTrainedConfig, mixer: str, remedy: str) -> nn.ModuleList:
     """Load the twins that a stage saved, in float32 on the CPU.
 
     Args:
         path: The safetensors file.
-        teacher: The model that they are twins of.
+        teacher: The configuration of the model that they are twins of.
         mixer: Their kind.
         remedy: What to do if the file is missing or damaged, to end the message with.
 
     Raises:
         HaloError: If the file is missing or damaged, or belongs to another model.
     """
-    twins = make_twins(teacher, mixer)
+    twins = empty_twins(teacher, mixer)
     with files.reading(path, remedy):
-        twins.load_state_dict(load_file(path))
+        twins.load_state_dict(load_file(path), assign=True)
     return twins
 
 

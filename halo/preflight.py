@@ -4,6 +4,7 @@ Every shortfall is listed at once. A stage that needs something of the data has 
 settings; what needs the machine is here.
 """
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -41,6 +42,8 @@ def check(job: Job) -> None:
 def _shortfalls(job: Job) -> Iterator[str]:
     config = job.config
     yield from _attempt(lambda: _check_writable(job))
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        yield "tensorboard: must be false where the package is missing (pip install tensorboard), got true"
     yield from _attempt(lambda: job.teacher_config)
     yield from _attempt(lambda: check_layers(config.select, job.teacher_config.num_hidden_layers))
     yield from _batches(job)

@@ -25,6 +25,7 @@ class StageProgress:
         self.bar: Progress | None = None
         self.task = TaskID(0)
         self.last_line = time.monotonic()
+        self.first: tuple[int, float] | None = None
 
     def __enter__(self) -> Self:
         if self.shown and console.is_terminal:
@@ -44,7 +45,18 @@ class StageProgress:
             self.bar.update(self.task, completed=done, note=note)
         elif self.shown and (done == self.total or time.monotonic() - self.last_line >= LINE_SECONDS):
             self.last_line = time.monotonic()
-            say(f"{self.name:10} {done}/{self.total}  {note}")
+            say(f"{self.name:10} {done}/{self.total}  {note}{self._remaining(done)}")
+
+    def _remaining(self, done: int) -> str:
+        """Return the estimated time left, from the speed since the first line."""
+        now = time.monotonic()
+        if self.first is None:
+            self.first = (done, now)
+        before, began = self.first
+        if done <= before or done >= self.total:
+            return ""
+        seconds = round((now - began) / (done - before) * (self.total - done))
+        return f"  {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
 
 
 class TokenisingProgress:

@@ -132,7 +132,7 @@ def train(training: Training, run: Run, directory: Path, compute: Compute) -> No
             if done % settings.log_every == 0 or last or done == 1 or measured:
                 record = {"lr": learning_rate(step, settings), "grad_norm": float(norms.max())}
                 record |= _logged(training, sums, compute)
-                _require_finite(training, done, record)
+                _require_finite(training, done, record, directory)
                 if measured:
                     record["held_out_loss"] = held_out_loss(training, run.held_out, compute)
                 line = metrics.log(done, record)
@@ -141,7 +141,7 @@ def train(training: Training, run: Run, directory: Path, compute: Compute) -> No
             due |= compute.main and time.monotonic() - saved >= 60 * settings.checkpoint_minutes
             stopped, due = compute.agree(stop.requested, due)
             if stopped or due or last:
-                _require_finite_gradients(training, done, norms)
+                _require_finite_gradients(training, done, norms, directory)
                 state = {"step": done, "seconds": metrics.seconds}
                 checkpoints.save(training, optimizer, state, wait=stopped or last)
                 saved = time.monotonic()
@@ -150,7 +150,9 @@ def train(training: Training, run: Run, directory: Path, compute: Compute) -> No
             checkpoints.poll()
     checkpoints.finish()
     if not check_finite(training, compute):
-        raise HaloError(f"{training.name}: weights must stay finite, got infinity or NaN; {_advice(training)}")
+        raise HaloError(
+            f"{training.name}: weights must stay finite, got infinity or NaN; {_advice(training, directory)}"
+        )
 
 
 def learning_rate(step: int, settings: TrainingSettings) -> float:
@@ -199,20 +201,21 @@ def _clip(parameters: list[nn.Parameter], limit: float) -> Tensor:
     return nn.utils.clip_grad_norm_(parameters, limit)
 
 
-def _require_finite(training: Training, step: int, record: dict[str, Any]) -> None:
+def _require_finite(training: Training, step: int, record: dict[str, Any], directory: Path) -> None:
     if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
         raise HaloError(
             f"{training.name}: loss and gradient must stay finite, got loss {record['loss']} and gradient norm "
-            f"{record['grad_norm']} at step {step}; {_advice(training)}"
+            f"{record['grad_norm']} at step {step}; {_advice(training, directory)}"
         )
 
 
-def _require_finite_gradients(training: Training, step: int, norms: Tensor) -> None:
+def _require_finite_gradients(training: Training, step: int, norms: Tensor, directory: Path) -> None:
     if not bool(torch.isfinite(norms).all()):
         raise HaloError(
-            f"{training.name}: gradient must stay finite, got {norms.max()} at step {step}; {_advice(training)}"
+            f"{training.name}: gradient must stay finite, got norm {norms.max()} at step {step}; "
+            f"{_advice(training, directory)}"
         )
 
 
-def _advice(training: Training) -> str:
-    return f"lower {training.name}.learning_rate or {training.name}.clip, and run the same command"
+def _advice(training: Training, directory: Path) -> str:
+    return f"delete {directory} and start the stage again with a lower {training.name}.learning_rate or clip"
