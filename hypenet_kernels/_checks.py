@@ -35,18 +35,18 @@ def tensor(op: str, name: str, x: Any) -> None:
 def tensors(op: str, required: Mapping[str, Any], optional: Mapping[str, Any]) -> None:
     """Check tensors by name: all on the device of the first, which must be built; optional ones may be None."""
     first, q = next(iter(required.items()))
-    tensor(op, first, q)
+    if not isinstance(q, Tensor):
+        tensor(op, first, q)
     device = q.device
     for arguments in (required, optional):
         for name, x in arguments.items():
-            if x is None and arguments is optional:
-                continue
-            if not isinstance(x, Tensor):
+            if isinstance(x, Tensor):
+                if x.device != device:
+                    fail(ValueError, op, name, f"be on {first}'s device {device}", x.device)
+                if x.layout is not STRIDED:
+                    fail(TypeError, op, name, "be a dense tensor (layout torch.strided)", x.layout)
+            elif x is not None or arguments is required:
                 tensor(op, name, x)
-            if x.device != device:
-                fail(ValueError, op, name, f"be on {first}'s device {device}", x.device)
-            if x.layout is not STRIDED:
-                fail(TypeError, op, name, "be a dense tensor (layout torch.strided)", x.layout)
     if not (q.is_cpu or q.is_meta or q.is_cuda):
         fail(NotImplementedError, op, first, "be on cpu or meta or cuda (nothing else is built)", device)
 

@@ -91,8 +91,8 @@ STEP_SCHEMA = (
 
 def check_operands(
     op: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, gates: torch.dtype
-) -> None:
-    """gates: the dtype of g and beta."""
+) -> tuple[int, int, int, int, int]:
+    """Return B, T, K, HV, V. gates: the dtype of g and beta."""
     _checks.rank(op, "q", q, "B T H K")
     _checks.rank(op, "v", v, "B T HV V")
     _checks.element(op, "q", q)
@@ -107,6 +107,7 @@ def check_operands(
         if x is not None:
             _checks.shape(op, name, x, (B, T, HV))
             _checks.dtype(op, name, x, (gates,))
+    return B, T, K, HV, V
 
 
 def check(op: str, x: Inputs) -> None:
@@ -318,15 +319,18 @@ def _step_fake(op: str, draft: bool, *arguments: Any) -> Any:
 
 def _step_results(op: str, x: StepInputs, draft: bool) -> Any:
     """Check the arguments of a step; return uninitialised o, for draft tokens (o, states)."""
-    check_operands(op, x.q, x.k, x.v, x.g, x.beta, _gate_dtype(x))
-    _check_pool(op, "state", x.state, x)
+    B, T, K, HV, V = check_operands(op, x.q, x.k, x.v, x.g, x.beta, _gate_dtype(x))
+    state = x.state
+    wide = _native.accumulator(x.q.dtype)
+    if x.state_indices is not None or state.dtype != wide or state.shape != (B, HV, K, V) or not state.is_contiguous():
+        _check_pool(op, "state", state, x)  # a pool, or what is wrong with it
     if x.state_indices is not None:
-        _checks.indices(op, "state_indices", x.state_indices, x.q.shape[0])
-    (B, T, _, K), (_, _, HV, V) = x.q.shape, x.v.shape
-    for name, y in (("A_log", x.A_log), ("dt_bias", x.dt_bias)):
-        if y is not None:
-            _checks.shape(op, name, y, (HV,))
-            _checks.dtype(op, name, y, (_native.accumulator(x.q.dtype),))
+        _checks.indices(op, "state_indices", x.state_indices, B)
+    if x.A_log is not None or x.dt_bias is not None:
+        for name, y in (("A_log", x.A_log), ("dt_bias", x.dt_bias)):
+            if y is not None:
+                _checks.shape(op, name, y, (HV,))
+                _checks.dtype(op, name, y, (wide,))
     o = x.q.new_empty(B, T, HV, V)
     return (o, x.state.new_empty(B, T, HV, K, V)) if draft else o
 

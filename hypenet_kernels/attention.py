@@ -178,11 +178,12 @@ def _check_decode(x: DecodeInputs) -> None:
     _checks.shape(op, "k_cache", x.k_cache, (B, capacity, HK, D))
     _checks.like(op, "v_cache", x.v_cache, "k_cache", x.k_cache)
     for name, cache in (("k_cache", x.k_cache), ("v_cache", x.v_cache)):
-        if D > 1 and cache.stride(-1) != 1:
-            _checks.fail(ValueError, op, name, "have a contiguous last dimension", f"strides {cache.stride()}")
-        expanded = any(n > 1 and stride == 0 for n, stride in zip(cache.shape, cache.stride(), strict=True))
-        if x.k is not None and expanded:
-            _checks.fail(ValueError, op, name, "not be expanded (it is written to)", f"strides {cache.stride()}")
+        strides = cache.stride()
+        if D > 1 and strides[3] != 1:
+            _checks.fail(ValueError, op, name, "have a contiguous last dimension", f"strides {strides}")
+        if x.k is not None and 0 in strides:
+            if any(n > 1 and stride == 0 for n, stride in zip(cache.shape, strides, strict=True)):
+                _checks.fail(ValueError, op, name, "not be expanded (it is written to)", f"strides {strides}")
     if (x.k is None) != (x.v is None):
         given, missing = ("v", "k") if x.k is None else ("k", "v")
         _checks.fail(ValueError, op, missing, f"be given with {given}", None)
