@@ -1,5 +1,6 @@
 """The `halo` command: each stage on its own, all stages, the report, and the demo."""
 
+import json
 import os
 import sys
 from enum import StrEnum
@@ -78,6 +79,29 @@ def convert(config: ConfigOption, out: OutOption = None, changes: SetOption = No
     pipeline.run()
     if pipeline.compute.main:
         _report(pipeline.out)
+
+
+@app.command()
+def plan(
+    config: ConfigOption,
+    gpus: Annotated[str, typer.Option(help="Such as 8xH100, A100, H200, cpu (measured), or cpu@TFLOPS.")],
+    teacher_config: Annotated[
+        Path | None, typer.Option(help="config.json of the teacher, or its directory, if `teacher` is not at hand.")
+    ] = None,
+    changes: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes, hours and operations.")] = False,
+) -> None:
+    """Compute what a conversion takes: tokens, FLOPs, hours, memory per GPU and disk of each stage, without weights."""
+    from halo import estimate
+    from halo.config import load_config
+    from halo.plan import find_teacher, print_plan
+
+    checked = load_config(config, tuple(changes or ()))
+    planned = estimate.plan(checked, gpus, find_teacher(checked.teacher, teacher_config))
+    if as_json:
+        typer.echo(json.dumps(estimate.as_record(planned), indent=1))
+    else:
+        print_plan(planned, checked)
 
 
 @app.command()

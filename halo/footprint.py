@@ -1,0 +1,194 @@
+"""Memory per process and disk of a conversion, computed from sizes; nothing is measured or loaded.
+
+Memory is what weights, gradients, optimizer state, saved activations and the loss need at the same time. It follows how
+the stages work: float32 masters, forward passes in the arithmetic's dtype, FSDP2 within a node (halo/sharding.py), the
+losses' workspaces (halo/losses.py), and what each layer's operations save for the backward pass.
+"""
+
+from dataclasses import dataclass
+
+from halo.flops import CHUNK, LayerSize, ModelSize
+from halo.hardware import Machine
+from halo.losses import BLOCK
+from halo.settings import LossSettings, TrainingSettings
+from halo.sharding import REPLICATED_SHARE
+from hypenet.configuration_hypenet import GDN, LIGHTNING, SOFTMAX
+
+WIDE = 4  # bytes of a float32
+ADAM = 2 * WIDE  # bytes of the two moments of a parameter
+# Two are kept while the next is written; each has weights and moments.
+CHECKPOINTS_ON_DISK = 3
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process at the peak of a stage.
+
+    Attributes:
+        weights: Of all models, with the copies that forward passes use.
+        gradients, optimizer: Of the trained weights.
+        activations: Saved for the backward pass, and temporary.
+        loss: Workspaces of the loss.
+    """
+
+    weights: float
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    activations: float = 0.0
+    loss: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """The sum."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.loss
+
+
+def micro_batches(settings: TrainingSettings, machine: Machine) -> tuple[int, int]:
+    """Return the sequences of a forward pass, and the forward passes of a step, of one process."""
+    share = -(-settings.batch // machine.processes)
+    micro = min(settings.micro_batch or share, share)
+    return micro, -(-share // micro)
+
+
+def align_memory(teacher: ModelSize, twins: ModelSize, settings: TrainingSettings, machine: Machine) -> Memory:
+    """Return the memory of stage 1, whose layers are trained one after the other in the pass of the teacher."""
+    micro, steps = micro_batches(settings, machine)
+    mixers = [layer.mixer_parameters for layer in twins.layers]
+    largest = max(twins.layers, key=lambda layer: layer.mixer_parameters)
+    per_token = mixer_bytes(largest, twins.hidden, machine) + _transient(teacher, machine)
+    per_token += 2 * 2 * WIDE * twins.hidden  # output and target in float32, and the gradient of the error
+    return Memory(
+        weights=_teacher(teacher, machine) + _trained(sum(mixers), max(mixers), 0, machine),
+        gradients=_gradients(sum(mixers), max(mixers), 0, steps, machine),
+        optimizer=ADAM * sum(mixers) / machine.shards,
+        activations=micro * settings.length * per_token,
+    )
+
+
+def language_memory(teacher: ModelSize | None, student: ModelSize, settings: LossSettings, machine: Machine) -> Memory:
+    """Return the memory of a stage that trains the whole student: stage 2 with a teacher, stage 3 without."""
+    micro, steps = micro_batches(settings, machine)
+    largest = max(layer.parameters for layer in student.layers)
+    saved = [layer_bytes(layer, student.hidden, student.intermediate, machine) for layer in student.layers]
+    per_token = max(saved) + len(saved) * WIDE * student.hidden if settings.checkpoint_activations else sum(saved)
+    # The output of the decoder, the hidden states that the loss takes, and their gradient.
+    per_token += _transient(student, machine) + 3 * WIDE * student.hidden
+    return Memory(
+        weights=(_teacher(teacher, machine) if teacher else 0.0)
+        + _trained(student.parameters, largest, student.outside, machine),
+        gradients=_gradients(student.parameters, largest, student.outside, steps, machine),
+        optimizer=ADAM * student.parameters / machine.shards,
+        activations=micro * settings.length * per_token,
+        loss=_loss(student, settings, 2 if teacher else 1, machine),
+    )
+
+
+def inference_memory(weights: float, model: ModelSize, tokens: int, machine: Machine, chunk: int = 512) -> Memory:
+    """Return the memory of forward passes without gradients, whose logits are computed `chunk` tokens at a time."""
+    return Memory(
+        weights=weights,
+        activations=tokens * (_transient(model, machine) + 2 * WIDE * model.hidden),
+        loss=min(chunk, tokens) * model.vocab * WIDE + 3 * WIDE * BLOCK,
+    )
+
+
+def layer_bytes(layer: LayerSize, hidden: int, intermediate: int, machine: Machine) -> float:
+    """Return the bytes per token that a decoder layer of a HypeNet saves for the backward pass.
+
+    Two inputs of norms in float32, the mixer, the MLP's input and four tensors of its width.
+    """
+    norms = 2 * _norm(hidden, machine)
+    return norms + mixer_bytes(layer, hidden, machine) + _casts(2, hidden, machine) + 4 * machine.width * intermediate
+
+
+def mixer_bytes(layer: LayerSize, hidden: int, machine: Machine) -> float:
+    """Return the bytes per token that a mixer saves for the backward pass, its input included."""
+    width, keys, size = layer.width, layer.kv_heads * layer.head_dim, machine.width
+    found = _norm(width, machine) + _norm(keys, machine) + size * (width + 2 * keys)  # norms of q, k; q, k, v
+    if layer.kind == SOFTMAX:  # output before and after the gate, and the gate
+        return found + _casts(4, hidden, machine) + 3 * size * width + WIDE * layer.heads
+    # The output's norm, and the two factors and the product of the gate.
+    found += _norm(width, machine) + 2 * size * width
+    if machine.cuda:  # the state before every chunk
+        found += size * width * layer.head_dim / CHUNK
+    if layer.kind == LIGHTNING:
+        return found + _casts(4, hidden, machine) + _gated(width, machine)
+    assert layer.kind == GDN
+    # q and k before their L2 norm, decay and beta, and the inverse of each chunk.
+    found += 2 * WIDE * width + 5 * WIDE * layer.heads + (size * CHUNK * layer.heads if machine.cuda else 0)
+    return found + _casts(6, hidden, machine) + _gated(width, machine) + size * width
+
+
+def _gated(width: int, machine: Machine) -> float:
+    """Return the bytes of a normalised output that a gate multiplies: float32 where autocast computes norms so."""
+    return (WIDE if machine.cuda else machine.width) * width
+
+
+def _norm(size: int, machine: Machine) -> float:
+    """Return the bytes that an RMSNorm saves: its input in float32, without a fused kernel the normalised value too."""
+    return WIDE * size if machine.cuda else 2 * WIDE * size
+
+
+def _casts(linear_layers: int, hidden: int, machine: Machine) -> float:
+    """Return the bytes of a float32 tensor as the input of linear layers, each of which casts it to a 16-bit dtype."""
+    return linear_layers * machine.width * hidden if machine.width < WIDE else WIDE * hidden
+
+
+def _transient(model: ModelSize, machine: Machine) -> float:
+    """Return the bytes per token of temporaries at the peak of one layer."""
+    width = max(layer.width for layer in model.layers)
+    return 3 * WIDE * model.hidden + machine.width * max(3 * model.intermediate, 8 * width)
+
+
+def _teacher(teacher: ModelSize, machine: Machine) -> float:
+    """Return the bytes of the teacher: a copy for each GPU if it is small, else its layers are sharded."""
+    size = machine.width * teacher.parameters
+    if not machine.cuda or machine.shards == 1 or size < REPLICATED_SHARE * machine.memory:
+        return size
+    layers = [layer.parameters for layer in teacher.layers]
+    return machine.width * (teacher.outside + sum(layers) / machine.shards + 2 * max(layers))
+
+
+def _trained(parameters: int, largest: int, outside: int, machine: Machine) -> float:
+    """Return the bytes of trained weights: masters, and what forward passes use.
+
+    Args:
+        parameters: All of them.
+        largest: Of the largest unit that is gathered at a time; the next one is gathered meanwhile.
+        outside: Of the root, which is gathered in float32 for the whole step.
+        machine: Of the run.
+    """
+    masters = WIDE * parameters / machine.shards
+    if machine.processes == 1:  # autocast keeps the 16-bit copies for the step
+        return masters + (machine.width * parameters if machine.width < WIDE else 0)
+    return masters + 2 * machine.width * largest + WIDE * outside
+
+
+def _gradients(parameters: int, largest: int, outside: int, steps: int, machine: Machine) -> float:
+    """Return the bytes of gradients; until the last of several micro-batches each process has all of them."""
+    if machine.processes == 1:
+        return WIDE * parameters
+    if steps > 1:
+        return WIDE * parameters + WIDE * parameters / machine.shards
+    return WIDE * (parameters / machine.shards + outside + 2 * largest)
+
+
+def _loss(student: ModelSize, settings: LossSettings, heads: int, machine: Machine) -> float:
+    """Return the bytes of the logits of each head, the temporaries, the head's gradient and its 16-bit copy."""
+    columns = min(settings.vocab_chunk or student.vocab, student.vocab)
+    copy = machine.width if machine.width < WIDE else 0
+    return (
+        heads * settings.token_chunk * columns * WIDE
+        + 3 * WIDE * BLOCK
+        + (WIDE + copy) * student.vocab * student.hidden
+    )
+
+
+def checkpoint_bytes(trained: int) -> int:
+    """Return the bytes of a checkpoint of so many trained parameters."""
+    return (WIDE + ADAM) * trained
+
+
+def model_bytes(parameters: int) -> int:
+    """Return the bytes of a saved result, in float32."""
+    return WIDE * parameters
