@@ -181,9 +181,9 @@ def _check_decode(x: DecodeInputs) -> None:
         strides = cache.stride()
         if D > 1 and strides[3] != 1:
             _checks.fail(ValueError, op, name, "have a contiguous last dimension", f"strides {strides}")
-        if x.k is not None and 0 in strides:
-            if any(n > 1 and stride == 0 for n, stride in zip(cache.shape, strides, strict=True)):
-                _checks.fail(ValueError, op, name, "not be expanded (it is written to)", f"strides {strides}")
+        expanded = 0 in strides and any(n > 1 and s == 0 for n, s in zip(cache.shape, strides, strict=True))
+        if x.k is not None and expanded:
+            _checks.fail(ValueError, op, name, "not be expanded (it is written to)", f"strides {strides}")
     if (x.k is None) != (x.v is None):
         given, missing = ("v", "k") if x.k is None else ("k", "v")
         _checks.fail(ValueError, op, missing, f"be given with {given}", None)
