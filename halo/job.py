@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from halo import files, models, teachers
 from halo.compute import Compute
 from halo.data import Batch, Corpus, batches
+from halo.flops import stage_flops_per_token
 from halo.journal import Journal
 from halo.progress import TokenisingProgress
 from halo.settings import HaloError, Settings, TrainingSettings
@@ -129,7 +130,8 @@ class Job:
         def source(step: int) -> Iterator[Batch]:
             return batches(samples, settings.batch, step, self.compute.rank, self.compute.world, self.compute.device)
 
-        run = Run(source, self._held_out(settings), self.identity(training.name), self.config.tensorboard)
+        flops = stage_flops_per_token(training.name, self.teacher_config, self.config.mixer, settings.length)
+        run = Run(source, self._held_out(settings), self.identity(training.name), flops, self.config.tensorboard)
         train(training, run, self.directory(training.name), self.compute)
 
     def _held_out(self, settings: TrainingSettings) -> list[Batch]:

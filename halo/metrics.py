@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -9,6 +10,15 @@ import torch
 
 from halo import files
 from halo.compute import Compute
+from halo.hardware import peak_flops
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step does: tokens of all processes, and the model's floating-point operations for each, if known."""
+
+    tokens: int
+    flops_per_token: float | None = None
 
 
 class Metrics:
@@ -19,15 +29,17 @@ class Metrics:
         compute: Device and processes.
         step: Steps that are done already; later lines of an interrupted run are dropped, since they are repeated.
         seconds: What the steps before took.
-        tokens_per_step: Of all processes.
+        work: What a step does.
         tensorboard: Whether to write event files as well.
     """
 
     def __init__(
-        self, directory: Path, compute: Compute, step: int, seconds: float, tokens_per_step: int, tensorboard: bool
+        self, directory: Path, compute: Compute, step: int, seconds: float, work: Work, tensorboard: bool
     ) -> None:
         self.path, self.compute = directory / files.METRICS, compute
-        self.tokens_per_step, self.tensorboard = tokens_per_step, tensorboard
+        self.work, self.tensorboard = work, tensorboard
+        cuda = compute.device.type == "cuda"
+        self.peak = peak_flops(torch.cuda.get_device_name(compute.device)) if cuda else None
         self.last_step, self.last_time = step, time.monotonic()
         self.began = self.last_time - seconds
 
@@ -54,13 +66,15 @@ class Metrics:
         return time.monotonic() - self.began
 
     def log(self, step: int, record: dict[str, Any]) -> dict[str, Any]:
-        """Write a line about a step, with time, speed and memory added, and return it."""
+        """Write a line about a step, with time, speed, memory and utilisation added, and return it."""
         now = time.monotonic()
-        speed = self.tokens_per_step * (step - self.last_step) / max(now - self.last_time, 1e-9)
+        speed = self.work.tokens * (step - self.last_step) / max(now - self.last_time, 1e-9)
         self.last_step, self.last_time = step, now
         record = {"step": step} | record | {"seconds": round(self.seconds, 3), "tokens_per_second": round(speed)}
         if self.compute.device.type == "cuda":
             record["memory_gib"] = round(torch.cuda.max_memory_allocated(self.compute.device) / 2**30, 3)
+        if self.peak is not None and self.work.flops_per_token is not None:
+            record["mfu"] = round(speed * self.work.flops_per_token / (self.peak * self.compute.world), 4)
         if self.compute.main:
             with files.writing(self.path), self.path.open("a") as file:
                 file.write(json.dumps(record) + "\n")

@@ -20,7 +20,7 @@ from halo import files
 from halo.checkpoint import Checkpoints, check_finite
 from halo.compute import Compute
 from halo.data import Batch
-from halo.metrics import Metrics
+from halo.metrics import Metrics, Work
 from halo.progress import StageProgress, say
 from halo.settings import HaloError, TrainingSettings
 from halo.sharding import synchronise, whole_tensor
@@ -75,12 +75,14 @@ class Run:
         batches: Makes the batches from a step on.
         held_out: Batches of held-out text, of which this process measures its share; empty for none.
         identity: Everything that the result depends on, as plain JSON; a checkpoint of another identity is refused.
+        flops_per_token: Floating-point operations of the model for each token of training; None if not known.
         tensorboard: Whether to write TensorBoard's event files too.
     """
 
     batches: BatchSource
     held_out: list[Batch] = field(default_factory=list)
     identity: dict[str, Any] | None = None
+    flops_per_token: float | None = None
     tensorboard: bool = False
 
 
@@ -115,9 +117,9 @@ def train(training: Training, run: Run, directory: Path, compute: Compute) -> No
     if start and compute.main:
         say(f"{training.name}: continues after step {start}")
     source = run.batches(start)
-    tokens = settings.batch * settings.length
     saved = time.monotonic()
-    metrics = Metrics(directory, compute, start, resumed["seconds"], tokens, run.tensorboard)
+    work = Work(settings.batch * settings.length, run.flops_per_token)
+    metrics = Metrics(directory, compute, start, resumed["seconds"], work, run.tensorboard)
     with StageProgress(training.name, settings.steps, compute.main) as progress, metrics, StopRequest() as stop:
         for step in range(start, settings.steps):
             done = step + 1
