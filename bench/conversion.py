@@ -53,7 +53,7 @@ def run(config: str, out: Path, kill: bool, log: Path) -> dict[str, Any]:
                     process.send_signal(signal.SIGKILL)
                     process.wait()
                     kills.append({"stage": waiting.pop(0), "seconds": round(time.monotonic() - began)})
-        said = log.read_text()[start:]
+        said = log.read_bytes()[start:].decode(errors="replace")
         for stage, step in re.findall(r"(\w+): continues after step (\d+)", said):
             for killed in kills:
                 if killed["stage"] == stage:

@@ -28,6 +28,7 @@ def write(results: Path | None = None, out: Path = OUT) -> Path:
     sections = [INTRODUCTION]
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         sections += _device(folder, out.parent)
+    sections += _conversions(results / "conversions")
     facts = results / "facts.md"
     if facts.is_file():
         sections.append(facts.read_text().strip())
@@ -54,6 +55,44 @@ def _device(folder: Path, root: Path) -> list[str]:
         title, write_section = kinds[record["kind"]]
         sections += [f"### {title}", _stamp(record["stamp"]), write_section(record)]
     return [*sections, *(f"![{path.stem}]({path.relative_to(root)})" for path in pictures)]
+
+
+def _conversions(folder: Path) -> list[str]:
+    """Return a section for each record of `python -m bench conversion`."""
+    sections: list[str] = []
+    for path in sorted(folder.glob("*.json")):
+        record = records.load(path)
+        lines = [f"## Conversion: {path.stem}", _stamp(record["stamp"])]
+        kills = ", ".join(
+            f"{kill['stage']}" + (f" (after step {kill['continued_after_step']})" if len(kill) > 2 else "")
+            for kill in record["kills"]
+        )
+        killed = f" It was killed and continued in: {kills}." if kills else ""
+        tokens = sum(stage.get("tokens", 0) for stage in record["stages"].values())
+        lines.append(
+            f"Teacher {record['config']['teacher']}, {record['config']['mixer']} layers, {tokens:,} tokens of training "
+            f"in all, {record['seconds'] / 60:.0f} minutes on a machine with other work.{killed} Softmax attention in "
+            f"layers {record['layers']}, scale base {record['scale']}."
+        )
+        table = ["| stage | tokens | first loss | last loss | seconds |", "|---|---:|---:|---:|---:|"]
+        for name, stage in record["stages"].items():
+            if "tokens" in stage:
+                table.append(
+                    f"| {name} | {stage['tokens']:,} | {stage['first_loss']:.3f} | {stage['last_loss']:.3f} | "
+                    f"{stage['training_seconds']:.0f} |"
+                )
+        lengths = sorted({row["length"] for row in record["rows"]})
+        rows = [f"| model | {' | '.join(f'{length} tokens' for length in lengths)} |"]
+        rows.append("|---|" + "---:|" * len(lengths))
+        for model in dict.fromkeys(row["model"] for row in record["rows"]):
+            cells = [
+                f"recall {row['recall']:.2f}, {row['bits_per_byte']:.3f} bits per byte"
+                for row in record["rows"]
+                if row["model"] == model
+            ]
+            rows.append(f"| {model} | {' | '.join(cells)} |")
+        sections += [*lines, "\n".join(table), "\n".join(rows)]
+    return sections
 
 
 def _stamp(stamp: Stamp) -> str:

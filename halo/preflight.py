@@ -66,7 +66,7 @@ def _attempt(check: Callable[[], Any]) -> Iterator[str]:
 def _check_writable(job: Job) -> None:
     with files.writing(job.out):
         job.out.mkdir(parents=True, exist_ok=True)
-        probe = job.out / f".writable{files.PARTIAL}"
+        probe = job.out / f".writable-{os.getpid()}{files.PARTIAL}"  # other processes of the run try the same
         probe.write_text("")
         probe.unlink()
 
