@@ -104,6 +104,20 @@ def plan(
         print_plan(planned, checked)
 
 
+@app.command("config")
+def show_config(
+    config: Annotated[
+        str | None, typer.Option("--config", help="YAML file, or the name of a shipped configuration.")
+    ] = None,
+    changes: SetOption = None,
+) -> None:
+    """Print every key with its value, default, source and meaning; without --config, the defaults."""
+    from halo.explain import explain, lines
+
+    for line in lines(explain(config, tuple(changes or ()))):
+        typer.echo(line)
+
+
 @app.command()
 def report(out: Annotated[Path, typer.Argument(help="Output directory of a conversion or of the demo.")]) -> None:
     """Write report.md and its plots from the results of a conversion so far."""
