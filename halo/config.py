@@ -68,6 +68,18 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
     return make_config(tree, name)
 
 
+def default_config(overrides: tuple[str, ...] = ()) -> Config:
+    """Return the defaults with some keys changed, for what needs neither teacher nor data.
+
+    Raises:
+        HaloError: If a change has mistakes.
+    """
+    tree: dict[str, Any] = {"teacher": "none", "out": "none", "data": {"source": "none"}}
+    for override in overrides:
+        apply_override(tree, override)
+    return make_config(tree, "--set")
+
+
 def read_tree(path: str | Path) -> tuple[dict[str, Any], str]:
     """Read a configuration as plain data, unchecked, and return it with the path to name in messages.
 
