@@ -104,6 +104,20 @@ def plan(
         print_plan(planned, checked)
 
 
+@app.command("config")
+def show_config(
+    config: Annotated[
+        str | None, typer.Option("--config", help="YAML file, or the name of a shipped configuration.")
+    ] = None,
+    changes: SetOption = None,
+) -> None:
+    """Print every key with its value, default, source and meaning; without --config, the defaults."""
+    from halo.explain import explain, lines
+
+    for line in lines(explain(config, tuple(changes or ()))):
+        typer.echo(line)
+
+
 @app.command()
 def report(out: Annotated[Path, typer.Argument(help="Output directory of a conversion or of the demo.")]) -> None:
     """Write report.md and its plots from the results of a conversion so far."""
@@ -214,6 +228,40 @@ def evaluate(
         say(f"{row['task']:24} {length:16} {row['metric']:32} {row['value']:.4f}{error}")
 
 
+@app.command("select", help=STAGE_HELP["select"])
+def select(
+    config: Annotated[
+        str | None, typer.Option("--config", help="YAML file, or the name of a shipped configuration.")
+    ] = None,
+    out: OutOption = None,
+    changes: SetOption = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(
+            help="Print the choice from a sweep measured elsewhere, instead of running the stage: a CSV file with the "
+            "columns layer, recall, language, or a JSON list of objects with these keys; each layer once, values from "
+            "0 to 1. The score is select.score, paper or difference."
+        ),
+    ] = None,
+) -> None:
+    """Run the stage of a conversion, or replay a sweep."""
+    if replay is None:
+        if config is None:
+            raise HaloError("select: must be given --config or --replay")
+        _pipeline(config, out, changes).run_stage("select")
+        return
+    if out is not None:
+        raise HaloError("select: --out must come without --replay, which writes nothing")
+    from halo.config import default_config, load_config
+    from halo.replay import lines
+    from halo.replay import replay as choose
+
+    overrides = tuple(changes or ())
+    chosen = load_config(config, overrides) if config is not None else default_config(overrides)
+    for line in lines(choose(replay, chosen.select)):
+        typer.echo(line)
+
+
 def _add_stage(name: str) -> None:
     def command(config: ConfigOption, out: OutOption = None, changes: SetOption = None) -> None:
         _pipeline(config, out, changes).run_stage(name)
@@ -222,7 +270,7 @@ def _add_stage(name: str) -> None:
 
 
 for _name in STAGE_HELP:
-    if _name != "eval":
+    if _name not in ("select", "eval"):
         _add_stage(_name)
 
 

@@ -62,6 +62,33 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
     Raises:
         HaloError: If the file cannot be read or has mistakes, all of which are listed.
     """
+    tree, name = read_tree(path)
+    for override in overrides:
+        apply_override(tree, override)
+    return make_config(tree, name)
+
+
+def default_config(overrides: tuple[str, ...] = ()) -> Config:
+    """Return the defaults with some keys changed, for what needs neither teacher nor data.
+
+    Raises:
+        HaloError: If a change has mistakes.
+    """
+    tree: dict[str, Any] = {"teacher": "none", "out": "none", "data": {"source": "none"}}
+    for override in overrides:
+        apply_override(tree, override)
+    return make_config(tree, "--set")
+
+
+def read_tree(path: str | Path) -> tuple[dict[str, Any], str]:
+    """Read a configuration as plain data, unchecked, and return it with the path to name in messages.
+
+    Args:
+        path: As for `load_config`.
+
+    Raises:
+        HaloError: If it cannot be read.
+    """
     path = find_config(path)
     try:
         tree = yaml.safe_load(path.read_text("utf-8")) or {}
@@ -73,9 +100,7 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
         raise HaloError(f"{path}: must be a readable text file: {error}") from None
     if not isinstance(tree, dict):
         raise HaloError(f"{path}: must be a mapping of keys, got {type(tree).__name__}")
-    for override in overrides:
-        _apply_override(tree, override)
-    return make_config(tree, str(path))
+    return tree, str(path)
 
 
 def make_config(tree: dict[str, Any], name: str = "config") -> Config:
@@ -100,15 +125,18 @@ def find_config(path: str | Path) -> Path:
     raise HaloError(f"{path}: must be an existing file or one of {', '.join(names)}")
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Change one key of a configuration as plain data, by a text such as "distill.steps=10"."""
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise HaloError(f"--set: must look like key=value, got {override}")
     *sections, name = key.split(".")
     for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
+        inner = tree.get(section, {})
+        if not isinstance(inner, dict):
             raise HaloError(f"--set: {key}: {section} is not a section")
+        tree[section] = dict(inner)  # a copy, since an alias in the file makes sections one and the same
+        tree = tree[section]
     try:
         tree[name] = yaml.safe_load(value)
     except yaml.YAMLError:

@@ -11,7 +11,8 @@ The language drop is the relative loss of the correct token's (geometric mean) p
 
     difference   recall_drop_i - w * language_drop_i
     ratio        recall_drop_i / max(language_drop_i, 2 * largest standard error of a language drop)
-    paper        (max_j R_j - R_i) / (max_j C_j - C_i + eps) with R recall, C = exp(-loss): HALO's published form
+    paper        (max_j R_j - R_i) / (max_j C_j - C_i + eps) with R recall, C = exp(-loss): HALO's published form,
+                 cut off above `clip` if that is given, as in the published code (50, with eps = 1e-10)
 
 The published ratio divides by a number that is zero by construction for the best layer, and zero within its error for
 others, so a layer without any effect can win. The denominator of `ratio` is never smaller than what can be measured.
@@ -59,6 +60,7 @@ class ScoreRule:
     name: str = "difference"
     language_weight: float = 1.0
     eps: float = 1e-6
+    clip: float | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def measure_drops(measured: Measurements) -> Drops:
 def scores(measured: Measurements, rule: ScoreRule) -> np.ndarray:
     """Compute the score of every layer [L]; layers with the largest scores are kept."""
     if rule.name == "paper":
-        return paper_scores(measured.swapped_recall.mean(1), np.exp(-measured.swapped_loss.mean(1)), rule.eps)
+        return average_scores(measured.swapped_recall.mean(1), np.exp(-measured.swapped_loss.mean(1)), rule)
     drops = measure_drops(measured)
     if rule.name == "difference":
         return drops.recall_drop - rule.language_weight * drops.language_drop
@@ -145,9 +147,29 @@ def even_layers(num_layers: int, keep: int) -> list[int]:
     return [i * num_layers // keep for i in range(keep)]
 
 
-def paper_scores(recall: np.ndarray, language: np.ndarray, eps: float) -> np.ndarray:
+def average_scores(recall: np.ndarray, language: np.ndarray, rule: ScoreRule) -> np.ndarray:
+    """Compute the score of every layer [L] from the averages of its swap.
+
+    Args:
+        recall: Recall of each swap [L], in [0, 1].
+        language: Accuracy of each swap in language tasks, or probability of the right token [L], in [0, 1].
+        rule: "paper", or "difference" with drops from the best swap, since the teacher is not among them.
+
+    Raises:
+        ValueError: If the rule needs the samples or the teacher.
+    """
+    recall_drop, language_drop = recall.max() - recall, language.max() - language
+    if rule.name == "difference":
+        return recall_drop - rule.language_weight * language_drop
+    if rule.name != "paper":
+        raise ValueError(f"average_scores: rule must be paper or difference, got {rule.name}")
+    return paper_scores(recall, language, rule.eps, rule.clip)
+
+
+def paper_scores(recall: np.ndarray, language: np.ndarray, eps: float, clip: float | None = None) -> np.ndarray:
     """Compute HALO's score (section 4.2), whose maxima run over the swapped models; recall and language in [0, 1]."""
-    return (recall.max() - recall) / (language.max() - language + eps)
+    values = (recall.max() - recall) / (language.max() - language + eps)
+    return values if clip is None else np.minimum(values, clip)
 
 
 def _warnings(

@@ -127,6 +127,15 @@ def test_override_changes_one_key(write, tmp_path):
     assert config.distill.batch == load_config(path).distill.batch
 
 
+def test_override_of_a_section_that_an_alias_shares(write, tmp_path):
+    tree = config_tree(tmp_path)
+    assert tree["align"] is tree["distill"]  # so YAML has an anchor and an alias
+    path = write(tree)
+    assert "*id001" in path.read_text()
+    config = load_config(path, ("align.steps=7",))
+    assert (config.align.steps, config.distill.steps) == (7, 4)
+
+
 def test_values_are_fixed_after_reading(tmp_path):
     config = make_config(config_tree(tmp_path))
     with pytest.raises(ValueError, match="frozen"):

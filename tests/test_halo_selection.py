@@ -91,6 +91,15 @@ def test_published_form_depends_on_eps():
     assert top_layers(paper_scores(recall, language, 1e-1), 1) == [2]
 
 
+def test_clip_makes_large_scores_equal():
+    recall, language = np.array([0.80, 0.70, 0.60, 0.50]), np.array([0.57, 0.569, 0.5695, 0.50])
+    assert np.allclose(paper_scores(recall, language, 1e-6), [0, 0.1 / 0.001001, 0.2 / 0.000501, 0.3 / 0.070001])
+    assert np.allclose(paper_scores(recall, language, 1e-6, 50.0), [0, 50, 50, 0.3 / 0.070001])
+    assert ScoreRule().clip is None
+    clipped = scores(FRAGILE, ScoreRule("paper", clip=50.0))
+    assert np.array_equal(clipped, np.minimum(scores(FRAGILE, ScoreRule("paper")), 50.0)) and clipped.max() == 50
+
+
 def test_unknown_rule_and_wrong_shapes_are_refused():
     with pytest.raises(ValueError, match="rule must be difference, ratio or paper, got best"):
         scores(FRAGILE, ScoreRule("best"))

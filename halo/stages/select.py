@@ -37,6 +37,9 @@ class SelectSettings(Settings):
     )
     language_weight: float = Field(1.0, ge=0, description="weight of the language drop in the difference score")
     eps: float = Field(1e-6, gt=0, description="added to the denominator of the paper's score")
+    clip: float | None = Field(
+        None, gt=0, description="largest value of the paper's score; the published code has 50, with eps 1e-10"
+    )
     recall_samples: PositiveInt = Field(200, ge=2, description="recall episodes")
     recall_length: PositiveInt = Field(512, description="tokens per episode")
     language_samples: PositiveInt = Field(128, ge=2, description="chunks of held-out text")
@@ -67,7 +70,7 @@ def run(job: Job) -> None:
                 job.journal("select"),
                 lambda done, part: progress.update(done, "layers swapped"),
             )
-        rule = selection.ScoreRule(settings.score, settings.language_weight, settings.eps)
+        rule = score_rule(settings)
         chosen = selection.choose(measured, keep, rule, settings.bootstrap, settings.stable_share, job.config.seed)
         record |= _record(measured, chosen)
     if job.compute.main:
@@ -89,6 +92,11 @@ def shortfalls(settings: SelectSettings, corpus: Corpus) -> Iterator[str]:
             f"select.language_length: must leave {MIN_CHUNKS} chunks of held-out text, got {settings.language_length} "
             f"tokens of {corpus.store('choose').num_tokens}; raise data.held_out"
         )
+
+
+def score_rule(settings: SelectSettings) -> selection.ScoreRule:
+    """Return how scores are computed."""
+    return selection.ScoreRule(settings.score, settings.language_weight, settings.eps, settings.clip)
 
 
 def check_layers(settings: SelectSettings, num_layers: int) -> int:
