@@ -19,14 +19,7 @@ from transformers.utils import can_return_tuple
 
 from hypenet.cache import HypeNetCache
 from hypenet.configuration_hypenet import HypeNetConfig
-from hypenet.context import (
-    MAX_STEP_TOKENS,
-    MixerContext,
-    Packing,
-    document_starts,
-    new_token_mask,
-    packed_positions,
-)
+from hypenet.context import MAX_STEP_TOKENS, MixerContext
 from hypenet.mixers import (
     MIXERS,
     HypeNetRMSNorm,
@@ -36,6 +29,7 @@ from hypenet.mixers import (
     alibi_log_decay,
     initial_decay,
 )
+from hypenet.packing import Packing, find_documents, packed_positions, read_mask, tracing
 
 
 class HypeNetDecoderLayer(GradientCheckpointingLayer):
@@ -116,14 +110,16 @@ class HypeNetModel(HypeNetPreTrainedModel):
 
         Args:
             input_ids: int64 [B, T].
-            attention_mask: [B, T] or [B, tokens in the cache + T], 0 where a token is padding, on any side. Padding
-                is not computed and does not change the results of the real tokens.
+            attention_mask: [B, T] or [B, tokens in the cache + T], 0 where a token is padding, on any side, and 1 at
+                real tokens, or integers that number the packed documents of a row. Padding does not change the
+                results of the real tokens, and is computed only where the model is compiled or exported.
             position_ids: [B, T] for the rotary embedding; by default the real tokens of each sequence are counted.
-                Without mask and cache, positions that restart within a row separate packed documents.
+                Positions that restart within a row separate packed documents, which cannot have a cache. Compiling
+                breaks the graph to look at them, so that `fullgraph=True` and `torch.export` need `cu_seqlens`.
             past_key_values: Cache of the earlier tokens. A call that continues a cache computes no gradients.
             inputs_embeds: [B, T, C], in place of `input_ids`.
             use_cache: Whether to create and return a cache if none is given. Default `config.use_cache`, but False in
-                training mode. A given cache is always used.
+                training mode and in `torch.export`. A given cache is always used.
             cu_seqlens: int32 [N + 1] with B = 1: boundaries of N packed documents that do not see each other.
                 transformers' name for it, `cu_seq_lens_q`, is accepted too.
             output_hidden_states: Whether to return the input of every layer and the output.
@@ -134,7 +130,7 @@ class HypeNetModel(HypeNetPreTrainedModel):
             last_hidden_state [B, T, C], zero at padding; past_key_values; hidden_states if requested.
 
         Raises:
-            ValueError: If arguments contradict each other or have the wrong shape.
+            ValueError: If arguments contradict each other, or have the wrong shape or values.
             TypeError: If `past_key_values` is not a `HypeNetCache`.
             NotImplementedError: If `output_attentions` is True.
         """
@@ -149,16 +145,12 @@ class HypeNetModel(HypeNetPreTrainedModel):
         x_BTC = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         B, T = x_BTC.shape[:2]
         cu_seqlens = kwargs.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
-        if cu_seqlens is None and attention_mask is None and past_key_values is None:
-            x_BTC, position_ids, cu_seqlens = self._split_documents(x_BTC, position_ids)
-        packing = None
         if cu_seqlens is None:
-            cache = self._cache(past_key_values, use_cache)
-            context, packing = self._plan(x_BTC, attention_mask, position_ids, cache)
+            context, packing = self._plan(x_BTC, attention_mask, position_ids, past_key_values, use_cache)
         else:
             if attention_mask is not None or past_key_values is not None or use_cache:
                 raise ValueError("HypeNetModel: cu_seqlens must come without attention_mask and without a cache")
-            context = self._plan_documents(x_BTC, position_ids, cu_seqlens)
+            context, packing = self._plan_documents(x_BTC, position_ids, cu_seqlens), None
         restore = self._restore(B, T, context, packing)
         x_BTC = x_BTC if packing is None else packing.pack(x_BTC)
 
@@ -207,25 +199,10 @@ class HypeNetModel(HypeNetPreTrainedModel):
         checkpointing = self.gradient_checkpointing and self.training
         if past_key_values is not None and (past_key_values.get_seq_length() > 0 or not checkpointing):
             return past_key_values
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
+        if use_cache is None:  # an exported graph returns tensors only
+            use_cache = self.config.use_cache and not self.training and not torch.compiler.is_exporting()
         # Activation checkpointing recomputes layers in the backward pass, which would update the cache twice.
         return HypeNetCache(self.config) if use_cache and not checkpointing else None
-
-    def _split_documents(
-        self, x_BTC: torch.Tensor, position_ids: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Flatten a batch whose positions restart within a row into packed documents.
-
-        Returns:
-            (x [1, B T, C], positions [1, B T], cu_seqlens), or (x, positions, None) if no position restarts.
-        """
-        unchanged = x_BTC, position_ids, None
-        if position_ids is None or x_BTC.shape[1] == 0 or torch.compiler.is_compiling():
-            return unchanged
-        position_ids = position_ids.expand(x_BTC.shape[:2])
-        cu_seqlens = document_starts(position_ids)
-        return unchanged if cu_seqlens is None else (x_BTC.flatten(0, 1)[None], position_ids.reshape(1, -1), cu_seqlens)
 
     def _plan_documents(
         self, x_BTC: torch.Tensor, position_ids: torch.Tensor | None, cu_seqlens: torch.Tensor
@@ -242,35 +219,81 @@ class HypeNetModel(HypeNetPreTrainedModel):
         x_BTC: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
-        cache: HypeNetCache | None,
+        past_key_values: HypeNetCache | None,
+        use_cache: bool | None,
     ) -> tuple[MixerContext, Packing | None]:
-        """Choose how the layers run: on the [B, T] batch, as an in-place step, or packed if there is padding."""
+        """Choose how the layers run: on the [B, T] batch, as an in-place step, or on a packed row."""
         B, T = x_BTC.shape[:2]
+        cache = self._cache(past_key_values, use_cache)
         past = 0 if cache is None else cache.get_seq_length()
-        mask = new_token_mask(attention_mask, B, T, past)
+        mask, numbers = read_mask(attention_mask, B, T, past)
+        documents = self._documents(mask, position_ids, numbers, (B, T))
+        several = documents is not None or (numbers is not None and past > 0)
+        if several and cache is not None and (past_key_values is not None or use_cache):
+            raise ValueError(
+                f"HypeNetModel: {'position_ids' if numbers is None else 'attention_mask'} must have one document in "
+                "every row with a cache (use_cache=True or past_key_values), got several"
+            )
+        if documents is not None:
+            return self._context(x_BTC, position_ids, documents), documents
         if cache is not None:
             cache.prepare(B, x_BTC.device)
-        # Testing for padding synchronises with the device, so a step of one token is masked on the device instead.
-        if mask is not None and (past == 0 or T > 1) and bool(mask.all()):
-            mask = None
         step = past > 0 and 0 < T <= MAX_STEP_TOKENS and (mask is None or T == 1)
         packing = None
         if not step and (mask is not None or (cache is not None and past > 0 and cache.ragged)):
-            packing = Packing(x_BTC.new_ones(B, T, dtype=torch.bool) if mask is None else mask)
-
-        if position_ids is None:
-            order = torch.arange(T, device=x_BTC.device)[None] if mask is None else mask.cumsum(1).sub_(1).clamp_(min=0)
-            position_ids = order
-            if cache is not None and cache.lengths is not None and past > 0:
-                position_ids = order + cache.lengths[:, None]
-        context = MixerContext(cache=cache, past=past, step=step, keep=mask if step else None, longest=T)
-        if packing is not None:
-            position_ids = packing.pack(position_ids)
-            context.cu_seqlens = packing.cu_seqlens
-            if cache is not None and cache.lengths is not None:
-                self._plan_packed_cache(context, packing, cache.lengths)
-        context.position_embeddings = self.rotary_emb(x_BTC, position_ids)
+            mask = x_BTC.new_ones(B, T, dtype=torch.bool) if mask is None else mask
+            packing = Packing.of_rows_and_padding(mask) if tracing() and past == 0 else Packing.of_rows(mask)
+        context = self._context(x_BTC, position_ids, packing, mask, cache)
+        context.step, context.keep = step, mask if step else None
         return context, packing
+
+    @staticmethod
+    def _documents(
+        mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        numbers: torch.Tensor | None,
+        shape: tuple[int, int],
+    ) -> Packing | None:
+        """Return the packing of documents that share a row, or None if none do."""
+        if position_ids is not None and tuple(position_ids.shape) not in (shape, (1, shape[1])):
+            raise ValueError(
+                f"HypeNetModel: position_ids must have shape {list(shape)}, got {list(position_ids.shape)}"
+            )
+        if shape[1] <= 1 or (position_ids is None and numbers is None):
+            return None
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            raise ValueError(
+                "HypeNetModel: position_ids must come with cu_seqlens in torch.export, since where they restart is "
+                "not known while the model is traced"
+            )
+        return find_documents(mask, None if position_ids is None else position_ids.expand(shape), numbers)
+
+    def _context(
+        self,
+        x_BTC: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        packing: Packing | None,
+        mask: torch.Tensor | None = None,
+        cache: HypeNetCache | None = None,
+    ) -> MixerContext:
+        """Return the context of the tokens x [B, T, C]: where they are, and where the cache has room for them."""
+        T = x_BTC.shape[1]
+        past = 0 if cache is None else cache.get_seq_length()
+        context = MixerContext(cache=cache, past=past, longest=T)
+        lengths = None if cache is None or past == 0 else cache.lengths
+        if packing is not None:
+            context.cu_seqlens = packing.cu_seqlens
+            if cache is not None:
+                self._plan_packed_cache(context, packing, cast(torch.Tensor, cache.lengths))
+        if position_ids is not None:
+            position_ids = position_ids if packing is None else packing.pack(position_ids)
+        elif packing is not None:
+            position_ids = (packing.order if lengths is None else packing.order + lengths[packing.rows])[None]
+        else:
+            order = torch.arange(T, device=x_BTC.device)[None] if mask is None else mask.cumsum(1).sub_(1).clamp_(min=0)
+            position_ids = order if lengths is None else order + lengths[:, None]
+        context.position_embeddings = self.rotary_emb(x_BTC, position_ids)
+        return context
 
     @staticmethod
     def _restore(
@@ -299,7 +322,8 @@ class HypeNetModel(HypeNetPreTrainedModel):
     def _plan_packed_cache(context: MixerContext, packing: Packing, lengths: torch.Tensor) -> None:
         """Set where packed tokens are stored in the cache, and each sequence's span."""
         context.slots = (packing.rows, packing.order + lengths[packing.rows])
-        context.longest = int(packing.counts.max())
+        if not tracing():
+            context.longest = int(packing.counts.max())
         if context.past > 0:
             bounds = packing.cu_seqlens.tolist()
             context.spans = list(zip(bounds, bounds[1:], lengths.tolist(), strict=False))
