@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from halo_tiny import config_tree, write_inputs
 
 from halo.config import make_config
@@ -139,24 +138,24 @@ def reference(tmp_path_factory):
     return directory, results(directory / "whole"), time.monotonic() - began
 
 
-@pytest.mark.parametrize(
-    ("runs", "kills"), [pytest.param(3, 3, id="few"), pytest.param(40, 5, id="200", marks=pytest.mark.slow)]
-)
-def test_a_run_that_is_killed_again_and_again_ends_the_same(reference, runs, kills):
+@pytest.mark.parametrize("kills", [8, pytest.param(200, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_again_and_again_ends_the_same(reference, kills):
     directory, expected, seconds = reference
-    assert len(expected) > 20 and torch.get_num_threads() >= 1
-    rng = random.Random(7)
-    killed = 0
-    for number in range(runs):
-        out = f"run-{runs}-{number}"
-        for _ in range(kills):
+    assert len(expected) > 20
+    rng = random.Random(kills)
+    killed = number = 0
+    while killed < kills:
+        out = f"run-{kills}-{number}"
+        number += 1
+        for _ in range(4):
             plan = rng.choice(
                 [AtTime(rng.uniform(0, seconds)), AtCall(rng.randint(1, 160)), InWrite(rng.randint(0, MAX_BYTES))]
             )
-            killed += not convert(directory, out, plan)
+            if convert(directory, out, plan):
+                break
+            killed += 1
         assert convert(directory, out, Never())
         found = results(Path(directory, out))
         assert found.keys() == expected.keys()
         assert not [name for name in expected if found[name] != expected[name]]
-    print(f"{killed} kills")
-    assert killed > runs * kills // 2
+    print(f"{killed} kills in {number} runs")
