@@ -118,6 +118,33 @@ def test_decode(T, dtype):
         assert o.isfinite().all() and k_cache[1].isfinite().all() and k_cache[0, T:].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T", LENGTHS)
+def test_convolution(T, dtype):
+    """Sequences named by nothing, by cu_seqlens, the last one with a tail, and by seq_idx."""
+    for C, W in ((1, 2), (16, 3), (67, 4)):
+        x, weight, bias = inside_nan(1, T, C, dtype=dtype).mT, inside_nan(C, W), inside_nan(C, dtype=dtype)
+        for bounds in (None, torch.tensor([0, T // 2, T // 2, max(T // 2, T - 3)])):
+            state = inside_nan(1 if bounds is None else 3, C, W - 1, dtype=dtype)
+            options = {"cu_seqlens": bounds, "return_final_states": True, "activation": "silu"}
+            check_finite(
+                lambda *y, o=options: kernels.causal_conv1d_fn(*y[:3], initial_states=y[3], **o), x, weight, bias, state
+            )
+        seq_idx = (torch.arange(T)[None] // 7 - 1).int()
+        check_finite(lambda *y, i=seq_idx: [kernels.causal_conv1d_fn(*y, seq_idx=i)], x, weight, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T", [0, 1, 3])
+def test_convolution_update(T, dtype):
+    for C, W, L in ((1, 2, 1), (16, 3, 4), (67, 4, 3)):
+        x, weight, bias = inside_nan(2, C, T, dtype=dtype), inside_nan(C, W), inside_nan(C, dtype=dtype)
+        for lengths in (None, torch.tensor([0, 5])):
+            state = inside_nan(4, C, L, dtype=dtype)
+            y = kernels.causal_conv1d_update(x, state, weight, bias, "silu", lengths, torch.tensor([3, -1]))
+            assert y.isfinite().all() and state.isfinite().all()
+
+
 def depends(result, name, result_token, token):
     """Whether a token of a result of attention or of a recurrence depends on a token of an input (or of do).
 
