@@ -58,6 +58,13 @@ def synchronise(module: nn.Module, wanted: bool) -> None:
             part.set_requires_gradient_sync(wanted, recurse=False)
 
 
+def reshard(module: nn.Module) -> None:
+    """Divide weights again that a forward pass has gathered, which is left to the backward pass otherwise."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 def whole_tensor(value: Tensor) -> Tensor:
     """Gather a sharded tensor; any other is returned as it is."""
     return value.full_tensor() if isinstance(value, DTensor) else value

@@ -23,7 +23,7 @@ from halo.data import Batch
 from halo.metrics import Metrics, Work
 from halo.progress import StageProgress, say
 from halo.settings import HaloError, TrainingSettings
-from halo.sharding import synchronise, whole_tensor
+from halo.sharding import reshard, synchronise, whole_tensor
 from halo.signals import Stopped, StopRequest
 
 # (first step) -> this process's share of the batch of every step from there on
@@ -176,6 +176,7 @@ def held_out_loss(training: Training, held_out: list[Batch], compute: Compute) -
         with compute.autocast():
             for key, value in training.accumulate(batch, count, 1.0).items():
                 sums[key] = sums[key] + value if key in sums else value
+    reshard(training)
     return float(training.record({key: compute.sum(value) for key, value in sums.items()})["loss"])
 
 
