@@ -119,6 +119,17 @@ def show_config(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Output directories of conversions, finished or not.")],
+) -> None:
+    """Print what differs between conversions: settings, layers, losses, scale, evaluation, tokens and seconds."""
+    from halo.compare import lines
+
+    for line in lines(runs):
+        typer.echo(line)
+
+
+@app.command()
 def report(out: Annotated[Path, typer.Argument(help="Output directory of a conversion or of the demo.")]) -> None:
     """Write report.md and its plots from the results of a conversion so far."""
     _report(out)

@@ -1,6 +1,7 @@
 """`halo plan`: operations and memory are those of the code that runs, hours those that were published."""
 
 import json
+from importlib import resources
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from halo.footprint import layer_bytes
 from halo.hardware import Machine, parse_gpus, peak_flops
 from halo.plan import QWEN3, find_teacher
 from halo.settings import HaloError
+from halo.stages import STAGES
 from halo.stages.align import Align
 from halo.stages.distill import Distill
 from halo.stages.finetune import Finetune
@@ -170,12 +172,20 @@ def test_stage_that_does_not_fit_is_named_with_a_remedy():
     )
 
 
-@pytest.mark.parametrize("name", [*PRESETS, "demo"])
-def test_command_accepts_every_shipped_configuration(name):
-    printed = CliRunner().invoke(app, ["plan", "--config", name, "--gpus", "cpu@0.2" if name == "demo" else "8xH100"])
+@pytest.mark.parametrize("path", sorted((resources.files("halo") / "configs").iterdir()), ids=lambda path: path.name)
+def test_every_shipped_configuration_can_be_planned(path, tmp_path):
+    arguments = ["--gpus", "8xH100" if path.name.startswith("hypenet") else "cpu@0.2"]
+    if path.name == "smollm2-135m.yaml":  # its teacher is in a package of its own
+        sizes = {"vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+        sizes |= {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
+        LlamaConfig(**sizes).save_pretrained(tmp_path)
+        arguments += ["--teacher-config", str(tmp_path)]
+    printed = CliRunner().invoke(app, ["plan", "--config", str(path), *arguments])
     assert printed.exit_code == 0, printed.output
-    for stage in ("transfer", "align", "select", "distill", "finetune", "scale", "eval", "total"):
+    for stage in (*STAGES, "total"):
         assert f"\n{stage} " in printed.stdout
+    if path.name == "smollm2-135m.yaml":
+        assert "teacher 0.135 B parameters" in printed.stdout
 
 
 def test_json_has_the_numbers_of_the_table():
