@@ -19,9 +19,10 @@ from halo.pipeline import Pipeline
 
 TESTS = Path(__file__).parent
 STAGES = ("align", "distill", "finetune")
-# AdamW moves every weight by about the learning rate, 1e-3, however small its gradient is; float32 sums in another
-# order change that by up to half a percent where a gradient is next to nothing.
-TOLERANCE = 5e-6
+# AdamW can move a weight by the learning rate, 1e-3, in each of 7 steps, however small its gradient is; float32 sums in
+# another order may turn single ones around, but the mean difference is a thousandth of that distance. A finetuned
+# student has been through two stages.
+TOLERANCES = {"align": 7e-6, "distill": 7e-6, "finetune": 14e-6}
 
 
 def torchrun(*arguments):
@@ -84,11 +85,11 @@ def weights(out, stage):
     return load_file(out / stage / ("mixers.safetensors" if stage == "align" else "model/model.safetensors"))
 
 
-def assert_close(left, right):
+def assert_close(stage, left, right):
     assert left.keys() == right.keys()
     for key, value in left.items():
-        error = (value - right[key]).abs().max() / value.abs().max().clamp(min=1)
-        assert error < TOLERANCE, f"{key}: {error}"
+        error = (value - right[key]).double().square().mean().sqrt()
+        assert error < TOLERANCES[stage], f"{key}: {error}"
 
 
 def losses(out, stage):
@@ -99,7 +100,7 @@ def losses(out, stage):
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_equal_one(one, two, name, stage):
     alone, shared = one / f"one-{name}", two / f"two-{name}"
-    assert_close(weights(alone, stage), weights(shared, stage))
+    assert_close(stage, weights(alone, stage), weights(shared, stage))
     assert losses(shared, stage) == pytest.approx(losses(alone, stage), rel=1e-5)
 
 
@@ -148,7 +149,7 @@ def test_another_number_of_processes_continues_with_a_word(two, inputs, capsys):
     captured = capsys.readouterr()
     assert re.search(r"align: continues after step [24]\n", captured.out)
     assert "the checkpoint was written by 2 processes and 1 continue" in captured.err
-    assert_close(weights(inputs / "two-gdn", "align"), weights(inputs / "fewer", "align"))
+    assert_close("align", weights(inputs / "two-gdn", "align"), weights(inputs / "fewer", "align"))
 
 
 @pytest.mark.slow
@@ -157,4 +158,4 @@ def test_nodes_replicate(two, inputs):
     path = write_config(inputs, "nodes", **CASES["lightning"])
     run = torchrun(path, "--replicate")
     assert run.returncode == 0, run.stderr[-3000:]
-    assert_close(weights(inputs / "two-lightning", "finetune"), weights(inputs / "nodes", "finetune"))
+    assert_close("finetune", weights(inputs / "two-lightning", "finetune"), weights(inputs / "nodes", "finetune"))
