@@ -101,7 +101,7 @@ def losses(out, stage):
 def test_two_processes_equal_one(one, two, name, stage):
     alone, shared = one / f"one-{name}", two / f"two-{name}"
     assert_close(stage, weights(alone, stage), weights(shared, stage))
-    assert losses(shared, stage) == pytest.approx(losses(alone, stage), rel=1e-5)
+    assert losses(shared, stage) == pytest.approx(losses(alone, stage), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", CASES)
