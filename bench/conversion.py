@@ -17,9 +17,8 @@ from typing import Any
 import yaml
 
 from bench import records
+from halo.stages import STAGES, TRAINED_STAGES
 
-STAGES = ("transfer", "align", "select", "distill", "finetune", "scale", "eval")
-TRAINED = ("align", "distill", "finetune")
 POLL_SECONDS = 0.2
 CHECKPOINT_MINUTES = 1.0  # so that there is one to continue from before the kill
 
@@ -37,7 +36,7 @@ def run(config: str, out: Path, kill: bool, log: Path) -> dict[str, Any]:
         RuntimeError: If the conversion fails by itself.
     """
     command = [sys.executable, "-m", "halo", "convert", "--config", config, "--out", str(out)]
-    command += [f"--set={stage}.checkpoint_minutes={CHECKPOINT_MINUTES}" for stage in TRAINED] if kill else []
+    command += [f"--set={stage}.checkpoint_minutes={CHECKPOINT_MINUTES}" for stage in TRAINED_STAGES] if kill else []
     waiting = list(STAGES) if kill else []
     kills: list[dict[str, Any]] = []
     began = time.monotonic()
@@ -67,7 +66,7 @@ def run(config: str, out: Path, kill: bool, log: Path) -> dict[str, Any]:
 
 def _is_amid(directory: Path, stage: str) -> bool:
     """Return whether a stage has something to continue from."""
-    if stage in TRAINED:
+    if stage in TRAINED_STAGES:
         return any((directory / "checkpoints").glob("step-*[0-9]"))
     journal = directory / "metrics.jsonl"
     return journal.is_file() and journal.read_text().count("\n") > 2
@@ -80,7 +79,7 @@ def _record(out: Path, kills: list[dict[str, Any]], seconds: int) -> dict[str, A
     for stage in STAGES:
         done = json.loads((out / stage / "done.json").read_text())
         stages[stage] = {"seconds": done["seconds"]}
-        if stage in TRAINED:
+        if stage in TRAINED_STAGES:
             lines = [json.loads(line) for line in (out / stage / "metrics.jsonl").read_text().splitlines()]
             numbers = config[stage]
             stages[stage] |= {

@@ -7,7 +7,8 @@ from typing import Any
 import yaml
 
 from halo import files
-from halo.report import TRAINED, evaluation_table, every_digit, read_record
+from halo.report import evaluation_table, every_digit, read_record
+from halo.stages import TRAINED_STAGES
 from hypenet import HypeNetForCausalLM
 from hypenet.configuration_hypenet import GDN, LIGHTNING, SOFTMAX
 
@@ -77,7 +78,7 @@ def _model_section(model: HypeNetForCausalLM) -> str:
 
 def _stage_table(run: Path, config: dict[str, Any]) -> str:
     rows, total = [], 0
-    for stage in TRAINED:
+    for stage in TRAINED_STAGES:
         directory = run / stage
         if stage == "align" and config["aligned"]:
             other = Path(config["aligned"])

@@ -62,7 +62,11 @@ class Checkpoints:
             HaloError: If a weight is not finite, in which case nothing is written, or if the disk is full.
         """
         self.finish()
-        _check_finite(module, self.compute, record["step"])
+        if not _is_finite(module, self.compute):
+            raise HaloError(
+                f"{self.directory.parent}: weights must stay finite, got infinity or NaN at step {record['step']}, "
+                "which was not saved; delete it and start the stage again with a lower learning rate"
+            )
         path = self.directory / f"step-{record['step']}"
         partial = path.with_name(path.name + files.PARTIAL)
         whole = record | {"identity": self.identity, "world": self.compute.world}
@@ -165,16 +169,11 @@ def first_difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "")
     return None
 
 
-def check_finite(module: nn.Module, compute: Compute) -> bool:
+def _is_finite(module: nn.Module, compute: Compute) -> bool:
     """Return whether every trainable parameter is finite in every process."""
     norms = [parameter.detach().float().abs().amax() for parameter in module.parameters() if parameter.requires_grad]
     largest = torch.stack([norm.to_local() if hasattr(norm, "to_local") else norm for norm in norms])
     return not compute.agree(not bool(torch.isfinite(largest).all()))[0]
-
-
-def _check_finite(module: nn.Module, compute: Compute, step: int) -> None:
-    if not check_finite(module, compute):
-        raise HaloError(f"step {step}: weights must stay finite, got infinity or NaN; nothing was saved at this step")
 
 
 def _state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -14,9 +14,8 @@ import yaml
 from halo import files
 from halo.columns import columns
 from halo.settings import HaloError
-from halo.stages import STAGES
+from halo.stages import STAGES, TRAINED_STAGES
 
-TRAINED = ("align", "distill", "finetune")
 MISSING = "-"
 LONGEST = 60  # characters of a value
 
@@ -68,7 +67,7 @@ class Conversion:
                 if (place / name).is_file():
                     remedy = f"delete {place} to run its stage again"
                     records[f"{stage}/{name}"] = files.read_json(place / name, remedy)
-        metrics = {stage: files.read_lines(places[stage] / files.METRICS) for stage in TRAINED}
+        metrics = {stage: files.read_lines(places[stage] / files.METRICS) for stage in TRAINED_STAGES}
         return cls(directory, dict(_flat(tree)), metrics, records)
 
     def record(self, stage: str, name: str) -> dict[str, Any]:
@@ -140,7 +139,7 @@ def _layers(runs: list[Conversion]) -> Iterator[Row]:
 
 
 def _training(runs: list[Conversion]) -> Iterator[Row]:
-    for stage in TRAINED:
+    for stage in TRAINED_STAGES:
         steps = [run.last(stage, "step") for run in runs]
         sizes = [(run.setting(f"{stage}.batch"), run.setting(f"{stage}.length")) for run in runs]
         tokens = [

@@ -17,7 +17,7 @@ from halo.flops import ModelSize, model_size, student_size, training_flops
 from halo.footprint import Memory
 from halo.hardware import Machine, find_machine
 from halo.settings import HaloError, LossSettings, TrainingSettings
-from halo.stages import STAGES
+from halo.stages import STAGES, TRAINED_STAGES
 from halo.stages.evaluate import MIN_SAMPLES
 from halo.stages.select import check_layers
 
@@ -104,7 +104,7 @@ def plan(config: Config, gpus: str, teacher_config: PreTrainedConfig) -> Plan:
         HaloError: If `gpus` names no known hardware, or the settings do not fit the teacher or the number of GPUs.
     """
     machine = find_machine(gpus, config.precision, config.threads)
-    for name in ("align", "distill", "finetune"):
+    for name in TRAINED_STAGES:
         settings: TrainingSettings = getattr(config, name)
         if settings.batch % machine.processes:
             raise HaloError(

@@ -17,14 +17,12 @@ from halo.journal import Journal
 from halo.progress import TokenisingProgress
 from halo.settings import HaloError, Settings, TrainingSettings
 from halo.sharding import whole_state
-from halo.stages import STAGES
+from halo.stages import STAGES, TRAINED_STAGES
 from halo.trainer import Run, Training, train
 from hypenet import HypeNetForCausalLM
 
 if TYPE_CHECKING:
     from halo.config import Config
-
-TRAINED_STAGES = ("align", "distill", "finetune")
 
 
 class Job:
@@ -130,7 +128,10 @@ class Job:
         def source(step: int) -> Iterator[Batch]:
             return batches(samples, settings.batch, step, self.compute.rank, self.compute.world, self.compute.device)
 
-        flops = stage_flops_per_token(training.name, self.teacher_config, self.config.mixer, settings.length)
+        kept = None if training.name == "align" else len(self.softmax_layers())
+        flops = stage_flops_per_token(
+            training.name, self.teacher_config, self.config.mixer, settings.length, softmax_layers=kept
+        )
         run = Run(source, self._held_out(settings), self.identity(training.name), flops, self.config.tensorboard)
         train(training, run, self.directory(training.name), self.compute)
 

@@ -22,6 +22,7 @@ from hypenet import HypeNetForCausalLM, MixerContext, from_teacher
 from hypenet.configuration_hypenet import hype_logits_scaling
 from hypenet.conversion import empty_twins, recurrent_twins
 from hypenet.mixers import Mixer
+from hypenet.packing import packed_positions
 
 
 @dataclass
@@ -126,17 +127,9 @@ def hidden_states(model: PreTrainedModel, batch: Batch, isolate_documents: bool 
     options: dict[str, Tensor] = {}
     if isolate_documents:
         ids = ids.view(1, -1)
-        options["position_ids"] = document_positions(batch)
+        options["position_ids"] = packed_positions(batch.cu_seqlens(), ids.numel())
     hidden = model.base_model(input_ids=ids, use_cache=False, **options).last_hidden_state
     return hidden.view(*batch.input_ids.shape, -1)
-
-
-def document_positions(batch: Batch) -> Tensor:
-    """Return the position of each token in its document, for the flattened batch, int64 [1, B * T]."""
-    cu_seqlens = batch.cu_seqlens().long()
-    total = batch.input_ids.numel()
-    starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=total)
-    return (torch.arange(total, device=starts.device) - starts)[None]
 
 
 @contextmanager

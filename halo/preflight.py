@@ -12,17 +12,15 @@ from typing import Any
 
 import torch
 
-from halo import files
-from halo.job import TRAINED_STAGES, Job
+from halo import files, footprint
+from halo.flops import student_size
+from halo.job import Job
 from halo.settings import HaloError, Settings, TrainingSettings
-from halo.stages import STAGES, stage_module
+from halo.stages import STAGES, TRAINED_STAGES, stage_module
 from halo.stages.select import check_layers
 from hypenet import HypeNetForCausalLM, config_from_teacher
 
-# float32: weights and two moments in each of two kept checkpoints and the one being written, and three saved models.
-BYTES_ON_DISK = 4 * (3 * 3 + 3)
-# float32 weights, gradients and two moments of the student; a teacher of the same size is in the arithmetic's dtype.
-BYTES_ON_DEVICE = 4 * 4
+MODELS_ON_DISK = 3  # of distill, finetune and scale
 PROBE_TOKENS = 96
 
 
@@ -129,14 +127,16 @@ def _check_layer(job: Job) -> None:
 
 
 def _sizes(job: Job) -> Iterator[str]:
-    with torch.device("meta"):
-        student = HypeNetForCausalLM(config_from_teacher(job.teacher_config, keep_layers=[], mixer=job.config.mixer))
-    count = sum(parameter.numel() for parameter in student.parameters())
+    count = student_size(job.teacher_config, job.config.mixer, ()).parameters
+    disk = footprint.CHECKPOINTS_ON_DISK * footprint.checkpoint_bytes(count)
+    disk += MODELS_ON_DISK * footprint.model_bytes(count)
     finished = all((job.directory(name) / files.DONE).is_file() for name in TRAINED_STAGES)
     free = shutil.disk_usage(job.out).free
-    if not finished and free < count * BYTES_ON_DISK:
-        yield f"out: must have {_gib(count * BYTES_ON_DISK)} of free space for checkpoints and models, got {_gib(free)}"
-    needed = count * (BYTES_ON_DEVICE / job.compute.world + job.compute.dtype.itemsize)
+    if not finished and free < disk:
+        yield f"out: must have {_gib(disk)} of free space for checkpoints and models, got {_gib(free)}"
+    # Weights, gradients and moments of the student, and a teacher of its size.
+    state = 2 * footprint.WIDE + footprint.ADAM
+    needed = count * (state / job.compute.world + job.compute.dtype.itemsize)
     if job.compute.device.type == "cuda":
         total = torch.cuda.get_device_properties(job.compute.device).total_memory
     else:

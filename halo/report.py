@@ -12,8 +12,8 @@ from matplotlib import pyplot as plt
 
 from halo import files
 from halo.settings import HaloError
+from halo.stages import TRAINED_STAGES
 
-TRAINED = ("align", "distill", "finetune")
 LOSS_NAMES = {
     "align": "mean squared error",
     "distill": "KL from the teacher, nats",
@@ -37,7 +37,7 @@ def write_report(out: Path) -> Path:
     with files.reading(path, "run a stage of the conversion again"):
         config = yaml.safe_load(path.read_text("utf-8"))
         assert isinstance(config, dict)
-    directories = {stage: out / stage for stage in TRAINED}
+    directories = {stage: out / stage for stage in TRAINED_STAGES}
     if config["aligned"]:
         aligned = Path(config["aligned"])
         directories["align"] = aligned / "align" if (aligned / "align").is_dir() else aligned

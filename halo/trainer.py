@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from halo import files
-from halo.checkpoint import Checkpoints, check_finite
+from halo.checkpoint import Checkpoints
 from halo.compute import Compute
 from halo.data import Batch
 from halo.metrics import Metrics, Work
@@ -125,7 +125,8 @@ def train(training: Training, run: Run, directory: Path, compute: Compute) -> No
             done = step + 1
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, settings)
-            sums = _accumulate(training, next(source).to(compute.device), compute)
+            parts = next(source).to(compute.device).split(settings.micro_batch)
+            sums = _accumulate(training, parts, compute)
             norms = torch.stack([whole_tensor(_clip(group, settings.clip)) for group in groups])
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -150,11 +151,6 @@ def train(training: Training, run: Run, directory: Path, compute: Compute) -> No
                 if stopped and not last:
                     raise Stopped(f"{training.name}: stopped and saved after step {done}; the same command continues")
             checkpoints.poll()
-    checkpoints.finish()
-    if not check_finite(training, compute):
-        raise HaloError(
-            f"{training.name}: weights must stay finite, got infinity or NaN; {_advice(training, directory)}"
-        )
 
 
 def learning_rate(step: int, settings: TrainingSettings) -> float:
@@ -170,20 +166,21 @@ def learning_rate(step: int, settings: TrainingSettings) -> float:
 def held_out_loss(training: Training, held_out: list[Batch], compute: Compute) -> float:
     """Measure the loss on batches, each of which is shared out over the processes."""
     share = [batch.share(compute.rank, compute.world).to(compute.device) for batch in held_out]
-    count = compute.sum(torch.stack([training.units(batch) for batch in share]).sum()).clamp(min=1)
-    sums: dict[str, Tensor] = {}
-    for batch in share:
-        with compute.autocast():
-            for key, value in training.accumulate(batch, count, 1.0).items():
-                sums[key] = sums[key] + value if key in sums else value
+    sums = _accumulate(training, share, compute)
     reshard(training)
     return float(training.record({key: compute.sum(value) for key, value in sums.items()})["loss"])
 
 
-def _accumulate(training: Training, batch: Batch, compute: Compute) -> dict[str, Tensor]:
-    """Compute the gradient of the whole batch and return this process's share of what is logged."""
-    parts = batch.split(training.settings.micro_batch)
-    count = compute.sum(training.units(batch)).clamp(min=1)
+def backward(loss: Tensor, scale: float) -> None:
+    """Add the gradient of a loss, multiplied by `scale`, unless gradients are disabled; outside of autocast."""
+    if torch.is_grad_enabled():
+        with torch.autocast(loss.device.type, enabled=False):
+            (loss * scale).backward()
+
+
+def _accumulate(training: Training, parts: list[Batch], compute: Compute) -> dict[str, Tensor]:
+    """Compute the gradient of micro-batches together, and return this process's share of what is logged."""
+    count = compute.sum(torch.stack([training.units(part) for part in parts]).sum()).clamp(min=1)
     sums: dict[str, Tensor] = {}
     for number, part in enumerate(parts, 1):
         synchronise(training, wanted=number == len(parts))

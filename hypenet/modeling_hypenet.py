@@ -276,7 +276,7 @@ class HypeNetModel(HypeNetPreTrainedModel):
         mask: torch.Tensor | None = None,
         cache: HypeNetCache | None = None,
     ) -> MixerContext:
-        """Return the context of the tokens x [B, T, C]: where they are, and where the cache has room for them."""
+        """Return the context of the tokens x [B, T, C]: their positions, and their slots in the cache."""
         T = x_BTC.shape[1]
         past = 0 if cache is None else cache.get_seq_length()
         context = MixerContext(cache=cache, past=past, longest=T)

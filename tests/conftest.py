@@ -19,3 +19,20 @@ def seeded_and_poisoned():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Return the small tokenizer of the conversion's tests."""
+    from halo_tiny import tiny_tokenizer  # here, so that tests of kernels need none of halo's packages
+
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def text_directory(tmp_path_factory):
+    """Return a directory of sixty text files."""
+    from halo_text import write_texts
+    from halo_tiny import documents
+
+    return write_texts(tmp_path_factory.mktemp("some text"), documents())

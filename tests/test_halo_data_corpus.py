@@ -17,16 +17,6 @@ from halo.data import SPLITS, DataSettings
 from halo.settings import HaloError
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def text_directory(tmp_path_factory):
-    return write_texts(tmp_path_factory.mktemp("some text"), documents())
-
-
 def test_held_out_text_is_never_trained_on(tokenizer, text_directory):
     text = make_corpus(tokenizer, text_directory, held_out=0.3)
     sides = [set(text.texts(split)) for split in SPLITS]

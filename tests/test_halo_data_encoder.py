@@ -7,17 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from halo_tiny import documents, tiny_tokenizer
+from halo_tiny import documents
 
 from halo.data.encoder import Encoder
 from halo.data.shards import Header, Shard, open_shard, read_header, write_shard
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
 
 
 def test_a_shard_comes_back(tmp_path):

@@ -13,11 +13,6 @@ from halo.data.shards import open_shard, read_header
 from halo.settings import HaloError
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
-
-
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     monkeypatch.setattr("halo.data.pieces.SHARD_CHARACTERS", 4000)

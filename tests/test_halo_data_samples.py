@@ -7,23 +7,13 @@ import numpy as np
 import pytest
 import torch
 from halo_text import assert_same, make_corpus, write_texts
-from halo_tiny import documents, tiny_tokenizer
+from halo_tiny import documents
 
 from halo.data import Batch, PackedOrder, Samples, TokenStore, batches, loading
 from halo.data.samples import BLOCK, block_counts
 from halo.settings import HaloError
 
 LENGTH = 24
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def text_directory(tmp_path_factory):
-    return write_texts(tmp_path_factory.mktemp("some text"), documents())
 
 
 @pytest.fixture(scope="module")

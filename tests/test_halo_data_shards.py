@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from halo_text import make_corpus, write_lines, write_texts
-from halo_tiny import documents, tiny_tokenizer
+from halo_tiny import documents
 
 from halo import files
 from halo.data import shards, tokenizing
@@ -32,11 +32,6 @@ if __name__ == "__main__":  # what the worker processes do not need
     print("ready", flush=True)
     corpus.prepare(lambda progress: print(progress.tokens, flush=True))
 """
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="module")

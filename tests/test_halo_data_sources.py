@@ -8,14 +8,9 @@ import sys
 
 import pytest
 from halo_text import all_texts, compress_zstd, make_corpus, write_lines, write_texts
-from halo_tiny import documents, tiny_tokenizer
+from halo_tiny import documents
 
 from halo.settings import HaloError
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
 
 
 def lines(texts, key="text"):

@@ -3,18 +3,13 @@
 import numpy as np
 import pytest
 from halo_text import all_texts, make_corpus, write_texts
-from halo_tiny import documents, tiny_tokenizer
+from halo_tiny import documents
 
 from halo.config import load_config
 from halo.data.splits import CHOOSE, JUDGE, LEAST_TOKENS, TRAIN, split_documents
 from halo.demo import corpus as standard_library
 
 SPLITS = ("train", "choose", "judge")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
 
 
 def keys_of(count, seed=0):

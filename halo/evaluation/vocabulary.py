@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from halo.settings import HaloError
 
-# What marks a token that begins with a space: byte-level BPE, SentencePiece, others.
+# Prefixes of tokens that begin with a space: byte-level BPE, SentencePiece, others.
 SPACE_MARKS = "Ġ▁ "
 MIN_WORD_LETTERS = 4
 LEAST_WORDS = 8

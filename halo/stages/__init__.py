@@ -12,6 +12,7 @@ STAGE_HELP = {
     "eval": "Measure recall and bits per byte at multiples of the training length.",
 }
 STAGES = tuple(STAGE_HELP)
+TRAINED_STAGES = ("align", "distill", "finetune")
 
 
 def stage_module(name: str) -> ModuleType:

@@ -20,7 +20,7 @@ from halo.data import Batch
 from halo.job import Job
 from halo.settings import TrainingSettings
 from halo.sharding import shard_mixers, shard_teacher, whole_state
-from halo.trainer import Training
+from halo.trainer import Training, backward
 
 
 class AlignSettings(TrainingSettings):
@@ -83,9 +83,7 @@ class Align(Training):
             with torch.set_grad_enabled(learn):
                 y_BTD = models.run_mixer(self.mixers[layer], call.x_BTD, call.position_embeddings, cu_seqlens)
                 error = (y_BTD.float() - target_BTD).square().sum() / (count * target_BTD.shape[-1])
-                if learn:
-                    with torch.autocast(error.device.type, enabled=False):
-                        (error * scale).backward()
+                backward(error, scale)
             errors.append(error.detach())
             powers.append(target_BTD.square().sum() / (count * target_BTD.shape[-1]))
 

@@ -17,7 +17,7 @@ from halo.job import Job
 from halo.losses import kl_divergence
 from halo.settings import HOW, LossSettings
 from halo.sharding import shard_student, shard_teacher
-from halo.trainer import Training
+from halo.trainer import Training, backward
 from hypenet import HypeNetForCausalLM
 
 
@@ -95,9 +95,7 @@ class Distill(Training):
         with torch.no_grad():
             teacher_BTD = models.hidden_states(self.teacher, batch, self.isolate_documents)
         loss = self(batch, teacher_BTD, count)
-        if torch.is_grad_enabled():
-            with torch.autocast(loss.device.type, enabled=False):
-                (loss * scale).backward()
+        backward(loss, scale)
         return {"loss": loss.detach()}
 
 

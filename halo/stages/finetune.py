@@ -5,7 +5,6 @@ Leaves the student as a folder of transformers, in float32.
 
 from typing import ClassVar
 
-import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from halo.job import Job
 from halo.losses import IGNORE, next_token_labels, next_token_loss
 from halo.settings import HOW, LossSettings
 from halo.sharding import shard_student
-from halo.trainer import Training
+from halo.trainer import Training, backward
 from hypenet import HypeNetForCausalLM
 
 
@@ -74,9 +73,7 @@ class Finetune(Training):
     def accumulate(self, batch: Batch, count: Tensor, scale: float) -> dict[str, Tensor]:
         """Add the gradient of the loss; without gradients enabled, only measure."""
         loss = self(batch, count)
-        if torch.is_grad_enabled():
-            with torch.autocast(loss.device.type, enabled=False):
-                (loss * scale).backward()
+        backward(loss, scale)
         return {"loss": loss.detach()}
 
 
