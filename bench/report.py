@@ -71,7 +71,7 @@ def _conversions(folder: Path) -> list[str]:
         tokens = sum(stage.get("tokens", 0) for stage in record["stages"].values())
         lines.append(
             f"Teacher {record['config']['teacher']}, {record['config']['mixer']} layers, {tokens:,} tokens of training "
-            f"in all, {record['seconds'] / 60:.0f} minutes on a machine with other work.{killed} Softmax attention in "
+            f"in all, {record['seconds'] / 60:.0f} minutes.{killed} Softmax attention in "
             f"layers {record['layers']}, scale base {record['scale']}."
         )
         table = ["| stage | tokens | first loss | last loss | seconds |", "|---|---:|---:|---:|---:|"]
