@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 
@@ -10,6 +10,7 @@ from halo import files
 from halo.card import model_card
 from halo.saved import load_saved
 from halo.settings import HaloError
+from hypenet import HypeNetForCausalLM
 from hypenet.published import published_layout
 
 Dtype = Literal["bf16", "fp16", "fp32"]
@@ -65,7 +66,8 @@ def export(
     length = measured_length(run) if max_position_embeddings is None else max_position_embeddings
     if length < 1:
         raise HaloError(f"max_position_embeddings: must be at least 1, got {length}")
-    model, tokenizer = load_saved(run / files.MODEL, DTYPES[dtype], "delete it and run `halo scale` again")
+    loaded, tokenizer = load_saved(run / files.MODEL, DTYPES[dtype], "delete it and run `halo scale` again")
+    model = cast(HypeNetForCausalLM, loaded)
     model.config.max_position_embeddings = tokenizer.model_max_length = length
     fields, state = None, None
     if layout == "published":

@@ -78,8 +78,10 @@ def generate(
     print(text, end="", flush=True)
     try:
         inputs = inputs.to(place)
-        with _prompt_progress(network.to(place), tokens):  # type: ignore[arg-type]  # transformers wraps Module.to
-            network.generate(
+        network.to(place)  # type: ignore[arg-type]  # transformers wraps Module.to without its types
+        continue_text: Any = network.generate
+        with _prompt_progress(network, tokens):
+            continue_text(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
                 generation_config=settings,

@@ -29,8 +29,11 @@ def load_saved(folder: Path, dtype: torch.dtype | str, remedy: str) -> tuple[Pre
         HaloError: If a file is missing, not whole, or a git-lfs pointer, or if the weights are not exactly those that
             the configuration asks for.
     """
-    for path in weight_files(folder, "model"):
-        check_weights(path, "model")
+    try:
+        for path in weight_files(folder, "model"):
+            check_weights(path, "model")
+    except HaloError as error:
+        raise HaloError(f"{error}; {remedy}") from None
     with reading(folder, remedy):
         options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all is told below
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
