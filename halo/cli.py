@@ -1,75 +1,34 @@
 """The `halo` command: each stage on its own, all stages, the report, and the demo."""
 
 import json
-import os
-import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from typer.core import TyperGroup
 
-from halo import __version__
-from halo.settings import HaloError
+from halo.command import OneLineErrors, Precision, application
+from halo.errors import HaloError
 from halo.stages import STAGE_HELP
 
 if TYPE_CHECKING:
     from halo.pipeline import Pipeline
 
 
-class Precision(StrEnum):
-    """Data types that a model can be loaded in."""
+class Resumable(OneLineErrors):
+    """Says after Ctrl-C that nothing is lost."""
 
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
+    interrupted = "interrupted; the same command continues after what is finished"
 
 
-class OneLineErrors(TyperGroup):
-    """Prints a user's mistake as one line on standard error, with exit code 2 and no traceback; 130 after Ctrl-C."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run a command and report a HaloError or an interruption."""
-        try:
-            return super().invoke(ctx)
-        except HaloError as error:
-            if os.environ.get("RANK", "0") == "0":
-                print(f"halo: {error}", file=sys.stderr)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            print("halo: interrupted; the same command continues after what is finished", file=sys.stderr)
-            sys.exit(130)
-
-
-app = typer.Typer(
-    name="halo",
-    cls=OneLineErrors,
-    help="Convert a Qwen3 Transformer into a HypeNet, which replaces most attention layers by linear recurrences.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+app = application(
+    "halo",
+    "Convert a Qwen3 Transformer into a HypeNet, which replaces most attention layers by linear recurrences.",
+    Resumable,
 )
 
 ConfigOption = Annotated[str, typer.Option("--config", help="YAML file, or the name of a shipped configuration.")]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Output directory; overrides `out` of the file.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override one key, such as distill.steps=100.")]
-
-
-def print_version(wanted: bool) -> None:
-    """Print the version and exit, if `--version` was given."""
-    if wanted:
-        typer.echo(f"halo {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def main(
-    show_version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", callback=print_version, is_eager=True)
-    ] = False,
-) -> None:
-    """Define the options that precede a command; what they do is in their callbacks."""
 
 
 @app.command()

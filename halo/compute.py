@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from halo.settings import HaloError
+from halo.device import find_device
+from halo.errors import HaloError
 
 # Ranks wait for rank 0 while it tokenises or saves, which may take hours.
 PATIENCE = timedelta(hours=24)
@@ -133,20 +134,12 @@ class Compute:
 
 
 def _device(name: str, world: int) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not name.startswith("cuda"):
-        return torch.device(name)
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    device = torch.device(name)
-    if world > 1:
-        if device.index is not None:
-            raise HaloError(f"device: must not name one device when torchrun starts several processes, got {name}")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    index = device.index or 0
-    if index >= count:
-        raise HaloError(f"device: must be one of the {count} CUDA devices of this machine, got {name} (number {index})")
-    return torch.device("cuda", index)
+    device = find_device(name)
+    if device.type == "cpu" or world == 1:
+        return device
+    if ":" in name:
+        raise HaloError(f"device: must not name one device when torchrun starts several processes, got {name}")
+    return find_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
 
 
 def _dtype(precision: str, device: torch.device) -> torch.dtype:

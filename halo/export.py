@@ -2,13 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from halo import files
 from halo.card import model_card
+from halo.saved import load_saved
 from halo.settings import HaloError
 from hypenet import HypeNetForCausalLM
 from hypenet.published import published_layout
@@ -66,7 +66,8 @@ def export(
     length = measured_length(run) if max_position_embeddings is None else max_position_embeddings
     if length < 1:
         raise HaloError(f"max_position_embeddings: must be at least 1, got {length}")
-    model, tokenizer = _load(run / files.MODEL, DTYPES[dtype])
+    loaded, tokenizer = load_saved(run / files.MODEL, DTYPES[dtype], "delete it and run `halo scale` again")
+    model = cast(HypeNetForCausalLM, loaded)
     model.config.max_position_embeddings = tokenizer.model_max_length = length
     fields, state = None, None
     if layout == "published":
@@ -133,18 +134,6 @@ def push_to_hub(folder: Path, repository: str) -> str:
         raise HaloError(
             f"--push-to-hub: {repository} must be writable, got {reason}; the model is in {folder}"
         ) from None
-
-
-def _load(folder: Path, dtype: torch.dtype) -> tuple[HypeNetForCausalLM, PreTrainedTokenizerBase]:
-    with files.reading(folder, "delete it and run `halo scale` again"):
-        loaded: Any = HypeNetForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-        model, report = loaded
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if report[kind]:
-                raise HaloError(
-                    f"{folder}: must hold the weights that its configuration names, got {kind} {report[kind]}"
-                )
-        return model, AutoTokenizer.from_pretrained(folder)
 
 
 def _forget_where_it_came_from(path: Path) -> None:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from halo.settings import HaloError
+from halo.errors import HaloError
 
 CONFIG = "config.yaml"
 DONE = "done.json"

@@ -4,84 +4,62 @@ It is in this package because importing `hypenet` loads torch and transformers, 
 version and the line that names a missing package appear at once.
 """
 
-from enum import StrEnum
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from halo.extras import version
+from halo.command import Precision, application
+from halo.errors import HaloError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from hypenet import HypeNetConfig
 
-app = typer.Typer(
-    name="hypenet",
-    help="Run and describe HypeNet models.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+# Tokens of a prompt that are read at once; of a longer one the progress is shown.
+PROMPT_PIECE = 4096
+MAX_SEED = 2**32 - 1
 
-
-class Precision(StrEnum):
-    """Data types that a model can be loaded in."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-ModelFolder = Annotated[Path, typer.Option("--model", help="Directory of a saved model.", exists=True, file_okay=False)]
-
-
-def print_version(wanted: bool) -> None:
-    """Print the version and exit, if `--version` was given."""
-    if wanted:
-        typer.echo(f"hypenet {version()}")
-        raise typer.Exit
-
-
-@app.callback()
-def main(
-    show_version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", callback=print_version, is_eager=True)
-    ] = False,
-) -> None:
-    """Define the options that precede a command; what they do is in their callbacks."""
+app = application("hypenet", "Run and describe HypeNet models.")
 
 
 @app.command()
 def generate(
-    model: ModelFolder,
+    model: Annotated[Path, typer.Option("--model", help="Directory of a saved model.")],
     prompt: Annotated[str, typer.Option(help="Text to continue; '-' reads standard input.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens to generate.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy decoding.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Probability mass for nucleus sampling.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy decoding.")] = 0.7,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Probability mass for nucleus sampling.")] = 0.95,
     seed: Annotated[int, typer.Option(help="Random seed for sampling.")] = 0,
     dtype: Annotated[Precision, typer.Option(help="Data type of the weights; auto: as saved.")] = Precision.auto,
     device: Annotated[str, typer.Option(help="Device to run on; auto: a GPU if there is one.")] = "auto",
 ) -> None:
     """Continue a prompt and print the text as it is generated."""
+    if not 0 <= seed <= MAX_SEED:
+        raise HaloError(f"--seed: must be from 0 to {MAX_SEED}, got {seed}")
+    if not 0 <= temperature < math.inf:
+        raise HaloError(f"--temperature: must be a finite number of at least 0, got {temperature}")
+    text = _read_prompt(prompt)
+    _check_folder(model)
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer, set_seed
+    from transformers import GenerationConfig, TextStreamer, set_seed
     from transformers.utils import logging
 
-    import hypenet  # noqa: F401  registers the model type
+    from halo.device import find_device
+    from halo.saved import load_saved
 
     logging.disable_progress_bar()
-    text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype.value).eval()
-        network.to(device)
-    except (OSError, ValueError) as error:
-        raise _failure(error) from None
-    inputs = tokenizer(text, return_tensors="pt").to(device)
-    if inputs["input_ids"].shape[1] == 0:
-        raise _failure("--prompt must hold at least one token, got an empty text")
+    place = find_device(device)
+    network, tokenizer = load_saved(model, dtype.value, "copy the folder again")
+    inputs = tokenizer(text, return_tensors="pt")
+    tokens = inputs["input_ids"].shape[1]
+    if tokens == 0:
+        raise HaloError("--prompt: must hold at least one token, got an empty text")
     sampling: dict[str, float] = {"do_sample": temperature > 0}
     if temperature > 0:
         sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
@@ -90,36 +68,50 @@ def generate(
         max_new_tokens=max_new_tokens,
         eos_token_id=saved.eos_token_id if saved.eos_token_id is not None else tokenizer.eos_token_id,
         pad_token_id=saved.pad_token_id if saved.pad_token_id is not None else tokenizer.pad_token_id,
+        prefill_chunk_size=PROMPT_PIECE if tokens > PROMPT_PIECE else None,
         **sampling,
     )
     set_seed(seed)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal that has not all characters must not end the program
+        sys.stdout.reconfigure(errors="replace")
     print(text, end="", flush=True)
-    network.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        generation_config=settings,
-        streamer=streamer,
-    )
+    try:
+        inputs = inputs.to(place)
+        network.to(place)  # type: ignore[arg-type]  # transformers wraps Module.to without its types
+        continue_text: Any = network.generate
+        with _prompt_progress(network, tokens):
+            continue_text(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                generation_config=settings,
+                streamer=streamer,
+            )
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "alloc" in str(error):
+            print(flush=True)
+            raise HaloError(
+                f"must have memory for the model and {tokens} + {max_new_tokens} tokens on {place}, got too little; "
+                "lower --max-new-tokens, or give --dtype bfloat16"
+            ) from None
+        raise
 
 
 @app.command()
-def info(
-    model: Annotated[Path, typer.Argument(help="Directory of a saved model.", exists=True, file_okay=False)],
-) -> None:
+def info(model: Annotated[Path, typer.Argument(help="Directory of a saved model.")]) -> None:
     """Describe a model: its layers, its parameters and the memory that a sequence takes."""
+    _check_folder(model)
     from rich.console import Console
     from rich.table import Table
     from transformers import AutoConfig
 
+    from halo.files import reading
     from hypenet import HypeNetConfig
 
-    try:
+    with reading(model, "copy the folder again"):
         config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise _failure(error) from None
     if not isinstance(config, HypeNetConfig):
-        raise _failure(f"{model} must hold a HypeNet, got model_type {config.model_type!r}")
+        raise HaloError(f"{model}: must hold a HypeNet, got model_type {config.model_type!r}")
     table = Table(show_header=False, title=str(model))
     for name, value in describe(config).items():
         table.add_row(name, value)
@@ -156,6 +148,40 @@ def describe(config: "HypeNetConfig") -> dict[str, str]:
     return rows
 
 
-def _failure(message: object) -> typer.BadParameter:
-    """Return the error that Typer prints as one line, with exit code 2."""
-    return typer.BadParameter(str(message).splitlines()[0])
+def _read_prompt(prompt: str) -> str:
+    """Return the text of `--prompt`, or of standard input for "-"."""
+    place, data = "--prompt", prompt.encode("utf-8", "surrogateescape")
+    if prompt == "-":
+        place, data = "standard input", typer.get_binary_stream("stdin").read()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise HaloError(f"{place}: must be UTF-8, got byte 0x{data[error.start]:02x} at {error.start}") from None
+
+
+def _check_folder(model: Path) -> None:
+    if not (model / "config.json").is_file():
+        raise HaloError(f"model: must be the directory of a saved model, with config.json, got {model}")
+
+
+@contextmanager
+def _prompt_progress(network: "PreTrainedModel", tokens: int) -> Iterator[None]:
+    """Show on a terminal how much of a long prompt has been read, until all of it has."""
+    if tokens <= PROMPT_PIECE:
+        yield
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(f"reading {tokens:,} tokens", total=tokens)
+
+        def count(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            progress.advance(task, kwargs["input_ids"].shape[1])
+            if progress.finished:
+                progress.stop()
+                handle.remove()
+
+        handle = network.register_forward_hook(count, with_kwargs=True)
+        yield

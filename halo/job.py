@@ -170,11 +170,12 @@ class Job:
             files.write_directory(path, lambda partial: student.save_pretrained(partial, state_dict=state))
 
     def save_model(self, student: HypeNetForCausalLM) -> None:
-        """Write the finished model with its tokenizer."""
+        """Write the finished model with its tokenizer, and the context length that scale and eval measure."""
 
         def write(partial: Path) -> None:
             student.save_pretrained(partial)
             self.tokenizer.save_pretrained(partial)
+            models.raise_context_length(partial, max(self.config.scale.length, self.config.eval.longest()))
 
         files.write_directory(self.out / files.MODEL, write)
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from halo import files
 from halo.data import Batch
 from halo.settings import LossSettings
-from hypenet import HypeNetForCausalLM, MixerContext, from_teacher
+from hypenet import HypeNetConfig, HypeNetForCausalLM, MixerContext, from_teacher
 from hypenet.configuration_hypenet import hype_logits_scaling
 from hypenet.conversion import empty_twins, recurrent_twins
 from hypenet.mixers import Mixer
@@ -73,6 +73,22 @@ def load_hypenet(directory: Path, device: torch.device, remedy: str = "run its s
         model = HypeNetForCausalLM.from_pretrained(directory, dtype=torch.float32)
     model.to(device)  # type: ignore[arg-type]
     return model
+
+
+def raise_context_length(folder: Path, length: int) -> None:
+    """Let a saved model and its tokenizer promise other programs a context of at least `length` tokens.
+
+    A HypeNet has no limit; programs such as lm-evaluation-harness cut what is longer than these fields say.
+    """
+    fields = (
+        ("config.json", "max_position_embeddings", HypeNetConfig.max_position_embeddings),
+        ("tokenizer_config.json", "model_max_length", length),
+    )
+    for file, field, default in fields:
+        path = folder / file
+        record = files.read_json(path, "run `halo scale` again")
+        if record.get(field, default) < length:
+            files.write_json(path, record | {field: length})
 
 
 def make_student(

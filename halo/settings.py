@@ -4,13 +4,11 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
+from halo.errors import HaloError as HaloError
+
 # Marks a key that says how a result is computed (memory, logging, checkpoints) and not what it is: it may change when a
 # run is continued. As in `micro_batch: PositiveInt | None = Field(None, json_schema_extra=HOW)`.
 HOW: dict[str, Any] = {"how": True}
-
-
-class HaloError(Exception):
-    """A mistake in the input of a command, described in one line: place, rule and value."""
 
 
 class Settings(BaseModel):

@@ -95,7 +95,7 @@ def _shard(module: nn.Module, compute: Compute) -> None:
     policy = MixedPrecisionPolicy(compute.dtype, torch.float32, cast_forward_inputs=False)
     for part in module.modules():
         # The parameters of a decay stay float32: rounded to bfloat16, half-lives change by percents.
-        decay = getattr(part, "decay", None)
+        decay = getattr(part, "decay_bias", None)
         if isinstance(decay, nn.Module) and any(True for _ in decay.parameters()):
             fully_shard(decay, mesh=compute.mesh, mp_policy=WIDE)
     fully_shard(module, mesh=compute.mesh, mp_policy=policy)

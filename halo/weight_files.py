@@ -9,57 +9,58 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from halo.errors import HaloError
 from halo.extras import require
-from halo.settings import HaloError
 
 # In the order in which transformers looks for them.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 LFS_POINTER = b"version https://git-lfs"
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path, name: str = "teacher") -> list[Path]:
     """Return the files of a model's weights, those that transformers would read.
 
     Args:
         folder: A folder as `save_pretrained` writes it.
+        name: What it is, to begin a message with.
 
     Raises:
         HaloError: If it is not such a folder.
     """
     if not (folder / "config.json").is_file():
-        raise HaloError(f"teacher: must hold config.json, got {folder} without it")
+        raise HaloError(f"{name}: must hold config.json, got {folder} without it")
     first = next((folder / file for file in WEIGHTS if (folder / file).is_file()), None)
     if first is None:
-        raise HaloError(f"teacher: must hold weights ({WEIGHTS[0]} or {WEIGHTS[2]}), got none in {folder}")
+        raise HaloError(f"{name}: must hold weights ({WEIGHTS[0]} or {WEIGHTS[2]}), got none in {folder}")
     if first.suffix != ".json":
         return [first]
     try:
         shards = {str(shard) for shard in json.loads(first.read_text())["weight_map"].values()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        raise HaloError(f"teacher: {first} must map the names of weights to files") from None
+        raise HaloError(f"{name}: {first} must map the names of weights to files") from None
     return [folder / shard for shard in sorted(shards)]
 
 
-def check_weights(path: Path) -> None:
+def check_weights(path: Path, name: str = "teacher") -> None:
     """Check that a file of weights is there and is whole, as far as its first bytes and its size tell.
 
     Raises:
         HaloError: If it is not.
     """
     if not path.is_file():
-        raise HaloError(f"teacher: {path} must be there: the index of the weights names it")
-    refuse_pointer(path)
+        raise HaloError(f"{name}: {path} must be there: the index of the weights names it")
+    refuse_pointer(path, name)
     if path.suffix == ".safetensors":
-        size, needed = path.stat().st_size, _safetensors_size(path)
+        size, needed = path.stat().st_size, _safetensors_size(path, name)
         if needed != size:
-            raise HaloError(f"teacher: {path} must be a whole safetensors file of {needed} bytes, got {size} bytes")
+            raise HaloError(f"{name}: {path} must be a whole safetensors file of {needed} bytes, got {size} bytes")
 
 
-def refuse_pointer(path: Path) -> None:
+def refuse_pointer(path: Path, name: str = "teacher") -> None:
     """Raise a HaloError if a file is the pointer that git-lfs leaves in place of it."""
     with path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise HaloError(f"teacher: {path} must be the file itself, got a git-lfs pointer; run: git lfs pull")
+            raise HaloError(f"{name}: {path} must be the file itself, got a git-lfs pointer; run: git lfs pull")
 
 
 def gguf_config(path: Path) -> PreTrainedConfig:
@@ -105,7 +106,7 @@ def _read_config(path: Path, modified: int) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
 
 
-def _safetensors_size(path: Path) -> int:
+def _safetensors_size(path: Path, name: str) -> int:
     """Return the size that a safetensors file must have by its header."""
     with path.open("rb") as file:
         try:
@@ -113,5 +114,5 @@ def _safetensors_size(path: Path) -> int:
             header = json.loads(file.read(min(length, path.stat().st_size)))
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         except (struct.error, ValueError, LookupError, TypeError, AttributeError):
-            raise HaloError(f"teacher: {path} must be a safetensors file, got one whose header is damaged") from None
+            raise HaloError(f"{name}: {path} must be a safetensors file, got one whose header is damaged") from None
     return 8 + length + max(ends, default=0)

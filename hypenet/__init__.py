@@ -9,7 +9,14 @@ if missing := [name for name in ("transformers", "safetensors") if importlib.uti
     message = f'hypenet: needs {", ".join(missing)}; install with: pip install "hypenet[model]"'
     raise ModuleNotFoundError(message, name=missing[0])
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
@@ -18,17 +25,27 @@ from hypenet.configuration_hypenet import HybridConfig, HypeNetConfig
 from hypenet.context import MixerContext
 from hypenet.conversion import config_from_teacher, from_teacher
 from hypenet.mixers import GatedDeltaNet, LightningAttention, SoftmaxAttention
-from hypenet.modeling_hypenet import HypeNetForCausalLM, HypeNetModel, HypeNetPreTrainedModel
+from hypenet.modeling_hypenet import (
+    HypeNetForCausalLM,
+    HypeNetForQuestionAnswering,
+    HypeNetForSequenceClassification,
+    HypeNetForTokenClassification,
+    HypeNetModel,
+    HypeNetPreTrainedModel,
+)
 from hypenet_kernels import __version__
 
 for config_class in (HypeNetConfig, HybridConfig):
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
 AutoModel.register(HypeNetConfig, HypeNetModel, exist_ok=True)
 AutoModelForCausalLM.register(HypeNetConfig, HypeNetForCausalLM, exist_ok=True)
-# Files keep the published names of the decay's parameters; `decay` is a module only so that it can be sharded apart.
+AutoModelForQuestionAnswering.register(HypeNetConfig, HypeNetForQuestionAnswering, exist_ok=True)
+AutoModelForSequenceClassification.register(HypeNetConfig, HypeNetForSequenceClassification, exist_ok=True)
+AutoModelForTokenClassification.register(HypeNetConfig, HypeNetForTokenClassification, exist_ok=True)
+# Files keep the published names of the decay's parameters; they are a module only to be sharded apart.
 register_checkpoint_conversion_mapping(
     "hypenet",
-    [WeightRenaming(rf"self_attn\.{name}", f"self_attn.decay.{name}") for name in ("A_log", "dt_bias")],
+    [WeightRenaming(rf"self_attn\.{name}", f"self_attn.decay_bias.{name}") for name in ("A_log", "dt_bias")],
     overwrite=True,
 )
 
@@ -37,6 +54,9 @@ __all__ = [
     "HypeNetCache",
     "HypeNetConfig",
     "HypeNetForCausalLM",
+    "HypeNetForQuestionAnswering",
+    "HypeNetForSequenceClassification",
+    "HypeNetForTokenClassification",
     "HypeNetModel",
     "HypeNetPreTrainedModel",
     "LightningAttention",

@@ -24,6 +24,9 @@ AUTO_MAP = {
     "AutoConfig": "load_hypenet.HypeNetConfig",
     "AutoModel": "load_hypenet.HypeNetModel",
     "AutoModelForCausalLM": "load_hypenet.HypeNetForCausalLM",
+    "AutoModelForQuestionAnswering": "load_hypenet.HypeNetForQuestionAnswering",
+    "AutoModelForSequenceClassification": "load_hypenet.HypeNetForSequenceClassification",
+    "AutoModelForTokenClassification": "load_hypenet.HypeNetForTokenClassification",
 }
 # The largest value of each size. Work that is proportional to one, such as a list of layers, starts after the check.
 MAX_SIZES = {

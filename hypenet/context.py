@@ -62,5 +62,4 @@ class MixerContext:
         """Store the state of recurrent layer `layer_idx` after the last token, if there is a cache."""
         if self.cache is not None:
             assert state is not None
-            # Of a traced model, the last sequence can be padding; it has no row in the cache.
-            self.cache.store_state(layer_idx, state[: self.cache.batch_size])
+            self.cache.store_state(layer_idx, state)

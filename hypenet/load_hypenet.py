@@ -3,6 +3,20 @@
 A copy of this file is in every saved model. The code is that of the installed package: pip install hypenet
 """
 
-from hypenet import HypeNetConfig, HypeNetForCausalLM, HypeNetModel
+from hypenet import (
+    HypeNetConfig,
+    HypeNetForCausalLM,
+    HypeNetForQuestionAnswering,
+    HypeNetForSequenceClassification,
+    HypeNetForTokenClassification,
+    HypeNetModel,
+)
 
-__all__ = ["HypeNetConfig", "HypeNetForCausalLM", "HypeNetModel"]
+__all__ = [
+    "HypeNetConfig",
+    "HypeNetForCausalLM",
+    "HypeNetForQuestionAnswering",
+    "HypeNetForSequenceClassification",
+    "HypeNetForTokenClassification",
+    "HypeNetModel",
+]

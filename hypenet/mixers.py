@@ -336,7 +336,7 @@ class LogDecay(nn.Module):
 
     Calling it returns A_log and dt_bias as one tensor [2, H]. They are a module of their own because FSDP2 has one
     policy for all parameters of a unit, and beside bfloat16 weights they need another:
-    `fully_shard(mixer.decay, mp_policy=MixedPrecisionPolicy(torch.float32, torch.float32))`.
+    `fully_shard(mixer.decay_bias, mp_policy=MixedPrecisionPolicy(torch.float32, torch.float32))`.
 
     Args:
         heads: Number of heads, H.
@@ -391,7 +391,7 @@ class GatedDeltaNet(Mixer):
         heads, width = self.num_heads, self.num_heads * self.head_dim
         self.a_proj = nn.Linear(config.hidden_size, heads, bias=False)
         self.b_proj = nn.Linear(config.hidden_size, heads, bias=False)
-        self.decay = LogDecay(heads)
+        self.decay_bias = LogDecay(heads)  # transformers' Trainer decays no weight with "bias" in its name
         self.o_norm = HypeNetRMSNorm(self.head_dim, config.rms_norm_eps)
         self.g_proj = nn.Linear(config.hidden_size, width, bias=False) if config.gdn_use_gate else None
 
@@ -404,7 +404,7 @@ class GatedDeltaNet(Mixer):
         q, k, v = self.qkv(x_BTC, context)
         k, v = self.unshare(k, v)
         a, b = self.a_proj(x_BTC), self.b_proj(x_BTC)
-        A_log, dt_bias = self.decay().unbind()
+        A_log, dt_bias = self.decay_bias().unbind()
         gates: dict[str, Any] = {
             "use_qk_l2norm_in_kernel": True,
             "use_gate_in_kernel": True,
@@ -440,7 +440,7 @@ class GatedDeltaNet(Mixer):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in ("A_log", "dt_bias"):  # the published layout has them in the mixer itself
             if prefix + name in state_dict:
-                state_dict[f"{prefix}decay.{name}"] = state_dict.pop(prefix + name)
+                state_dict[f"{prefix}decay_bias.{name}"] = state_dict.pop(prefix + name)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

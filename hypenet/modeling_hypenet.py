@@ -12,10 +12,16 @@ from torch import nn
 from transformers import GenerationConfig, GenerationMixin, LlamaConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 from hypenet.cache import HypeNetCache
 from hypenet.configuration_hypenet import HypeNetConfig
@@ -30,6 +36,8 @@ from hypenet.mixers import (
     initial_decay,
 )
 from hypenet.packing import Packing, find_documents, packed_positions, read_mask, tracing
+
+logger = logging.get_logger(__name__)
 
 
 class HypeNetDecoderLayer(GradientCheckpointingLayer):
@@ -65,6 +73,25 @@ class HypeNetPreTrainedModel(PreTrainedModel):
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
         """Do nothing, as `HypeNetConfig.register_for_auto_class`."""
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        """Accept the names that transformers and its hub of kernels have, and say that they change nothing."""
+        name = attn_implementation
+        if name is None or name == "eager":
+            return "eager"
+        if name not in ALL_ATTENTION_FUNCTIONS.valid_keys() and "/" not in name:
+            raise ValueError(
+                f"{type(self).__name__}: attn_implementation must be None or a name that transformers has, got {name!r}"
+            )
+        logger.warning_once(
+            f"{type(self).__name__}: attn_implementation={name!r} has no effect: softmax layers have a position scale "
+            "and an output gate, and always run on hypenet_kernels.hype_attention"
+        )
+        return "eager"
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -429,6 +456,18 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
         return super()._prepare_cache_for_generation(  # type: ignore[misc]  # its `self` is a protocol
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
+
+
+class HypeNetForSequenceClassification(GenericForSequenceClassification, HypeNetPreTrainedModel):
+    """The decoder with a linear layer on the last token that is not padding, by `config.pad_token_id`."""
+
+
+class HypeNetForTokenClassification(GenericForTokenClassification, HypeNetPreTrainedModel):
+    """The decoder with a linear layer on every token."""
+
+
+class HypeNetForQuestionAnswering(GenericForQuestionAnswering, HypeNetPreTrainedModel):
+    """The decoder with the scores of each token to begin and to end an answer."""
 
 
 def rotary_embedding(config: HypeNetConfig) -> LlamaRotaryEmbedding:

@@ -33,15 +33,13 @@ class Packing:
 
     @classmethod
     def of_rows_and_padding(cls, mask_BT: torch.Tensor) -> Self:
-        """Pack the rows as `of_rows`, and all padding as one more sequence at the end: no shape depends on the mask.
+        """Pack the rows as `of_rows`, and all padding after the last sequence: no shape depends on the mask.
 
-        This is for tracing. The real tokens have the same results, since no sequence sees another. In the order of
-        its row, padding comes after the real tokens.
+        This is for tracing. The real tokens have the same results, since no sequence sees another token. In the order
+        of its row, padding comes after the real tokens.
         """
         index = mask_BT.logical_not().flatten().to(torch.uint8).argsort(stable=True)
-        offsets = _offsets(mask_BT)
-        cu_seqlens = torch.cat((offsets, offsets.new_full((1,), mask_BT.numel())))
-        return cls(mask_BT, index, cu_seqlens, _order(mask_BT)[index])
+        return cls(mask_BT, index, _offsets(mask_BT), _order(mask_BT)[index])
 
     @classmethod
     def of_documents(cls, mask_BT: torch.Tensor | None, starts_BT: torch.Tensor) -> Self:
@@ -176,10 +174,13 @@ def find_documents(
 
 
 def packed_positions(cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:
-    """Return the position [1, total] of each token in its own document, for cu_seqlens int32 [N + 1]."""
-    starts = cu_seqlens[:-1].long()
-    lengths = cu_seqlens.diff().long()
-    return (torch.arange(total, device=cu_seqlens.device) - starts.repeat_interleave(lengths, output_size=total))[None]
+    """Return the position [1, total] of each token in its own document, for cu_seqlens int32 [N + 1].
+
+    The bounds may end before `total`; the tokens after them are counted from 0 too.
+    """
+    bounds = cu_seqlens.long()
+    columns = torch.arange(total, device=bounds.device)
+    return (columns - bounds[torch.searchsorted(bounds[1:].contiguous(), columns, right=True)])[None]
 
 
 def tracing() -> bool:

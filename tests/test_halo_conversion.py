@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from halo_tiny import LAYERS, config_tree, documents, tiny_teacher, tiny_tokenizer, write_inputs
+from hypenet_models import small_model
 from torch import nn
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
@@ -67,6 +68,10 @@ def test_finished_model_is_a_hypenet_without_the_teacher(converted):
     tokenizer = AutoTokenizer.from_pretrained(converted.out / "model")
     ids = torch.tensor([tokenizer("quiet river")["input_ids"]])
     assert model.generate(ids, max_new_tokens=5, do_sample=False).shape[1] == ids.shape[1] + 5
+    lengths = [row["length"] for row in json.loads((converted.out / "eval" / "results.json").read_text())["rows"]]
+    longest = max(scale["length"], *lengths)
+    assert model.config.max_position_embeddings == longest > tiny_teacher(8).config.max_position_embeddings
+    assert tokenizer.model_max_length >= longest
     finetuned = models.load_hypenet(converted.out / "finetune" / "model", torch.device("cpu")).state_dict()
     assert all(torch.equal(value, finetuned[key]) for key, value in model.state_dict().items())
 
@@ -323,3 +328,20 @@ def test_scale_documents_may_hold_episodes(tmp_path):
     rows = long_samples(corpus, settings)
     assert rows.shape == (4, 90)
     assert ["The magic number for" in corpus.tokenizer.decode(row) for row in rows] == [False, False, True, True]
+
+
+def test_a_saved_model_promises_the_longest_measured_context(tmp_path):
+    tokenizer = tiny_tokenizer()
+    model = small_model(["attn", "lightning-attn"], torch.float32, vocab_size=len(tokenizer))
+    weights = {name: x.clone() for name, x in model.state_dict().items()}
+    for folder, given in ((tmp_path / "a", 512), (tmp_path / "b", hypenet.HypeNetConfig.max_position_embeddings)):
+        model.config.max_position_embeddings = tokenizer.model_max_length = given
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        for length, expected in ((100, given), (2 * given, 2 * given), (given, 2 * given)):
+            models.raise_context_length(folder, length)
+            config = hypenet.HypeNetConfig.from_pretrained(folder)
+            assert config.max_position_embeddings == expected
+            assert AutoTokenizer.from_pretrained(folder).model_max_length == expected
+    loaded = hypenet.HypeNetForCausalLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(x, loaded[name]) for name, x in weights.items())

@@ -38,8 +38,8 @@ def assert_same_decays(model, other):
     assert mixers[0][LIGHTNING].log_decay.dtype == torch.float32
     assert torch.equal(mixers[0][LIGHTNING].log_decay, mixers[1][LIGHTNING].log_decay)
     for name in ("A_log", "dt_bias"):
-        assert mixers[0][GDN].decay.get_parameter(name).dtype == torch.float32
-        assert torch.equal(mixers[0][GDN].decay.get_parameter(name), mixers[1][GDN].decay.get_parameter(name))
+        assert mixers[0][GDN].decay_bias.get_parameter(name).dtype == torch.float32
+        assert torch.equal(mixers[0][GDN].decay_bias.get_parameter(name), mixers[1][GDN].decay_bias.get_parameter(name))
 
 
 def logits(model, ids):
@@ -104,7 +104,11 @@ def test_a_state_in_bfloat16_gives_float32_decays(assign):
     model.load_state_dict(state, assign=assign)
     ids = tokens(1, 7)
     assert logits(model, ids).isfinite().all()
-    for name in ("layers.1.self_attn.log_decay", "layers.2.self_attn.decay.A_log", "layers.3.self_attn.decay.dt_bias"):
+    for name in (
+        "layers.1.self_attn.log_decay",
+        "layers.2.self_attn.decay_bias.A_log",
+        "layers.3.self_attn.decay_bias.dt_bias",
+    ):
         saved = model.model.state_dict()[name]
         assert saved.dtype == torch.float32 and torch.equal(saved, state[f"model.{name}"].float())
 
@@ -140,7 +144,7 @@ def test_offloaded_to_disk(tmp_path):
     for offload_buffers in (False, True):
         options["offload_buffers"] = offload_buffers
         loaded = HypeNetForCausalLM.from_pretrained(tmp_path / "model", **options)
-        assert loaded.model.layers[GDN].self_attn.decay.A_log.is_meta
+        assert loaded.model.layers[GDN].self_attn.decay_bias.A_log.is_meta
         assert torch.equal(logits(loaded, ids), logits(model, ids))
         new = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
         assert torch.equal(loaded.generate(ids, **new), model.generate(ids, **new))
@@ -170,11 +174,11 @@ def test_gradients_keep_the_precision_of_their_parameters():
     model = default_model().train()
     ids = tokens(2, 9)
     model(ids, labels=ids).loss.backward()
-    before = model.model.layers[GDN].self_attn.decay.A_log.grad.clone()
+    before = model.model.layers[GDN].self_attn.decay_bias.A_log.grad.clone()
     model.to(torch.bfloat16)
     for name, parameter in model.named_parameters():
         assert parameter.grad.dtype == parameter.dtype, name
-    assert torch.equal(model.model.layers[GDN].self_attn.decay.A_log.grad, before)
+    assert torch.equal(model.model.layers[GDN].self_attn.decay_bias.A_log.grad, before)
     torch.optim.AdamW(model.parameters()).step()
 
 
@@ -184,7 +188,7 @@ def test_gradients_keep_the_precision_of_their_parameters():
 def gradients_without_sharding(model, rows):
     """Return the mean of the gradients of single rows, with bfloat16 weights and float32 decays."""
     for name, parameter in model.named_parameters():
-        if ".decay." not in name:
+        if ".decay_bias." not in name:
             parameter.data = parameter.data.bfloat16()
     gradients = []
     for row in rows:
@@ -198,7 +202,7 @@ def shard(model, together):
     """Shard with bfloat16 arithmetic and float32 reductions, the decays in float32 units of their own."""
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     full = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
-    decays = [layer.self_attn.decay for layer in model.model.layers if layer.self_attn.mixer_type == "gdn"]
+    decays = [layer.self_attn.decay_bias for layer in model.model.layers if layer.self_attn.mixer_type == "gdn"]
     for unit in [decays] if together else decays:
         fully_shard(unit, mp_policy=full)
     for layer in model.model.layers:
@@ -234,6 +238,6 @@ def test_sharded_gradients_equal_those_of_one_process(tmp_path):
         assert gradients.keys() == expected.keys()
         for name, gradient in expected.items():
             # The sum over the processes is rounded to the parameters' dtype; the decays' is float32 in both models.
-            bound = 1e-5 if ".decay." in name else max(2 * torch.finfo(dtype).eps, 1e-5)
+            bound = 1e-5 if ".decay_bias." in name else max(2 * torch.finfo(dtype).eps, 1e-5)
             assert rms(gradient) > 0
             assert rms(gradients[name] - gradient) <= bound * rms(gradient), name

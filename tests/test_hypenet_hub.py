@@ -249,6 +249,9 @@ def test_every_configuration_says_where_its_classes_are(tmp_path):
         "AutoConfig": "load_hypenet.HypeNetConfig",
         "AutoModel": "load_hypenet.HypeNetModel",
         "AutoModelForCausalLM": "load_hypenet.HypeNetForCausalLM",
+        "AutoModelForQuestionAnswering": "load_hypenet.HypeNetForQuestionAnswering",
+        "AutoModelForSequenceClassification": "load_hypenet.HypeNetForSequenceClassification",
+        "AutoModelForTokenClassification": "load_hypenet.HypeNetForTokenClassification",
     }
     config.save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "load_hypenet.py"]

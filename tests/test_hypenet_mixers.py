@@ -82,7 +82,9 @@ def test_gated_delta_net():
     q, k = (z / (z.square().sum(-1, keepdim=True) + 1e-6).sqrt() for z in (q, k))
     v = heads(x, mixer.v_proj)
     beta = 2 * (x[0] @ mixer.b_proj.weight.T).sigmoid()
-    alpha = (-mixer.decay.A_log.exp() * (1 + (x[0] @ mixer.a_proj.weight.T + mixer.decay.dt_bias).exp()).log()).exp()
+    alpha = (
+        -mixer.decay_bias.A_log.exp() * (1 + (x[0] @ mixer.a_proj.weight.T + mixer.decay_bias.dt_bias).exp()).log()
+    ).exp()
     o = torch.empty(LENGTH, HEADS, D, dtype=torch.float64)
     for h in range(HEADS):
         S = torch.zeros(D, D, dtype=torch.float64)

@@ -194,15 +194,17 @@ def test_save_and_load(tmp_path, tied):
         assert isinstance(backbone, HypeNetModel)
         assert torch.equal(backbone(ids).last_hidden_state, model.model(ids).last_hidden_state)
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert torch.equal(half.model.layers[2].self_attn.decay.A_log, model.model.layers[2].self_attn.decay.A_log)
+    assert torch.equal(
+        half.model.layers[2].self_attn.decay_bias.A_log, model.model.layers[2].self_attn.decay_bias.A_log
+    )
     assert torch.equal(half.model.layers[1].self_attn.log_decay, model.model.layers[1].self_attn.log_decay)
 
 
 def test_random_initialisation():
     model = HypeNetForCausalLM(small_config())
     delta = model.model.layers[2].self_attn
-    assert ((delta.decay.A_log.exp() > 0) & (delta.decay.A_log.exp() < 16)).all()
-    step = torch.nn.functional.softplus(delta.decay.dt_bias)
+    assert ((delta.decay_bias.A_log.exp() > 0) & (delta.decay_bias.A_log.exp() < 16)).all()
+    step = torch.nn.functional.softplus(delta.decay_bias.dt_bias)
     assert ((step > 9e-4) & (step < 0.11)).all()
     assert 0.01 < model.model.layers[0].self_attn.o_gate.weight.std() < 0.03
 

@@ -7,7 +7,7 @@ from hypenet_models import small_model, tokens
 from transformers import AutoModel
 
 from hypenet import HypeNetCache
-from hypenet.packing import Packing, find_documents
+from hypenet.packing import Packing, find_documents, packed_positions
 
 # Lengths of the documents in each row, with the padding behind, between or before them as length below 0.
 ROWS = {
@@ -131,11 +131,22 @@ def test_packing_and_back(make):
     packing = make(mask)
     row = packing.pack(x)
     assert torch.equal(row[0, :5], x[mask])
-    assert packing.cu_seqlens[:4].tolist() == [0, 2, 2, 5]
-    assert packing.cu_seqlens[-1] == row.shape[1]
+    assert packing.cu_seqlens.tolist() == [0, 2, 2, 5]
     assert packing.order[:5].tolist() == [0, 1, 0, 1, 2]
     assert packing.counts.tolist() == [2, 0, 3]
     assert torch.equal(packing.unpack(row), x * mask[..., None])
+
+
+@torch.no_grad()
+def test_boundaries_may_be_of_empty_documents_and_end_before_the_tokens():
+    model = small_model(attn_logits_scaling="hype 50")
+    ids = tokens(1, 12)
+    bounds = torch.tensor([0, 0, 4, 4, 4, 9, 9], dtype=torch.int32)
+    assert packed_positions(bounds, 12).tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1, 2]]
+    logits = model(ids, cu_seqlens=bounds).logits
+    for place in (slice(0, 4), slice(4, 9)):
+        assert_matches_reference("logits", logits[:, place], model(ids[:, place]).logits)
+    assert logits.isfinite().all()
 
 
 @torch.no_grad()

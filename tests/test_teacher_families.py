@@ -172,9 +172,8 @@ def test_attention_bias_of_older_configurations(tmp_path):
     for proj in (gdn.q_proj, gdn.k_proj, gdn.v_proj, gdn.o_proj):
         torch.nn.init.zeros_(proj.bias)
     weights = {
-        name: x for name, x in model.state_dict().items() if not re.search(r"layers\.2\.self_attn\..*bias", name)
+        name: x for name, x in model.state_dict().items() if not re.search(r"layers\.2\.self_attn\..*_proj\.bias", name)
     }
-    weights["model.layers.2.self_attn.decay.dt_bias"] = gdn.decay.dt_bias
     model.save_pretrained(tmp_path, state_dict=weights)
     (tmp_path / "config.json").write_text(json.dumps(old))
     ids = tokens(1, 20)

@@ -24,7 +24,7 @@ RESULTS = "demo.json"
 SELECTED, SPACED = "selected", "even"
 TRAINED_STAGES = tuple(stage for stage in STAGES if stage != "eval")
 TEACHER, CONVERTED, UNSCALED, EVEN = "teacher", "converted", "converted, no scale", "evenly spaced"
-PROMPT = "The `with` statement is used to"
+PROMPT = "def read(self, size=-1):"
 
 
 def run_demo(config: Config) -> dict:

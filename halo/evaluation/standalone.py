@@ -141,7 +141,7 @@ def _load(request: Request) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, s
     try:
         tokenizer = AutoTokenizer.from_pretrained(place.folder, **place.options)
         model = AutoModelForCausalLM.from_pretrained(place.folder, dtype=dtype, **place.options)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of the file system, of safetensors, of a configuration that does not fit
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise HaloError(f"eval: the model must be loadable, got {request.model} ({reason})") from None
     model.to(device)  # type: ignore[arg-type]  # transformers wraps Module.to without its types

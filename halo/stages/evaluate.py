@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field, PositiveInt
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from halo import files
+from halo import files, models
 from halo.data import Corpus
 from halo.evaluation.needle import NeedleTask, mean_and_error, recall_per_episode
 from halo.evaluation.perplexity import bits_per_byte
@@ -47,6 +47,10 @@ class EvalSettings(Settings):
         8192, json_schema_extra=HOW, description="tokens per forward pass, but at least one sample"
     )
 
+    def longest(self) -> int:
+        """Return the greatest length, in tokens."""
+        return self.length * max(self.multiples)
+
 
 def run(job: Job) -> None:
     """Measure the teacher and the finished model."""
@@ -61,6 +65,7 @@ def run(job: Job) -> None:
     if job.compute.main:
         record = {"training_length": settings.length, "rows": rows}
         files.write_json(job.directory("eval") / files.RESULTS, record)
+        models.raise_context_length(job.out / files.MODEL, settings.longest())
 
 
 def shortfalls(settings: EvalSettings, corpus: Corpus) -> Iterator[str]:
