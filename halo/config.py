@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, PositiveInt, ValidationError
+from pydantic import Field, PositiveInt, ValidationError, field_validator
 
 from halo.data import DataSettings
 from halo.settings import HOW, HaloError, Settings
@@ -21,6 +21,10 @@ from halo.stages.evaluate import EvalSettings
 from halo.stages.finetune import FinetuneSettings
 from halo.stages.scale import ScaleSettings
 from halo.stages.select import SelectSettings
+from hypenet import HypeNetConfig
+
+# Fields of HypeNetConfig by their beginnings that decide what the student's layers are made of.
+ARCHITECTURE = ("attn_use_", "lightning_", "gdn_")
 
 
 class Config(Settings):
@@ -28,6 +32,9 @@ class Config(Settings):
 
     teacher: str = Field(description='directory, .gguf file or Hugging Face name of a teacher, or "demo"')
     mixer: Literal["lightning", "gdn"] = Field("lightning", description="kind of the recurrent layers")
+    architecture: dict[str, bool | int | str] = Field(
+        {}, description="the student's other HypeNetConfig fields: attn_use_*, lightning_*, gdn_*"
+    )
     out: Path = Field(description="directory of all results")
     aligned: Path | None = Field(
         None, description="output of another conversion (or its align directory), used instead of training align"
@@ -50,6 +57,15 @@ class Config(Settings):
     finetune: FinetuneSettings = FinetuneSettings()
     scale: ScaleSettings = ScaleSettings()
     eval: EvalSettings = EvalSettings()
+
+    @field_validator("architecture")
+    @classmethod
+    def _known(cls, fields: dict[str, bool | int | str]) -> dict[str, bool | int | str]:
+        known = [name for name in HypeNetConfig.__annotations__ if name.startswith(ARCHITECTURE)]
+        for name in fields:
+            if name not in known:
+                raise ValueError(f"keys must be among {', '.join(known)}, got {name}")
+        return fields
 
 
 def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:

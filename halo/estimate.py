@@ -114,8 +114,8 @@ def plan(config: Config, gpus: str, teacher_config: PreTrainedConfig) -> Plan:
     kept = sorted(set(config.select.layers)) if config.select.layers is not None else range(keep)
     sizes = _Sizes(
         model_size(teacher_config),
-        student_size(teacher_config, config.mixer, ()),
-        student_size(teacher_config, config.mixer, kept),
+        student_size(teacher_config, config.mixer, (), **config.architecture),
+        student_size(teacher_config, config.mixer, kept, **config.architecture),
     )
     planner = _Planner(config, machine, sizes)
     stages = [

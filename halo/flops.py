@@ -6,7 +6,7 @@ that in the forward pass and twice as much in the backward pass, half of which i
 matrix product (norms, activations, rotary embedding, softmax, the optimizer) is not counted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from halo.errors import HaloError
 from hypenet import HypeNetConfig, HypeNetForCausalLM, config_from_teacher
 from hypenet.configuration_hypenet import LIGHTNING, SOFTMAX
 
@@ -122,9 +123,19 @@ def model_size(config: PreTrainedConfig) -> ModelSize:
     )
 
 
-def student_size(teacher: PreTrainedConfig, mixer: str, softmax_layers: Sequence[int]) -> ModelSize:
-    """Measure the student of a teacher, with softmax attention in these layers and `mixer` in all others."""
-    return model_size(config_from_teacher(teacher, softmax_layers, mixer))
+def student_size(
+    teacher: PreTrainedConfig, mixer: str, softmax_layers: Sequence[int], **architecture: Any
+) -> ModelSize:
+    """Measure the student of a teacher, with softmax attention in these layers and `mixer` in all others.
+
+    Raises:
+        HaloError: If the other fields of its configuration, `architecture`, do not fit the teacher.
+    """
+    try:
+        config = config_from_teacher(teacher, softmax_layers, mixer, **architecture)
+    except ValueError as error:
+        raise HaloError(f"architecture: {error}") from None
+    return model_size(config)
 
 
 def stage_flops_per_token(
@@ -136,6 +147,7 @@ def stage_flops_per_token(
     softmax_layers: int | None = None,
     recompute: bool = False,
     two_passes: bool = False,
+    architecture: Mapping[str, Any] | None = None,
 ) -> float:
     """Return the floating-point operations that a training stage executes for each token of a batch.
 
@@ -148,6 +160,7 @@ def stage_flops_per_token(
         mixer: Kind of the recurrent layers, "lightning" or "gdn".
         length: Tokens per sequence.
         softmax_layers: How many layers of the student stay attention; by default a quarter.
+        architecture: Other fields of the student's configuration.
         recompute: Whether the student's layers run a second time in the backward pass.
         two_passes: Whether logits are computed twice, which is so with `vocab_chunk`.
 
@@ -155,7 +168,7 @@ def stage_flops_per_token(
         ValueError: If `stage` is not a training stage.
     """
     keep = max(1, teacher.num_hidden_layers // 4) if softmax_layers is None else softmax_layers
-    student = student_size(teacher, mixer, () if stage == "align" else range(keep))
+    student = student_size(teacher, mixer, () if stage == "align" else range(keep), **architecture or {})
     return training_flops(stage, model_size(teacher), student, length, recompute, two_passes)
 
 

@@ -102,6 +102,8 @@ class Job:
             "precision": self.compute.precision,
             "data": config.data.identity() | {"fingerprint": self.corpus.fingerprint},
         }
+        if config.architecture:
+            found["architecture"] = config.architecture
         if config.aligned is not None:
             found["aligned"] = str(config.aligned)
         for name in STAGES[: STAGES.index(stage) + 1]:
@@ -130,7 +132,12 @@ class Job:
 
         kept = None if training.name == "align" else len(self.softmax_layers())
         flops = stage_flops_per_token(
-            training.name, self.teacher_config, self.config.mixer, settings.length, softmax_layers=kept
+            training.name,
+            self.teacher_config,
+            self.config.mixer,
+            settings.length,
+            softmax_layers=kept,
+            architecture=self.config.architecture,
         )
         run = Run(source, self._held_out(settings), self.identity(training.name), flops, self.config.tensorboard)
         train(training, run, self.directory(training.name), self.compute)
@@ -150,7 +157,8 @@ class Job:
     def load_mixers(self, stage: str) -> nn.ModuleList:
         """Load the twins that transfer or align left, in float32 on the CPU."""
         path = self.directory(stage) / files.MIXERS
-        return models.load_mixers(path, self.teacher_config, self.config.mixer, _again(path.parent))
+        config, remedy = self.config, _again(path.parent)
+        return models.load_mixers(path, self.teacher_config, config.mixer, remedy, **config.architecture)
 
     def load_student(self, stage: str) -> HypeNetForCausalLM:
         """Load the student that distill or finetune left, in float32 on the device."""

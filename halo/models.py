@@ -34,9 +34,9 @@ class AttentionCall:
     position_embeddings: tuple[Tensor, Tensor]
 
 
-def make_twins(teacher: PreTrainedModel, mixer: str) -> nn.ModuleList:
+def make_twins(teacher: PreTrainedModel, mixer: str, **architecture: Any) -> nn.ModuleList:
     """Build the recurrent twin of every attention layer, in float32 on the CPU (weight transfer, HALO 4.1)."""
-    return recurrent_twins(teacher, mixer).float().cpu()
+    return recurrent_twins(teacher, mixer, **architecture).float().cpu()
 
 
 def save_mixers(state: dict[str, Tensor], path: Path) -> None:
@@ -45,7 +45,7 @@ def save_mixers(state: dict[str, Tensor], path: Path) -> None:
     files.write_file(path, lambda partial: save_file(whole, partial))
 
 
-def load_mixers(path: Path, teacher: PreTrainedConfig, mixer: str, remedy: str) -> nn.ModuleList:
+def load_mixers(path: Path, teacher: PreTrainedConfig, mixer: str, remedy: str, **architecture: Any) -> nn.ModuleList:
     """Load the twins that a stage saved, in float32 on the CPU.
 
     Args:
@@ -53,11 +53,12 @@ def load_mixers(path: Path, teacher: PreTrainedConfig, mixer: str, remedy: str) 
         teacher: The configuration of the model that they are twins of.
         mixer: Their kind.
         remedy: What to do if the file is missing or damaged, to end the message with.
+        architecture: Other fields of the student's configuration.
 
     Raises:
         HaloError: If the file is missing or damaged, or belongs to another model.
     """
-    twins = empty_twins(teacher, mixer)
+    twins = empty_twins(teacher, mixer, **architecture)
     with files.reading(path, remedy):
         twins.load_state_dict(load_file(path), assign=True)
     return twins
@@ -92,7 +93,12 @@ def raise_context_length(folder: Path, length: int) -> None:
 
 
 def make_student(
-    teacher: PreTrainedModel, twins: nn.ModuleList, layers: list[int], mixer: str, gate_init: str
+    teacher: PreTrainedModel,
+    twins: nn.ModuleList,
+    layers: list[int],
+    mixer: str,
+    gate_init: str,
+    **architecture: Any,
 ) -> HypeNetForCausalLM:
     """Build the hybrid of stage 2 in float32, with softmax attention in `layers` and the twins in all others.
 
@@ -102,9 +108,12 @@ def make_student(
         layers: Indices of the softmax attention layers, which have an output gate and no position encoding.
         mixer: Kind of the recurrent layers, "lightning" or "gdn".
         gate_init: Initialisation of the new output gates, "open" or "random".
+        architecture: Other fields of the student's configuration.
     """
     aligned = {layer: cast(Mixer, twin) for layer, twin in enumerate(twins) if layer not in layers}
-    student = from_teacher(teacher, keep_layers=layers, mixer=mixer, mixers=aligned, gate_init=gate_init)
+    student = from_teacher(
+        teacher, keep_layers=layers, mixer=mixer, mixers=aligned, gate_init=gate_init, **architecture
+    )
     return student.float()
 
 

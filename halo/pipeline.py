@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -106,7 +107,9 @@ class Pipeline:
             raise HaloError(f"{directory / files.DONE}: must hold the settings of its stage, got none; {remedy}")
         settings = self.job.identity(stage)
         if stage == "align" and self.config.aligned is not None:
-            settings = made_with | {name: settings[name] for name in ("teacher", "teacher_fingerprint", "mixer")}
+            same = {name: settings[name] for name in ("teacher", "teacher_fingerprint", "mixer")}
+            settings = made_with | same | {"architecture": _of_the_twins(settings)}
+            made_with = made_with | {"architecture": _of_the_twins(made_with)}
         difference = first_difference(made_with, settings)
         if difference:
             raise HaloError(
@@ -133,6 +136,11 @@ class Pipeline:
         finally:
             for lock in held:
                 os.close(lock)
+
+
+def _of_the_twins(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of the student's configuration that recurrent layers depend on."""
+    return {name: value for name, value in settings.get("architecture", {}).items() if not name.startswith("attn_")}
 
 
 def _take_lock(out: Path) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from halo import files, footprint
-from halo.flops import student_size
+from halo.flops import ModelSize, student_size
 from halo.job import Job
 from halo.settings import HaloError, Settings, TrainingSettings
 from halo.stages import STAGES, TRAINED_STAGES, stage_module
@@ -49,8 +49,9 @@ def _shortfalls(job: Job) -> Iterator[str]:
     if "tokenizer" in job.__dict__:
         yield from _data(job)
     if "teacher_config" in job.__dict__:
-        yield from _attempt(lambda: _check_layer(job))
-        yield from _sizes(job)
+        mistakes = list(_attempt(lambda: _student_size(job)))
+        yield from mistakes or _attempt(lambda: _check_layer(job))
+        yield from () if mistakes else _sizes(job)
 
 
 def _attempt(check: Callable[[], Any]) -> Iterator[str]:
@@ -108,7 +109,7 @@ def _data(job: Job) -> Iterator[str]:
 
 def _check_layer(job: Job) -> None:
     """Run a step of one softmax and one recurrent layer of the student's width on the device, forward and backward."""
-    config = config_from_teacher(job.teacher_config, keep_layers=[0], mixer=job.config.mixer)
+    config = config_from_teacher(job.teacher_config, keep_layers=[0], mixer=job.config.mixer, **job.config.architecture)
     plain = config.to_dict() | {"num_hidden_layers": 2, "mixer_types": ["attn", job.config.mixer], "vocab_size": 256}
     plain |= {"intermediate_size": 128, "tie_word_embeddings": True, "layer_types": None}
     plain |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
@@ -126,8 +127,12 @@ def _check_layer(job: Job) -> None:
         ) from None
 
 
+def _student_size(job: Job) -> ModelSize:
+    return student_size(job.teacher_config, job.config.mixer, (), **job.config.architecture)
+
+
 def _sizes(job: Job) -> Iterator[str]:
-    count = student_size(job.teacher_config, job.config.mixer, ()).parameters
+    count = _student_size(job).parameters
     disk = footprint.CHECKPOINTS_ON_DISK * footprint.checkpoint_bytes(count)
     disk += MODELS_ON_DISK * footprint.model_bytes(count)
     finished = all((job.directory(name) / files.DONE).is_file() for name in TRAINED_STAGES)

@@ -198,7 +198,7 @@ def from_teacher(
     return student.train(teacher.training)
 
 
-def recurrent_twins(teacher: PreTrainedModel, mixer: str = "lightning") -> torch.nn.ModuleList:
+def recurrent_twins(teacher: PreTrainedModel, mixer: str = "lightning", **options: Any) -> torch.nn.ModuleList:
     """Build the recurrent twin of every attention layer from its weights (arXiv 2601.22156, section 4.1).
 
     These are the mixers of `from_teacher(teacher, keep_layers=[], mixer=mixer)`, without a copy of anything else.
@@ -206,6 +206,7 @@ def recurrent_twins(teacher: PreTrainedModel, mixer: str = "lightning") -> torch
     Args:
         teacher: As for `from_teacher`.
         mixer: "lightning" or "gdn".
+        options: Other fields of `HypeNetConfig`, as for `from_teacher`.
 
     Returns:
         A mixer for each layer, in the teacher's dtype, on its device.
@@ -213,7 +214,7 @@ def recurrent_twins(teacher: PreTrainedModel, mixer: str = "lightning") -> torch
     Raises:
         ValueError: If the weights of `teacher` cannot become a HypeNet, or `mixer` is neither.
     """
-    config = config_from_teacher(teacher.config, [], mixer)
+    config = config_from_teacher(teacher.config, [], mixer, **options)
     layers = cast(Iterable[torch.nn.Module], teacher.base_model.layers)
     twins = (
         MIXERS[config.mixers[i]].from_attention(layer.get_submodule("self_attn"), config, i)
@@ -222,13 +223,13 @@ def recurrent_twins(teacher: PreTrainedModel, mixer: str = "lightning") -> torch
     return torch.nn.ModuleList(twins)
 
 
-def empty_twins(teacher: PreTrainedConfig, mixer: str = "lightning") -> torch.nn.ModuleList:
+def empty_twins(teacher: PreTrainedConfig, mixer: str = "lightning", **options: Any) -> torch.nn.ModuleList:
     """Build what `recurrent_twins` does for a teacher of this configuration, on the meta device.
 
     Returns:
         The mixers, whose values `load_state_dict(state, assign=True)` sets.
     """
-    config = config_from_teacher(teacher, [], mixer)
+    config = config_from_teacher(teacher, [], mixer, **options)
     with torch.device("meta"):
         return torch.nn.ModuleList(MIXERS[kind](config, i) for i, kind in enumerate(config.mixers))
 

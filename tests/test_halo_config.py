@@ -68,6 +68,7 @@ def test_all_mistakes_are_listed(write, tmp_path):
         ("threads=10000", "threads: must be less than or equal to 1024"),
         ("finetune.vocab_chunk=1", "finetune.vocab_chunk: must be greater than or equal to 256"),
         ("finetune.steps=1" + "0" * 30, "finetune.steps: must be less than or equal to 1000000000"),
+        ("architecture.vocab_size=3", "architecture: keys must be among attn_use_qk_norm, attn_use_rope,"),
         ("align.steps=[1", "--set: the value of align.steps must be YAML, got [1"),
         ("data=./text", "data: must be a section of keys, such as data.source, got './text'"),
     ],

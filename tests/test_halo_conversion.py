@@ -209,6 +209,16 @@ def test_aligned_must_have_the_same_mixer(converted, inputs, tmp_path):
     ]
     result = halo("select", *options, "--set", "mixer=gdn")
     assert result.exit_code == 2 and "other settings (mixer: lightning there, gdn now)" in result.stderr
+    result = halo("select", *options, "--set", "architecture.lightning_use_rope=false")
+    assert result.exit_code == 2 and "other settings (architecture.lightning_use_rope" in result.stderr
+
+
+def test_architecture_reaches_the_finished_model(inputs, tmp_path):
+    tree = config_tree(inputs) | {"out": str(tmp_path / "out"), "select": {"layers": [1]}}
+    tree["architecture"] = {"lightning_nkv": 2, "lightning_use_rope": False, "attn_use_rope": True}
+    Pipeline(make_config(tree)).run()
+    config = hypenet.HypeNetForCausalLM.from_pretrained(tmp_path / "out" / "model").config
+    assert {name: getattr(config, name) for name in tree["architecture"]} == tree["architecture"]
 
 
 def test_given_layers_are_kept(converted, inputs, tmp_path):

@@ -32,7 +32,7 @@ def shortfalls(tree):
 def changed(inputs, tmp_path, **sections):
     tree = config_tree(inputs) | {"out": str(tmp_path / "out")}
     for name, change in sections.items():
-        tree[name] = tree[name] | change if isinstance(change, dict) else change
+        tree[name] = tree.get(name, {}) | change if isinstance(change, dict) else change
     return tree
 
 
@@ -60,6 +60,11 @@ def test_every_shortfall_is_listed_at_once(inputs, tmp_path):
     assert len(lines) == len(expected)
     assert all(line.strip().startswith(start) for line, start in zip(lines, expected, strict=True)), lines
     assert not (tmp_path / "out" / "transfer").exists()
+
+
+def test_an_architecture_that_does_not_fit_the_teacher(inputs, tmp_path):
+    text = shortfalls(changed(inputs, tmp_path, architecture={"lightning_nkv": 3}))
+    assert text == "architecture: HypeNetConfig: lightning_nh must be a multiple of lightning_nkv, got 4 and 3"
 
 
 def test_a_conversion_that_lacks_nothing_starts(inputs, tmp_path):

@@ -105,7 +105,12 @@ def run(job: Job) -> None:
     twins = job.load_mixers("align")
     torch.manual_seed(config.seed)
     student = models.make_student(
-        job.load_teacher_weights(), twins, job.softmax_layers(), config.mixer, config.distill.gate_init
+        job.load_teacher_weights(),
+        twins,
+        job.softmax_layers(),
+        config.mixer,
+        config.distill.gate_init,
+        **config.architecture,
     )
     del twins
     student.to(job.compute.device)  # type: ignore[arg-type]

@@ -12,6 +12,6 @@ from halo.job import Job
 def run(job: Job) -> None:
     """Build the twins and save them."""
     torch.manual_seed(job.config.seed)
-    twins = models.make_twins(job.load_teacher_weights(), job.config.mixer)
+    twins = models.make_twins(job.load_teacher_weights(), job.config.mixer, **job.config.architecture)
     if job.compute.main:
         models.save_mixers(twins.state_dict(), job.directory("transfer") / files.MIXERS)
