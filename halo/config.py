@@ -62,9 +62,11 @@ class Config(Settings):
     @classmethod
     def _known(cls, fields: dict[str, bool | int | str]) -> dict[str, bool | int | str]:
         known = [name for name in HypeNetConfig.__annotations__ if name.startswith(ARCHITECTURE)]
-        for name in fields:
+        for name, value in fields.items():
             if name not in known:
                 raise ValueError(f"keys must be among {', '.join(known)}, got {name}")
+            if "_use_" in name and not isinstance(value, bool):
+                raise ValueError(f"{name} must be true or false, got {value!r}")
         return fields
 
 

@@ -109,7 +109,8 @@ def _data(job: Job) -> Iterator[str]:
 
 def _check_layer(job: Job) -> None:
     """Run a step of one softmax and one recurrent layer of the student's width on the device, forward and backward."""
-    config = config_from_teacher(job.teacher_config, keep_layers=[0], mixer=job.config.mixer, **job.config.architecture)
+    options: dict[str, Any] = job.config.architecture
+    config = config_from_teacher(job.teacher_config, keep_layers=[0], mixer=job.config.mixer, **options)
     plain = config.to_dict() | {"num_hidden_layers": 2, "mixer_types": ["attn", job.config.mixer], "vocab_size": 256}
     plain |= {"intermediate_size": 128, "tie_word_embeddings": True, "layer_types": None}
     plain |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))

@@ -69,6 +69,7 @@ def test_all_mistakes_are_listed(write, tmp_path):
         ("finetune.vocab_chunk=1", "finetune.vocab_chunk: must be greater than or equal to 256"),
         ("finetune.steps=1" + "0" * 30, "finetune.steps: must be less than or equal to 1000000000"),
         ("architecture.vocab_size=3", "architecture: keys must be among attn_use_qk_norm, attn_use_rope,"),
+        ("architecture.attn_use_rope='no'", "architecture: attn_use_rope must be true or false, got 'no'"),
         ("align.steps=[1", "--set: the value of align.steps must be YAML, got [1"),
         ("data=./text", "data: must be a section of keys, such as data.source, got './text'"),
     ],
