@@ -137,7 +137,8 @@ def train(training: Training, run: Run, directory: Path, compute: Compute) -> No
                 record |= _logged(training, sums, compute)
                 _require_finite(training, done, record, directory)
                 if measured:
-                    record["held_out_loss"] = held_out_loss(training, run.held_out, compute)
+                    on_held_out = held_out_record(training, run.held_out, compute)
+                    record |= {f"held_out_{name}": value for name, value in on_held_out.items()}
                 line = metrics.log(done, record)
                 progress.update(done, f"loss {line['loss']:.4f}  {line['tokens_per_second']:,.0f} tokens/s")
             due = settings.checkpoint_every is not None and done % settings.checkpoint_every == 0
@@ -163,12 +164,12 @@ def learning_rate(step: int, settings: TrainingSettings) -> float:
 
 
 @torch.no_grad()
-def held_out_loss(training: Training, held_out: list[Batch], compute: Compute) -> float:
-    """Measure the loss on batches, each of which is shared out over the processes."""
+def held_out_record(training: Training, held_out: list[Batch], compute: Compute) -> dict[str, Any]:
+    """Measure on batches, each of which is shared out over the processes, what a step logs, without training."""
     share = [batch.share(compute.rank, compute.world).to(compute.device) for batch in held_out]
     sums = _accumulate(training, share, compute)
     reshard(training)
-    return float(training.record({key: compute.sum(value) for key, value in sums.items()})["loss"])
+    return _logged(training, sums, compute)
 
 
 def backward(loss: Tensor, scale: float) -> None:

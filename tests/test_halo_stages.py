@@ -22,7 +22,7 @@ from halo.settings import HaloError, TrainingSettings
 from halo.stages.align import Align, AlignSettings
 from halo.stages.distill import Distill, DistillSettings
 from halo.stages.finetune import Finetune, FinetuneSettings
-from halo.trainer import Run, Training, held_out_loss, learning_rate, train
+from halo.trainer import Run, Training, held_out_record, learning_rate, train
 
 VOCABULARY, LENGTH = 61, 40
 CPU = Compute(torch.device("cpu"))
@@ -196,13 +196,15 @@ def test_micro_batches_give_the_gradient_of_the_batch(name):
 @pytest.mark.parametrize("name", STAGES)
 def test_held_out_loss_is_the_mean_over_its_batches_and_trains_nothing(name, tmp_path):
     stage, batch = make_stage(name, steps=4, held_out_every=2, log_every=100), random_batch()
-    expected = held_out_loss(stage, [batch], CPU)
-    assert expected == pytest.approx(held_out_loss(stage, batch.split(1), CPU), rel=1e-5)
+    expected = held_out_record(stage, [batch], CPU)["loss"]
+    assert expected == pytest.approx(held_out_record(stage, batch.split(1), CPU)["loss"], rel=1e-5)
     assert all(parameter.grad is None for parameter in stage.parameters())
     train(stage, Run(lambda step: repeat(batch), batch.split(1)), tmp_path, CPU)
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines if "held_out_loss" in line] == [2, 4]
-    assert lines[-1]["held_out_loss"] == pytest.approx(held_out_loss(stage, [batch], CPU), rel=1e-5) != expected
+    after = held_out_record(stage, [batch], CPU)
+    assert lines[-1]["held_out_loss"] == pytest.approx(after["loss"], rel=1e-5) != expected
+    assert {key for key in lines[-1] if key.startswith("held_out")} == {f"held_out_{name}" for name in after}
 
 
 def test_isolated_documents_do_not_see_each_other():
