@@ -36,7 +36,7 @@ class TrainingSettings(Settings):
     final_learning_rate: float = Field(1e-5, ge=0, description="learning rate of the last step")
     warmup: NonNegativeInt = Field(50, description="steps of linear warm-up")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay rates")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay, of matrices alone")
     clip: float = Field(1.0, gt=0, description="gradient clipping norm")
     needle_ratio: float | None = Field(
         None, ge=0, le=1, description="share of recall episodes in this stage; default: data.needle_ratio"

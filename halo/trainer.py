@@ -102,13 +102,11 @@ def train(training: Training, run: Run, directory: Path, compute: Compute) -> No
     settings = training.settings
     training.shard(compute)
     groups = training.clip_groups()
-    trained = [parameter for parameter in training.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        trained,
+        _decay_groups(training),
         lr=settings.learning_rate,
         betas=settings.betas,
         eps=training.adam_eps,
-        weight_decay=settings.weight_decay,
         fused=True,
     )
     checkpoints = Checkpoints(directory / files.CHECKPOINTS, run.identity or settings.identity(), compute)
@@ -195,6 +193,15 @@ def _accumulate(training: Training, parts: list[Batch], compute: Compute) -> dic
 def _logged(training: Training, sums: dict[str, Tensor], compute: Compute) -> dict[str, Any]:
     record = training.record({key: compute.sum(value) for key, value in sums.items()})
     return {key: value.tolist() for key, value in record.items()}
+
+
+def _decay_groups(training: Training) -> list[dict[str, Any]]:
+    """Return AdamW's groups: weight decay is for matrices, not for norms, biases and the parameters of decays."""
+    trained = [parameter for parameter in training.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.dim() > 1]
+    vectors = [parameter for parameter in trained if parameter.dim() <= 1]
+    groups = ((matrices, training.settings.weight_decay), (vectors, 0.0))
+    return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
 
 
 def _clip(parameters: list[nn.Parameter], limit: float) -> Tensor:

@@ -115,6 +115,24 @@ def test_layers_with_small_outputs_learn_as_fast(tmp_path):
         assert (moved > 0.9).float().mean() > 0.99
 
 
+@pytest.mark.parametrize("name", STAGES)
+def test_weight_decay_is_for_matrices(name, tmp_path):
+    """With a learning rate of 1 and a decay of 1, a step sets what decays to zero before AdamW's update of it."""
+    moved = []
+    for decay in (0.0, 1.0):
+        stage = make_stage(name, mixer="gdn", steps=1, warmup=0, weight_decay=decay, learning_rate=1.0)
+        before = {key: value.detach().clone() for key, value in stage.named_parameters()}
+        train(stage, always(random_batch()), tmp_path / str(decay), CPU)
+        moved.append({key: value.detach() - before[key] for key, value in stage.named_parameters()})
+    for key, plain in moved[0].items():
+        if plain.dim() > 1:
+            assert_matches_reference(key, moved[1][key], (plain - before[key]).double())
+            assert before[key].any() or key.endswith("o_gate.weight")  # which starts at zero
+        else:
+            assert torch.equal(moved[1][key], plain), key
+    assert {"A_log", "dt_bias", "weight"} <= {key.rsplit(".", 1)[-1] for key, x in before.items() if x.dim() == 1}
+
+
 def test_targets_of_align_are_the_teachers_mixer_outputs():
     stage = make_stage("align")
     batch = random_batch()
