@@ -13,6 +13,8 @@ from halo import files, models, teachers
 from halo.compute import Compute
 from halo.data import Batch, Corpus, batches
 from halo.flops import stage_flops_per_token
+from halo.footprint import Sizes, training_memory
+from halo.hardware import this_machine
 from halo.journal import Journal
 from halo.progress import TokenisingProgress
 from halo.settings import HaloError, Settings, TrainingSettings
@@ -132,8 +134,24 @@ class Job:
         flops = stage_flops_per_token(
             training.name, self.teacher_config, self.config.mixer, settings.length, softmax_layers=kept
         )
-        run = Run(source, self._held_out(settings), self.identity(training.name), flops, self.config.tensorboard)
+        run = Run(
+            source,
+            self._held_out(settings),
+            self.identity(training.name),
+            flops,
+            self.config.tensorboard,
+            self._sync_every_micro_batch(training.name, settings),
+        )
         train(training, run, self.directory(training.name), self.compute)
+
+    def _sync_every_micro_batch(self, stage: str, settings: TrainingSettings) -> bool:
+        """Choose by the memory that the stage will need; all processes the same, or they would wait for each other."""
+        if self.compute.world == 1:
+            return False
+        kept = [] if stage == "align" else self.softmax_layers()
+        sizes = Sizes.of(self.teacher_config, self.config.mixer, kept)
+        memory = training_memory(stage, sizes, settings, this_machine(self.compute))
+        return self.compute.agree(memory.sync_every_micro_batch)[0]
 
     def _held_out(self, settings: TrainingSettings) -> list[Batch]:
         """Return held-out text for the measurements of a stage, in batches that every process has a share of."""

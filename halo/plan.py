@@ -7,7 +7,8 @@ from transformers import AutoConfig, PreTrainedConfig, Qwen3Config
 
 from halo.columns import columns
 from halo.config import Config
-from halo.estimate import CPU_UTILISATION, RESERVED, Plan, StagePlan
+from halo.estimate import CPU_UTILISATION, Plan, StagePlan
+from halo.hardware import RESERVED
 from halo.progress import say
 from halo.settings import HaloError, LossSettings, TrainingSettings
 from halo.teachers import check_teacher
@@ -104,7 +105,12 @@ def _notes(planned: Plan, config: Config) -> list[str]:
         f"tokenised text on disk: {shards}; main memory of a node while models are built: {_gib(planned.host)} GiB",
     ]
     lines += [
-        f"! {stage.name} takes {_gib(stage.memory.total)} GiB of {_gib(planned.available)}{_remedy(stage, config)}"
+        f"{stage.name} reduces gradients after every micro-batch: whole gradients would not fit, or are not wanted"
+        for stage in planned.stages
+        if stage.memory and stage.memory.sync_every_micro_batch
+    ]
+    lines += [
+        f"! {stage.name} takes {_gib(stage.memory.total)} GiB of {_gib(machine.available)}{_remedy(stage, config)}"
         for stage in planned.too_large()
         if stage.memory is not None
     ]

@@ -1,6 +1,6 @@
 """What every section of a configuration is made of: checked models, mistakes, and a training stage's numbers."""
 
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -30,6 +30,12 @@ class TrainingSettings(Settings):
     batch: PositiveInt = Field(description="sequences per optimizer step, over all processes")
     micro_batch: PositiveInt | None = Field(
         None, json_schema_extra=HOW, description="sequences per forward pass of a process; default: its whole share"
+    )
+    sync_every_micro_batch: bool | Literal["auto"] = Field(
+        "auto",
+        json_schema_extra=HOW,
+        description="several processes: reduce gradients after every micro-batch, so that none keeps all of them; "
+        "auto: where whole gradients do not fit",
     )
     length: PositiveInt = Field(512, ge=2, description="tokens per sequence")
     learning_rate: float = Field(gt=0, description="peak learning rate")

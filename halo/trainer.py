@@ -77,6 +77,7 @@ class Run:
         identity: Everything that the result depends on, as plain JSON; a checkpoint of another identity is refused.
         flops_per_token: Floating-point operations of the model for each token of training; None if not known.
         tensorboard: Whether to write TensorBoard's event files too.
+        sync_every_micro_batch: Whether processes reduce gradients after every micro-batch, not after the last alone.
     """
 
     batches: BatchSource
@@ -84,6 +85,7 @@ class Run:
     identity: dict[str, Any] | None = None
     flops_per_token: float | None = None
     tensorboard: bool = False
+    sync_every_micro_batch: bool = False
 
 
 def train(training: Training, run: Run, directory: Path, compute: Compute) -> None:
@@ -124,7 +126,7 @@ def train(training: Training, run: Run, directory: Path, compute: Compute) -> No
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, settings)
             parts = next(source).to(compute.device).split(settings.micro_batch)
-            sums = _accumulate(training, parts, compute)
+            sums = _accumulate(training, parts, compute, run.sync_every_micro_batch)
             norms = torch.stack([whole_tensor(_clip(group, settings.clip)) for group in groups])
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -176,12 +178,12 @@ def backward(loss: Tensor, scale: float) -> None:
             (loss * scale).backward()
 
 
-def _accumulate(training: Training, parts: list[Batch], compute: Compute) -> dict[str, Tensor]:
+def _accumulate(training: Training, parts: list[Batch], compute: Compute, sync: bool = False) -> dict[str, Tensor]:
     """Compute the gradient of micro-batches together, and return this process's share of what is logged."""
     count = compute.sum(torch.stack([training.units(part) for part in parts]).sum()).clamp(min=1)
     sums: dict[str, Tensor] = {}
     for number, part in enumerate(parts, 1):
-        synchronise(training, wanted=number == len(parts))
+        synchronise(training, wanted=sync or number == len(parts))
         with compute.autocast():
             # FSDP averages over the processes, and their sums are wanted.
             added = training.accumulate(part, count, float(compute.world))

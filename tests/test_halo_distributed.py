@@ -38,6 +38,7 @@ def tree_of(directory, out, mixer="lightning", tied=True):
         tree["teacher"] = str(directory / "untied")
     for name in STAGES:
         tree[name] = tree[name] | {"steps": 7, "checkpoint_every": 2, "held_out_every": 2, "batch": 4, "micro_batch": 1}
+        tree[name]["sync_every_micro_batch"] = not tied
     tree["data"]["isolate_documents"] = not tied
     return tree
 

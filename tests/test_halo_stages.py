@@ -223,6 +223,15 @@ def test_held_out_loss_is_the_mean_over_its_batches_and_trains_nothing(name, tmp
     assert lines[-1]["held_out_loss"] == pytest.approx(held_out_loss(stage, [batch], CPU), rel=1e-5) != expected
 
 
+@pytest.mark.parametrize(("chosen", "wanted"), [(False, [False, True] * 2), (True, [True] * 4)])
+def test_gradients_are_reduced_once_a_step_or_after_every_micro_batch(chosen, wanted, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("halo.trainer.synchronise", lambda training, wanted: asked.append(wanted))
+    run = Run(lambda step: repeat(random_batch()), sync_every_micro_batch=chosen)
+    train(make_stage("align", steps=2, micro_batch=1), run, tmp_path, CPU)
+    assert asked == wanted
+
+
 def test_isolated_documents_do_not_see_each_other():
     batch = random_batch(sequences=2, documents=2)
     for name in ("align", "distill"):
