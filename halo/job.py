@@ -1,5 +1,6 @@
 """What a stage works with: the configuration, the processes, the files of the run, and teacher and data on demand."""
 
+import shutil
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -170,15 +171,27 @@ class Job:
         path = self.directory(stage) / files.MIXERS
         return models.load_mixers(path, self.teacher_config, self.config.mixer, _again(path.parent))
 
-    def load_student(self, stage: str) -> HypeNetForCausalLM:
-        """Load the student that distill or finetune left, in float32 on the device."""
-        return models.load_hypenet(
-            self.directory(stage) / files.MODEL, self.compute.device, _again(self.directory(stage))
-        )
+    def measured_mixers(self) -> nn.ModuleList:
+        """Load the twins that align left to measure them, as the teacher: frozen, in the arithmetic's dtype."""
+        mixers = self.load_mixers("align").to(self.compute.device, self.compute.dtype)
+        return mixers.requires_grad_(False).eval()
 
-    def load_finished(self) -> HypeNetForCausalLM:
-        """Load the finished model, in float32 on the device."""
-        return models.load_hypenet(self.out / files.MODEL, self.compute.device, _again(self.directory("scale")))
+    def load_student(self, stage: str) -> HypeNetForCausalLM:
+        """Load the student that distill or finetune left to train it, in float32 on the device."""
+        directory = self.directory(stage)
+        return models.load_hypenet(directory / files.MODEL, self.compute.device, _again(directory))
+
+    def measured_student(self, stage: str) -> HypeNetForCausalLM:
+        """Load a student to measure it, as the teacher: frozen, in the arithmetic's dtype.
+
+        Args:
+            stage: That left it: "distill", "finetune", or "scale" for the finished model.
+        """
+        directory = self.directory(stage)
+        path = (self.out if stage == "scale" else directory) / files.MODEL
+        student = models.load_hypenet(path, self.compute.device, _again(directory), self.compute.dtype)
+        student.requires_grad_(False).eval()
+        return student
 
     def save_student(self, student: HypeNetForCausalLM, stage: str) -> None:
         """Write a trained student, gathered from all processes, as a folder of transformers."""
@@ -187,11 +200,17 @@ class Job:
             path = self.directory(stage) / files.MODEL
             files.write_directory(path, lambda partial: student.save_pretrained(partial, state_dict=state))
 
-    def save_model(self, student: HypeNetForCausalLM) -> None:
-        """Write the finished model with its tokenizer, and the context length that scale and eval measure."""
+    def save_model(self, base: float | None) -> None:
+        """Write the finished model: what finetune left, the chosen base, the tokenizer, and a measured context length.
+
+        Args:
+            base: Of the HyPE scale; None for no scale.
+        """
+        trained = self.directory("finetune") / files.MODEL
 
         def write(partial: Path) -> None:
-            student.save_pretrained(partial)
+            shutil.copytree(trained, partial, dirs_exist_ok=True)
+            models.set_saved_scale_base(partial, base)
             self.tokenizer.save_pretrained(partial)
             models.raise_context_length(partial, max(self.config.scale.length, self.config.eval.longest()))
 
