@@ -22,6 +22,7 @@ from halo.settings import HaloError, Settings, TrainingSettings
 from halo.sharding import whole_state
 from halo.stages import STAGES, TRAINED_STAGES
 from halo.trainer import Run, Training, train
+from halo.unpacking import unpacked
 from hypenet import HypeNetForCausalLM
 
 if TYPE_CHECKING:
@@ -50,14 +51,19 @@ class Job:
         return teachers.check_teacher(self.config.teacher)
 
     @cached_property
+    def teacher_name(self) -> str:
+        """What to load the teacher from: what the configuration says, or what a .gguf file was converted to."""
+        return self.compute.from_main(lambda: unpacked(self.config.teacher, self.out / files.TEACHER))
+
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The teacher's tokenizer."""
-        return teachers.load_tokenizer(self.config.teacher)
+        return teachers.load_tokenizer(self.teacher_name)
 
     @cached_property
     def teacher(self) -> PreTrainedModel:
         """The teacher in the arithmetic's dtype, on the device, in evaluation mode."""
-        teacher = teachers.load_teacher(self.config.teacher, self.compute.device, self.compute.dtype)
+        teacher = teachers.load_teacher(self.teacher_name, self.compute.device, self.compute.dtype)
         return teacher.requires_grad_(False).eval()
 
     @cached_property
@@ -71,7 +77,7 @@ class Job:
         """Load the teacher on the CPU in the dtype that it is stored in, to copy weights from."""
         stored = getattr(self.teacher_config, "dtype", None)
         dtype = stored if isinstance(stored, torch.dtype) else torch.float32
-        return teachers.load_teacher(self.config.teacher, torch.device("cpu"), dtype)
+        return teachers.load_teacher(self.teacher_name, torch.device("cpu"), dtype)
 
     def release_teacher(self) -> None:
         """Free the teacher's memory."""
