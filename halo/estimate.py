@@ -86,18 +86,19 @@ class Plan:
         return [stage for stage in self.stages if stage.memory and stage.memory.total > self.machine.available]
 
 
-def plan(config: Config, gpus: str, teacher_config: PreTrainedConfig) -> Plan:
+def plan(config: Config, gpus: str, teacher_config: PreTrainedConfig, machine: Machine | None = None) -> Plan:
     """Plan a conversion.
 
     Args:
         config: Its configuration.
         gpus: "8xH100", "H200", "cpu" (its speed is measured), or "cpu@0.2" with the TFLOP/s of its matrix products.
         teacher_config: The teacher's configuration.
+        machine: What `gpus` names, if it is known already.
 
     Raises:
         HaloError: If `gpus` names no known hardware, or the settings do not fit the teacher or the number of GPUs.
     """
-    machine = find_machine(gpus, config.precision, config.threads)
+    machine = machine or find_machine(gpus, config.precision, config.threads)
     for name in TRAINED_STAGES:
         settings: TrainingSettings = getattr(config, name)
         if settings.batch % machine.processes:
