@@ -91,6 +91,21 @@ def test_a_checkpoint_that_is_cut_off_is_one_line_and_the_one_before_serves(inpu
     assert "align: continues after step 3" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("minutes", "expected"), [(1e-9, [1, 2, 3, 4]), (60.0, [4])])
+def test_checkpoints_follow_the_clock_and_the_last_step_has_one(inputs, tmp_path, monkeypatch, minutes, expected):
+    steps, save = [], Checkpoints.save
+
+    def recorded(self, module, optimizer, record, wait=False):
+        steps.append(record["step"])
+        save(self, module, optimizer, record, wait)
+
+    monkeypatch.setattr(Checkpoints, "save", recorded)
+    tree = config_tree(inputs) | {"out": str(tmp_path / "out")}
+    tree["align"] = tree["align"] | {"checkpoint_minutes": minutes}
+    run_until(tree, "align")
+    assert steps == expected
+
+
 def test_checkpoints_that_a_kill_left_behind_a_finished_stage_are_removed(inputs, tmp_path):
     tree = config_tree(inputs) | {"out": str(tmp_path / "out")}
     run_until(tree, "align")
