@@ -83,9 +83,9 @@ class Checkpoints:
         else:
             with files.writing(path):
                 try:
-                    with _quiet():
+                    with _quiet(), _causes():
                         dcp.save(state, checkpoint_id=partial, no_dist=True)
-                except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+                except (OSError, RuntimeError) as error:  # the second is torch's, of a file that is too short
                     files.remove(partial)
                     raise OSError(f"{next(iter(str(error).splitlines()), error)}") from None
                 self._publish(partial, path)
@@ -103,7 +103,8 @@ class Checkpoints:
         self.writing = None
         with files.writing(path):
             try:
-                future.result()
+                with _causes():
+                    future.result()
             except Exception as error:
                 raise OSError(str(error)) from None
             if self.compute.main:  # Its own save ends after those of all others.
@@ -128,7 +129,7 @@ class Checkpoints:
             )
         _allocate(optimizer)
         state = _state(module, optimizer)
-        with files.reading(path, remedy), _quiet():
+        with files.reading(path, remedy), _quiet(), _causes():
             dcp.load(state, checkpoint_id=path, process_group=self.group, no_dist=self.compute.world == 1)
         if record["world"] != self.compute.world and self.compute.main:
             warn(
@@ -202,6 +203,16 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         yield
+
+
+@contextmanager
+def _causes() -> Iterator[None]:
+    """Raise what went wrong in a process in place of CheckpointException, which is no Exception and ten lines long."""
+    try:
+        yield
+    except dcp.api.CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        raise cause from None
 
 
 def _completion(response: Future | AsyncSaveResponse) -> Future:

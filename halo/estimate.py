@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 from halo import footprint
 from halo.config import Config
-from halo.flops import ModelSize, model_size, student_size, training_flops
-from halo.footprint import Memory
+from halo.flops import ModelSize, training_flops
+from halo.footprint import Memory, Sizes
 from halo.hardware import Machine, find_machine
 from halo.settings import HaloError, LossSettings, TrainingSettings
 from halo.stages import STAGES, TRAINED_STAGES
@@ -23,8 +24,6 @@ from halo.stages.select import check_layers
 
 UTILISATION = {"align": 0.16, "distill": 0.36, "finetune": 0.40, "select": 0.3, "scale": 0.3, "eval": 0.3}
 CPU_UTILISATION = 0.5  # of the measured rate of matrix products, all stages
-# Of a GPU: CUDA's context, communication buffers, and what the allocator cannot use.
-RESERVED = 4 * 2**30
 TOKEN_BYTES = 4  # of a token in a shard
 
 
@@ -82,28 +81,24 @@ class Plan:
         """Hours of wall time."""
         return sum(stage.hours for stage in self.stages)
 
-    @property
-    def available(self) -> float:
-        """Bytes of a process' memory that a conversion can use."""
-        return self.machine.memory - (RESERVED if self.machine.cuda else 0)
-
     def too_large(self) -> list[StagePlan]:
         """Return the stages that do not fit into the memory."""
-        return [stage for stage in self.stages if stage.memory and stage.memory.total > self.available]
+        return [stage for stage in self.stages if stage.memory and stage.memory.total > self.machine.available]
 
 
-def plan(config: Config, gpus: str, teacher_config: PreTrainedConfig) -> Plan:
+def plan(config: Config, gpus: str, teacher_config: PreTrainedConfig, machine: Machine | None = None) -> Plan:
     """Plan a conversion.
 
     Args:
         config: Its configuration.
         gpus: "8xH100", "H200", "cpu" (its speed is measured), or "cpu@0.2" with the TFLOP/s of its matrix products.
         teacher_config: The teacher's configuration.
+        machine: What `gpus` names, if it is known already.
 
     Raises:
         HaloError: If `gpus` names no known hardware, or the settings do not fit the teacher or the number of GPUs.
     """
-    machine = find_machine(gpus, config.precision, config.threads)
+    machine = machine or find_machine(gpus, config.precision, config.threads)
     for name in TRAINED_STAGES:
         settings: TrainingSettings = getattr(config, name)
         if settings.batch % machine.processes:
@@ -112,11 +107,7 @@ def plan(config: Config, gpus: str, teacher_config: PreTrainedConfig) -> Plan:
             )
     keep = check_layers(config.select, teacher_config.num_hidden_layers)
     kept = sorted(set(config.select.layers)) if config.select.layers is not None else range(keep)
-    sizes = _Sizes(
-        model_size(teacher_config),
-        student_size(teacher_config, config.mixer, (), **config.architecture),
-        student_size(teacher_config, config.mixer, kept, **config.architecture),
-    )
+    sizes = Sizes.of(teacher_config, config.mixer, kept, **config.architecture)
     planner = _Planner(config, machine, sizes)
     stages = [
         getattr(planner, name)() for name in STAGES if config.aligned is None or name not in ("transfer", "align")
@@ -124,7 +115,6 @@ def plan(config: Config, gpus: str, teacher_config: PreTrainedConfig) -> Plan:
     trained = sum(stage.tokens for stage in stages if isinstance(getattr(config, stage.name, None), TrainingSettings))
     streamed = all(_is_streamed(entry.source) for entry in config.data.sources())
     shards = TOKEN_BYTES * trained / (1 - config.data.held_out) if streamed else None
-    host = 4.0 * machine.shards * (sizes.teacher.parameters + sizes.student.parameters)
     return Plan(
         gpus=gpus,
         machine=machine,
@@ -133,15 +123,14 @@ def plan(config: Config, gpus: str, teacher_config: PreTrainedConfig) -> Plan:
         stages=stages,
         shards=shards,
         disk=_fullest(stages) + (shards or 0),
-        host=host,
+        host=footprint.host_bytes(sizes, stored_bytes(teacher_config), len(kept), machine),
     )
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    teacher: ModelSize
-    twins: ModelSize
-    student: ModelSize
+def stored_bytes(teacher_config: PreTrainedConfig) -> int:
+    """Return the bytes of a weight in a teacher's files, 4 if its configuration does not say."""
+    stored = getattr(teacher_config, "dtype", None)
+    return stored.itemsize if isinstance(stored, torch.dtype) else footprint.WIDE
 
 
 @dataclass(frozen=True)
@@ -150,24 +139,19 @@ class _Planner:
 
     config: Config
     machine: Machine
-    sizes: _Sizes
+    sizes: Sizes
 
     def transfer(self) -> StagePlan:
-        return self._stage("transfer", None, 0, 0.0, None, footprint.model_bytes(self._mixers()))
+        return self._stage("transfer", None, 0, 0.0, None, footprint.model_bytes(self.sizes.mixers))
 
     def align(self) -> StagePlan:
-        settings, sizes = self.config.align, self.sizes
-        memory = footprint.align_memory(sizes.teacher, sizes.twins, settings, self.machine)
-        return self._trained("align", settings, sizes.twins, self._mixers(), memory)
+        return self._trained("align", self.config.align, self.sizes.twins, self.sizes.mixers)
 
     def distill(self) -> StagePlan:
-        memory = footprint.language_memory(self.sizes.teacher, self.sizes.student, self.config.distill, self.machine)
-        return self._trained("distill", self.config.distill, self.sizes.student, self.sizes.student.parameters, memory)
+        return self._trained("distill", self.config.distill, self.sizes.student, self.sizes.student.parameters)
 
     def finetune(self) -> StagePlan:
-        memory = footprint.language_memory(None, self.sizes.student, self.config.finetune, self.machine)
-        student = self.sizes.student
-        return self._trained("finetune", self.config.finetune, student, student.parameters, memory)
+        return self._trained("finetune", self.config.finetune, self.sizes.student, self.sizes.student.parameters)
 
     def select(self) -> StagePlan:
         settings, teacher = self.config.select, self.sizes.teacher
@@ -180,9 +164,7 @@ class _Planner:
         )
         flops = recall * teacher.forward(settings.recall_length)
         flops += language * (teacher.forward(settings.language_length) + teacher.head())
-        width = self.machine.width
-        # The twins stay float32, and autocast keeps 16-bit copies.
-        weights = width * teacher.parameters + (4 + (width if width < 4 else 0)) * self._mixers()
+        weights = self.machine.width * (teacher.parameters + self.sizes.mixers)
         tokens = settings.batch * max(settings.recall_length, settings.language_length)
         memory = footprint.inference_memory(weights, teacher, tokens, self.machine)
         return self._stage("select", None, runs * (recall + language), runs * flops, memory, 0.0, parts=runs)
@@ -191,7 +173,8 @@ class _Planner:
         settings, student = self.config.scale, self.sizes.student
         tokens, runs = settings.documents * settings.length, len(settings.grid)
         flops = tokens * (student.forward(settings.length) + student.head())
-        memory = footprint.inference_memory(self._student_weights(), student, settings.length, self.machine)
+        weights = self.machine.width * student.parameters
+        memory = footprint.inference_memory(weights, student, settings.length, self.machine)
         results = footprint.model_bytes(student.parameters)
         return self._stage("scale", None, runs * tokens, runs * flops, memory, results, parts=runs)
 
@@ -208,28 +191,20 @@ class _Planner:
             for model in (sizes.teacher, sizes.student, sizes.student):
                 tokens += prompts * length + text
                 flops += (prompts * length + text) * model.forward(length) + text * model.head()
-        weights = self.machine.width * sizes.teacher.parameters + self._student_weights()
+        weights = self.machine.width * (sizes.teacher.parameters + sizes.student.parameters)
         longest = max(settings.batch_tokens, settings.length * max(settings.multiples))
         memory = footprint.inference_memory(weights, sizes.student, longest, self.machine)
         parts = 3 * len(settings.multiples) * (1 + len(settings.tasks))
         return self._stage("eval", None, tokens, flops, memory, 0.0, parts=parts)
 
-    def _mixers(self) -> int:
-        return sum(layer.mixer_parameters for layer in self.sizes.twins.layers)
-
-    def _student_weights(self) -> float:
-        width = self.machine.width
-        return (4 + (width if width < 4 else 0)) * self.sizes.student.parameters
-
-    def _trained(
-        self, name: str, settings: TrainingSettings, student: ModelSize, trained: int, memory: Memory
-    ) -> StagePlan:
+    def _trained(self, name: str, settings: TrainingSettings, student: ModelSize, trained: int) -> StagePlan:
         tokens = settings.steps * settings.batch * settings.length
         loss = settings if isinstance(settings, LossSettings) else None
         recompute, two_passes = bool(loss and loss.checkpoint_activations), bool(loss and loss.vocab_chunk)
         flops = training_flops(name, self.sizes.teacher, student, settings.length, recompute, two_passes)
         checkpoints = footprint.CHECKPOINTS_ON_DISK * footprint.checkpoint_bytes(trained) if settings.steps else 0.0
         results = footprint.model_bytes(trained)
+        memory = footprint.training_memory(name, self.sizes, settings, self.machine)
         return self._stage(name, settings.steps, tokens, tokens * flops, memory, results, checkpoints)
 
     def _stage(
@@ -276,6 +251,6 @@ def as_record(planned: Plan) -> dict[str, Any]:
     totals |= {
         "gpu_hours": planned.hours * planned.machine.processes,
         "fits": fits,
-        "memory_available": planned.available,
+        "memory_available": planned.machine.available,
     }
     return record | {"total": totals}

@@ -2,6 +2,7 @@
 
 <out>/config.yaml            the configuration, with every default
 <out>/data/                  tokenised text
+<out>/teacher/               a .gguf teacher, converted
 <out>/<stage>/               a stage's result; finished once done.json is there, which is written last
 <out>/<stage>/checkpoints/   step-N, the last two, while a training stage runs
 <out>/model/                 the finished model
@@ -16,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from halo.errors import HaloError
 
 CONFIG = "config.yaml"
@@ -27,6 +30,7 @@ SELECTION = "selection.json"
 SCALE = "scale.json"
 RESULTS = "results.json"
 MODEL = "model"
+TEACHER = "teacher"
 PARTIAL = ".partial"
 
 
@@ -159,7 +163,7 @@ def writing(path: Path) -> Iterator[None]:
     """Turn an error of the file system inside the context into a HaloError about `path`."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise HaloError(
             f"{path}: must be writable, got {_reason(error)}; free space and run the same command"
         ) from None

@@ -5,9 +5,13 @@ the stages work: float32 masters, forward passes in the arithmetic's dtype, FSDP
 losses' workspaces (halo/losses.py), and what each layer's operations save for the backward pass.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
-from halo.flops import CHUNK, LayerSize, ModelSize
+from transformers import PreTrainedConfig
+
+from halo.flops import CHUNK, LayerSize, ModelSize, model_size, student_size
 from halo.hardware import Machine
 from halo.losses import BLOCK
 from halo.settings import LossSettings, TrainingSettings
@@ -29,6 +33,7 @@ class Memory:
         gradients, optimizer: Of the trained weights.
         activations: Saved for the backward pass, and temporary.
         loss: Workspaces of the loss.
+        sync_every_micro_batch: Whether every micro-batch reduces gradients, so that no process keeps all of them.
     """
 
     weights: float
@@ -36,11 +41,50 @@ class Memory:
     optimizer: float = 0.0
     activations: float = 0.0
     loss: float = 0.0
+    sync_every_micro_batch: bool = False
 
     @property
     def total(self) -> float:
         """The sum."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.loss
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The models of a conversion.
+
+    Attributes:
+        teacher: As it is.
+        twins: A student without softmax layers, whose mixers are trained in stage 1.
+        student: The hybrid of stages 2 and 3.
+    """
+
+    teacher: ModelSize
+    twins: ModelSize
+    student: ModelSize
+
+    @classmethod
+    def of(cls, teacher: PreTrainedConfig, mixer: str, softmax_layers: Sequence[int], **architecture: Any) -> Self:
+        """Measure the models of a conversion, with softmax attention in some layers of the student.
+
+        Raises:
+            HaloError: If the other fields of the student's configuration, `architecture`, do not fit the teacher.
+        """
+        twins, student = (student_size(teacher, mixer, layers, **architecture) for layers in ((), softmax_layers))
+        return cls(model_size(teacher), twins, student)
+
+    @property
+    def mixers(self) -> int:
+        """The parameters of the twins' mixers."""
+        return sum(layer.mixer_parameters for layer in self.twins.layers)
+
+
+def training_memory(stage: str, sizes: Sizes, settings: TrainingSettings, machine: Machine) -> Memory:
+    """Return the memory of a training stage, "align", "distill" or "finetune"."""
+    if stage == "align":
+        return align_memory(sizes.teacher, sizes.twins, settings, machine)
+    assert isinstance(settings, LossSettings)
+    return language_memory(sizes.teacher if stage == "distill" else None, sizes.student, settings, machine)
 
 
 def micro_batches(settings: TrainingSettings, machine: Machine) -> tuple[int, int]:
@@ -52,35 +96,35 @@ def micro_batches(settings: TrainingSettings, machine: Machine) -> tuple[int, in
 
 def align_memory(teacher: ModelSize, twins: ModelSize, settings: TrainingSettings, machine: Machine) -> Memory:
     """Return the memory of stage 1, whose layers are trained one after the other in the pass of the teacher."""
-    micro, steps = micro_batches(settings, machine)
+    micro, _ = micro_batches(settings, machine)
     mixers = [layer.mixer_parameters for layer in twins.layers]
     largest = max(twins.layers, key=lambda layer: layer.mixer_parameters)
     per_token = mixer_bytes(largest, twins.hidden, machine) + _transient(teacher, machine)
     per_token += 2 * 2 * WIDE * twins.hidden  # output and target in float32, and the gradient of the error
-    return Memory(
+    rest = Memory(
         weights=_teacher(teacher, machine) + _trained(sum(mixers), max(mixers), 0, machine),
-        gradients=_gradients(sum(mixers), max(mixers), 0, steps, machine),
         optimizer=ADAM * sum(mixers) / machine.shards,
         activations=micro * settings.length * per_token,
     )
+    return _with_gradients(rest, sum(mixers), max(mixers), 0, settings, machine)
 
 
 def language_memory(teacher: ModelSize | None, student: ModelSize, settings: LossSettings, machine: Machine) -> Memory:
     """Return the memory of a stage that trains the whole student: stage 2 with a teacher, stage 3 without."""
-    micro, steps = micro_batches(settings, machine)
+    micro, _ = micro_batches(settings, machine)
     largest = max(layer.parameters for layer in student.layers)
     saved = [layer_bytes(layer, student.hidden, student.intermediate, machine) for layer in student.layers]
     per_token = max(saved) + len(saved) * WIDE * student.hidden if settings.checkpoint_activations else sum(saved)
     # The output of the decoder, the hidden states that the loss takes, and their gradient.
     per_token += _transient(student, machine) + 3 * WIDE * student.hidden
-    return Memory(
+    rest = Memory(
         weights=(_teacher(teacher, machine) if teacher else 0.0)
         + _trained(student.parameters, largest, student.outside, machine),
-        gradients=_gradients(student.parameters, largest, student.outside, steps, machine),
         optimizer=ADAM * student.parameters / machine.shards,
         activations=micro * settings.length * per_token,
         loss=_loss(student, settings, 2 if teacher else 1, machine),
     )
+    return _with_gradients(rest, student.parameters, largest, student.outside, settings, machine)
 
 
 def inference_memory(weights: float, model: ModelSize, tokens: int, machine: Machine, chunk: int = 512) -> Memory:
@@ -164,13 +208,25 @@ def _trained(parameters: int, largest: int, outside: int, machine: Machine) -> f
     return masters + 2 * machine.width * largest + WIDE * outside
 
 
-def _gradients(parameters: int, largest: int, outside: int, steps: int, machine: Machine) -> float:
-    """Return the bytes of gradients; until the last of several micro-batches each process has all of them."""
+def _with_gradients(
+    rest: Memory, parameters: int, largest: int, outside: int, settings: TrainingSettings, machine: Machine
+) -> Memory:
+    """Add the bytes of gradients, and choose when they are reduced over the processes.
+
+    Reduced once a step, every process keeps all of them until the last micro-batch; reduced after every micro-batch, it
+    keeps its share and the units in reduction, and sends more. "auto" is the first where that fits.
+    """
+    _, steps = micro_batches(settings, machine)
     if machine.processes == 1:
-        return WIDE * parameters
-    if steps > 1:
-        return WIDE * parameters + WIDE * parameters / machine.shards
-    return WIDE * (parameters / machine.shards + outside + 2 * largest)
+        return replace(rest, gradients=WIDE * parameters)
+    shares = replace(rest, gradients=WIDE * (parameters / machine.shards + outside + 2 * largest))
+    if steps == 1:
+        return shares
+    whole = replace(rest, gradients=WIDE * parameters + WIDE * parameters / machine.shards)
+    wanted = settings.sync_every_micro_batch
+    if wanted is True or (wanted == "auto" and whole.total > machine.available):
+        return replace(shares, sync_every_micro_batch=True)
+    return whole
 
 
 def _loss(student: ModelSize, settings: LossSettings, heads: int, machine: Machine) -> float:
@@ -182,6 +238,19 @@ def _loss(student: ModelSize, settings: LossSettings, heads: int, machine: Machi
         + 3 * WIDE * BLOCK
         + (WIDE + copy) * student.vocab * student.hidden
     )
+
+
+def host_bytes(sizes: Sizes, stored: int, kept: int, machine: Machine) -> float:
+    """Return the bytes of a node's main memory while its processes build the student, each of them the whole.
+
+    Args:
+        sizes: Of the models.
+        stored: Bytes of a weight in the teacher's files, in whose dtype it is loaded to copy from.
+        kept: How many layers stay softmax attention; their twins are loaded with the others.
+        machine: Of the run.
+    """
+    twins = sizes.mixers * kept / len(sizes.twins.layers)
+    return machine.shards * (stored * sizes.teacher.parameters + WIDE * (sizes.student.parameters + twins))
 
 
 def checkpoint_bytes(trained: int) -> int:

@@ -11,6 +11,8 @@ from halo.compute import Compute
 from halo.settings import HaloError
 
 GPUS_PER_NODE = 8
+# Of a GPU: CUDA's context, communication buffers, and what the allocator cannot use.
+RESERVED = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Machine:
         processes: One for each GPU.
         shards: Processes over which weights are sharded: those of a node.
         memory: Bytes of each.
-        peak: Floating-point operations per second of each.
+        peak: Floating-point operations per second of each; 0 if not known.
         width: Bytes of an element of the forward passes: 2 for bf16, 4 for float32.
         cuda: Whether these are GPUs.
     """
@@ -50,6 +52,11 @@ class Machine:
     peak: float
     width: int
     cuda: bool
+
+    @property
+    def available(self) -> float:
+        """Bytes of a process' memory that a conversion can use."""
+        return self.memory - (RESERVED if self.cuda else 0)
 
 
 def parse_gpus(text: str) -> tuple[int, str, float | None]:
@@ -85,13 +92,30 @@ def find_machine(text: str, precision: str, threads: int | None = None) -> Machi
     count, kind, rate = parse_gpus(text)
     if kind == "cpu":
         dtype = Compute.start("cpu", precision, threads).dtype
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / count
+        memory = main_memory() / count
         peak = rate * 1e12 if rate else measured_flops(dtype) / count
         return Machine(count, count, memory, peak, dtype.itemsize, cuda=False)
     if precision == "fp32":
         raise HaloError("precision: must be bf16 or auto on CUDA, where the kernels take no float32, got fp32")
     gpu = GPUS[kind]
     return Machine(count, min(count, GPUS_PER_NODE), gpu.memory, gpu.flops, width=2, cuda=True)
+
+
+def this_machine(compute: Compute) -> Machine:
+    """Return the hardware that a run computes on. The peak of a CPU, which would have to be measured, is 0."""
+    shards = compute.mesh.size(-1) if compute.mesh is not None else 1
+    cuda = compute.device.type == "cuda"
+    if cuda:
+        memory = torch.cuda.get_device_properties(compute.device).total_memory
+        peak = peak_flops(torch.cuda.get_device_name(compute.device)) or 0.0
+    else:
+        memory, peak = main_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 0.0
+    return Machine(compute.world, shards, memory, peak, compute.dtype.itemsize, cuda)
+
+
+def main_memory() -> int:
+    """Return the bytes of this machine's main memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def peak_flops(device_name: str) -> float | None:

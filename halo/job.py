@@ -1,5 +1,6 @@
 """What a stage works with: the configuration, the processes, the files of the run, and teacher and data on demand."""
 
+import shutil
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -13,12 +14,15 @@ from halo import files, models, teachers
 from halo.compute import Compute
 from halo.data import Batch, Corpus, batches
 from halo.flops import stage_flops_per_token
+from halo.footprint import Sizes, training_memory
+from halo.hardware import this_machine
 from halo.journal import Journal
 from halo.progress import TokenisingProgress
 from halo.settings import HaloError, Settings, TrainingSettings
 from halo.sharding import whole_state
 from halo.stages import STAGES, TRAINED_STAGES
 from halo.trainer import Run, Training, train
+from halo.unpacking import unpacked
 from hypenet import HypeNetForCausalLM
 
 if TYPE_CHECKING:
@@ -47,14 +51,19 @@ class Job:
         return teachers.check_teacher(self.config.teacher)
 
     @cached_property
+    def teacher_name(self) -> str:
+        """What to load the teacher from: what the configuration says, or what a .gguf file was converted to."""
+        return self.compute.from_main(lambda: unpacked(self.config.teacher, self.out / files.TEACHER))
+
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The teacher's tokenizer."""
-        return teachers.load_tokenizer(self.config.teacher)
+        return teachers.load_tokenizer(self.teacher_name)
 
     @cached_property
     def teacher(self) -> PreTrainedModel:
         """The teacher in the arithmetic's dtype, on the device, in evaluation mode."""
-        teacher = teachers.load_teacher(self.config.teacher, self.compute.device, self.compute.dtype)
+        teacher = teachers.load_teacher(self.teacher_name, self.compute.device, self.compute.dtype)
         return teacher.requires_grad_(False).eval()
 
     @cached_property
@@ -68,7 +77,7 @@ class Job:
         """Load the teacher on the CPU in the dtype that it is stored in, to copy weights from."""
         stored = getattr(self.teacher_config, "dtype", None)
         dtype = stored if isinstance(stored, torch.dtype) else torch.float32
-        return teachers.load_teacher(self.config.teacher, torch.device("cpu"), dtype)
+        return teachers.load_teacher(self.teacher_name, torch.device("cpu"), dtype)
 
     def release_teacher(self) -> None:
         """Free the teacher's memory."""
@@ -139,8 +148,24 @@ class Job:
             softmax_layers=kept,
             architecture=self.config.architecture,
         )
-        run = Run(source, self._held_out(settings), self.identity(training.name), flops, self.config.tensorboard)
+        run = Run(
+            source,
+            self._held_out(settings),
+            self.identity(training.name),
+            flops,
+            self.config.tensorboard,
+            self._sync_every_micro_batch(training.name, settings),
+        )
         train(training, run, self.directory(training.name), self.compute)
+
+    def _sync_every_micro_batch(self, stage: str, settings: TrainingSettings) -> bool:
+        """Choose by the memory that the stage will need; all processes the same, or they would wait for each other."""
+        if self.compute.world == 1:
+            return False
+        kept = [] if stage == "align" else self.softmax_layers()
+        sizes = Sizes.of(self.teacher_config, self.config.mixer, kept, **self.config.architecture)
+        memory = training_memory(stage, sizes, settings, this_machine(self.compute))
+        return self.compute.agree(memory.sync_every_micro_batch)[0]
 
     def _held_out(self, settings: TrainingSettings) -> list[Batch]:
         """Return held-out text for the measurements of a stage, in batches that every process has a share of."""
@@ -160,15 +185,27 @@ class Job:
         config, remedy = self.config, _again(path.parent)
         return models.load_mixers(path, self.teacher_config, config.mixer, remedy, **config.architecture)
 
-    def load_student(self, stage: str) -> HypeNetForCausalLM:
-        """Load the student that distill or finetune left, in float32 on the device."""
-        return models.load_hypenet(
-            self.directory(stage) / files.MODEL, self.compute.device, _again(self.directory(stage))
-        )
+    def measured_mixers(self) -> nn.ModuleList:
+        """Load the twins that align left to measure them, as the teacher: frozen, in the arithmetic's dtype."""
+        mixers = self.load_mixers("align").to(self.compute.device, self.compute.dtype)
+        return mixers.requires_grad_(False).eval()
 
-    def load_finished(self) -> HypeNetForCausalLM:
-        """Load the finished model, in float32 on the device."""
-        return models.load_hypenet(self.out / files.MODEL, self.compute.device, _again(self.directory("scale")))
+    def load_student(self, stage: str) -> HypeNetForCausalLM:
+        """Load the student that distill or finetune left to train it, in float32 on the device."""
+        directory = self.directory(stage)
+        return models.load_hypenet(directory / files.MODEL, self.compute.device, _again(directory))
+
+    def measured_student(self, stage: str) -> HypeNetForCausalLM:
+        """Load a student to measure it, as the teacher: frozen, in the arithmetic's dtype.
+
+        Args:
+            stage: That left it: "distill", "finetune", or "scale" for the finished model.
+        """
+        directory = self.directory(stage)
+        path = (self.out if stage == "scale" else directory) / files.MODEL
+        student = models.load_hypenet(path, self.compute.device, _again(directory), self.compute.dtype)
+        student.requires_grad_(False).eval()
+        return student
 
     def save_student(self, student: HypeNetForCausalLM, stage: str) -> None:
         """Write a trained student, gathered from all processes, as a folder of transformers."""
@@ -177,11 +214,17 @@ class Job:
             path = self.directory(stage) / files.MODEL
             files.write_directory(path, lambda partial: student.save_pretrained(partial, state_dict=state))
 
-    def save_model(self, student: HypeNetForCausalLM) -> None:
-        """Write the finished model with its tokenizer, and the context length that scale and eval measure."""
+    def save_model(self, base: float | None) -> None:
+        """Write the finished model: what finetune left, the chosen base, the tokenizer, and a measured context length.
+
+        Args:
+            base: Of the HyPE scale; None for no scale.
+        """
+        trained = self.directory("finetune") / files.MODEL
 
         def write(partial: Path) -> None:
-            student.save_pretrained(partial)
+            shutil.copytree(trained, partial, dirs_exist_ok=True)
+            models.set_saved_scale_base(partial, base)
             self.tokenizer.save_pretrained(partial)
             models.raise_context_length(partial, max(self.config.scale.length, self.config.eval.longest()))
 

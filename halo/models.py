@@ -64,14 +64,19 @@ def load_mixers(path: Path, teacher: PreTrainedConfig, mixer: str, remedy: str, 
     return twins
 
 
-def load_hypenet(directory: Path, device: torch.device, remedy: str = "run its stage again") -> HypeNetForCausalLM:
-    """Load a HypeNet that an earlier stage saved, in float32.
+def load_hypenet(
+    directory: Path,
+    device: torch.device,
+    remedy: str = "run its stage again",
+    dtype: torch.dtype = torch.float32,
+) -> HypeNetForCausalLM:
+    """Load a HypeNet that an earlier stage saved; the parameters of its decays are float32 in every dtype.
 
     Raises:
         HaloError: If it is missing or damaged.
     """
     with files.reading(directory, remedy):
-        model = HypeNetForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        model = HypeNetForCausalLM.from_pretrained(directory, dtype=dtype)
     model.to(device)  # type: ignore[arg-type]
     return model
 
@@ -194,6 +199,13 @@ def swapped(teacher: PreTrainedModel, twins: nn.ModuleList, layer: int) -> Itera
 def set_logit_scale_base(model: PreTrainedModel, base: float | None) -> None:
     """Set the base `a` of the HyPE scale of a HypeNet's softmax layers; None for no scale."""
     model.config.attn_logits_scaling = hype_logits_scaling(base)
+
+
+def set_saved_scale_base(folder: Path, base: float | None) -> None:
+    """Set the base of a HypeNet that is saved in a folder."""
+    config = HypeNetConfig.from_pretrained(folder)
+    config.attn_logits_scaling = hype_logits_scaling(base)
+    config.save_pretrained(folder)
 
 
 class _TwinAttention(nn.Module):

@@ -21,6 +21,7 @@ from halo.checkpoint import first_difference
 from halo.compute import Compute
 from halo.config import Config
 from halo.job import Job
+from halo.plan import expectation
 from halo.progress import say
 from halo.settings import HaloError
 from halo.stages import STAGES, stage_module
@@ -47,8 +48,11 @@ class Pipeline:
         Raises:
             HaloError: As for `run_stage`, and before the first stage if a later one would miss anything.
         """
-        if not all((self.job.directory(stage) / files.DONE).is_file() for stage in STAGES):
+        ahead = [stage for stage in STAGES if not (self.job.directory(stage) / files.DONE).is_file()]
+        if ahead:
             preflight.check(self.job)
+            if self.compute.main:
+                say(expectation(self.config, self.compute, self.job.teacher_config, ahead))
         for stage in STAGES:
             self.run_stage(stage)
 

@@ -1,13 +1,19 @@
 """The command `halo plan`: the teacher's configuration, and the table."""
 
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig, PreTrainedConfig, Qwen3Config
 
+from halo import estimate
 from halo.columns import columns
+from halo.compute import Compute
 from halo.config import Config
-from halo.estimate import CPU_UTILISATION, RESERVED, Plan, StagePlan
+from halo.estimate import CPU_UTILISATION, Plan, StagePlan
+from halo.hardware import RESERVED, measured_flops, this_machine
 from halo.progress import say
 from halo.settings import HaloError, LossSettings, TrainingSettings
 from halo.teachers import check_teacher
@@ -73,6 +79,27 @@ def find_teacher(name: str, file: Path | None = None) -> PreTrainedConfig:
     return check_teacher(name)
 
 
+def expectation(config: Config, compute: Compute, teacher_config: PreTrainedConfig, names: Sequence[str]) -> str:
+    """Return one line on what the stages of these names will take on the hardware that they are about to run on."""
+    machine = this_machine(compute)
+    if not machine.cuda:
+        machine = replace(machine, peak=measured_flops(compute.dtype, seconds=0.1) / machine.processes)
+    if not machine.peak:
+        name = torch.cuda.get_device_name(compute.device)
+        return f"estimate   none: the speed of {name} is not known; halo plan --gpus has that of others"
+    planned = estimate.plan(config, "", teacher_config, machine)
+    stages = [stage for stage in planned.stages if stage.name in names and stage.hours]
+    parts = ", ".join(f"{stage.name} {_duration(stage.hours)}" for stage in stages)
+    hours, tokens = sum(stage.hours for stage in stages), sum(stage.tokens for stage in stages)
+    return f"estimate   {_duration(hours)} for {_count(tokens)} tokens ({parts}); details: halo plan"
+
+
+def _duration(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:,.1f} h"
+    return f"{60 * hours:.0f} min" if hours >= 1 / 60 else f"{3600 * hours:.0f} s"
+
+
 def _row(stage: StagePlan, planned: Plan) -> list[str]:
     memory = stage.memory
     parts = (
@@ -104,7 +131,12 @@ def _notes(planned: Plan, config: Config) -> list[str]:
         f"tokenised text on disk: {shards}; main memory of a node while models are built: {_gib(planned.host)} GiB",
     ]
     lines += [
-        f"! {stage.name} takes {_gib(stage.memory.total)} GiB of {_gib(planned.available)}{_remedy(stage, config)}"
+        f"{stage.name} reduces gradients after every micro-batch: whole gradients would not fit, or are not wanted"
+        for stage in planned.stages
+        if stage.memory and stage.memory.sync_every_micro_batch
+    ]
+    lines += [
+        f"! {stage.name} takes {_gib(stage.memory.total)} GiB of {_gib(machine.available)}{_remedy(stage, config)}"
         for stage in planned.too_large()
         if stage.memory is not None
     ]

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from halo import files, footprint
+from halo.estimate import stored_bytes
 from halo.flops import ModelSize, student_size
+from halo.hardware import main_memory, this_machine
 from halo.job import Job
 from halo.settings import HaloError, Settings, TrainingSettings
 from halo.stages import STAGES, TRAINED_STAGES, stage_module
@@ -133,24 +135,33 @@ def _student_size(job: Job) -> ModelSize:
 
 
 def _sizes(job: Job) -> Iterator[str]:
-    count = _student_size(job).parameters
+    try:
+        kept = range(check_layers(job.config.select, job.teacher_config.num_hidden_layers))
+    except HaloError:  # which is listed already
+        kept = range(0)
+    sizes = footprint.Sizes.of(job.teacher_config, job.config.mixer, kept, **job.config.architecture)
+    count = sizes.twins.parameters
     disk = footprint.CHECKPOINTS_ON_DISK * footprint.checkpoint_bytes(count)
     disk += MODELS_ON_DISK * footprint.model_bytes(count)
     finished = all((job.directory(name) / files.DONE).is_file() for name in TRAINED_STAGES)
     free = shutil.disk_usage(job.out).free
     if not finished and free < disk:
         yield f"out: must have {_gib(disk)} of free space for checkpoints and models, got {_gib(free)}"
+    machine = this_machine(job.compute)
     # Weights, gradients and moments of the student, and a teacher of its size.
     state = 2 * footprint.WIDE + footprint.ADAM
     needed = count * (state / job.compute.world + job.compute.dtype.itemsize)
-    if job.compute.device.type == "cuda":
-        total = torch.cuda.get_device_properties(job.compute.device).total_memory
-    else:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // job.compute.world
-    if needed > total:
+    if needed > machine.memory:
         yield (
             f"device: must hold {_gib(needed)} of weights, gradients and optimizer state for {job.compute.world} "
-            f"processes, got {_gib(total)}; use more devices"
+            f"processes, got {_gib(machine.memory)}; use more devices"
+        )
+    # Every process of a node builds the models on the CPU, whatever the device.
+    host, total = footprint.host_bytes(sizes, stored_bytes(job.teacher_config), len(kept), machine), main_memory()
+    if host > total:
+        yield (
+            f"memory: must hold {_gib(host)} of models while the {machine.shards} processes of a node build them on "
+            f"the CPU, got {_gib(total)}; start fewer processes on a node"
         )
 
 

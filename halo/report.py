@@ -44,9 +44,9 @@ def write_report(out: Path) -> Path:
     sections = [
         f"# Conversion of {config['teacher']} ({config['mixer']} layers)\n",
         _training_section(out, config, directories),
-        _selection_section(out),
-        _scale_section(out),
-        _evaluation_section(out),
+        _section(out / "select" / files.SELECTION, _selection_section, out),
+        _section(out / "scale" / files.SCALE, _scale_section, out),
+        _section(out / "eval" / files.RESULTS, _evaluation_section, out),
     ]
     path = out / "report.md"
     path.write_text("\n".join(section for section in sections if section))
@@ -116,12 +116,25 @@ def read_record(path: Path) -> dict | None:
     Raises:
         HaloError: If it is damaged.
     """
-    return files.read_json(path, f"delete {path.parent} to run its stage again") if path.is_file() else None
+    return files.read_json(path, _again(path)) if path.is_file() else None
 
 
 def every_digit(value: float) -> str:
     """Return the shortest text that reads back as the same number."""
     return repr(value).removesuffix(".0")
+
+
+def _section(path: Path, write: Callable[[dict, Path], str], out: Path) -> str:
+    """Return the section about a stage's result; empty if there is none yet."""
+    record = read_record(path)
+    if record is None:
+        return ""
+    with files.reading(path, _again(path)):
+        return write(record, out)
+
+
+def _again(path: Path) -> str:
+    return f"delete {path.parent} to run its stage again"
 
 
 def _training_section(out: Path, config: dict, directories: dict[str, Path]) -> str:
@@ -168,10 +181,7 @@ def _alignment_table(metrics: dict[str, list[dict]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _selection_section(out: Path) -> str:
-    record = read_record(out / "select" / files.SELECTION)
-    if record is None:
-        return ""
+def _selection_section(record: dict, out: Path) -> str:
     lines = ["## Selection\n", f"Softmax attention stays in layers {record['layers']} (score: {record['score']}).\n"]
     if "table" not in record:
         return "\n".join(lines)
@@ -209,10 +219,7 @@ def _plot_selection(record: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def _scale_section(out: Path) -> str:
-    record = read_record(out / "scale" / files.SCALE)
-    if record is None:
-        return ""
+def _scale_section(record: dict, out: Path) -> str:
     chosen = "no scale" if record["a"] is None else f"a = {every_digit(record['a'])}"
     lines = [
         "## Scale\n",
@@ -228,10 +235,7 @@ def _scale_section(out: Path) -> str:
     return "\n".join([*lines, ""])
 
 
-def _evaluation_section(out: Path) -> str:
-    record = read_record(out / "eval" / files.RESULTS)
-    if record is None:
-        return ""
+def _evaluation_section(record: dict, out: Path) -> str:
     plot_evaluation(record["rows"], record["training_length"], out / "evaluation.png")
     tables = [evaluation_table(record["rows"]), position_table(record["rows"])]
     return "\n".join(["## Evaluation\n", *tables, "![evaluation](evaluation.png)\n"])

@@ -1,6 +1,6 @@
 """What every section of a configuration is made of: checked models, mistakes, and a training stage's numbers."""
 
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -31,12 +31,18 @@ class TrainingSettings(Settings):
     micro_batch: PositiveInt | None = Field(
         None, json_schema_extra=HOW, description="sequences per forward pass of a process; default: its whole share"
     )
+    sync_every_micro_batch: bool | Literal["auto"] = Field(
+        "auto",
+        json_schema_extra=HOW,
+        description="several processes: reduce gradients after every micro-batch, so that none keeps all of them; "
+        "auto: where whole gradients do not fit",
+    )
     length: PositiveInt = Field(512, ge=2, description="tokens per sequence")
     learning_rate: float = Field(gt=0, description="peak learning rate")
     final_learning_rate: float = Field(1e-5, ge=0, description="learning rate of the last step")
     warmup: NonNegativeInt = Field(50, description="steps of linear warm-up")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay rates")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay, of matrices alone")
     clip: float = Field(1.0, gt=0, description="gradient clipping norm")
     needle_ratio: float | None = Field(
         None, ge=0, le=1, description="share of recall episodes in this stage; default: data.needle_ratio"

@@ -29,7 +29,7 @@ from transformers.utils import logging
 
 from halo.progress import warn
 from halo.settings import HaloError
-from halo.weight_files import check_weights, gguf_config, gguf_tensors, refuse_pointer, weight_files
+from halo.weight_files import check_weights, gguf_config, gguf_tensors, refuse_pointer, weight_files, without_bars
 from hypenet.conversion import family_of
 
 SMOLLM2 = "smollm2-135m"
@@ -137,7 +137,7 @@ def load_teacher(name: str, device: torch.device, dtype: torch.dtype = torch.flo
     options: dict[str, Any] = {"config": config, "dtype": dtype, "ignore_mismatched_sizes": True}
     if location.gguf_file and hasattr(transformers, "GgufConfig"):  # releases without it always dequantise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with _one_line(name):
+    with _one_line(name), without_bars():
         loaded = AutoModelForCausalLM.from_pretrained(
             location.folder, output_loading_info=True, **options, **location.options
         )

@@ -77,6 +77,7 @@ class Run:
         identity: Everything that the result depends on, as plain JSON; a checkpoint of another identity is refused.
         flops_per_token: Floating-point operations of the model for each token of training; None if not known.
         tensorboard: Whether to write TensorBoard's event files too.
+        sync_every_micro_batch: Whether processes reduce gradients after every micro-batch, not after the last alone.
     """
 
     batches: BatchSource
@@ -84,6 +85,7 @@ class Run:
     identity: dict[str, Any] | None = None
     flops_per_token: float | None = None
     tensorboard: bool = False
+    sync_every_micro_batch: bool = False
 
 
 def train(training: Training, run: Run, directory: Path, compute: Compute) -> None:
@@ -102,13 +104,11 @@ def train(training: Training, run: Run, directory: Path, compute: Compute) -> No
     settings = training.settings
     training.shard(compute)
     groups = training.clip_groups()
-    trained = [parameter for parameter in training.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        trained,
+        _decay_groups(training),
         lr=settings.learning_rate,
         betas=settings.betas,
         eps=training.adam_eps,
-        weight_decay=settings.weight_decay,
         fused=True,
     )
     checkpoints = Checkpoints(directory / files.CHECKPOINTS, run.identity or settings.identity(), compute)
@@ -126,7 +126,7 @@ def train(training: Training, run: Run, directory: Path, compute: Compute) -> No
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, settings)
             parts = next(source).to(compute.device).split(settings.micro_batch)
-            sums = _accumulate(training, parts, compute)
+            sums = _accumulate(training, parts, compute, run.sync_every_micro_batch)
             norms = torch.stack([whole_tensor(_clip(group, settings.clip)) for group in groups])
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -179,12 +179,12 @@ def backward(loss: Tensor, scale: float) -> None:
             (loss * scale).backward()
 
 
-def _accumulate(training: Training, parts: list[Batch], compute: Compute) -> dict[str, Tensor]:
+def _accumulate(training: Training, parts: list[Batch], compute: Compute, sync: bool = False) -> dict[str, Tensor]:
     """Compute the gradient of micro-batches together, and return this process's share of what is logged."""
     count = compute.sum(torch.stack([training.units(part) for part in parts]).sum()).clamp(min=1)
     sums: dict[str, Tensor] = {}
     for number, part in enumerate(parts, 1):
-        synchronise(training, wanted=number == len(parts))
+        synchronise(training, wanted=sync or number == len(parts))
         with compute.autocast():
             # FSDP averages over the processes, and their sums are wanted.
             added = training.accumulate(part, count, float(compute.world))
@@ -196,6 +196,15 @@ def _accumulate(training: Training, parts: list[Batch], compute: Compute) -> dic
 def _logged(training: Training, sums: dict[str, Tensor], compute: Compute) -> dict[str, Any]:
     record = training.record({key: compute.sum(value) for key, value in sums.items()})
     return {key: value.tolist() for key, value in record.items()}
+
+
+def _decay_groups(training: Training) -> list[dict[str, Any]]:
+    """Return AdamW's groups: weight decay is for matrices, not for norms, biases and the parameters of decays."""
+    trained = [parameter for parameter in training.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.dim() > 1]
+    vectors = [parameter for parameter in trained if parameter.dim() <= 1]
+    groups = ((matrices, training.settings.weight_decay), (vectors, 0.0))
+    return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
 
 
 def _clip(parameters: list[nn.Parameter], limit: float) -> Tensor:

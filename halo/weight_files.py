@@ -3,7 +3,9 @@
 import copy
 import json
 import struct
-from functools import cache
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,22 @@ def gguf_config(path: Path) -> PreTrainedConfig:
     if head_dim is not None:
         config.head_dim = head_dim
     return config
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Hide the bar of transformers' reader of .gguf files, which switching off its other bars does not reach."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    shown: Any = getattr(reader, "tqdm", None)
+    if shown is None:
+        yield
+        return
+    try:
+        setattr(reader, "tqdm", partial(shown, disable=True))  # noqa: B010  mypy: not a variable of the module
+        yield
+    finally:
+        setattr(reader, "tqdm", shown)  # noqa: B010
 
 
 def gguf_tensors(path: Path) -> int:

@@ -5,7 +5,7 @@ import json
 import pyarrow
 import torch
 
-from halo.data import Corpus, DataSettings
+from halo.data import SPLITS, Corpus, DataSettings
 
 
 def make_corpus(tokenizer, source, **options):
@@ -35,8 +35,18 @@ def compress_zstd(data):
     return sink.getvalue().to_pybytes()
 
 
+def texts_of(corpus, split):
+    """Yield the documents of one side as text, decoded from their tokens."""
+    store, tokenizer = corpus.store(split), corpus.tokenizer
+    for index in range(len(store)):
+        ids = store.document(index).tolist()
+        if ids and ids[-1] == tokenizer.eos_token_id:
+            ids.pop()
+        yield tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
 def all_texts(corpus):
-    return [text for split in ("train", "choose", "judge") for text in corpus.texts(split)]
+    return [text for split in SPLITS for text in texts_of(corpus, split)]
 
 
 def assert_same(batches, others):

@@ -1,6 +1,8 @@
 """The whole conversion from the command line, with a teacher of three layers: results, reuse and error messages."""
 
 import json
+import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -57,6 +59,13 @@ def test_every_stage_leaves_its_result(converted):
         assert not (converted.out / stage / "checkpoints").exists()
         # The output is not a terminal: plain lines with loss and speed.
         assert f"{stage:10} 4/4  loss {lines[-1]['loss']:.4f}" in converted.output and "tokens/s" in converted.output
+
+
+def test_a_conversion_says_first_what_it_will_take(converted):
+    first = converted.output.splitlines()[0]
+    assert re.fullmatch(
+        r"estimate   \d+ (s|min) for [\d.]+k tokens \(align \d+ s, select .*, eval \d+ s\); details: halo plan", first
+    ), first
 
 
 def test_finished_model_is_a_hypenet_without_the_teacher(converted):
@@ -158,6 +167,59 @@ def test_report_tells_the_run(converted):
     (converted.out / "report.md").unlink()
     assert halo("report", converted.out).exit_code == 0
     assert (converted.out / "report.md").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("eval/results.json", "{", "must be readable JSON"),
+        ("eval/results.json", "[]", "must be a JSON object, got list"),
+        ("eval/results.json", "{}", "must be whole, got KeyError"),
+        ("scale/scale.json", '{"grid": [3]}', "must be whole, got "),
+        ("select/selection.json", "", "must be readable JSON"),
+        ("config.yaml", "a: [", "must be whole, got "),
+        ("config.yaml", "[]", "must be whole, got "),
+    ],
+)
+def test_report_of_a_damaged_file_is_one_line(converted, tmp_path, file, content, message):
+    out = shutil.copytree(converted.out, tmp_path / "copy")
+    (out / file).write_text(content)
+    result = halo("report", out)
+    assert result.exit_code == 2 and result.stderr.startswith(f"halo: {out / file}: {message}"), result.output
+    assert result.stderr.count("\n") == 1
+
+
+def test_report_of_a_run_that_is_writing(converted, tmp_path):
+    out = shutil.copytree(converted.out, tmp_path / "copy")
+    with (out / "align" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    assert halo("report", out).exit_code == 0
+    assert (out / "report.md").read_text() == (converted.out / "report.md").read_text()
+
+
+def test_an_interruption_says_that_the_same_command_continues(converted, monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, "run", interrupted)
+    result = halo("convert", "--config", converted.config)
+    assert result.exit_code == 130
+    assert result.stderr == "halo: interrupted; the same command continues after what is finished\n"
+
+
+def test_fewer_samples_than_asked_for_are_said(converted, tmp_path, capsys):
+    tree = yaml.safe_load((converted.out / "config.yaml").read_text()) | {"out": str(tmp_path / "out")}
+    tree["select"]["language_samples"] = 10_000
+    tree["scale"] |= {"documents": 1000, "length": 200}
+    for stage in ("transfer", "align"):
+        shutil.copytree(converted.out / stage, tmp_path / "out" / stage)
+    pipeline = Pipeline(make_config(tree))
+    pipeline.run_stage("select")
+    chunks = pipeline.job.corpus.count_chunks("choose", 32)
+    assert f"warning: select: the held-out text has {chunks} chunks of 32 tokens, not 10000" in capsys.readouterr().err
+    rows = long_samples(pipeline.job.corpus, pipeline.config.scale)
+    line = f"warning: scale: the held-out text has {len(rows)} samples of 200 tokens, not 1000"
+    assert line in capsys.readouterr().err
 
 
 def test_second_run_skips_what_is_done(converted):

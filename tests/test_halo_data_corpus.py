@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from halo_text import make_corpus, write_texts
+from halo_text import make_corpus, texts_of, write_texts
 from halo_tiny import documents, tiny_tokenizer
 from pydantic import ValidationError
 
@@ -19,11 +19,11 @@ from halo.settings import HaloError
 
 def test_held_out_text_is_never_trained_on(tokenizer, text_directory):
     text = make_corpus(tokenizer, text_directory, held_out=0.3)
-    sides = [set(text.texts(split)) for split in SPLITS]
+    sides = [set(texts_of(text, split)) for split in SPLITS]
     assert len(set.union(*sides)) == sum(map(len, sides)) == 60 and all(len(side) > 3 for side in sides)
     train = " ".join(sides[0])
     for split in ("choose", "judge"):
-        assert not any(part in train for part in text.texts(split))
+        assert not any(part in train for part in texts_of(text, split))
     samples = text.samples(48)
     seen = {tuple(row) for row in samples.batch(0, 200).input_ids.tolist()}
     own = text.store("train").stream()
@@ -41,19 +41,6 @@ def test_chunks_of_a_side(tokenizer, text_directory):
         HaloError, match=r"data.held_out: must leave at least two chunks of 99999 tokens .*, got 0 on the side"
     ):
         text.chunks("judge", 2, 99_999)
-
-
-def test_long_documents_are_beginnings_of_documents_of_the_side(tokenizer, text_directory):
-    text = make_corpus(tokenizer, text_directory, held_out=0.3)
-    store = text.store("choose")
-    starts = {tuple(store.document(i)[:40].tolist()) for i in range(len(store))}
-    rows = text.documents("choose", 5, 40)
-    assert rows.shape == (min(5, text.count_documents("choose", 40)), 40)
-    assert all(tuple(row) in starts for row in rows.tolist())
-    with pytest.raises(
-        HaloError, match=r"^data: must hold documents of 9999 tokens on the side judge, got a longest of \d+$"
-    ):
-        text.documents("judge", 5, 9999)
 
 
 def test_each_side_has_its_own_task_stream_and_episodes(tokenizer, text_directory):

@@ -32,12 +32,15 @@ def torchrun(*arguments):
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-def tree_of(directory, out, mixer="lightning", tied=True):
+def tree_of(directory, out, mixer="lightning", tied=True, compiled=False):
     tree = config_tree(directory, out) | {"mixer": mixer, "threads": 1, "precision": "fp32"}
     if not tied:
         tree["teacher"] = str(directory / "untied")
     for name in STAGES:
         tree[name] = tree[name] | {"steps": 7, "checkpoint_every": 2, "held_out_every": 2, "batch": 4, "micro_batch": 1}
+        tree[name]["sync_every_micro_batch"] = not tied
+    for name in ("distill", "finetune"):
+        tree[name] |= {"compile_layers": compiled, "checkpoint_activations": compiled and tied}
     tree["data"]["isolate_documents"] = not tied
     return tree
 
@@ -150,6 +153,17 @@ def test_another_number_of_processes_continues_with_a_word(two, inputs, capsys):
     assert re.search(r"align: continues after step [24]\n", captured.out)
     assert "the checkpoint was written by 2 processes and 1 continue" in captured.err
     assert_close("align", weights(inputs / "two-gdn", "align"), weights(inputs / "fewer", "align"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_layers_end_where_eager_ones_do(two, inputs, name):
+    """Each layer is compiled and sharded, with recomputed activations in one case and packed documents in the other."""
+    path = write_config(inputs, f"compiled-{name}", **CASES[name], compiled=True)
+    run = torchrun(path)
+    assert run.returncode == 0, run.stderr[-3000:]
+    for stage in ("distill", "finetune"):
+        assert_close(stage, *(weights(inputs / f"{kind}-{name}", stage) for kind in ("two", "compiled")))
 
 
 @pytest.mark.slow

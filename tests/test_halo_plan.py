@@ -153,6 +153,33 @@ def test_fewer_layers_or_tokens_need_less_memory():
     assert alone["distill"].optimizer == 8 * base["distill"].optimizer == 8 * 1_926_138_880
 
 
+def test_main_memory_is_that_of_the_models_of_every_process_of_a_node():
+    config = load_config("hypenet-2b")
+    teacher = find_teacher(config.teacher)
+    mixers = sum(layer.mixer_parameters for layer in student_size(teacher, "lightning", ()).layers)
+    for dtype, width in ((torch.bfloat16, 2), (None, 4)):
+        teacher.dtype = dtype
+        found = plan(config, "16xH100", teacher)
+        built = width * found.teacher + 4 * (found.student + mixers / 4)
+        assert found.host == 8 * built
+
+
+def test_gradients_are_reduced_after_every_micro_batch_where_whole_ones_do_not_fit():
+    def distill(gpus, choice):
+        changes = ("distill.micro_batch=1", f"distill.sync_every_micro_batch={choice}")
+        stages = planned("hypenet-9b", gpus, *changes).stages
+        return next(stage.memory for stage in stages if stage.name == "distill")
+
+    student = planned("hypenet-9b", "8xH100").student
+    whole, shares = distill("8xH100", "false"), distill("8xH100", "true")
+    assert whole.gradients == 4 * student * (1 + 1 / 8) and shares.gradients < whole.gradients / 2
+    assert not whole.sync_every_micro_batch and shares.sync_every_micro_batch
+    assert whole.total > 75 * 2**30 > shares.total
+    assert distill("8xH100", "auto") == shares
+    assert distill("8xH200", "auto") == distill("8xH200", "false")
+    assert distill("H100", "auto").gradients == distill("H100", "true").gradients == 4 * student  # one process
+
+
 @pytest.mark.parametrize(
     ("name", "gpus"), [("hypenet-2b", "8xH100"), ("hypenet-5b", "8xA800"), ("hypenet-9b", "8xH200")]
 )

@@ -12,7 +12,10 @@ from typer.testing import CliRunner
 
 from halo.cli import app
 from halo.config import make_config
+from halo.footprint import Sizes, host_bytes
+from halo.hardware import this_machine
 from halo.pipeline import Pipeline
+from halo.preflight import _shortfalls
 from halo.settings import HaloError
 
 
@@ -98,6 +101,20 @@ def test_full_disk_and_small_memory_are_found(inputs, tmp_path, monkeypatch):
     text = shortfalls(changed(inputs, tmp_path))
     assert "out: must have 0.0 GiB of free space for checkpoints and models, got 0.0 GiB" in text
     assert "device: must hold 0.0 GiB of weights, gradients and optimizer state" in text
+    assert "memory: must hold 0.0 GiB of models while the 1 processes of a node build them" in text
+
+
+def test_main_memory_for_building_models_is_counted(inputs, tmp_path, monkeypatch):
+    """On any device every process of a node builds the student on the CPU, beside the teacher's stored weights."""
+    job = Pipeline(make_config(changed(inputs, tmp_path))).job
+    sizes = Sizes.of(job.teacher_config, "lightning", [0])
+    needed = host_bytes(sizes, 4, 1, this_machine(job.compute))
+    assert needed > 4 * (sizes.teacher.parameters + sizes.student.parameters)
+    monkeypatch.setattr("halo.preflight.main_memory", lambda: needed)
+    assert not any(line.startswith("memory") for line in _shortfalls(job))
+    monkeypatch.setattr("halo.preflight.main_memory", lambda: needed - 1)
+    text = shortfalls(changed(inputs, tmp_path))
+    assert text.startswith("memory: must hold 0.0 GiB of models") and text.endswith("start fewer processes on a node")
 
 
 def halo(*arguments):

@@ -115,6 +115,24 @@ def test_layers_with_small_outputs_learn_as_fast(tmp_path):
         assert (moved > 0.9).float().mean() > 0.99
 
 
+@pytest.mark.parametrize("name", STAGES)
+def test_weight_decay_is_for_matrices(name, tmp_path):
+    """With a learning rate of 1 and a decay of 1, a step sets what decays to zero before AdamW's update of it."""
+    moved = []
+    for decay in (0.0, 1.0):
+        stage = make_stage(name, mixer="gdn", steps=1, warmup=0, weight_decay=decay, learning_rate=1.0)
+        before = {key: value.detach().clone() for key, value in stage.named_parameters()}
+        train(stage, always(random_batch()), tmp_path / str(decay), CPU)
+        moved.append({key: value.detach() - before[key] for key, value in stage.named_parameters()})
+    for key, plain in moved[0].items():
+        if plain.dim() > 1:
+            assert_matches_reference(key, moved[1][key], (plain - before[key]).double())
+            assert before[key].any() or key.endswith("o_gate.weight")  # which starts at zero
+        else:
+            assert torch.equal(moved[1][key], plain), key
+    assert {"A_log", "dt_bias", "weight"} <= {key.rsplit(".", 1)[-1] for key, x in before.items() if x.dim() == 1}
+
+
 def test_targets_of_align_are_the_teachers_mixer_outputs():
     stage = make_stage("align")
     batch = random_batch()
@@ -205,6 +223,15 @@ def test_held_out_loss_is_the_mean_over_its_batches_and_trains_nothing(name, tmp
     after = held_out_record(stage, [batch], CPU)
     assert lines[-1]["held_out_loss"] == pytest.approx(after["loss"], rel=1e-5) != expected
     assert {key for key in lines[-1] if key.startswith("held_out")} == {f"held_out_{name}" for name in after}
+
+
+@pytest.mark.parametrize(("chosen", "wanted"), [(False, [False, True] * 2), (True, [True] * 4)])
+def test_gradients_are_reduced_once_a_step_or_after_every_micro_batch(chosen, wanted, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("halo.trainer.synchronise", lambda training, wanted: asked.append(wanted))
+    run = Run(lambda step: repeat(random_batch()), sync_every_micro_batch=chosen)
+    train(make_stage("align", steps=2, micro_batch=1), run, tmp_path, CPU)
+    assert asked == wanted
 
 
 def test_isolated_documents_do_not_see_each_other():

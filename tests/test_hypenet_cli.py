@@ -55,6 +55,13 @@ def test_a_model_saved_in_float16_runs_on_the_cpu(folder, tmp_path):
     assert len(continuation("--model", tmp_path, "--prompt", PROMPT, "--max-new-tokens", 5)) > len(PROMPT)
 
 
+def test_the_default_samples(folder):
+    """With a fixed seed: greedy decoding of a small model soon repeats itself."""
+    options = ("--model", folder, "--prompt", PROMPT, "--max-new-tokens", 30)
+    text = continuation(*options)
+    assert text == continuation(*options, "--temperature", 0.7) != continuation(*options, "--temperature", 0)
+
+
 def test_sampling_follows_the_seed(folder):
     def sample(seed):
         return continuation(

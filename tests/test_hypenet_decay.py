@@ -9,8 +9,11 @@ from compare import rms
 from hypenet_models import small_config, small_model, tokens
 from safetensors.torch import load_file, save_file
 from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from halo.compute import Compute
+from halo.sharding import shard_student
 from hypenet import HypeNetForCausalLM
 from hypenet.mixers import alibi_log_decay
 from hypenet.modeling_hypenet import rotary_embedding
@@ -226,14 +229,44 @@ def worker(rank, directory):
             sharded(row, labels=row, use_cache=False).loss.backward()
             own = {name: parameter.grad.full_tensor().float() for name, parameter in sharded.named_parameters()}
             results.append((dtype, own, expected))
+    dtypes = dtypes_in_training(rows[rank : rank + 1], rank)
     if rank == 0:
         torch.save(results, f"{directory}/gradients.pt")
+        torch.save(dtypes, f"{directory}/dtypes.pt")
     dist.destroy_process_group()
+
+
+class Loss(torch.nn.Module):
+    def __init__(self, student):
+        super().__init__()
+        self.student = student
+
+    def forward(self, row):
+        return self.student(row, labels=row, use_cache=False).loss
+
+
+def dtypes_in_training(row, rank):
+    """Return the dtypes of the mixers' parameters in a forward pass of halo's training in bfloat16, by name."""
+    compute = Compute(torch.device("cpu"), torch.bfloat16, rank, 2, init_device_mesh("cpu", (2,)))
+    student, seen = default_model(torch.float32).train(), {}
+    root = Loss(student)
+    shard_student(root, student, compute)
+    for layer in student.model.layers:
+        for module in layer.self_attn.modules():
+            module.register_forward_hook(
+                lambda module, *_: seen.update({name: x.dtype for name, x in module.named_parameters(recurse=False)})
+            )
+    with compute.autocast():
+        root(row).backward()
+    return seen
 
 
 def test_sharded_gradients_equal_those_of_one_process(tmp_path):
     """Also for a model that is bfloat16 itself, whose units would otherwise mix two dtypes, which FSDP refuses."""
     torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
+    dtypes = torch.load(tmp_path / "dtypes.pt")  # of halo's own sharding
+    assert dtypes.pop("A_log") == dtypes.pop("dt_bias") == torch.float32
+    assert {*dtypes.values()} == {torch.bfloat16}
     for dtype, gradients, expected in torch.load(tmp_path / "gradients.pt"):
         assert gradients.keys() == expected.keys()
         for name, gradient in expected.items():

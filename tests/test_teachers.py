@@ -10,12 +10,15 @@ import types
 
 import pytest
 import torch
-from halo_tiny import tiny_teacher, tiny_tokenizer, write_inputs
+from halo_tiny import config_tree, tiny_teacher, tiny_tokenizer, write_inputs
 from hypenet_models import small_teacher, tokens
 
 from halo import teachers
+from halo.config import make_config
+from halo.job import Job
 from halo.settings import HaloError
 from halo.teachers import SMOLLM2, check_teacher, fingerprint, load_teacher, load_tokenizer, locate
+from halo.unpacking import unpacked
 from hypenet import from_teacher
 from hypenet.conversion import FAMILIES
 
@@ -331,6 +334,31 @@ def test_broken_gguf_files_are_one_line(tmp_path):
         with pytest.raises(HaloError, match=f"^teacher: .*{message}") as error:
             load_teacher(str(path), CPU)
         assert "\n" not in str(error.value)
+
+
+def test_a_run_converts_a_gguf_file_once(tmp_path, monkeypatch, capfd):
+    path, folder = tmp_path / "x.gguf", tmp_path / "out" / "teacher"
+    write_gguf(path, small_teacher(torch.float32, "llama", tie_word_embeddings=False))
+    tokenizer = tiny_tokenizer()
+    monkeypatch.setattr(teachers, "load_tokenizer", lambda name: tokenizer)
+    tree = config_tree(tmp_path) | {"teacher": str(path), "precision": "fp32"}
+    job = Job(make_config(tree))
+    expected = load_teacher(str(path), CPU)
+    assert job.teacher_name == str(folder) and job.teacher_fingerprint == fingerprint(str(path))
+    for teacher in (job.teacher, job.load_teacher_weights()):
+        weights = teacher.state_dict()
+        assert weights.keys() == expected.state_dict().keys() and teacher.dtype == torch.float32
+        assert all(torch.equal(x, weights[name]) for name, x in expected.state_dict().items())
+    assert (folder / "tokenizer.json").is_file() and unpacked(str(tmp_path), folder) == str(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(teachers, "load_teacher", None)  # nothing is converted a second time
+        assert unpacked(str(path), folder) == str(folder)
+    before = fingerprint(str(path))
+    torch.manual_seed(5)
+    write_gguf(path, small_teacher(torch.float32, "llama", tie_word_embeddings=False, rms_norm_eps=1e-4))
+    assert fingerprint(str(path)) != before
+    assert load_teacher(unpacked(str(path), folder), CPU).config.rms_norm_eps == pytest.approx(1e-4)
+    assert "GGUF" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -150,10 +150,6 @@ class Corpus:
         """Return how many chunks of packed text of `length` tokens one side has."""
         return self.store(split).num_tokens // length
 
-    def count_documents(self, split: str, length: int) -> int:
-        """Return how many documents of one side have at least `length` tokens."""
-        return int((self.store(split).length >= length).sum())
-
     def chunks(self, split: str, count: int, length: int) -> Tensor:
         """Return up to `count` random chunks of packed text, int64 [n, length].
 
@@ -167,31 +163,6 @@ class Corpus:
                 f"the side {split}"
             )
         return torch.from_numpy(np.stack([order.chunk(i)[0] for i in range(min(count, len(order)))]))
-
-    def documents(self, split: str, count: int, length: int) -> Tensor:
-        """Return the first `length` tokens of up to `count` documents that have as many, int64 [n, length].
-
-        Raises:
-            HaloError: If no document is long enough.
-        """
-        store = self.store(split)
-        long_enough = np.flatnonzero(store.length >= length)
-        if not len(long_enough):
-            longest = int(store.length.max()) if len(store) else 0
-            raise HaloError(
-                f"data: must hold documents of {length} tokens on the side {split}, got a longest of {longest}"
-            )
-        chosen = np.random.default_rng([self.seed, _side(split)]).permutation(long_enough)[:count]
-        return torch.from_numpy(np.stack([store.document(i)[:length].astype(np.int64) for i in chosen]))
-
-    def texts(self, split: str) -> Iterator[str]:
-        """Yield the documents of one side as text, decoded from their tokens."""
-        store = self.store(split)
-        for index in range(len(store)):
-            ids = store.document(index).tolist()
-            if ids and ids[-1] == self.tokenizer.eos_token_id:
-                ids.pop()
-            yield str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     @cached_property
     def _headers(self) -> list[list[Header]]:

@@ -107,7 +107,7 @@ def claims(rows: list[dict]) -> list[dict]:
 
 def _compare(selected: Pipeline, even: Pipeline) -> list[dict]:
     job = selected.job
-    student, spaced = job.load_finished(), even.job.load_finished()
+    student, spaced = job.measured_student("scale"), even.job.measured_student("scale")
     chosen = student.config.attn_logits_scaling
     models: list[Labelled] = [(TEACHER, job.teacher, None), (CONVERTED, student, chosen)]
     if chosen is not None:

@@ -54,7 +54,7 @@ class EvalSettings(Settings):
 
 def run(job: Job) -> None:
     """Measure the teacher and the finished model."""
-    student = job.load_finished()
+    student = job.measured_student("scale")
     chosen = student.config.attn_logits_scaling
     labelled: list[Labelled] = [("teacher", job.teacher, None), ("converted", student, chosen)]
     if chosen is not None:

@@ -48,7 +48,7 @@ def run(job: Job) -> None:
     """Choose the base, and write the finished model."""
     settings = job.config.scale
     job.release_teacher()
-    student = job.load_student("finetune")
+    student = job.measured_student("finetune")
     with StageProgress("scale", len(settings.grid), job.compute.main) as progress, job.compute.autocast():
         rows = choose_scale(
             student,
@@ -71,8 +71,7 @@ def run(job: Job) -> None:
     say(f"{'scale':10} a = {best['a']}, loss {best['loss']:.4f}")
     record = {"a": best["a"], "length": settings.length, "training_length": job.training_length(), "grid": rows}
     files.write_json(job.directory("scale") / files.SCALE, record)
-    models.set_logit_scale_base(student, best["a"])
-    job.save_model(student)
+    job.save_model(best["a"])
 
 
 def shortfalls(settings: ScaleSettings, corpus: Corpus) -> Iterator[str]:

@@ -60,7 +60,7 @@ def run(job: Job) -> None:
     elif settings.score == "even":
         record["layers"] = selection.even_layers(num_layers, keep)
     else:
-        twins = job.load_mixers("align").to(job.compute.device)
+        twins = job.measured_mixers()
         with StageProgress("select", num_layers + 1, job.compute.main) as progress, job.compute.autocast():
             measured = measure_swaps(
                 job.teacher,
