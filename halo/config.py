@@ -27,7 +27,7 @@ class Config(Settings):
     """The configuration of one conversion."""
 
     teacher: str = Field(description='directory, .gguf file or Hugging Face name of a teacher, or "demo"')
-    mixer: Literal["lightning", "gdn"] = Field("lightning", description="kind of the recurrent layers")
+    mixer: Literal["lightning", "gdn", "mamba2"] = Field("lightning", description="kind of the recurrent layers")
     out: Path = Field(description="directory of all results")
     aligned: Path | None = Field(
         None, description="output of another conversion (or its align directory), used instead of training align"

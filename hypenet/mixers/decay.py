@@ -11,7 +11,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 class LogDecay(nn.Module):
-    """The float32 parameters of a gated delta rule's decay, ln alpha_t = -exp(A_log) softplus(a_t + dt_bias).
+    """The float32 parameters of a decay per head and token, ln alpha_t = -exp(A_log) softplus(a_t + dt_bias).
 
     Calling it returns A_log and dt_bias as one tensor [2, H]. They are a module of their own because FSDP2 has one
     policy for all parameters of a unit, and beside bfloat16 weights they need another:
@@ -19,11 +19,13 @@ class LogDecay(nn.Module):
 
     Args:
         heads: Number of heads, H.
+        smallest: Least initial exp(A_log).
     """
 
-    def __init__(self, heads: int) -> None:
+    def __init__(self, heads: int, smallest: float = 0.0) -> None:
         super().__init__()
-        A_log, dt_bias = initial_decay(heads)
+        self.smallest = smallest
+        A_log, dt_bias = initial_decay(heads, smallest)
         self.A_log = nn.Parameter(A_log)
         self.dt_bias = nn.Parameter(dt_bias)
 
@@ -39,9 +41,9 @@ class LogDecay(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def initial_decay(heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw (A_log, dt_bias), float32 [H]: A uniform in (0, 16), softplus(dt_bias) log-uniform in [1e-3, 0.1]."""
-    A = torch.empty(heads, dtype=torch.float32).uniform_(0, 16).clamp_(min=1e-4)
+def initial_decay(heads: int, smallest: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw (A_log, dt_bias), float32 [H]: A uniform in (smallest, 16), softplus(dt_bias) log-uniform in [1e-3, 0.1]."""
+    A = torch.empty(heads, dtype=torch.float32).uniform_(smallest, 16).clamp_(min=1e-4)
     dt = torch.empty(heads, dtype=torch.float32).uniform_(math.log(1e-3), math.log(0.1)).exp()
     return A.log(), dt + torch.log(-torch.expm1(-dt))
 
@@ -61,3 +63,10 @@ def widen(state_dict: dict[str, Any], *names: str) -> None:
     for name in names:
         if name in state_dict and state_dict[name].dtype in HALF:
             state_dict[name] = state_dict[name].float()
+
+
+def rename_decay(state_dict: dict[str, Any], prefix: str) -> None:
+    """Give A_log and dt_bias, which files have in the mixer of this prefix itself, the names of its `decay_bias`."""
+    for name in ("A_log", "dt_bias"):
+        if prefix + name in state_dict:
+            state_dict[f"{prefix}decay_bias.{name}"] = state_dict.pop(prefix + name)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from hypenet.configuration_hypenet import GDN, HypeNetConfig
 from hypenet.context import MixerContext
-from hypenet.mixers.decay import LogDecay
+from hypenet.mixers.decay import LogDecay, rename_decay
 from hypenet.mixers.mixer import HypeNetRMSNorm, Mixer
 from hypenet_kernels import chunk_gated_delta_rule, gated_delta_step
 
@@ -92,7 +92,5 @@ class GatedDeltaNet(Mixer):
         return self.o_proj(o.flatten(-2))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in ("A_log", "dt_bias"):  # the published layout has them in the mixer itself
-            if prefix + name in state_dict:
-                state_dict[f"{prefix}decay_bias.{name}"] = state_dict.pop(prefix + name)
+        rename_decay(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
