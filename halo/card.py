@@ -10,11 +10,11 @@ from halo import files
 from halo.report import evaluation_table, every_digit, read_record
 from halo.stages import TRAINED_STAGES
 from hypenet import HypeNetForCausalLM
-from hypenet.configuration_hypenet import GDN, LIGHTNING, SOFTMAX
+from hypenet.configuration_hypenet import GDN, LIGHTNING, MAMBA2, SOFTMAX
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 FILES = (".gguf", ".txt", ".md", ".rst", ".json", ".jsonl", ".parquet", ".gz", ".zst")
-KINDS = {SOFTMAX: "softmax attention", LIGHTNING: "Lightning attention", GDN: "gated DeltaNet"}
+KINDS = {SOFTMAX: "softmax attention", LIGHTNING: "Lightning attention", GDN: "gated DeltaNet", MAMBA2: "Mamba2"}
 PAPER = "[arXiv 2601.22156](https://arxiv.org/abs/2601.22156)"
 
 

@@ -24,16 +24,16 @@ from halo.stages.select import SelectSettings
 from hypenet import HypeNetConfig
 
 # Fields of HypeNetConfig by their beginnings that decide what the student's layers are made of.
-ARCHITECTURE = ("attn_use_", "lightning_", "gdn_")
+ARCHITECTURE = ("attn_use_", "lightning_", "gdn_", "mamba2_")
 
 
 class Config(Settings):
     """The configuration of one conversion."""
 
     teacher: str = Field(description='directory, .gguf file or Hugging Face name of a teacher, or "demo"')
-    mixer: Literal["lightning", "gdn"] = Field("lightning", description="kind of the recurrent layers")
+    mixer: Literal["lightning", "gdn", "mamba2"] = Field("lightning", description="kind of the recurrent layers")
     architecture: dict[str, bool | int | str] = Field(
-        {}, description="the student's other HypeNetConfig fields: attn_use_*, lightning_*, gdn_*"
+        {}, description="the student's other HypeNetConfig fields: attn_use_*, lightning_*, gdn_*, mamba2_*"
     )
     out: Path = Field(description="directory of all results")
     aligned: Path | None = Field(

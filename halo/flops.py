@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from halo.errors import HaloError
 from hypenet import HypeNetConfig, HypeNetForCausalLM, config_from_teacher
-from hypenet.configuration_hypenet import LIGHTNING, SOFTMAX
+from hypenet.configuration_hypenet import LIGHTNING, MAMBA2, SOFTMAX
 
 CHUNK = 64  # tokens that the recurrent kernels process as one matrix
 # Of the products inside softmax attention and the recurrences, which recompute what they do not save.
@@ -28,7 +28,7 @@ class LayerSize:
     """One decoder layer. Weights are the elements of its linear layers' matrices, parameters all that it has.
 
     Attributes:
-        kind: "attn", "lightning-attn" or "gdn".
+        kind: "attn", "lightning-attn", "gdn" or "mamba2".
         heads, kv_heads, head_dim: Of its mixer.
         parameters: Of the layer.
         mixer_parameters: Of its mixer.
@@ -63,7 +63,7 @@ class LayerSize:
         if self.kind == SOFTMAX:
             return 4.0 * self.width * (length + 1) / 2  # q k^T and p v, for the half of the pairs that is causal
         chunk = min(CHUNK, length)
-        if self.kind == LIGHTNING:  # q k^T and its product with v; read and update the state
+        if self.kind in (LIGHTNING, MAMBA2):  # q k^T and its product with v; read and update the state
             return 4.0 * self.width * (chunk + self.head_dim)
         # The same, k k^T, and the products of the inverse with k and v; the state's share of the new values.
         return self.width * (10.0 * chunk + 6.0 * self.head_dim)
@@ -157,7 +157,7 @@ def stage_flops_per_token(
     Args:
         stage: "align", "distill" or "finetune".
         teacher: The teacher's configuration, from which the student's follows.
-        mixer: Kind of the recurrent layers, "lightning" or "gdn".
+        mixer: Kind of the recurrent layers, "lightning", "gdn" or "mamba2".
         length: Tokens per sequence.
         softmax_layers: How many layers of the student stay attention; by default a quarter.
         architecture: Other fields of the student's configuration.

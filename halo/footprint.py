@@ -16,7 +16,7 @@ from halo.hardware import Machine
 from halo.losses import BLOCK
 from halo.settings import LossSettings, TrainingSettings
 from halo.sharding import REPLICATED_SHARE
-from hypenet.configuration_hypenet import GDN, LIGHTNING, SOFTMAX
+from hypenet.configuration_hypenet import GDN, LIGHTNING, MAMBA2, SOFTMAX
 
 WIDE = 4  # bytes of a float32
 ADAM = 2 * WIDE  # bytes of the two moments of a parameter
@@ -157,6 +157,8 @@ def mixer_bytes(layer: LayerSize, hidden: int, machine: Machine) -> float:
         found += size * width * layer.head_dim / CHUNK
     if layer.kind == LIGHTNING:
         return found + _casts(4, hidden, machine) + _gated(width, machine)
+    if layer.kind == MAMBA2:  # the step size before and after softplus, the decay, k before the step size's factor
+        return found + 3 * WIDE * layer.heads + _casts(5, hidden, machine) + _gated(width, machine) + 2 * size * width
     assert layer.kind == GDN
     # q and k before their L2 norm, decay and beta, and the inverse of each chunk.
     found += 2 * WIDE * width + 5 * WIDE * layer.heads + (size * CHUNK * layer.heads if machine.cuda else 0)

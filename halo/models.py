@@ -111,7 +111,7 @@ def make_student(
         teacher: Provides all other weights.
         twins: The recurrent mixers; the modules themselves are used.
         layers: Indices of the softmax attention layers, which have an output gate and no position encoding.
-        mixer: Kind of the recurrent layers, "lightning" or "gdn".
+        mixer: Kind of the recurrent layers, "lightning", "gdn" or "mamba2".
         gate_init: Initialisation of the new output gates, "open" or "random".
         architecture: Other fields of the student's configuration.
     """

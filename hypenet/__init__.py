@@ -24,7 +24,7 @@ from hypenet.cache import HypeNetCache
 from hypenet.configuration_hypenet import HybridConfig, HypeNetConfig
 from hypenet.context import MixerContext
 from hypenet.conversion import config_from_teacher, from_teacher
-from hypenet.mixers import GatedDeltaNet, LightningAttention, SoftmaxAttention
+from hypenet.mixers import GatedDeltaNet, LightningAttention, Mamba2, SoftmaxAttention
 from hypenet.modeling_hypenet import (
     HypeNetForCausalLM,
     HypeNetForQuestionAnswering,
@@ -60,6 +60,7 @@ __all__ = [
     "HypeNetModel",
     "HypeNetPreTrainedModel",
     "LightningAttention",
+    "Mamba2",
     "MixerContext",
     "SoftmaxAttention",
     "__version__",

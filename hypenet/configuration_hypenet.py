@@ -14,8 +14,9 @@ from transformers.utils import CONFIG_NAME
 SOFTMAX = "attn"
 LIGHTNING = "lightning-attn"
 GDN = "gdn"
+MAMBA2 = "mamba2"
 MIXER_ALIASES = {"lightning": LIGHTNING, "lightning_attn": LIGHTNING}
-LAYER_TYPES = {SOFTMAX: "full_attention", LIGHTNING: "linear_attention", GDN: "linear_attention"}
+LAYER_TYPES = {SOFTMAX: "full_attention", **dict.fromkeys((LIGHTNING, GDN, MAMBA2), "linear_attention")}
 DEFAULT_HYPE_BASE = 362.0
 LIGHTNING_SCALES = ("1/sqrt(d)", "1/d", "1")
 # Where a program that has not imported hypenet finds the classes, once it trusts a model's folder.
@@ -28,14 +29,15 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "load_hypenet.HypeNetForSequenceClassification",
     "AutoModelForTokenClassification": "load_hypenet.HypeNetForTokenClassification",
 }
+RECURRENT_HEADS = ("lightning_nh", "lightning_nkv", "gdn_nh", "gdn_nkv", "mamba2_nh", "mamba2_nkv")
 # The largest value of each size. Work that is proportional to one, such as a list of layers, starts after the check.
 MAX_SIZES = {
     "num_hidden_layers": 2**13,
-    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), 2**16),
-    **dict.fromkeys(("lightning_nh", "lightning_nkv", "lightning_head_dim", "gdn_nh", "gdn_nkv"), 2**16),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim", "lightning_head_dim"), 2**16),
+    **dict.fromkeys(RECURRENT_HEADS, 2**16),
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"), 2**31 - 1),
 }
-OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", *(name for name in MAX_SIZES if name.startswith(("li", "gdn"))))
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "lightning_head_dim", *RECURRENT_HEADS)
 
 
 class HypeNetConfig(PreTrainedConfig):
@@ -54,9 +56,9 @@ class HypeNetConfig(PreTrainedConfig):
         attention_dropout (`float`, defaults to 0): Must be 0; the kernels have no dropout.
         mlp_bias (`bool`, defaults to `False`): Biases in the projections of the MLPs.
         mixer_types (`list[str]`, *optional*):
-            One of "attn", "lightning-attn" (or "lightning") and "gdn" for each layer. An empty list means all softmax
-            attention. If not given, it follows from `layer_types`; if that is not given either, every fourth layer
-            (0, 4, ...) is softmax attention and the others are Lightning.
+            One of "attn", "lightning-attn" (or "lightning"), "gdn" and "mamba2" for each layer. An empty list means
+            all softmax attention. If not given, it follows from `layer_types`; if that is not given either, every
+            fourth layer (0, 4, ...) is softmax attention and the others are Lightning.
         layer_types (`list[str]`, *optional*):
             The same in transformers' terms, "full_attention" and "linear_attention"; follows from `mixer_types`.
         attn_use_qk_norm (`bool`, defaults to `True`): Apply RMSNorm to each head of q and k in softmax layers.
@@ -82,6 +84,13 @@ class HypeNetConfig(PreTrainedConfig):
         gdn_use_short_conv (`bool`, defaults to `False`): Must be False; no published model has a convolution.
         gdn_expand_v (`float`, defaults to 1.0): Value dimension as a multiple of the key dimension; only 1 is built.
         gdn_activation (`str`, *optional*): "silu" applies SiLU to q, k and v; None applies nothing.
+        mamba2_nh (`int`, *optional*): Query heads (of C) of Mamba2 layers; default `num_attention_heads`.
+        mamba2_nkv (`int`, *optional*): Key-value heads (of B and x) of Mamba2 layers; default `num_attention_heads`.
+        mamba2_use_qk_norm (`bool`, defaults to `True`): Apply RMSNorm to each head of q and k.
+        mamba2_use_rope (`bool`, defaults to `True`):
+            Apply rotary embedding to q and k, as in the other recurrent layers: a teacher's q and k expect it, and
+            HyPE leaves positions to the recurrent layers.
+        mamba2_use_gate (`bool`, defaults to `True`): Use a SiLU output gate.
 
     Attributes:
         auto_map: What transformers needs to find these classes in a program that has not imported hypenet. It is in
@@ -153,6 +162,12 @@ class HypeNetConfig(PreTrainedConfig):
     gdn_expand_v: float = 1.0
     gdn_activation: str | None = None
 
+    mamba2_nh: int | None = None
+    mamba2_nkv: int | None = None
+    mamba2_use_qk_norm: bool = True
+    mamba2_use_rope: bool = True
+    mamba2_use_gate: bool = True
+
     def __post_init__(self, **kwargs: Any) -> None:
         self._check_sizes()
         if self.head_dim is None:
@@ -160,7 +175,7 @@ class HypeNetConfig(PreTrainedConfig):
         for field in ("attention_qkv_bias", "attention_o_bias"):
             if getattr(self, field) is None:
                 setattr(self, field, self.attention_bias)
-        for field in ("num_key_value_heads", "lightning_nh", "lightning_nkv", "gdn_nh", "gdn_nkv"):
+        for field in ("num_key_value_heads", *RECURRENT_HEADS):
             if getattr(self, field) is None:
                 setattr(self, field, self.num_attention_heads)
         if self.lightning_head_dim is None:
@@ -222,6 +237,7 @@ class HypeNetConfig(PreTrainedConfig):
             SOFTMAX: (self.num_attention_heads, self.num_key_value_heads, self.head_dim),
             LIGHTNING: (self.lightning_nh, self.lightning_nkv, self.lightning_head_dim),
             GDN: (self.gdn_nh, self.gdn_nkv, self.head_dim),
+            MAMBA2: (self.mamba2_nh, self.mamba2_nkv, self.head_dim),
         }
         return cast(tuple[int, int, int], sizes[mixer])
 
@@ -238,10 +254,12 @@ class HypeNetConfig(PreTrainedConfig):
         """Return the bytes of one sequence's recurrent states, in float32; they do not depend on its length."""
         lightning_heads, _, lightning_dim = self.head_sizes(LIGHTNING)
         gdn_heads, _, gdn_dim = self.head_sizes(GDN)
+        mamba2_heads, _, mamba2_dim = self.head_sizes(MAMBA2)
         sizes = {
             SOFTMAX: 0,
             LIGHTNING: lightning_heads * lightning_dim**2,
             GDN: gdn_heads * gdn_dim * int(gdn_dim * self.gdn_expand_v),
+            MAMBA2: mamba2_heads * mamba2_dim**2,
         }
         return torch.float32.itemsize * sum(sizes[mixer] for mixer in self.mixers)
 
@@ -303,6 +321,7 @@ class HypeNetConfig(PreTrainedConfig):
             ("num_attention_heads", "num_key_value_heads"),
             ("lightning_nh", "lightning_nkv"),
             ("gdn_nh", "gdn_nkv"),
+            ("mamba2_nh", "mamba2_nkv"),
         ):
             if getattr(self, heads) % getattr(self, kv_heads):
                 raise ValueError(

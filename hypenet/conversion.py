@@ -81,7 +81,7 @@ def config_from_teacher(
     Args:
         teacher: The teacher's configuration: of Qwen3, of Qwen2 and Qwen2.5, or of Llama 2, Llama 3 and SmolLM2.
         keep_layers: Indices of the layers that stay softmax attention; all others become `mixer`.
-        mixer: "lightning" or "gdn".
+        mixer: "lightning", "gdn" or "mamba2".
         logit_scale_base: The base `a` of the HyPE scale ln(t + a) / ln(a), or None for no scale.
         options: Other fields of `HypeNetConfig`. `attn_use_rope=True, attn_use_output_gate=False` keeps the softmax
             layers exactly as in the teacher.
@@ -150,7 +150,7 @@ def from_teacher(
         teacher: A causal language model of transformers, of the families that `config_from_teacher` names, or the name
             or directory to load one from. It is not modified, and the result shares no memory with it.
         keep_layers: Indices of the layers that stay softmax attention; all others become `mixer`.
-        mixer: "lightning" or "gdn".
+        mixer: "lightning", "gdn" or "mamba2".
         logit_scale_base: The base `a` of the HyPE scale ln(t + a) / ln(a), or None for no scale.
         mixers: Mixers to use instead of new ones, by layer index, such as recurrent layers after alignment. The
             modules themselves become part of the model, not copies of them.
@@ -205,14 +205,14 @@ def recurrent_twins(teacher: PreTrainedModel, mixer: str = "lightning", **option
 
     Args:
         teacher: As for `from_teacher`.
-        mixer: "lightning" or "gdn".
+        mixer: "lightning", "gdn" or "mamba2".
         options: Other fields of `HypeNetConfig`, as for `from_teacher`.
 
     Returns:
         A mixer for each layer, in the teacher's dtype, on its device.
 
     Raises:
-        ValueError: If the weights of `teacher` cannot become a HypeNet, or `mixer` is neither.
+        ValueError: If the weights of `teacher` cannot become a HypeNet, or `mixer` is none of these.
     """
     config = config_from_teacher(teacher.config, [], mixer, **options)
     layers = cast(Iterable[torch.nn.Module], teacher.base_model.layers)

@@ -98,7 +98,7 @@ class HypeNetPreTrainedModel(PreTrainedModel):
         if isinstance(module, LightningAttention):
             init.copy_(module.log_decay, alibi_log_decay(module.num_heads))
         elif isinstance(module, LogDecay):
-            A_log, dt_bias = initial_decay(len(module.A_log))
+            A_log, dt_bias = initial_decay(len(module.A_log), module.smallest)
             init.copy_(module.A_log, A_log)
             init.copy_(module.dt_bias, dt_bias)
 

@@ -16,7 +16,7 @@ SIZES = {
     "max_position_embeddings": 512,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
 }
-MIXED = ["attn", "lightning-attn", "gdn", "attn"]
+MIXED = ["attn", "lightning-attn", "gdn", "mamba2", "attn"]
 
 
 def small_config(mixer_types=MIXED, **fields):

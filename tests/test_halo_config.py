@@ -38,7 +38,7 @@ MISTAKES = {
     "missing key": ({"data": {}}, "data.source: must be given"),
     "wrong type": ({"seed": "many"}, "seed: must be a valid integer, unable to parse string as an integer, got 'many'"),
     "out of range": ({"align": {"steps": -1}}, "align.steps: must be greater than or equal to 0, got -1"),
-    "not a choice": ({"mixer": "mamba"}, "mixer: must be 'lightning' or 'gdn', got 'mamba'"),
+    "not a choice": ({"mixer": "mamba"}, "mixer: must be 'lightning', 'gdn' or 'mamba2', got 'mamba'"),
     "not a device": ({"device": "tpu"}, r"device: must match pattern '^(auto|cpu|cuda(:\d+)?)$', got 'tpu'"),
     "too few": ({"scale": {"grid": []}}, "scale.grid: must have at least 1 item after validation, not 0, got []"),
     "micro batch": ({"distill": {"batch": 6, "micro_batch": 4}}, "distill: micro_batch must divide batch (6), got 4"),

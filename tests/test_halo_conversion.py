@@ -12,7 +12,7 @@ import yaml
 from halo_tiny import LAYERS, config_tree, documents, tiny_teacher, tiny_tokenizer, write_inputs
 from hypenet_models import small_model
 from torch import nn
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 import hypenet
@@ -220,6 +220,23 @@ def test_fewer_samples_than_asked_for_are_said(converted, tmp_path, capsys):
     rows = long_samples(pipeline.job.corpus, pipeline.config.scale)
     line = f"warning: scale: the held-out text has {len(rows)} samples of 200 tokens, not 1000"
     assert line in capsys.readouterr().err
+
+
+def test_mamba2_goes_through_every_stage(inputs, tmp_path):
+    """The finished model is exported, loads, and generates from its cache what it generates without one."""
+    arguments = ["--config", inputs / "config.yaml", "--out", tmp_path / "out", "--set", "mixer=mamba2"]
+    result = halo("convert", *arguments)
+    assert result.exit_code == 0, result.output
+    assert all((tmp_path / "out" / stage / "done.json").is_file() for stage in STAGES)
+    result = halo("export", tmp_path / "out", "--dtype", "fp32")
+    assert result.exit_code == 0, result.output
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "export").eval()
+    assert model.config.mixers.count("mamba2") == LAYERS - 1
+    ids = AutoTokenizer.from_pretrained(tmp_path / "out" / "export")("river stone quiet", return_tensors="pt").input_ids
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    generated = model.generate(ids, **options)
+    assert generated.shape[1] == ids.shape[1] + 12
+    assert torch.equal(generated, model.generate(ids, use_cache=False, **options))
 
 
 def test_second_run_skips_what_is_done(converted):

@@ -143,6 +143,16 @@ def test_killed_processes_continue_bit_for_bit(two, inputs):
 
 
 @pytest.mark.slow
+def test_two_processes_with_mamba2_equal_one(inputs):
+    run = torchrun(write_config(inputs, "two-mamba2", mixer="mamba2"))
+    assert run.returncode == 0, run.stderr[-3000:]
+    Pipeline(make_config(tree_of(inputs, "one-mamba2", mixer="mamba2"))).run()
+    for stage in STAGES:
+        assert_close(stage, weights(inputs / "one-mamba2", stage), weights(inputs / "two-mamba2", stage))
+    assert losses(inputs / "two-mamba2", "align") == pytest.approx(losses(inputs / "one-mamba2", "align"), rel=1e-4)
+
+
+@pytest.mark.slow
 def test_another_number_of_processes_continues_with_a_word(two, inputs, capsys):
     path = write_config(inputs, "fewer", **CASES["gdn"])
     run = torchrun(path, "--kill", "align", "12")

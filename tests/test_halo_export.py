@@ -102,7 +102,7 @@ def test_the_folder_stands_alone(tmp_path):
 
 @pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("fp16", torch.float16)])
 def test_other_precisions(tmp_path, name, dtype):
-    run, model = write_run(tmp_path, ["attn", "gdn"])
+    run, model = write_run(tmp_path, ["attn", "gdn", "mamba2"])
     folder = export(run, tmp_path / "out", dtype=name, max_position_embeddings=1048576)
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert loaded.dtype == dtype and loaded.config.max_position_embeddings == 1048576
@@ -182,6 +182,7 @@ def calibrated(size):
 
 REFUSED = {
     "gdn": (lambda size: small_model(["attn", "gdn"], torch.float32, vocab_size=size), "got gdn in layer 1"),
+    "mamba2": (lambda size: small_model(["attn", "mamba2"], torch.float32, vocab_size=size), "got mamba2 in layer 1"),
     "half-lives": (calibrated, r"half-lives .* must be those of the ALiBi slopes, got 5\.5, .* in layer 2"),
     "base": (
         lambda size: small_model(LAYERS, torch.float32, vocab_size=size, attn_logits_scaling="hype 30.5"),

@@ -67,7 +67,7 @@ def test_hours_are_the_published_ones():
     assert stages["finetune"].flops / stages["finetune"].tokens > 1.5e10
 
 
-@pytest.mark.parametrize("mixer", ["lightning", "gdn"])
+@pytest.mark.parametrize("mixer", ["lightning", "gdn", "mamba2"])
 @pytest.mark.parametrize(
     ("stage", "recompute"),
     [("align", False), ("distill", False), ("distill", True), ("finetune", False), ("finetune", True)],
@@ -100,7 +100,7 @@ def test_linear_layers_cost_what_a_step_of_the_stage_executes(stage, mixer, reco
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("kind", ["lightning", "gdn", "attn"])
+@pytest.mark.parametrize("kind", ["lightning", "gdn", "mamba2", "attn"])
 def test_activations_are_what_a_layer_saves(kind, dtype):
     length = 250  # no other size
     teacher = {"vocab_size": 320, "hidden_size": 224, "intermediate_size": 760, "num_attention_heads": 4}

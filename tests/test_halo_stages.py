@@ -67,8 +67,9 @@ def test_stage_overfits_one_batch(name, isolate, tmp_path):
     assert last < (0.4 if name == "align" else 0.1) * first
 
 
-def test_gdn_twins_align(tmp_path):
-    stage = make_stage("align", mixer="gdn", steps=12, length=16, warmup=2)
+@pytest.mark.parametrize("mixer", ["gdn", "mamba2"])
+def test_twins_of_other_kinds_align(mixer, tmp_path):
+    stage = make_stage("align", mixer=mixer, steps=12, length=16, warmup=2)
     batch = random_batch()
     train(stage, always(Batch(batch.input_ids[:, :16], batch.document_ids[:, :16])), tmp_path, CPU)
     first, *_, last = losses(tmp_path)

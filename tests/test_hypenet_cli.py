@@ -74,7 +74,7 @@ def test_sampling_follows_the_seed(folder):
 def test_info(folder):
     result = run("info", folder, env={"COLUMNS": "160"})
     assert result.exit_code == 0, result.output
-    for fact in ("lightning-attn layers", "1: 1", "2: 0 3", "logit scale hype 50", "256 B in bfloat16", "8,192 B"):
+    for fact in ("lightning-attn layers", "1: 1", "2: 0 4", "logit scale hype 50", "256 B in bfloat16", "12,288 B"):
         assert fact in result.output, fact
 
 

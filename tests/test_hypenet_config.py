@@ -109,10 +109,10 @@ def test_position_scale_table(base):
 
 
 def test_layer_and_mixer_types_follow_from_each_other():
-    config = HypeNetConfig(num_hidden_layers=3, mixer_types=["attn", "lightning", "gdn"])
-    assert config.mixer_types == ["attn", "lightning-attn", "gdn"]
-    assert config.layer_types == ["full_attention", "linear_attention", "linear_attention"]
-    assert (config.softmax_layers, config.recurrent_layers) == ([0], [1, 2])
+    config = HypeNetConfig(num_hidden_layers=4, mixer_types=["attn", "lightning", "gdn", "mamba2"])
+    assert config.mixer_types == ["attn", "lightning-attn", "gdn", "mamba2"]
+    assert config.layer_types == ["full_attention"] + ["linear_attention"] * 3
+    assert (config.softmax_layers, config.recurrent_layers) == ([0], [1, 2, 3])
     config = HypeNetConfig(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
     assert config.mixer_types == ["lightning-attn", "attn"]
     assert HypeNetConfig(num_hidden_layers=2, mixer_types=[]).mixer_types == ["attn", "attn"]
@@ -148,6 +148,7 @@ def test_logits_scaling_values(value, base, constant):
         ({"lightning_scale": "2/d"}, "lightning_scale must be one of"),
         ({"lightning_head_dim": 64}, "lightning_head_dim must equal head_dim"),
         ({"lightning_nkv": 3}, "lightning_nh must be a multiple of lightning_nkv"),
+        ({"mamba2_nkv": 3}, "mamba2_nh must be a multiple of mamba2_nkv"),
         ({"gdn_activation": "gelu"}, "gdn_activation must be"),
     ],
 )

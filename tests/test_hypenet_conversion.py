@@ -5,7 +5,15 @@ import torch
 from compare import assert_matches_reference
 from hypenet_models import small_teacher, tokens
 
-from hypenet import GatedDeltaNet, HypeNetForCausalLM, LightningAttention, MixerContext, SoftmaxAttention, from_teacher
+from hypenet import (
+    GatedDeltaNet,
+    HypeNetForCausalLM,
+    LightningAttention,
+    Mamba2,
+    MixerContext,
+    SoftmaxAttention,
+    from_teacher,
+)
 from hypenet.conversion import config_from_teacher
 
 TEACHER_FORM = {"attn_use_rope": True, "attn_use_output_gate": False}
@@ -19,7 +27,7 @@ def layer_inputs(teacher, layer_idx, length=25):
     return x, MixerContext(teacher.model.rotary_emb(x, positions))
 
 
-@pytest.mark.parametrize("mixer", ["lightning", "gdn"])
+@pytest.mark.parametrize("mixer", ["lightning", "gdn", "mamba2"])
 def test_heads_are_repeated_not_rows(mixer):
     teacher = small_teacher(attention_bias=True)
     student = from_teacher(teacher, [1, 3], mixer=mixer, gate_init="random")
@@ -38,13 +46,13 @@ def test_heads_are_repeated_not_rows(mixer):
         assert torch.equal(own.mlp.down_proj.weight, given.mlp.down_proj.weight)
 
 
-@pytest.mark.parametrize("mixer_class", [LightningAttention, GatedDeltaNet])
+@pytest.mark.parametrize("mixer_class", [LightningAttention, GatedDeltaNet, Mamba2])
 def test_unshared_heads_give_the_same_outputs(mixer_class):
     teacher = small_teacher()
     attention = teacher.model.layers[2].self_attn
     x, context = layer_inputs(teacher, 2)
     shared = mixer_class.from_attention(
-        attention, config_from_teacher(teacher.config, [], lightning_nkv=2, gdn_nkv=2), 2
+        attention, config_from_teacher(teacher.config, [], lightning_nkv=2, gdn_nkv=2, mamba2_nkv=2), 2
     )
     unshared = mixer_class.from_attention(attention, config_from_teacher(teacher.config, []), 2)
     assert shared.k_proj.out_features == 32 and unshared.k_proj.out_features == 64
@@ -92,7 +100,7 @@ def test_open_gates_change_nothing():
     assert gated.o_gate.weight.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("mixer_class", [LightningAttention, GatedDeltaNet])
+@pytest.mark.parametrize("mixer_class", [LightningAttention, GatedDeltaNet, Mamba2])
 def test_recurrent_gates_are_random_in_both_cases(mixer_class):
     teacher = small_teacher()
     config = config_from_teacher(teacher.config, [])

@@ -15,11 +15,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from halo.compute import Compute
 from halo.sharding import shard_student
 from hypenet import HypeNetForCausalLM
-from hypenet.mixers import alibi_log_decay
+from hypenet.mixers import MIXERS, alibi_log_decay
 from hypenet.modeling_hypenet import rotary_embedding
 
-LAYERS = ["attn", "lightning-attn", "gdn", "gdn"]
-LIGHTNING, GDN = 1, 2
+LAYERS = ["attn", "lightning-attn", "gdn", "mamba2"]
+LIGHTNING, GDN, MAMBA2 = 1, 2, 3
 HALF_LIVES = torch.tensor([3.0, 50.0, 700.0, 1e4])
 
 
@@ -40,9 +40,10 @@ def assert_same_decays(model, other):
     mixers = [[layer.self_attn for layer in m.model.layers] for m in (model, other)]
     assert mixers[0][LIGHTNING].log_decay.dtype == torch.float32
     assert torch.equal(mixers[0][LIGHTNING].log_decay, mixers[1][LIGHTNING].log_decay)
-    for name in ("A_log", "dt_bias"):
-        assert mixers[0][GDN].decay_bias.get_parameter(name).dtype == torch.float32
-        assert torch.equal(mixers[0][GDN].decay_bias.get_parameter(name), mixers[1][GDN].decay_bias.get_parameter(name))
+    for layer in (GDN, MAMBA2):
+        for name in ("A_log", "dt_bias"):
+            own, other = (found[layer].decay_bias.get_parameter(name) for found in mixers)
+            assert own.dtype == torch.float32 and torch.equal(own, other)
 
 
 def logits(model, ids):
@@ -147,7 +148,7 @@ def test_offloaded_to_disk(tmp_path):
     for offload_buffers in (False, True):
         options["offload_buffers"] = offload_buffers
         loaded = HypeNetForCausalLM.from_pretrained(tmp_path / "model", **options)
-        assert loaded.model.layers[GDN].self_attn.decay_bias.A_log.is_meta
+        assert all(loaded.model.layers[i].self_attn.decay_bias.A_log.is_meta for i in (GDN, MAMBA2))
         assert torch.equal(logits(loaded, ids), logits(model, ids))
         new = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
         assert torch.equal(loaded.generate(ids, **new), model.generate(ids, **new))
@@ -168,6 +169,23 @@ def test_dispatched(tmp_path):
         loaded = accelerate.load_checkpoint_and_dispatch(empty, file, device_map={"": "cpu"}).eval()
         assert_same_decays(loaded, model)
         assert torch.equal(logits(loaded, ids), logits(model, ids))
+
+
+# ---- initial values
+
+
+@pytest.mark.parametrize(("kind", "smallest"), [("gdn", 0.0), ("mamba2", 1.0)])
+def test_decays_start_in_their_range(kind, smallest):
+    """In a new model, and in a mixer made from a teacher's layer: A in (smallest, 16), dt in [0.001, 0.1]."""
+    sizes = {"num_attention_heads": 512, "num_key_value_heads": 1, "head_dim": 2, "hidden_size": 8}
+    model = HypeNetForCausalLM(small_config(["attn", kind], **sizes, attn_use_output_gate=False))
+    attention, own = (layer.self_attn for layer in model.model.layers)
+    converted = MIXERS[kind].from_attention(attention, small_config(["attn", kind], **sizes), 1)
+    for mixer in (own, converted):
+        A, dt = mixer.decay_bias.A_log.exp(), torch.nn.functional.softplus(mixer.decay_bias.dt_bias)
+        assert smallest <= A.min() < smallest + 0.2 and 15.8 < A.max() <= 16.001
+        assert 0.99e-3 < dt.min() < 1.1e-3 and 0.09 < dt.max() < 0.101
+        assert abs(dt.log().mean() - dt.new_tensor(1e-2).log()) < 0.3  # log-uniform
 
 
 # ---- precision
@@ -205,7 +223,9 @@ def shard(model, together):
     """Shard with bfloat16 arithmetic and float32 reductions, the decays in float32 units of their own."""
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     full = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
-    decays = [layer.self_attn.decay_bias for layer in model.model.layers if layer.self_attn.mixer_type == "gdn"]
+    decays = [
+        layer.self_attn.decay_bias for layer in model.model.layers if layer.self_attn.mixer_type in ("gdn", "mamba2")
+    ]
     for unit in [decays] if together else decays:
         fully_shard(unit, mp_policy=full)
     for layer in model.model.layers:

@@ -50,6 +50,9 @@ def test_pieces_equal_one_call(split, scaling):
         (["lightning-attn"] * 2, {}),
         (["lightning-attn"] * 2, {"lightning_use_qk_norm": False, "lightning_use_rope": False, "lightning_nkv": 2}),
         (["gdn", "lightning-attn"], {}),
+        (["mamba2", "gdn"], {}),
+        (["mamba2"] * 2, {"mamba2_nkv": 2, "mamba2_use_qk_norm": False, "mamba2_use_rope": False}),
+        (["mamba2"] * 2, {"mamba2_use_gate": False}),
         (["gdn"] * 2, {"gdn_nkv": 1, "gdn_use_gate": False, "gdn_use_rope": False, "gdn_activation": "silu"}),
     ],
 )
@@ -233,7 +236,7 @@ def test_crop():
     cache = recurrent(ids).past_key_values
     cache.crop(0)
     cache.crop(25)
-    with pytest.raises(NotImplementedError, match=r"must be 0 with recurrent layers \(\[1, 2\]\)"):
+    with pytest.raises(NotImplementedError, match=r"must be 0 with recurrent layers \(\[1, 2, 3\]\)"):
         cache.crop(-1)
     assert not cache.is_croppable
 

@@ -2,11 +2,13 @@
 
 import math
 
+import pytest
 import torch
 from compare import assert_matches_reference
 from hypenet_models import small_config
+from transformers.models.mamba2 import modeling_mamba2
 
-from hypenet import GatedDeltaNet, LightningAttention, MixerContext, SoftmaxAttention
+from hypenet import GatedDeltaNet, LightningAttention, Mamba2, MixerContext, SoftmaxAttention
 
 LENGTH, HEADS, D = 19, 4, 16
 
@@ -95,3 +97,62 @@ def test_gated_delta_net():
     g = heads(x, mixer.g_proj)
     y = (normed(o, mixer.o_norm) * g * g.sigmoid()).flatten(1) @ mixer.o_proj.weight.T
     assert_matches_reference("y", mixer(x, context)[0], y)
+
+
+def mamba2_terms(mixer, x, context):
+    """Return q, k, v [T, heads, D], the step sizes dt [T, heads], and -exp(A_log)."""
+    q, k = heads(x, mixer.q_proj), heads(x, mixer.k_proj)
+    if mixer.config.mamba2_use_qk_norm:
+        q, k = normed(q, mixer.q_norm), normed(k, mixer.k_norm)
+    if mixer.config.mamba2_use_rope:
+        q, k = rotated(q, context), rotated(k, context)
+    dt = (1 + (x[0] @ mixer.dt_proj.weight.T + mixer.decay_bias.dt_bias).exp()).log()
+    return q, k, heads(x, mixer.v_proj), dt, -mixer.decay_bias.A_log.exp()
+
+
+MAMBA2 = {
+    "default": {},
+    "shared heads": {"mamba2_nkv": 2},
+    "plain": {"mamba2_use_qk_norm": False, "mamba2_use_rope": False, "mamba2_use_gate": False},
+}
+
+
+@pytest.mark.parametrize("fields", MAMBA2.values(), ids=MAMBA2)
+def test_mamba2(fields):
+    """The output, and the gradients in x and every parameter, the decay's among them."""
+    x, context, mixer = inputs(Mamba2(small_config(**fields), 0))
+    x.requires_grad_()
+    mixer.requires_grad_(True)
+    q, k, v, dt, A = mamba2_terms(mixer, x, context)
+    outputs = []
+    for h in range(HEADS):
+        S, shared = torch.zeros(D, D, dtype=torch.float64), h * k.shape[1] // HEADS
+        for t in range(LENGTH):
+            S = (A[h] * dt[t, h]).exp() * S + dt[t, h] * torch.outer(k[t, shared], v[t, shared])
+            outputs.append(q[t, h] @ S / math.sqrt(D))
+    o = normed(torch.stack(outputs).view(HEADS, LENGTH, D).transpose(0, 1), mixer.o_norm)
+    if mixer.config.mamba2_use_gate:
+        g = heads(x, mixer.g_proj)
+        o = o * g * g.sigmoid()
+    y = o.flatten(1) @ mixer.o_proj.weight.T
+    result = mixer(x, context)[0]
+    assert_matches_reference("y", result, y)
+
+    names, parameters = zip(*mixer.named_parameters(), strict=True)
+    dy = torch.randn_like(y)
+    expected = torch.autograd.grad(y, (x, *parameters), dy)
+    for name, own, other in zip(
+        ("x", *names), torch.autograd.grad(result, (x, *parameters), dy), expected, strict=True
+    ):
+        assert_matches_reference(f"gradient of {name}", own, other)
+
+
+def test_mamba2_computes_the_scan_of_mamba2():
+    """That of transformers, in float32, with q as C, k as B and v as x; it has no factor 1 / sqrt(D)."""
+    x, context, mixer = inputs(Mamba2(small_config(), 0))
+    q, k, v, dt, A = mamba2_terms(mixer, x, context)
+    scan = modeling_mamba2.mamba2_chunk_scan
+    o = scan(*(z[None].float() if z.dim() > 1 else z.float() for z in (v, dt, A, k, q)), chunk_size=8)[0]
+    g = heads(x, mixer.g_proj)
+    y = (normed(o.double() / math.sqrt(D), mixer.o_norm) * g * g.sigmoid()).flatten(1) @ mixer.o_proj.weight.T
+    assert_matches_reference("y", mixer(x, context)[0], y, dtype=torch.float32)

@@ -140,8 +140,13 @@ def test_bfloat16_is_as_close_as_eager_bfloat16(monkeypatch):
     model = copy.deepcopy(exact).to(torch.bfloat16)
     ids = tokens(2, 40)
     result, expected = model(ids).logits, exact(ids).logits
-    for op in ("chunk_simple_gla", "chunk_gated_delta_rule", "hype_attention"):
-        monkeypatch.setattr(mixers, op, in_bfloat16(getattr(reference, op)))
+    for module, op in (
+        (mixers.softmax, "hype_attention"),
+        (mixers.lightning, "chunk_simple_gla"),
+        (mixers.gated_delta, "chunk_gated_delta_rule"),
+        (mixers.mamba2, "chunk_simple_gla"),
+    ):
+        monkeypatch.setattr(module, op, in_bfloat16(getattr(reference, op)))
     assert_matches_reference("logits", result, expected, eager=model(ids).logits)
 
 

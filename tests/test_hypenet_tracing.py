@@ -8,7 +8,7 @@ from test_hypenet_model import pad
 from torch.testing import assert_close
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
-KINDS = ["attn", "lightning-attn", "gdn"]
+KINDS = ["attn", "lightning-attn", "gdn", "mamba2"]
 POSITIONS = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 0, 1]])
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -64,7 +64,7 @@ def test_padded_training_compiles_without_a_break():
 @torch.no_grad()
 def test_padded_pieces_compile():
     """Steps and long pieces that continue a cache, with padding in the middle."""
-    model = small_model(["attn", "gdn"])
+    model = small_model(["attn", "gdn", "mamba2"])
     graph = compiled(model)
     ids = tokens(2, 30)
     mask = torch.ones_like(ids)

@@ -84,7 +84,7 @@ def test_llama3_scaling_matters_at_these_lengths():
         assert (student(ids).logits - teacher(ids).logits).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("mixer", ["lightning", "gdn"])
+@pytest.mark.parametrize("mixer", ["lightning", "gdn", "mamba2"])
 @pytest.mark.parametrize("name", TEACHERS)
 def test_recurrent_twins_run(name, mixer, tmp_path):
     teacher = make_teacher(name, dtype=torch.float32)

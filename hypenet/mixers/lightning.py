@@ -1,0 +1,107 @@
+"""Lightning attention, on the simple GLA kernels: B batch, T tokens, C hidden size, H heads."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from hypenet.configuration_hypenet import LIGHTNING, HypeNetConfig
+from hypenet.context import MixerContext
+from hypenet.mixers.decay import full_precision, widen
+from hypenet.mixers.mixer import HypeNetRMSNorm, Mixer
+from hypenet_kernels import chunk_simple_gla, simple_gla_step
+
+
+class LightningAttention(Mixer):
+    """Lightning attention: a linear recurrence with one fixed decay per head.
+
+        S_t = gamma_h S_{t-1} + k_t v_t^T ;  o_t = scale S_t^T q_t ;  y_t = (RMSNorm(o_t) * sigmoid(x_t Wz)) Wo
+
+    gamma_h = exp(-slope_h) with the ALiBi slopes, q and k have rotary embedding, and the norm runs over all heads
+    together. Source: arXiv 2601.22156, section 3.
+
+    Args:
+        config: The model's configuration.
+        layer_idx: Index of the layer.
+
+    Attributes:
+        log_decay: ln gamma_h, float32 [H] in every precision of the model. It is saved with the weights; a state
+            without it, such as that of a published checkpoint, means the ALiBi slopes.
+    """
+
+    mixer_type = LIGHTNING
+    log_decay: torch.Tensor
+
+    def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
+        super().__init__(
+            config,
+            layer_idx,
+            use_qk_norm=config.lightning_use_qk_norm,
+            use_rope=config.lightning_use_rope,
+        )
+        width = self.num_heads * self.head_dim
+        self.scale = {"1/sqrt(d)": self.head_dim**-0.5, "1/d": 1 / self.head_dim, "1": 1.0}[config.lightning_scale]
+        self.register_buffer("log_decay", alibi_log_decay(self.num_heads))
+        self.o_norm = HypeNetRMSNorm(width, config.rms_norm_eps) if config.lightning_use_output_norm else None
+        gated, bias = config.lightning_use_output_gate, config.attention_bias
+        self.z_proj = nn.Linear(config.hidden_size, width, bias=bias) if gated else None
+
+    def forward(self, x_BTC: torch.Tensor, context: MixerContext) -> torch.Tensor:
+        """Mix x [B, T, C] along T and return [B, T, C]; with a cache, also update this layer's state."""
+        q, k, v = self.qkv(x_BTC, context)
+        k, v = self.unshare(k, v)
+        if context.step:
+            g = self.new_tokens_only(self.log_decay.expand(k.shape[:3]), context)
+            k = self.new_tokens_only(k, context)
+            state = context.state(self.layer_idx)
+            assert state is not None
+            o = simple_gla_step(q, k, v, g, state, scale=self.scale)
+        else:
+            o, state = chunk_simple_gla(
+                q,
+                k,
+                v,
+                g_gamma=self.log_decay,
+                scale=self.scale,
+                initial_state=context.state(self.layer_idx),
+                output_final_state=context.cache is not None,
+                cu_seqlens=context.cu_seqlens,
+            )
+            context.store_state(self.layer_idx, state)
+        y = o.flatten(-2)
+        if self.o_norm is not None:
+            y = self.o_norm(y)
+        if self.z_proj is not None:
+            y = y * self.z_proj(x_BTC).sigmoid()
+        return self.o_proj(y)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        before = self.log_decay
+        super()._apply(fn, recurse)
+        if self.log_decay.is_meta:
+            return self
+        # `to_empty` leaves memory without values: take them from before, or from the definition if there were none.
+        values = alibi_log_decay(self.num_heads) if before.is_meta else before
+        self.log_decay = full_precision(lambda x: x.to(self.log_decay))(values)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}log_decay" not in state_dict:
+            with torch.device(self.log_decay.device):
+                state_dict[f"{prefix}log_decay"] = alibi_log_decay(self.num_heads)
+        widen(state_dict, f"{prefix}log_decay")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def alibi_log_decay(heads: int) -> torch.Tensor:
+    """Return ln gamma_h = -2^(-8h/H) for h = 1..H, float32 [H], from the ALiBi slopes.
+
+    If H is not a power of two, take the values of the next lower power of two, then every second value of the next
+    higher one, as ALiBi does. Source: arXiv 2108.12409; arXiv 2601.22156, section 3.
+    """
+    power = 2 ** int(math.log2(heads))
+    slopes = [2 ** (-8 * h / power) for h in range(1, power + 1)]
+    slopes += [2 ** (-8 * h / (2 * power)) for h in range(1, 2 * power + 1, 2)][: heads - power]
+    return -torch.tensor(slopes, dtype=torch.float32)

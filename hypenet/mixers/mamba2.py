@@ -1,0 +1,79 @@
+"""Mamba2, on the simple GLA kernels: B batch, T tokens, C hidden size, H heads."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hypenet.configuration_hypenet import MAMBA2, HypeNetConfig
+from hypenet.context import MixerContext
+from hypenet.mixers.decay import LogDecay, rename_decay
+from hypenet.mixers.mixer import HypeNetRMSNorm, Mixer
+from hypenet_kernels import chunk_simple_gla, simple_gla_step
+
+
+class Mamba2(Mixer):
+    """Mamba2 with a B and a C for every head: a linear recurrence with a step size and a decay per head and token.
+
+        S_t = exp(g_t) S_{t-1} + dt_t k_t v_t^T ;  o_t = scale S_t^T q_t
+        y_t = (RMSNorm(o_t) * silu(x_t Wg)) Wo
+
+    dt_t = softplus(x_t Wdt + dt_bias), g_t = -exp(A_log) dt_t, and the norm runs over each head. In Mamba2's names q is
+    C, k is B and v is x. Source: arXiv 2405.21060; the variant that a teacher's heads fit: arXiv 2601.22156, table 1.
+
+    It differs from Mamba2 in what no attention layer has or needs: there is no convolution and no skip D, q and k may
+    have norms and rotary embedding, o has attention's scale, and the gate follows the norm, as in gated DeltaNet.
+
+    Args:
+        config: The model's configuration.
+        layer_idx: Index of the layer.
+    """
+
+    mixer_type = MAMBA2
+
+    def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
+        super().__init__(
+            config,
+            layer_idx,
+            use_qk_norm=config.mamba2_use_qk_norm,
+            use_rope=config.mamba2_use_rope,
+        )
+        heads, width = self.num_heads, self.num_heads * self.head_dim
+        self.dt_proj = nn.Linear(config.hidden_size, heads, bias=False)
+        self.decay_bias = LogDecay(heads, smallest=1.0)
+        self.o_norm = HypeNetRMSNorm(self.head_dim, config.rms_norm_eps)
+        self.g_proj = nn.Linear(config.hidden_size, width, bias=False) if config.mamba2_use_gate else None
+
+    def forward(self, x_BTC: torch.Tensor, context: MixerContext) -> torch.Tensor:
+        """Mix x [B, T, C] along T and return [B, T, C]; with a cache, also update this layer's state."""
+        q, k, v = self.qkv(x_BTC, context)
+        k, v = self.unshare(k, v)
+        A_log, dt_bias = self.decay_bias().unbind()
+        dt_BTH = F.softplus(self.dt_proj(x_BTC).to(dt_bias.dtype) + dt_bias)
+        dt_BTH = self.new_tokens_only(dt_BTH, context)  # a step of 0 neither decays nor writes
+        g = -A_log.exp() * dt_BTH
+        k = (k * dt_BTH[..., None]).to(k.dtype)
+        state = context.state(self.layer_idx)
+        if context.step:
+            assert state is not None
+            o = simple_gla_step(q, k, v, g, state)
+        else:
+            o, state = chunk_simple_gla(
+                q,
+                k,
+                v,
+                g,
+                initial_state=state,
+                output_final_state=context.cache is not None,
+                cu_seqlens=context.cu_seqlens,
+            )
+            context.store_state(self.layer_idx, state)
+        o = self.o_norm(o)
+        if self.g_proj is not None:
+            o = o * F.silu(self.g_proj(x_BTC)).view_as(o)
+        return self.o_proj(o.flatten(-2))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        rename_decay(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,156 @@
+"""What all token mixers have: projections to heads, norms per head, rotary embedding, weights from a teacher.
+
+B batch, T tokens, C hidden size, H heads, HK key-value heads, D head dimension.
+"""
+
+from collections.abc import Callable
+from typing import Self, cast
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hypenet.configuration_hypenet import HypeNetConfig
+from hypenet.context import MixerContext
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+NORMS = ("q_norm", "k_norm")
+GATE_INITS = ("open", "random")
+
+
+class HypeNetRMSNorm(nn.Module):
+    """Computes x / sqrt(mean(x^2) + eps) * weight over the last dimension, accumulated in float32 or float64."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise x [..., size]; the result has its shape and dtype."""
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+    def extra_repr(self) -> str:
+        """Return what `print(module)` shows between the parentheses."""
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class Mixer(nn.Module):
+    """Base of the mixers: projections to heads, norms per head, rotary embedding, weights from a teacher.
+
+    Args:
+        config: The model's configuration.
+        layer_idx: Index of the layer, which selects the layer of a cache.
+        use_qk_norm: Whether q and k are normalised, head by head.
+        use_rope: Whether q and k are rotated.
+
+    Attributes:
+        mixer_type: The name of this kind in `HypeNetConfig.mixer_types`.
+    """
+
+    mixer_type: str
+
+    def __init__(
+        self,
+        config: HypeNetConfig,
+        layer_idx: int,
+        *,
+        use_qk_norm: bool,
+        use_rope: bool,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads, self.num_kv_heads, self.head_dim = config.head_sizes(self.mixer_type)
+        head_dim = self.head_dim
+        self.use_rope = use_rope
+        width, kv_width = self.num_heads * head_dim, self.num_kv_heads * head_dim
+        bias = bool(config.attention_qkv_bias)
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=bool(config.attention_o_bias))
+        self.q_norm = HypeNetRMSNorm(head_dim, config.rms_norm_eps) if use_qk_norm else None
+        self.k_norm = HypeNetRMSNorm(head_dim, config.rms_norm_eps) if use_qk_norm else None
+
+    def qkv(self, x_BTC: torch.Tensor, context: MixerContext) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return q [B, T, H, D] and k, v [B, T, HK, D] of one dtype, after activation, norms and rotation."""
+        q, k, v = (proj(x_BTC).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.activate(q), self.activate(k), self.activate(v)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.use_rope:
+            cos, sin = cast(tuple[torch.Tensor, torch.Tensor], context.position_embeddings)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return q.to(v.dtype), k.to(v.dtype), v
+
+    def activate(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the activation of q, k and v; none by default."""
+        return x
+
+    def unshare(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Repeat key and value heads [B, T, HK, D] to one per query head, [B, T, H, D]."""
+        group = self.num_heads // self.num_kv_heads
+        return (k, v) if group == 1 else (k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2))
+
+    def new_tokens_only(self, x: torch.Tensor, context: MixerContext) -> torch.Tensor:
+        """Set x [B, T, H, ...] to zero where a decode step has padding, so that padding does not change a state."""
+        if context.keep is None:
+            return x
+        return x * context.keep.view(*context.keep.shape, *[1] * (x.dim() - 2)).to(x.dtype)
+
+    @classmethod
+    def from_attention(
+        cls, attention: nn.Module, config: HypeNetConfig, layer_idx: int, gate_init: str = "open"
+    ) -> Self:
+        """Build a mixer with the weights of a teacher's attention layer, in its dtype, on its device.
+
+        Args:
+            attention: A layer with the projections, and the norms of q and k where it has them, under the names of
+                transformers' Llama and Qwen3. Its key and value heads are repeated where this mixer has more of them.
+                Norms that it lacks start at 1.
+            config: The HypeNet's configuration.
+            layer_idx: Index of the layer in the HypeNet.
+            gate_init: Initialisation of the output gate of a softmax layer, which the teacher lacks: "open" for a gate
+                that has no effect at the start, or "random" as published, N(0, initializer_range^2). The gates of
+                recurrent layers have PyTorch's default in both cases: opened, they start farther from the teacher.
+
+        Raises:
+            ValueError: If `gate_init` is neither, or the layer's projections and biases are not those of the mixer.
+        """
+        if gate_init not in GATE_INITS:
+            raise ValueError(f"from_attention: gate_init must be one of {GATE_INITS}, got {gate_init!r}")
+        weight = attention.get_parameter("q_proj.weight")
+        with torch.device(weight.device):
+            mixer = cast(Callable[[HypeNetConfig, int], Self], cls)(config, layer_idx).to(weight.dtype)
+        mixer.copy_projections(attention)
+        mixer.init_gate(gate_init)
+        return mixer
+
+    def init_gate(self, gate_init: str) -> None:
+        """Initialise the output gate for the start of a conversion, as `from_attention` describes."""
+
+    def copy_projections(self, attention: nn.Module) -> None:
+        """Copy projections and norms of an attention layer, repeating key and value heads to this mixer's number."""
+        source, own = attention.state_dict(), self.state_dict(keep_vars=True)
+        given, needed = ({name for name in names if name.split(".")[0] in PROJECTIONS} for names in (source, own))
+        if given != needed:
+            raise ValueError(
+                f"from_attention: attention must have exactly the projections that {type(self).__name__} has, "
+                f"missing {sorted(needed - given)}, unknown {sorted(given - needed)}"
+            )
+        with torch.no_grad():
+            for name, target in own.items():
+                if name not in source or name.split(".")[0] not in (*PROJECTIONS, *NORMS):
+                    continue
+                weight = source[name]
+                if name.startswith(("k_proj.", "v_proj.")):
+                    heads = weight.unflatten(0, (-1, self.head_dim))
+                    weight = heads.repeat_interleave(self.num_kv_heads // heads.shape[0], dim=0).flatten(0, 1)
+                target.copy_(weight)
+
+
+def rotate(x_BTHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Apply rotary embedding in the half-split layout; cos and sin [B or 1, T, D]."""
+    first, second = x_BTHD.chunk(2, dim=-1)
+    return x_BTHD * cos[..., None, :] + torch.cat((-second, first), dim=-1) * sin[..., None, :]
