@@ -210,7 +210,7 @@ def select(
         typer.Option(
             help="Print the choice from a sweep measured elsewhere, instead of running the stage: a CSV file with the "
             "columns layer, recall, language, or a JSON list of objects with these keys; each layer once, values from "
-            "0 to 1. The score is select.score, paper or difference."
+            "0 to 1. select.policy is halo, the published score, or difference."
         ),
     ] = None,
 ) -> None:

@@ -133,7 +133,10 @@ def _settings(runs: list[Conversion]) -> Iterator[Row]:
 def _layers(runs: list[Conversion]) -> Iterator[Row]:
     chosen = [run.record("select", files.SELECTION) for run in runs]
     yield from _row("softmax layers", [record.get("layers") for record in chosen], _written)
-    yield from _row("score", [record.get("score") for record in chosen], str)
+    # Before it was called a policy, it was called a score.
+    yield from _row("policy", [record.get("policy", record.get("score")) for record in chosen], str)
+    pairs = [record.get("equivalents") for record in chosen]
+    yield from _row("equivalent to dropped ones", [sorted({i for i, _ in p}) if p else None for p in pairs], _written)
     warnings = [len(record["warnings"]) if "warnings" in record else None for record in chosen]
     yield from _row("warnings", warnings, str)
 

@@ -14,13 +14,13 @@ import yaml
 from pydantic import Field, PositiveInt, ValidationError, field_validator
 
 from halo.data import DataSettings
+from halo.selection.settings import SelectSettings
 from halo.settings import HOW, HaloError, Settings
 from halo.stages.align import AlignSettings
 from halo.stages.distill import DistillSettings
 from halo.stages.evaluate import EvalSettings
 from halo.stages.finetune import FinetuneSettings
 from halo.stages.scale import ScaleSettings
-from halo.stages.select import SelectSettings
 from hypenet import HypeNetConfig
 
 # Fields of HypeNetConfig by their beginnings that decide what the student's layers are made of.

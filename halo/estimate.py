@@ -17,10 +17,12 @@ from halo.config import Config
 from halo.flops import ModelSize, training_flops
 from halo.footprint import Memory, Sizes
 from halo.hardware import Machine, find_machine
+from halo.selection.cost import cost_of
+from halo.selection.policies import count_runs
+from halo.selection.settings import check_layers, gate_settings
 from halo.settings import HaloError, LossSettings, TrainingSettings
 from halo.stages import STAGES, TRAINED_STAGES
 from halo.stages.evaluate import MIN_SAMPLES
-from halo.stages.select import check_layers
 
 UTILISATION = {"align": 0.16, "distill": 0.36, "finetune": 0.40, "select": 0.3, "scale": 0.3, "eval": 0.3}
 CPU_UTILISATION = 0.5  # of the measured rate of matrix products, all stages
@@ -154,20 +156,20 @@ class _Planner:
         return self._trained("finetune", self.config.finetune, self.sizes.student, self.sizes.student.parameters)
 
     def select(self) -> StagePlan:
-        settings, teacher = self.config.select, self.sizes.teacher
-        if settings.layers is not None or settings.score == "even":
+        settings, sizes = self.config.select, self.sizes
+        if not settings.measures:
             return self._stage("select", None, 0, 0.0, None, 0.0)
-        runs = len(teacher.layers) + 1
-        recall, language = (
-            settings.recall_samples * settings.recall_length,
-            settings.language_samples * settings.language_length,
-        )
-        flops = recall * teacher.forward(settings.recall_length)
-        flops += language * (teacher.forward(settings.language_length) + teacher.head())
-        weights = self.machine.width * (teacher.parameters + self.sizes.mixers)
+        runs = count_runs(settings, len(sizes.teacher.layers))
+        cost = cost_of(runs, settings, sizes.teacher, sizes.twins, sizes.student, self.machine.width)
+        weights = self.machine.width * (sizes.teacher.parameters + sizes.mixers)
         tokens = settings.batch * max(settings.recall_length, settings.language_length)
-        memory = footprint.inference_memory(weights, teacher, tokens, self.machine)
-        return self._stage("select", None, runs * (recall + language), runs * flops, memory, 0.0, parts=runs)
+        # Two heads, whose logits are computed 512 tokens at a time.
+        memory = footprint.inference_memory(weights, sizes.teacher, tokens, self.machine, 2 * 512)
+        if not runs.training_tokens:
+            return self._stage("select", None, cost.tokens, cost.flops, memory, 0.0, parts=cost.passes)
+        gates = footprint.gate_memory(weights, sizes.teacher, sizes.twins, gate_settings(settings), self.machine)
+        memory = max(memory, gates, key=lambda found: found.total)
+        return self._stage("select", settings.joint_steps, cost.tokens, cost.flops, memory, 0.0)
 
     def scale(self) -> StagePlan:
         settings, student = self.config.scale, self.sizes.student

@@ -136,6 +136,23 @@ def inference_memory(weights: float, model: ModelSize, tokens: int, machine: Mac
     )
 
 
+def gate_memory(
+    weights: float, teacher: ModelSize, twins: ModelSize, settings: TrainingSettings, machine: Machine
+) -> Memory:
+    """Return the memory of training one gate a layer, with attention and twin of all layers in one graph."""
+    micro, _ = micro_batches(settings, machine)
+    per_token = _transient(teacher, machine) + 3 * WIDE * teacher.hidden
+    for attention, twin in zip(teacher.layers, twins.layers, strict=True):
+        per_token += layer_bytes(twin, teacher.hidden, teacher.intermediate, machine)
+        per_token += mixer_bytes(attention, teacher.hidden, machine)
+    chunk = min(512, micro * settings.length)
+    return Memory(
+        weights=weights,
+        activations=micro * settings.length * per_token,
+        loss=2 * chunk * teacher.vocab * WIDE + 3 * WIDE * BLOCK,
+    )
+
+
 def layer_bytes(layer: LayerSize, hidden: int, intermediate: int, machine: Machine) -> float:
     """Return the bytes per token that a decoder layer of a HypeNet saves for the backward pass.
 

@@ -126,6 +126,52 @@ def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, token_chunk: in
     return losses_N.view(labels.shape)
 
 
+@torch.no_grad()
+def token_divergences(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Tensor,
+    token_chunk: int = 512,
+) -> tuple[Tensor, Tensor]:
+    """Compare a model with a teacher token by token; without gradients.
+
+    Args:
+        hidden: The model's hidden states [..., D].
+        weight: Its head [V, D].
+        teacher_hidden: The teacher's hidden states [..., D'].
+        teacher_weight: Its head [V, D'].
+        labels: int64 [...]; IGNORE where there is none.
+        token_chunk: Tokens whose logits are computed at a time.
+
+    Returns:
+        KL(softmax(teacher logits) || softmax(logits)) of each token, and the cross-entropy of its label, zero where it
+        is IGNORE; each [...], in nats.
+
+    Raises:
+        ValueError: As in `next_token_loss`.
+    """
+    h_ND, t_ND, y_N = hidden.flatten(0, -2), teacher_hidden.flatten(0, -2), labels.flatten()
+    _check_labels("token_divergences", y_N, weight.shape[0])
+    dtype = torch.promote_types(torch.promote_types(h_ND.dtype, t_ND.dtype), torch.float32)
+    student, teacher = (_Head(x, w, dtype, (token_chunk, None)) for x, w in ((h_ND, weight), (t_ND, teacher_weight)))
+    divergences_N, losses_N = torch.zeros(2, len(y_N), dtype=dtype, device=h_ND.device).unbind()
+    with torch.autocast(h_ND.device.type, enabled=False):
+        for rows in _spans(len(y_N), token_chunk):
+            q_logits = student.logits(student.operand(h_ND[rows]), slice(None))
+            p_logits = teacher.logits(teacher.operand(t_ND[rows]), slice(None))
+            y, divergences, losses = y_N[rows], divergences_N[rows], losses_N[rows]
+            for block in _blocks(q_logits):
+                log_q, log_p = torch.log_softmax(q_logits[block], -1), torch.log_softmax(p_logits[block], -1)
+                picked = log_q.gather(-1, y[block].clamp(min=0)[:, None])[:, 0]
+                losses[block] = torch.where(y[block] == IGNORE, 0.0, -picked)
+                p = log_p.exp()
+                divergences[block] = log_p.sub_(log_q).mul_(p).sum(-1)
+                del log_q, log_p, p  # or they are still there while the next block's are computed
+    return divergences_N.view(labels.shape), losses_N.view(labels.shape)
+
+
 def next_token_labels(input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
     """Return the token after each one [B, T]; IGNORE at the end of a sequence and before the start of a document."""
     labels = input_ids.roll(-1, dims=1)

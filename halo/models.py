@@ -4,7 +4,7 @@ B sequences, T tokens, D hidden size. The twins are the recurrent mixers of all 
 of the teacher; the student is a HypeNet with some softmax layers and the twins in all others.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,15 +185,22 @@ def observed_attention(teacher: PreTrainedModel, observe: Callable[[int, Attenti
 
 
 @contextmanager
-def swapped(teacher: PreTrainedModel, twins: nn.ModuleList, layer: int) -> Iterator[None]:
-    """Replace the mixer of one layer of the teacher by its recurrent twin inside the context, without copying."""
-    block = cast(Any, teacher).model.layers[layer]
-    original = block.self_attn
-    block.self_attn = _TwinAttention(twins[layer])
+def replaced(teacher: PreTrainedModel, attention: Mapping[int, nn.Module]) -> Iterator[None]:
+    """Replace the attention of some layers of the teacher inside the context, without copying weights.
+
+    Args:
+        teacher: A model of transformers; its own modules are put back.
+        attention: By layer, modules that are called as the teacher's attention is.
+    """
+    layers = cast(Any, teacher).model.layers
+    originals = {layer: layers[layer].self_attn for layer in attention}
     try:
+        for layer, module in attention.items():
+            layers[layer].self_attn = module
         yield
     finally:
-        block.self_attn = original
+        for layer, module in originals.items():
+            layers[layer].self_attn = module
 
 
 def set_logit_scale_base(model: PreTrainedModel, base: float | None) -> None:
@@ -206,23 +213,3 @@ def set_saved_scale_base(folder: Path, base: float | None) -> None:
     config = HypeNetConfig.from_pretrained(folder)
     config.attn_logits_scaling = hype_logits_scaling(base)
     config.save_pretrained(folder)
-
-
-class _TwinAttention(nn.Module):
-    """Gives a recurrent mixer the signature of an attention layer of transformers, without cache or padding."""
-
-    def __init__(self, mixer: nn.Module) -> None:
-        super().__init__()
-        self.mixer = mixer
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        if past_key_values is not None:
-            raise NotImplementedError("swapped: the cache must be off, got past_key_values")
-        return run_mixer(self.mixer, hidden_states, position_embeddings), None

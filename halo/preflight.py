@@ -17,9 +17,9 @@ from halo.estimate import stored_bytes
 from halo.flops import ModelSize, student_size
 from halo.hardware import main_memory, this_machine
 from halo.job import Job
+from halo.selection.settings import check_layers, gate_settings
 from halo.settings import HaloError, Settings, TrainingSettings
 from halo.stages import STAGES, TRAINED_STAGES, stage_module
-from halo.stages.select import check_layers
 from hypenet import HypeNetForCausalLM, config_from_teacher
 
 MODELS_ON_DISK = 3  # of distill, finetune and scale
@@ -74,13 +74,15 @@ def _check_writable(job: Job) -> None:
 
 def _batches(job: Job) -> Iterator[str]:
     world = job.compute.world
-    for name in TRAINED_STAGES:
-        settings: TrainingSettings = getattr(job.config, name)
+    trained: dict[str, TrainingSettings] = {f"{name}.": getattr(job.config, name) for name in TRAINED_STAGES}
+    if job.config.select.policy == "joint":
+        trained["select.joint_"] = gate_settings(job.config.select)
+    for name, settings in trained.items():
         if settings.batch % world:
-            yield f"{name}.batch: must be a multiple of the {world} processes, got {settings.batch}"
+            yield f"{name}batch: must be a multiple of the {world} processes, got {settings.batch}"
         elif settings.micro_batch and settings.micro_batch > 1 and (settings.batch // world) % settings.micro_batch:
             share = settings.batch // world
-            yield f"{name}.micro_batch: must divide each process's {share} sequences, got {settings.micro_batch}"
+            yield f"{name}micro_batch: must divide each process's {share} sequences, got {settings.micro_batch}"
 
 
 def _data(job: Job) -> Iterator[str]:

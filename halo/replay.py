@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from halo import selection
 from halo.columns import columns
+from halo.selection.scores import published_score, top_layers
+from halo.selection.settings import SelectSettings, check_layers
 from halo.settings import HaloError
-from halo.stages.select import SelectSettings, check_layers, score_rule
 
 MAX_LAYERS = 8192
 COLUMNS = ("layer", "recall", "language")
+REPLAYED = ("halo", "difference")
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,21 @@ def replay(path: Path, settings: SelectSettings) -> Replay:
 
     Args:
         path: The sweep.
-        settings: Score and number of layers.
+        settings: Policy and number of layers; the policy is halo unless it is set.
 
     Raises:
-        HaloError: If the file is not a sweep, or the score needs more than averages.
+        HaloError: If the file is not a sweep, or the policy needs more than averages.
     """
     recall, language = read_sweep(path)
-    if settings.score not in ("paper", "difference"):
-        raise HaloError(f"select.score: must be paper or difference to replay averages, got {settings.score}")
-    keep = check_layers(settings.model_copy(update={"layers": None}), len(recall))
-    scores = selection.average_scores(recall, language, score_rule(settings))
+    policy = settings.policy if "policy" in settings.model_fields_set else "halo"
+    if policy not in REPLAYED:
+        raise HaloError(f"select.policy: must be {' or '.join(REPLAYED)} to replay averages, got {policy}")
+    if policy == "halo":
+        scores = published_score(recall, language, settings.eps, settings.clip)
+    else:  # drops from the best swap, since the teacher is not among them
+        scores = (recall.max() - recall) - settings.language_weight * (language.max() - language)
     order = np.argsort(-scores, kind="stable").tolist()
-    return Replay(order, selection.top_layers(scores, keep), recall, language, scores)
+    return Replay(order, top_layers(scores, check_layers(settings, len(recall))), recall, language, scores)
 
 
 def read_sweep(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -11,6 +11,7 @@ import yaml
 from matplotlib import pyplot as plt
 
 from halo import files
+from halo.selection.report import selection_section
 from halo.settings import HaloError
 from halo.stages import TRAINED_STAGES
 
@@ -182,41 +183,7 @@ def _alignment_table(metrics: dict[str, list[dict]]) -> str:
 
 
 def _selection_section(record: dict, out: Path) -> str:
-    lines = ["## Selection\n", f"Softmax attention stays in layers {record['layers']} (score: {record['score']}).\n"]
-    if "table" not in record:
-        return "\n".join(lines)
-    lines += [
-        f"Teacher: recall {record['teacher_recall']:.3f}, loss {record['teacher_loss']:.3f} nats; one layer "
-        f"replaced at a time, on the same {record['episodes']} episodes and {record['chunks']} chunks.\n",
-        "| layer | recall drop | loss rise, nats | language drop | score | kept in resamples |",
-        "|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in record["table"]:
-        name = f"**{row['layer']}**" if row["layer"] in record["layers"] else str(row["layer"])
-        lines.append(
-            f"| {name} | {row['recall_drop']:.3f} ± {row['recall_error']:.3f} | {row['loss_rise']:.4f} ± "
-            f"{row['loss_error']:.4f} | {row['language_drop']:.4f} ± {row['language_error']:.4f} | "
-            f"{row['score_value']:.3f} ± {row['score_error']:.3f} | {row['kept_share']:.0%} |"
-        )
-    lines += ["", *(f"Warning: {warning}.\n" for warning in record["warnings"]), "![drops](selection.png)\n"]
-    _plot_selection(record, out / "selection.png")
-    return "\n".join(lines)
-
-
-def _plot_selection(record: dict, path: Path) -> None:
-    table = record["table"]
-    colors = ["tab:orange" if row["layer"] in record["layers"] else "tab:blue" for row in table]
-    figure, panels = plt.subplots(1, 2, figsize=(10, 3.4), constrained_layout=True)
-    for axes, key, title in zip(
-        panels, ("recall", "language"), ("recall drop of the swap", "language drop of the swap"), strict=True
-    ):
-        heights, errors = ([row[f"{key}_{kind}"] for row in table] for kind in ("drop", "error"))
-        axes.bar([row["layer"] for row in table], heights, yerr=errors, color=colors, capsize=2)
-        axes.set_title(title)
-        axes.set_xlabel("layer (orange: stays attention)")
-        axes.grid(alpha=0.3, axis="y")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    return selection_section(record, out / "selection.png")
 
 
 def _scale_section(record: dict, out: Path) -> str:

@@ -146,7 +146,7 @@ def test_values_are_fixed_after_reading(tmp_path):
 
 @pytest.mark.parametrize("name", [*PAPER, "demo"])
 def test_shipped_config_is_valid(name):
-    assert load_config(name).select.score == "difference"
+    assert load_config(name).select.policy == "position"
 
 
 @pytest.mark.parametrize("name", PAPER)

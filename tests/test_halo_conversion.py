@@ -5,7 +5,6 @@ import re
 import shutil
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -23,10 +22,9 @@ from halo.data import Corpus, DataSettings
 from halo.journal import Journal
 from halo.pipeline import Pipeline
 from halo.report import every_digit
-from halo.selection import even_layers
+from halo.selection.policies import spaced_layers
 from halo.stages import STAGES
 from halo.stages.scale import ScaleSettings, choose_scale, long_samples
-from halo.stages.select import SelectSettings, chunk_losses, measure_swaps
 
 
 def halo(*arguments):
@@ -261,12 +259,12 @@ def test_stage_needs_the_one_before(inputs, tmp_path):
 
 def test_even_conversion_reuses_aligned_twins(converted, inputs, tmp_path):
     tree = config_tree(inputs) | {"out": str(tmp_path / "even"), "aligned": str(converted.out)}
-    tree["select"] = tree["select"] | {"score": "even"}
+    tree["select"] = tree["select"] | {"policy": "uniform"}
     (tmp_path / "even.yaml").write_text(yaml.safe_dump(tree))
     pipeline = Pipeline(make_config(tree))
     for stage in ("transfer", "align", "select", "distill"):
         pipeline.run_stage(stage)
-    assert pipeline.job.softmax_layers() == even_layers(LAYERS, 1) == [0]
+    assert pipeline.job.softmax_layers() == spaced_layers(LAYERS, 1) == [0]
     assert not (tmp_path / "even" / "align").exists()
     assert pipeline.job.directory("align") == converted.out / "align"
 
@@ -345,22 +343,6 @@ def test_missing_data_is_one_line(inputs, tmp_path):
 @pytest.fixture(scope="module")
 def corpus(inputs):
     return Corpus(DataSettings(source=str(inputs / "text"), held_out=0.3, needle_ratio=0.3), tiny_tokenizer())
-
-
-def test_measured_swaps_are_paired_over_the_same_samples(corpus, tmp_path):
-    teacher = tiny_teacher(tokenizer=corpus.tokenizer)
-    twins = models.make_twins(teacher, "lightning")
-    settings = SelectSettings(recall_samples=3, recall_length=160, language_samples=5, language_length=32, batch=2)
-    done = []
-    measured = measure_swaps(teacher, twins, corpus, settings, Journal(tmp_path, {}), lambda n, part: done.append(n))
-    assert done == [1, 2, 3, 4]
-    chunks = corpus.chunks("choose", 5, 32)
-    assert np.array_equal(measured.loss, chunk_losses(teacher, chunks, batch=2))
-    with models.swapped(teacher, twins, 1):
-        assert np.array_equal(measured.swapped_loss[1], chunk_losses(teacher, chunks, batch=2))
-    expected = [teacher(input_ids=row[None], labels=row[None]).loss.item() for row in chunks]
-    assert np.allclose(measured.loss, expected, rtol=1e-5)
-    assert measured.swapped_recall.shape == (3, 3) and measured.swapped_loss.shape == (3, 5)
 
 
 class NextTokenOracle(nn.Module):

@@ -5,7 +5,7 @@ from importlib import resources
 
 import pytest
 import torch
-from halo_tiny import config_tree, tiny_teacher
+from halo_tiny import LAYERS, config_tree, tiny_teacher
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, Qwen3Config
 from typer.testing import CliRunner
@@ -239,6 +239,32 @@ def test_teacher_from_a_file(tmp_path):
     assert wrong.exit_code == 2 and wrong.stderr.startswith(
         "halo: --teacher-config: must be the config.json of a teacher"
     )
+
+
+def test_cost_of_selection_follows_the_policy(tmp_path):
+    teacher, tree = tiny_teacher(vocab_size=300).config, config_tree(tmp_path)
+    tokens = 3 * 160 + 4 * 32
+
+    def selection(**select):
+        planned = plan(make_config(tree | {"select": tree["select"] | select}), "cpu@1", teacher)
+        return next(stage for stage in planned.stages if stage.name == "select")
+
+    assert selection(policy="kl", measure_positions=False).tokens == (1 + LAYERS) * tokens
+    assert selection(policy="kl").tokens == selection(exchange=0).tokens == (1 + 2 * LAYERS) * tokens
+    # Three rounds of exchanges, of one kept layer with two others, and the student to begin with.
+    assert selection().tokens == (1 + 2 * LAYERS + 1 + 3 * 2) * tokens
+    assert selection(policy="greedy", keep=2).tokens == (1 + LAYERS + LAYERS - 1 + LAYERS) * tokens
+    assert selection(policy="uniform").tokens == selection(policy="uniform-late").flops == 0
+    joint = selection(policy="joint", joint_steps=10, joint_batch=4, joint_length=100, measure_positions=False)
+    assert joint.tokens == 4000 and joint.steps == 10 and joint.memory.activations > selection().memory.activations
+    size = model_size(teacher)
+    # More than teacher and student forward, with their heads, and less than if weights were trained.
+    least = size.forward(100) + 2 * size.head() + size.forward(100)
+    assert 4000 * least < joint.flops < 4000 * 4 * least
+    recomputed = selection(policy="kl", measure_positions=False, cache_gib=0).flops
+    cached = selection(policy="kl", measure_positions=False).flops
+    forward = 3 * 160 * size.forward(160) + 4 * 32 * size.forward(32)
+    assert recomputed - cached == pytest.approx(LAYERS * forward)
 
 
 def test_given_or_even_layers_and_aligned_twins_cost_nothing(tmp_path):

@@ -76,7 +76,9 @@ def test_a_conversion_that_lacks_nothing_starts(inputs, tmp_path):
 
 
 def test_even_layers_need_no_held_out_text(inputs, tmp_path):
-    text = shortfalls(changed(inputs, tmp_path, select={"score": "even", "language_length": 10**6}, eval={"length": 9}))
+    text = shortfalls(
+        changed(inputs, tmp_path, select={"policy": "uniform", "language_length": 10**6}, eval={"length": 9})
+    )
     assert "select" not in text and text.startswith("eval.length: must be at least")
 
 
@@ -93,6 +95,25 @@ def test_processes_must_divide_the_batches(inputs, tmp_path):
     assert list(preflight._batches(job)) == [
         "align.micro_batch: must divide each process's 3 sequences, got 2",
     ]
+
+
+def test_gates_need_samples_that_the_processes_can_share(inputs, tmp_path):
+    from halo import preflight
+
+    select = {
+        "policy": "joint",
+        "joint_batch": 6,
+        "joint_micro_batch": 2,
+        "joint_length": 20,
+        "joint_needle_ratio": 1.0,
+    }
+    tree = changed(inputs, tmp_path, select=select)
+    assert shortfalls(tree).startswith("select: ") and "20" in shortfalls(tree)
+    job = SimpleNamespace(config=make_config(changed(inputs, tmp_path, select=select)))
+    job.compute = SimpleNamespace(world=2)
+    assert list(preflight._batches(job)) == ["select.joint_micro_batch: must divide each process's 3 sequences, got 2"]
+    job.compute.world = 4
+    assert "select.joint_batch: must be a multiple of the 4 processes, got 6" in list(preflight._batches(job))
 
 
 def test_full_disk_and_small_memory_are_found(inputs, tmp_path, monkeypatch):

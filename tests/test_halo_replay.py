@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from halo.cli import app
 from halo.config import default_config
 from halo.replay import read_sweep, replay
+from halo.selection.settings import SelectSettings
 from halo.settings import HaloError
-from halo.stages.select import SelectSettings
 
 SWEEPS = Path(__file__).with_name("published_sweeps")
 ORDERS = {
@@ -33,25 +33,25 @@ def order(name):
 
 @pytest.mark.parametrize("name", ORDERS)
 def test_published_sweep_gives_the_published_order(name):
-    chosen = replay(SWEEPS / f"{name}.csv", SelectSettings(score="paper", eps=EPS[name]))
+    chosen = replay(SWEEPS / f"{name}.csv", SelectSettings(policy="halo", eps=EPS[name]))
     assert chosen.order == order(name)
     assert chosen.layers == sorted(order(name)[: len(chosen.order) // 4])
 
 
 @pytest.mark.parametrize("name", BY_CODE)
 def test_published_code_gives_the_same_layers_in_another_order(name):
-    chosen = replay(SWEEPS / f"{name}.csv", SelectSettings(score="paper", eps=1e-10, clip=50))
+    chosen = replay(SWEEPS / f"{name}.csv", SelectSettings(policy="halo", eps=1e-10, clip=50))
     assert chosen.order[: len(BY_CODE[name])] == BY_CODE[name] and chosen.scores.max() == 50
     assert chosen.layers == sorted(order(name)[: len(chosen.layers)])
 
 
 def test_large_eps_changes_the_choice_of_the_largest_model():
-    kept = replay(SWEEPS / "hypenet-9b.csv", SelectSettings(score="paper", eps=1e-3)).layers
+    kept = replay(SWEEPS / "hypenet-9b.csv", SelectSettings(policy="halo", eps=1e-3)).layers
     assert set(kept) - set(order("hypenet-9b")[:9]) == {22}
 
 
 def test_difference_keeps_the_published_layers_of_4b():
-    kept = replay(SWEEPS / "hypenet-5b.csv", SelectSettings(score="difference")).layers
+    kept = replay(SWEEPS / "hypenet-5b.csv", SelectSettings(policy="difference")).layers
     assert kept == sorted(order("hypenet-5b")[:9])
 
 
@@ -74,12 +74,14 @@ def test_json_and_csv_are_the_same(tmp_path):
 
 
 def test_command():
-    arguments = ["select", "--replay", str(SWEEPS / "hypenet-2b.csv"), "--set", "select.score=paper"]
+    arguments = ["select", "--replay", str(SWEEPS / "hypenet-2b.csv"), "--set", "select.policy=halo"]
     printed = CliRunner().invoke(app, [*arguments, "--set", "select.eps=1e-3"])
     assert printed.exit_code == 0 and "select.layers: [2, 3, 6, 8, 9, 21, 25]" in printed.stdout
     assert [line.split()[1] for line in printed.stdout.splitlines() if line.startswith("*")] == ORDERS[
         "hypenet-2b"
     ].split()[:7]
+    by_default = CliRunner().invoke(app, [*arguments[:3], "--set", "select.eps=1e-3"])
+    assert by_default.stdout == printed.stdout
     fewer = CliRunner().invoke(app, [*arguments, "--set", "select.keep=2", "--config", "hypenet-2b"])
     assert "select.layers: [3, 8]" in fewer.stdout
     assert "layer, recall, language" in " ".join(CliRunner().invoke(app, ["select", "--help"]).stdout.split())
@@ -88,7 +90,7 @@ def test_command():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--set", "select.score=ratio"], "select.score: must be paper or difference to replay averages, got ratio"),
+        (["--set", "select.policy=ratio"], "select.policy: must be halo or difference to replay averages, got ratio"),
         (["--set", "select.keep=40"], "select.keep: must be at most the teacher's 28 layers, got 40"),
         (["--set", "select.eps=0"], "--set: select.eps: must be greater than 0, got 0"),
         (["--out", "x"], "select: --out must come without --replay, which writes nothing"),

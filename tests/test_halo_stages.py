@@ -18,6 +18,7 @@ from halo.compute import Compute
 from halo.config import make_config
 from halo.data import Batch
 from halo.pipeline import Pipeline
+from halo.selection.variants import arranged, one_layer
 from halo.settings import HaloError, TrainingSettings
 from halo.stages.align import Align, AlignSettings
 from halo.stages.distill import Distill, DistillSettings
@@ -270,7 +271,7 @@ def test_swapped_layer_is_the_twin_inside_and_the_teacher_outside():
     batch = random_batch()
     with torch.no_grad():
         before = models.hidden_states(teacher, batch)
-        with models.swapped(teacher, twins, 1):
+        with arranged(teacher, twins, one_layer("twin", 1, 3)):
             calls = []
             with models.observed_attention(teacher, lambda layer, call: calls.append(call)):
                 inside = models.hidden_states(teacher, batch)

@@ -32,7 +32,7 @@ def run_demo(config: Config) -> dict:
     began = time.monotonic()
     out = config.out
     selected = Pipeline(config.model_copy(update={"out": out / SELECTED}))
-    even_selection = config.select.model_copy(update={"score": "even", "layers": None})
+    even_selection = config.select.model_copy(update={"policy": "uniform", "layers": None, "exchange": None})
     even = Pipeline(
         config.model_copy(update={"out": out / SPACED, "aligned": out / SELECTED, "select": even_selection}),
         like=selected,

@@ -1,189 +1,115 @@
-"""Layer selection: one layer at a time is replaced by its aligned twin, and all are measured on the same samples.
+"""Layer selection: variants of the teacher are measured on the same samples, and a policy chooses by the results.
 
-Leaves selection.json: the layers that stay attention, and what was measured.
+Leaves selection.json: the layers that stay attention, what was measured, and what it cost.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterator
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-
-from halo import files, models, selection
-from halo.data import Batch, Corpus
-from halo.evaluation.needle import recall_per_episode
+from halo import files
+from halo.data import Corpus
+from halo.footprint import Sizes
 from halo.job import Job
 from halo.journal import Journal
-from halo.losses import next_token_labels, token_losses
 from halo.progress import StageProgress, say, warn
-from halo.selection import Measurements
-from halo.settings import HOW, HaloError, Settings
+from halo.selection.cost import Cost, Runs, cost_of
+from halo.selection.joint import GATES, train_gates
+from halo.selection.measurer import SPLIT, ModelMeasurer, Samples, Unmeasured
+from halo.selection.policies import choose, count_runs
+from halo.selection.scores import Choice, equivalence_lines
+from halo.selection.settings import SelectSettings, check_layers, gate_settings
 
 MIN_CHUNKS = 2
-
-
-class SelectSettings(Settings):
-    """How to choose the layers that stay softmax attention."""
-
-    keep: PositiveInt | None = Field(None, description="number of attention layers; default: a quarter")
-    layers: list[NonNegativeInt] | None = Field(None, description="keep these and measure nothing")
-    score: Literal["difference", "ratio", "paper", "even"] = Field(
-        "difference", description="how the measured drops become scores; even: evenly spaced, nothing is measured"
-    )
-    language_weight: float = Field(1.0, ge=0, description="weight of the language drop in the difference score")
-    eps: float = Field(1e-6, gt=0, description="added to the denominator of the paper's score")
-    clip: float | None = Field(
-        None, gt=0, description="largest value of the paper's score; the published code has 50, with eps 1e-10"
-    )
-    recall_samples: PositiveInt = Field(200, ge=2, description="recall episodes")
-    recall_length: PositiveInt = Field(512, description="tokens per episode")
-    language_samples: PositiveInt = Field(128, ge=2, description="chunks of held-out text")
-    language_length: PositiveInt = Field(512, ge=2, description="tokens per chunk")
-    batch: PositiveInt = Field(16, json_schema_extra=HOW, description="samples per forward pass")
-    bootstrap: PositiveInt = Field(1000, ge=2, description="resamples for the stability of the choice")
-    stable_share: float = Field(0.8, gt=0, le=1, description="warn when a kept layer is kept in fewer resamples")
+# What the results of variants depend on.
+SAMPLE_SETTINGS = ("recall_samples", "recall_length", "language_samples", "language_length")
 
 
 def run(job: Job) -> None:
     """Choose the layers and write the choice."""
-    settings = job.config.select
-    num_layers = job.teacher_config.num_hidden_layers
-    record: dict[str, Any] = {"num_layers": num_layers, "score": settings.score}
-    keep = check_layers(settings, num_layers)
-    if settings.layers is not None:
-        record |= {"score": "given", "layers": sorted(set(settings.layers))}
-    elif settings.score == "even":
-        record["layers"] = selection.even_layers(num_layers, keep)
-    else:
-        twins = job.measured_mixers()
-        with StageProgress("select", num_layers + 1, job.compute.main) as progress, job.compute.autocast():
-            measured = measure_swaps(
-                job.teacher,
-                twins,
-                job.corpus,
-                settings,
-                job.journal("select"),
-                lambda done, part: progress.update(done, "layers swapped"),
-            )
-        rule = score_rule(settings)
-        chosen = selection.choose(measured, keep, rule, settings.bootstrap, settings.stable_share, job.config.seed)
-        record |= _record(measured, chosen)
+    settings, num_layers = job.config.select, job.teacher_config.num_hidden_layers
+    check_layers(settings, num_layers)
+    record: dict[str, Any] = {"num_layers": num_layers, "policy": settings.policy}
+    record |= _measured(job) if settings.measures else {"layers": choose(Unmeasured(num_layers), settings).layers}
     if job.compute.main:
         for warning in record.get("warnings", []):
             warn(warning)
-        say(f"{'select':10} softmax attention stays in layers {record['layers']} (score: {record['score']})")
+        say(f"{'select':10} softmax attention stays in layers {record['layers']} (policy: {record['policy']})")
+        for line in equivalence_lines(record.get("equivalents", [])):
+            say(f"{'select':10} {line}")
         files.write_json(job.directory("select") / files.SELECTION, record)
+        for checkpoints in job.directory("select").glob(f"{GATES}*/{files.CHECKPOINTS}"):
+            files.remove(checkpoints)
 
 
 def shortfalls(settings: SelectSettings, corpus: Corpus) -> Iterator[str]:
     """Yield a line for everything that the measurement needs and the text or the lengths do not give."""
-    if settings.layers is not None or settings.score == "even":
+    if not settings.measures:
         return
-    least = corpus.task("choose").min_length()
+    least = corpus.task(SPLIT).min_length()
     if settings.recall_length < least:
         yield f"select.recall_length: must be at least {least} with this tokenizer, got {settings.recall_length}"
-    if corpus.count_chunks("choose", settings.language_length) < MIN_CHUNKS:
+    if corpus.count_chunks(SPLIT, settings.language_length) < MIN_CHUNKS:
         yield (
             f"select.language_length: must leave {MIN_CHUNKS} chunks of held-out text, got {settings.language_length} "
-            f"tokens of {corpus.store('choose').num_tokens}; raise data.held_out"
+            f"tokens of {corpus.store(SPLIT).num_tokens}; raise data.held_out"
         )
+    if settings.policy == "joint":
+        training = gate_settings(settings)
+        corpus.samples(training.length, training.needle_ratio)  # raises what it lacks
 
 
-def score_rule(settings: SelectSettings) -> selection.ScoreRule:
-    """Return how scores are computed."""
-    return selection.ScoreRule(settings.score, settings.language_weight, settings.eps, settings.clip)
+def open_journal(job: Job) -> Journal:
+    """Open the journal of the variants, whose results do not depend on the policy."""
+    identity = job.identity("select")
+    identity["select"] = {name: identity["select"][name] for name in SAMPLE_SETTINGS}
+    return Journal(job.directory("select"), identity, job.compute)
 
 
-def check_layers(settings: SelectSettings, num_layers: int) -> int:
-    """Return the number of layers to keep.
-
-    Raises:
-        HaloError: If the teacher has fewer layers than the settings ask for.
-    """
-    if settings.layers is not None and (not settings.layers or max(settings.layers) >= num_layers):
-        raise HaloError(f"select.layers: must be layers below {num_layers}, got {settings.layers}")
-    keep = settings.keep or max(1, num_layers // 4)
-    if keep > num_layers:
-        raise HaloError(f"select.keep: must be at most the teacher's {num_layers} layers, got {keep}")
-    return keep
-
-
-def measure_swaps(
-    teacher: PreTrainedModel,
-    twins: nn.ModuleList,
-    corpus: Corpus,
-    settings: SelectSettings,
-    journal: Journal,
-    on_progress: Callable[[int, str], None] = lambda done, part: None,
-) -> Measurements:
-    """Measure recall and loss per sample, for the teacher and with each layer replaced by its twin.
-
-    Args:
-        teacher: The teacher; its own layers are put back.
-        twins: The aligned recurrent mixers.
-        corpus: Provides held-out text and episodes.
-        settings: Numbers and lengths of the samples.
-        journal: Keeps the results of finished layers.
-        on_progress: Called with the number of parts that are done, and the name of the last one.
-    """
-    teacher.eval()
-    twins.eval()
-    task = corpus.task("choose")
-    chunks = corpus.chunks("choose", settings.language_samples, settings.language_length)
-    if len(chunks) < settings.language_samples:
-        warn(
-            f"select: the held-out text has {len(chunks)} chunks of {settings.language_length} tokens, "
-            f"not {settings.language_samples}"
+def _measured(job: Job) -> dict[str, Any]:
+    """Measure and choose, and return what selection.json has of it."""
+    settings, num_layers, main = job.config.select, job.teacher_config.num_hidden_layers, job.compute.main
+    cost = _cost(job, count_runs(settings, num_layers), settings)
+    if main:
+        say(f"{'select':10} policy {settings.policy} takes {cost.line()}")
+    twins = job.measured_mixers()
+    samples = Samples.draw(job.corpus, settings)
+    # Training shows its own progress, and there is one line for it.
+    shown = main and settings.policy != "joint"
+    with StageProgress("select", cost.passes, shown) as progress, job.compute.autocast():
+        measurer = ModelMeasurer(
+            job.teacher,
+            twins,
+            samples,
+            settings,
+            open_journal(job),
+            job.config.seed,
+            progress.update,
+            partial(train_gates, job, twins),
         )
-
-    def measure() -> dict[str, list[float]]:
-        samples, length, batch = settings.recall_samples, settings.recall_length, settings.batch
-        recall = recall_per_episode(teacher, task, length, samples, corpus.seed, batch_size=batch)
-        loss = chunk_losses(teacher, chunks, batch)
-        return {"recall": recall.tolist(), "loss": loss.tolist()}
-
-    def measure_swap(layer: int) -> dict[str, list[float]]:
-        with models.swapped(teacher, twins, layer):
-            return measure()
-
-    parts: dict[str, Callable[[], Any]] = {"teacher": measure}
-    parts |= {f"layer {layer}": partial(measure_swap, layer) for layer in range(len(twins))}
-    whole, *swaps = journal.measure(parts, on_progress).values()
-    recalls, losses = (np.array([swap[name] for swap in swaps]) for name in ("recall", "loss"))
-    return Measurements(np.array(whole["recall"]), np.array(whole["loss"]), recalls, losses)
+        choice = choose(measurer, settings)
+    students = sum(variant.is_student for variant in measurer.measured.values())
+    runs = Runs(len(measurer.measured) - students, students, 0, cost.runs.training_tokens)
+    drawn = {"language_samples": len(samples.text), "recall_samples": len(samples.episodes)}
+    return _record(choice, num_layers) | drawn | {"cost": _cost(job, runs, settings.model_copy(update=drawn)).plain()}
 
 
-@torch.no_grad()
-def chunk_losses(model: PreTrainedModel, chunks: Tensor, batch: int) -> np.ndarray:
-    """Return the mean next-token loss of each chunk [n, T] in nats, float64 [n]."""
-    losses = []
-    head = model.get_output_embeddings().weight
-    for ids in chunks.split(batch):
-        ids = ids.to(head.device)
-        hidden_BTD = models.hidden_states(model, Batch(ids, torch.zeros_like(ids, dtype=torch.int32)))
-        per_token = token_losses(hidden_BTD, head, next_token_labels(ids))
-        losses.append(per_token.double().sum(-1).cpu() / (ids.shape[1] - 1))
-    return torch.cat(losses).numpy()
+def _cost(job: Job, runs: Runs, settings: SelectSettings) -> Cost:
+    teacher, mixer = job.teacher_config, job.config.mixer
+    kept = range(check_layers(settings, teacher.num_hidden_layers))
+    sizes = Sizes.of(teacher, mixer, kept, **job.config.architecture)
+    return cost_of(runs, settings, sizes.teacher, sizes.twins, sizes.student, job.compute.dtype.itemsize)
 
 
-def _record(measured: Measurements, chosen: selection.Plan) -> dict[str, Any]:
-    drops = selection.measure_drops(measured)
-    columns = {key: value.tolist() for key, value in asdict(drops).items()}
-    columns |= {"score_value": chosen.scores.tolist(), "score_error": chosen.score_error.tolist()}
-    columns |= {"kept_share": chosen.kept_share.tolist()}
-    layers = range(len(chosen.scores))
-    rows = [{"layer": layer} | {key: column[layer] for key, column in columns.items()} for layer in layers]
+def _record(choice: Choice, num_layers: int) -> dict[str, Any]:
+    """Return a choice as plain JSON, with a row for each layer."""
+    columns = {"score": choice.scores, "score_error": choice.score_error, "kept_share": choice.kept_share}
+    plain = {name: values.tolist() for name, values in (columns | choice.columns).items() if values is not None}
     return {
-        "layers": chosen.layers,
-        "teacher_recall": float(measured.recall.mean()),
-        "teacher_loss": float(measured.loss.mean()),
-        "episodes": len(measured.recall),
-        "chunks": len(measured.loss),
-        "warnings": chosen.warnings,
-        "table": rows,
+        "layers": choice.layers,
+        "equivalents": choice.equivalents,
+        "exchanges": choice.exchanges,
+        "rounds": choice.rounds,
+        "warnings": choice.warnings,
+        "table": [{"layer": i} | {name: values[i] for name, values in plain.items()} for i in range(num_layers)],
     }
