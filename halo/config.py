@@ -8,15 +8,17 @@ import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import Field, PositiveInt, ValidationError, field_validator
+from pydantic import Field, PositiveInt, ValidationError, field_validator, model_validator
 
+from halo.calibration.choice import chosen_parts
 from halo.data import DataSettings
 from halo.selection.settings import SelectSettings
 from halo.settings import HOW, HaloError, Settings
 from halo.stages.align import AlignSettings
+from halo.stages.calibrate import CalibrateSettings
 from halo.stages.distill import DistillSettings
 from halo.stages.evaluate import EvalSettings
 from halo.stages.finetune import FinetuneSettings
@@ -51,6 +53,7 @@ class Config(Settings):
     )
     tensorboard: bool = Field(False, json_schema_extra=HOW, description="write TensorBoard's event files too")
     data: DataSettings
+    calibrate: CalibrateSettings = CalibrateSettings()
     align: AlignSettings = AlignSettings()
     select: SelectSettings = SelectSettings()
     distill: DistillSettings = DistillSettings()
@@ -68,6 +71,11 @@ class Config(Settings):
             if "_use_" in name and not isinstance(value, bool):
                 raise ValueError(f"{name} must be true or false, got {value!r}")
         return fields
+
+    @model_validator(mode="after")
+    def _mixer_has_the_parts(self) -> Self:
+        chosen_parts(self.calibrate.parts, self.mixer)
+        return self
 
 
 def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
@@ -173,7 +181,7 @@ def _explain(error: Mapping[str, Any]) -> str:
         return f"{key}: must be a section of keys, such as {key}.{_first_key(key)}, got {value!r}"
     rule = re.sub(r"^(Value error, |(Input|String|List|Tuple) should )", "", error["msg"])
     if error["type"] == "value_error":
-        return f"{key}: {rule}"
+        return f"{key}: {rule}" if parts else rule
     shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:77]}..."
     return f"{key}: must {rule}, got {shown}"
 

@@ -21,7 +21,7 @@ from halo.selection.cost import cost_of
 from halo.selection.policies import count_runs
 from halo.selection.settings import check_layers, gate_settings
 from halo.settings import HaloError, LossSettings, TrainingSettings
-from halo.stages import STAGES, TRAINED_STAGES
+from halo.stages import ALIGNED_STAGES, STAGES, TRAINED_STAGES
 from halo.stages.evaluate import MIN_SAMPLES
 
 UTILISATION = {"align": 0.16, "distill": 0.36, "finetune": 0.40, "select": 0.3, "scale": 0.3, "eval": 0.3}
@@ -111,9 +111,7 @@ def plan(config: Config, gpus: str, teacher_config: PreTrainedConfig, machine: M
     kept = sorted(set(config.select.layers)) if config.select.layers is not None else range(keep)
     sizes = Sizes.of(teacher_config, config.mixer, kept, **config.architecture)
     planner = _Planner(config, machine, sizes)
-    stages = [
-        getattr(planner, name)() for name in STAGES if config.aligned is None or name not in ("transfer", "align")
-    ]
+    stages = [getattr(planner, name)() for name in STAGES if config.aligned is None or name not in ALIGNED_STAGES]
     trained = sum(stage.tokens for stage in stages if isinstance(getattr(config, stage.name, None), TrainingSettings))
     streamed = all(_is_streamed(entry.source) for entry in config.data.sources())
     shards = TOKEN_BYTES * trained / (1 - config.data.held_out) if streamed else None

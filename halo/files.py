@@ -4,7 +4,7 @@
 <out>/data/                  tokenised text
 <out>/teacher/               a .gguf teacher, converted
 <out>/<stage>/               a stage's result; finished once done.json is there, which is written last
-<out>/<stage>/checkpoints/   step-N, the last two, while a training stage runs
+<out>/<stage>/checkpoints/   step-N, the last two, while a training stage runs; layer-N of calibrate
 <out>/model/                 the finished model
 """
 
@@ -26,6 +26,7 @@ DONE = "done.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 MIXERS = "mixers.safetensors"
+CALIBRATION = "calibration.json"
 SELECTION = "selection.json"
 SCALE = "scale.json"
 RESULTS = "results.json"

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from halo import files, models, teachers
+from halo.calibration.choice import chosen_parts
 from halo.compute import Compute
 from halo.data import Batch, Corpus, batches
 from halo.flops import stage_flops_per_token
@@ -20,7 +21,7 @@ from halo.journal import Journal
 from halo.progress import TokenisingProgress
 from halo.settings import HaloError, Settings, TrainingSettings
 from halo.sharding import whole_state
-from halo.stages import STAGES, TRAINED_STAGES
+from halo.stages import ALIGNED_STAGES, SAMPLE_ORDERS, STAGES, TRAINED_STAGES
 from halo.trainer import Run, Training, train
 from halo.unpacking import unpacked
 from hypenet import HypeNetForCausalLM
@@ -95,9 +96,9 @@ class Job:
 
     def directory(self, stage: str) -> Path:
         """Return the directory of a stage's result."""
-        if stage in ("transfer", "align") and self.config.aligned is not None:
+        if stage in ALIGNED_STAGES and self.config.aligned is not None:
             other = self.config.aligned
-            return other / stage if (other / stage / files.DONE).is_file() or stage == "transfer" else other
+            return other / stage if (other / stage / files.DONE).is_file() or stage != "align" else other
         return self.out / stage
 
     def identity(self, stage: str) -> dict[str, Any]:
@@ -117,8 +118,14 @@ class Job:
             found["aligned"] = str(config.aligned)
         for name in STAGES[: STAGES.index(stage) + 1]:
             section = getattr(config, name, None)
-            if isinstance(section, Settings) and not (name == "align" and config.aligned is not None):
-                found[name] = section.identity()
+            if not isinstance(section, Settings) or (name in ALIGNED_STAGES and config.aligned is not None):
+                continue
+            found[name] = section.identity()
+            if name == "calibrate":
+                parts = chosen_parts(config.calibrate.parts, config.mixer)
+                found[name]["parts"] = "+".join(parts)
+                if not parts:  # as runs of versions without this stage
+                    del found[name]
         return found
 
     @cached_property
@@ -133,8 +140,7 @@ class Job:
     def train(self, training: Training) -> None:
         """Train a stage on its samples."""
         settings = training.settings
-        offset = STAGES.index(training.name)
-        samples = self.corpus.samples(settings.length, settings.needle_ratio, offset)
+        samples = self.corpus.samples(settings.length, settings.needle_ratio, SAMPLE_ORDERS[training.name])
 
         def source(step: int) -> Iterator[Batch]:
             return batches(samples, settings.batch, step, self.compute.rank, self.compute.world, self.compute.device)
@@ -180,7 +186,7 @@ class Job:
         return [Batch(ids, torch.zeros_like(ids, dtype=torch.int32)) for ids in whole.split(size)]
 
     def load_mixers(self, stage: str) -> nn.ModuleList:
-        """Load the twins that transfer or align left, in float32 on the CPU."""
+        """Load the twins that transfer, calibrate or align left, in float32 on the CPU."""
         path = self.directory(stage) / files.MIXERS
         config, remedy = self.config, _again(path.parent)
         return models.load_mixers(path, self.teacher_config, config.mixer, remedy, **config.architecture)

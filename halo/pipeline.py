@@ -24,7 +24,7 @@ from halo.job import Job
 from halo.plan import expectation
 from halo.progress import say
 from halo.settings import HaloError
-from halo.stages import STAGES, stage_module
+from halo.stages import ALIGNED_STAGES, STAGES, stage_module
 
 LOCK = ".lock"
 
@@ -64,7 +64,7 @@ class Pipeline:
                 process works in the same output directory.
         """
         job = self.job
-        if stage in ("transfer", "align") and self.config.aligned is not None:
+        if stage in ALIGNED_STAGES and self.config.aligned is not None:
             self._say(f"{stage:10} taken from {job.directory(stage)}")
             return
         directory = job.directory(stage)

@@ -19,7 +19,7 @@ from halo.hardware import main_memory, this_machine
 from halo.job import Job
 from halo.selection.settings import check_layers, gate_settings
 from halo.settings import HaloError, Settings, TrainingSettings
-from halo.stages import STAGES, TRAINED_STAGES, stage_module
+from halo.stages import SAMPLE_ORDERS, STAGES, TRAINED_STAGES, stage_module
 from hypenet import HypeNetForCausalLM, config_from_teacher
 
 MODELS_ON_DISK = 3  # of distill, finetune and scale
@@ -91,11 +91,11 @@ def _data(job: Job) -> Iterator[str]:
     except HaloError as error:
         yield str(error)
         return
-    for number, name in enumerate(STAGES):
+    for name in STAGES:
         section = getattr(job.config, name, None)
         if isinstance(section, TrainingSettings) and section.steps:
             try:
-                corpus.samples(section.length, section.needle_ratio, number)
+                corpus.samples(section.length, section.needle_ratio, SAMPLE_ORDERS[name])
             except HaloError as error:
                 yield f"{name}: {error}"
             if section.held_out_every and corpus.count_chunks("choose", section.length) < max(2, job.compute.world):

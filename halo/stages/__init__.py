@@ -4,6 +4,7 @@ from types import ModuleType
 
 STAGE_HELP = {
     "transfer": "Build a recurrent twin of every attention layer from its weights.",
+    "calibrate": "Set decays, gates and gains of the twins by closed forms, from a little training text.",
     "align": "Stage 1: train each twin to reproduce the output of its attention layer.",
     "select": "Choose the layers that stay attention, by replacing one layer at a time with its twin.",
     "distill": "Stage 2: train the hybrid to match the teacher's next-token distribution.",
@@ -13,6 +14,10 @@ STAGE_HELP = {
 }
 STAGES = tuple(STAGE_HELP)
 TRAINED_STAGES = ("align", "distill", "finetune")
+# What a conversion can take over from another one.
+ALIGNED_STAGES = ("transfer", "calibrate", "align")
+# Seeds the order of a stage's samples of training text. Another number would give a run that is continued other data.
+SAMPLE_ORDERS = {"align": 1, "distill": 3, "finetune": 4, "calibrate": 7}
 
 
 def stage_module(name: str) -> ModuleType:

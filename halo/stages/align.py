@@ -105,7 +105,8 @@ class Align(Training):
 
 def run(job: Job) -> None:
     """Align the twins and save them."""
-    twins = job.load_mixers("transfer").to(job.compute.device)
+    calibrated = job.config.calibrate.parts != "off"
+    twins = job.load_mixers("calibrate" if calibrated else "transfer").to(job.compute.device)
     training = Align(job.teacher, twins, job.config.align, job.config.data.isolate_documents)
     job.train(training)
     state = whole_state(training.mixers, job.compute)
