@@ -3,7 +3,7 @@
     rank   the twin's decays, given to its heads in the order in which they look back
     decay  half-lives equal to the distances that the heads look back
     beta   write strengths of the delta rule, stronger for heads whose attention is concentrated
-    gate   output gates open in the mean
+    gate   output gates that are nearly constant and open
     gain   a factor for each channel or head after the norm, by least squares to the heads' outputs
     ridge  the output projection, by ridge regression of the layer's output that starts from the copied one
 
@@ -13,12 +13,13 @@ A part works on any mixer that has what it sets. H heads, C hidden size, W = H *
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from halo.calibration.layer import LayerData, input_of
-from halo.calibration.statistics import Statistics
+from halo.calibration.statistics import Statistics, constant_direction
 from hypenet.mixers import Mixer, alibi_log_decay
 
 SHORTEST = 0.5  # tokens; the half-life of a head that looks at its own token only
@@ -40,7 +41,12 @@ class Fit:
     data: LayerData
     statistics: Statistics
     per_head: bool = False
-    ridge_eps: float = 1e-3
+    ridge_eps: float = 0.1
+
+    @cached_property
+    def constant_C(self) -> Tensor:
+        """The row whose product with the layer's input is nearest to 1, float64 [C]."""
+        return constant_direction(self.data)
 
 
 @torch.no_grad()
@@ -66,16 +72,16 @@ def decay(mixer: Mixer, fit: Fit) -> None:
 
 @torch.no_grad()
 def beta(mixer: Mixer, fit: Fit) -> None:
-    """Give each head a mean write strength 2 sigmoid(x Wb) between WEAKEST and STRONGEST."""
+    """Give each head a nearly constant write strength 2 sigmoid(x Wb) between WEAKEST and STRONGEST."""
     strength = WEAKEST + (STRONGEST - WEAKEST) * concentration(fit.statistics.entropy_H)
-    mixer.get_parameter("b_proj.weight").copy_(mean_direction(fit.statistics.mean_C, (strength / 2).logit()))
+    mixer.get_parameter("b_proj.weight").copy_((strength / 2).logit()[:, None] * fit.constant_C)
 
 
 @torch.no_grad()
 def gate(mixer: Mixer, fit: Fit) -> None:
-    """Give every channel of the output gate silu(x Wg) the value 1 for the mean input."""
+    """Give every channel of the output gate silu(x Wg) a nearly constant value of 1."""
     weight = mixer.get_parameter("g_proj.weight")
-    weight.copy_(mean_direction(fit.statistics.mean_C, fit.statistics.mean_C.new_full(weight.shape[:1], OPEN)))
+    weight.copy_((OPEN * fit.constant_C).expand_as(weight))
 
 
 @torch.no_grad()
@@ -131,11 +137,6 @@ PARTS: dict[str, Callable[[Mixer, Fit], None]] = {
 }
 
 
-def mean_direction(mean_C: Tensor, value_H: Tensor) -> Tensor:
-    """Return rows [H, C] whose product with the mean input is a value for each."""
-    return value_H[:, None] * mean_C / mean_C.square().sum().clamp(min=torch.finfo(mean_C.dtype).tiny)
-
-
 def concentration(entropy_H: Tensor) -> Tensor:
     """Return how narrow each head's attention is among those of its layer, from 0 to 1."""
     width = (entropy_H.max() - entropy_H.min()).clamp(min=1e-3)
@@ -164,10 +165,8 @@ def restore_slopes(mixer: Mixer) -> None:
     channels = (order[:, None] * mixer.head_dim + torch.arange(mixer.head_dim, device=order.device)).flatten()
     for name, parameter in mixer.named_parameters():
         module, kind = name.split(".")
-        if module in ("q_proj", "k_proj", "v_proj", "z_proj") or (
-            module == "o_norm" and len(parameter) == len(channels)
-        ):
-            parameter.copy_(parameter[channels])
-        elif (module, kind) == ("o_proj", "weight"):
+        if (module, kind) == ("o_proj", "weight"):
             parameter.copy_(parameter[:, channels])
+        elif module in ("q_proj", "k_proj", "v_proj", "z_proj", "o_norm"):
+            parameter.copy_(parameter[channels])
     decays.copy_(decays[order])

@@ -1,9 +1,10 @@
 """What the heads of an attention layer do: how far they look back, and how widely.
 
 Attention probabilities are computed for a block of queries at a time, so nothing grows with T^2.
-H heads, T queries of which t are in a block, S keys, D head dimension, C hidden size.
+H heads of queries, K of keys, T queries of which t are in a block, S keys, D head dimension, C hidden size.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,12 +23,10 @@ class Statistics:
     Attributes:
         look_back_H: Distance in tokens to what a query attends to, float64 [H].
         entropy_H: Entropy of its attention probabilities, nats, float64 [H].
-        mean_C: The layer's input, float64 [C].
     """
 
     look_back_H: Tensor
     entropy_H: Tensor
-    mean_C: Tensor
 
 
 @torch.no_grad()
@@ -49,54 +48,78 @@ def measure(
     Returns:
         The statistics, on the device of the data.
     """
-    device = data.x_NTC.device
-    heads = 0
-    look_back_H = entropy_H = torch.zeros(())
-    queries = 0
-    offsets_NT = data.offsets()
-    with torch.autocast(device.type, enabled=False):
-        for row, one in enumerate(data.sequences()):
-            q_HTD, k_HSD = _queries_and_keys(attention, one)
-            if not heads:
-                heads = q_HTD.shape[0]
-                look_back_H = torch.zeros(heads, dtype=torch.float64, device=device)
-                entropy_H = torch.zeros_like(look_back_H)
-            group = heads // k_HSD.shape[0]
-            places, documents, offsets = (
-                torch.arange(one.x_NTC.shape[1], device=device),
-                one.documents_NT[0],
-                offsets_NT[row],
-            )
-            for start in range(0, len(places), block):
-                stop = min(start + block, len(places))
-                distance_tS = places[start:stop, None] - places[:stop]
-                seen_tS = (
-                    (distance_tS >= 0) & (documents[start:stop, None] == documents[:stop]) & (offsets[:stop] >= sinks)
-                )
+    heads = attention.get_parameter("q_proj.weight").shape[0] // _head_dim(attention)
+    look_back_H = torch.zeros(heads, dtype=torch.float64, device=data.x_NTC.device)
+    entropy_H, queries = torch.zeros_like(look_back_H), 0
+    with torch.autocast(data.x_NTC.device.type, enabled=False):
+        for one in data.sequences():
+            q_HTD, k_KSD = _queries_and_keys(attention, one)
+            for start in range(0, q_HTD.shape[1], block):
+                distance_tS, seen_tS = _visible(one, start, block, sinks)
                 counted = seen_tS.any(1)
-                distance_tS, seen_tS = distance_tS[counted], seen_tS[counted]
-                q_GHtD = q_HTD[:, start:stop][:, counted].unflatten(0, (-1, group)).transpose(0, 1)
-                scores_HtS = (q_GHtD @ k_HSD[:, :stop].mT).transpose(0, 1).flatten(0, 1)
-                p_HtS = scores_HtS.masked_fill_(~seen_tS, -torch.inf).softmax(-1)
-                distance_tS = distance_tS.clamp(min=least_distance).to(p_HtS.dtype)
+                p_HtS = _probabilities(q_HTD[:, start : start + block][:, counted], k_KSD, seen_tS[counted])
                 entropy_H += torch.special.entr(p_HtS).sum(-1).double().sum(-1)
-                look_back_H += p_HtS.mul_(distance_tS).sum(-1).double().sum(-1)
-                queries += len(distance_tS)
+                p_HtS.mul_(distance_tS[counted].clamp(min=least_distance))
+                look_back_H += p_HtS.sum(-1).double().sum(-1)
+                queries += int(counted.sum())
     count = max(queries, 1)
-    return Statistics(look_back_H / count, entropy_H / count, data.x_NTC.double().mean((0, 1)))
+    return Statistics(look_back_H / count, entropy_H / count)
+
+
+@torch.no_grad()
+def constant_direction(data: LayerData, eps: float = 1e-2) -> Tensor:
+    """Return the row w of the product w x that is nearest to 1 for all inputs x, and 1 in the mean, float64 [C].
+
+    Of the directions in which the input has a mean, it is the one in which it varies least: a gate from this row is
+    nearly constant, which one along the mean itself is not.
+
+    Args:
+        data: The layer's input x.
+        eps: Penalty of large rows, relative to the mean power of the inputs.
+    """
+    size, device = data.x_NTC.shape[-1], data.x_NTC.device
+    moment = torch.zeros(size, size, dtype=torch.float64, device=device)
+    total = torch.zeros(size, dtype=torch.float64, device=device)
+    with torch.autocast(device.type, enabled=False):
+        for one in data.sequences():
+            x = one.x_NTC.flatten(0, 1)
+            x = x.to(x.dtype if x.dtype in WIDE else torch.float32)
+            moment += x.T @ x
+            total += x.double().sum(0)
+    moment.diagonal().add_(eps * moment.diagonal().mean())
+    row = torch.linalg.solve_ex(moment, total).result
+    mean = row @ total / math.prod(data.x_NTC.shape[:2])
+    return row / mean
+
+
+def _visible(one: LayerData, start: int, block: int, sinks: int) -> tuple[Tensor, Tensor]:
+    """Return the distances from a block of queries to the keys up to its end, int64 [t, S], and which keys count."""
+    places = torch.arange(one.x_NTC.shape[1], device=one.x_NTC.device)
+    queries, keys = places[start : start + block, None], places[: start + block]
+    documents, offsets = one.documents_NT[0], one.offsets()[0]
+    seen_tS = (keys <= queries) & (documents[queries] == documents[keys]) & (offsets[keys] >= sinks)
+    return queries - keys, seen_tS
+
+
+def _probabilities(q_HtD: Tensor, k_KSD: Tensor, seen_tS: Tensor) -> Tensor:
+    """Return the attention of a block of queries to the first keys, [H, t, S]; each head of keys serves H / K."""
+    k_KSD = k_KSD[:, : seen_tS.shape[1]]
+    q_KGtD = q_HtD.unflatten(0, (k_KSD.shape[0], -1))
+    scores_HtS = (q_KGtD @ k_KSD[:, None].mT).flatten(0, 1)
+    return scores_HtS.masked_fill_(~seen_tS, -torch.inf).softmax(-1)
 
 
 def _queries_and_keys(attention: nn.Module, one: LayerData) -> tuple[Tensor, Tensor]:
-    """Return the scaled queries [H, T, D] and the keys [HK, T, D] of one sequence, after norm and rotation."""
-    head_dim: int = attention.head_dim  # type: ignore[assignment]
-    q, k = (attention.get_submodule(name)(one.x_NTC.to(_dtype(attention))) for name in ("q_proj", "k_proj"))
-    q, k = (x.unflatten(-1, (-1, head_dim)) for x in (q, k))
+    """Return the scaled queries [H, T, D] and the keys [K, T, D] of one sequence, after norm and rotation."""
+    dtype = attention.get_parameter("q_proj.weight").dtype
+    q, k = (attention.get_submodule(name)(one.x_NTC.to(dtype)) for name in ("q_proj", "k_proj"))
+    q, k = (x.unflatten(-1, (-1, _head_dim(attention))) for x in (q, k))
     if hasattr(attention, "q_norm"):
         q, k = attention.get_submodule("q_norm")(q), attention.get_submodule("k_norm")(k)
     wide = q.dtype if q.dtype in WIDE else torch.float32
     q, k = (rotate(x.to(wide), one.cos_NTD.to(wide), one.sin_NTD.to(wide))[0].transpose(0, 1) for x in (q, k))
-    return q * head_dim**-0.5, k
+    return q * _head_dim(attention) ** -0.5, k
 
 
-def _dtype(attention: nn.Module) -> torch.dtype:
-    return attention.get_parameter("q_proj.weight").dtype
+def _head_dim(attention: nn.Module) -> int:
+    return attention.head_dim  # type: ignore[return-value]

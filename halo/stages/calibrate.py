@@ -6,6 +6,7 @@ other sequences as soon as it has run; nothing is trained. Source: arXiv 2606.16
 Leaves mixers.safetensors, the twins' weights in float32, and calibration.json.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ class CalibrateSettings(Settings):
     length: PositiveInt = Field(4096, ge=SHORTEST, description="tokens per sequence, or fewer if the text is short")
     sinks: NonNegativeInt = Field(4, description="first tokens that do not count for how far a head looks back")
     gain: Literal["channel", "head"] = Field("channel", description="what the part gain has a factor for")
-    ridge: float = Field(1e-3, gt=0, description="penalty of the part ridge, relative to the mean power of its inputs")
+    ridge: float = Field(0.1, gt=0, description="penalty of the part ridge, relative to the mean power of its inputs")
     block: PositiveInt = Field(
         256, json_schema_extra=HOW, description="queries whose attention is in memory at a time, of one sequence"
     )
@@ -90,6 +91,8 @@ class Calibration:
             else:
                 parts.PARTS[part](mixer, fit)
             errors.append(relative_error(mixer, held))
+        if not all(math.isfinite(error) for error in errors):
+            raise HaloError(f"calibrate: errors must be finite, got {errors} in layer {layer} for {list(self.parts)}")
         if "rank" in self.parts:
             parts.restore_slopes(mixer)
         return {"layer": layer, "errors": errors} | _plain(statistics)
