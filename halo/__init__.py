@@ -1,4 +1,4 @@
-"""HALO: converts a Qwen3 Transformer into a HypeNet by transfer, align, select, distill, finetune, scale and eval."""
+"""HALO: converts a Transformer into a HypeNet, in the stages of `halo.stages`."""
 
 from halo.extras import version
 

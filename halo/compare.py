@@ -36,7 +36,7 @@ class Conversion:
         directory: Of the run.
         settings: All of them, by dotted key.
         metrics: The lines of metrics.jsonl of each training stage.
-        records: done.json of each stage that is finished, and the result of select, scale and eval.
+        records: done.json of each stage that is finished, and the result of calibrate, select, scale and eval.
     """
 
     directory: Path
@@ -60,10 +60,11 @@ class Conversion:
         places = {stage: directory / stage for stage in STAGES}
         if tree.get("aligned"):
             other = Path(tree["aligned"])
+            places["calibrate"] = other / "calibrate"
             places["align"] = other / "align" if (other / "align").is_dir() else other
         records = {}
         for stage, place in places.items():
-            for name in (files.DONE, files.SELECTION, files.SCALE, files.RESULTS):
+            for name in (files.DONE, files.CALIBRATION, files.SELECTION, files.SCALE, files.RESULTS):
                 if (place / name).is_file():
                     remedy = f"delete {place} to run its stage again"
                     records[f"{stage}/{name}"] = files.read_json(place / name, remedy)
@@ -90,8 +91,8 @@ def compare(directories: Sequence[Path]) -> dict[str, list[Row]]:
         directories: Their output directories, at least two.
 
     Returns:
-        Rows under the headings settings, layers, training, scale, evaluation and seconds; of the settings only those
-        that differ, of the rest those that any run has.
+        Rows under the headings settings, calibration, layers, training, scale, evaluation and seconds; of the settings
+        only those that differ, of the rest those that any run has.
 
     Raises:
         HaloError: If there are fewer than two, or one cannot be read.
@@ -101,6 +102,7 @@ def compare(directories: Sequence[Path]) -> dict[str, list[Row]]:
     runs = [Conversion.read(directory) for directory in directories]
     found = {
         "settings": list(_settings(runs)),
+        "calibration": list(_calibration(runs)),
         "layers": list(_layers(runs)),
         "training": list(_training(runs)),
         "scale": list(_scale(runs)),
@@ -128,6 +130,15 @@ def _settings(runs: list[Conversion]) -> Iterator[Row]:
         values = [_written(run.settings[key]) if key in run.settings else None for run in runs]
         if len(set(values)) > 1 and key != "out":
             yield Row(key, values)
+
+
+def _calibration(runs: list[Conversion]) -> Iterator[Row]:
+    records = [run.record("calibrate", files.CALIBRATION) for run in runs]
+    yield from _row("parts", ["+".join(record["parts"]) if record else None for record in records], str)
+    for title, place in (("before", 0), ("after", -1)):
+        errors = [[row["errors"][place] for row in record.get("layers", [])] for record in records]
+        means = [sum(values) / len(values) if values else None for values in errors]
+        yield from _row(f"relative error {title}, mean of layers", means, _number)
 
 
 def _layers(runs: list[Conversion]) -> Iterator[Row]:

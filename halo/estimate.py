@@ -13,8 +13,9 @@ import torch
 from transformers import PreTrainedConfig
 
 from halo import footprint
+from halo.calibration.choice import chosen_parts
 from halo.config import Config
-from halo.flops import ModelSize, training_flops
+from halo.flops import ModelSize, calibration_flops, training_flops
 from halo.footprint import Memory, Sizes
 from halo.hardware import Machine, find_machine
 from halo.selection.cost import cost_of
@@ -24,7 +25,15 @@ from halo.settings import HaloError, LossSettings, TrainingSettings
 from halo.stages import ALIGNED_STAGES, STAGES, TRAINED_STAGES
 from halo.stages.evaluate import MIN_SAMPLES
 
-UTILISATION = {"align": 0.16, "distill": 0.36, "finetune": 0.40, "select": 0.3, "scale": 0.3, "eval": 0.3}
+UTILISATION = {
+    "calibrate": 0.2,
+    "align": 0.16,
+    "distill": 0.36,
+    "finetune": 0.40,
+    "select": 0.3,
+    "scale": 0.3,
+    "eval": 0.3,
+}
 CPU_UTILISATION = 0.5  # of the measured rate of matrix products, all stages
 TOKEN_BYTES = 4  # of a token in a shard
 
@@ -143,6 +152,18 @@ class _Planner:
 
     def transfer(self) -> StagePlan:
         return self._stage("transfer", None, 0, 0.0, None, footprint.model_bytes(self.sizes.mixers))
+
+    def calibrate(self) -> StagePlan:
+        settings, sizes = self.config.calibrate, self.sizes
+        parts = chosen_parts(settings.parts, self.config.mixer)
+        if not parts:
+            return self._stage("calibrate", None, 0, 0.0, None, 0.0)
+        fitted, held = settings.samples * settings.length, settings.held_samples * settings.length
+        # Every process runs the teacher on all sequences, and calibrates its share of the layers.
+        teacher = (fitted + held) * sizes.teacher.forward(settings.length) * self.machine.processes
+        flops = teacher + calibration_flops(sizes.teacher, sizes.twins, settings.length, fitted, held, parts)
+        memory = footprint.calibrate_memory(sizes.teacher, sizes.twins, settings, self.machine)
+        return self._stage("calibrate", None, fitted + held, flops, memory, footprint.model_bytes(sizes.mixers))
 
     def align(self) -> StagePlan:
         return self._trained("align", self.config.align, self.sizes.twins, self.sizes.mixers)

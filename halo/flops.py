@@ -195,6 +195,33 @@ def training_flops(
     raise ValueError(f"stage_flops_per_token: stage must be align, distill or finetune, got {stage!r}")
 
 
+def calibration_flops(
+    teacher: ModelSize, twins: ModelSize, length: int, fitted: int, held: int, parts: Sequence[str]
+) -> float:
+    """Return the operations of a calibration beside the pass of the teacher.
+
+    Args:
+        teacher, twins: The teacher, and its size with a twin in every layer.
+        length: Tokens per sequence.
+        fitted, held: Tokens of all sequences to fit on and to measure on.
+        parts: What is calibrated.
+    """
+    # Queries, keys and their products; then each twin's passes: to measure at first and after each part, and to fit.
+    measured = sum(
+        2.0 * teacher.hidden * (x.heads + x.kv_heads) * x.head_dim + x.mixing(length) / 2 for x in teacher.layers
+    )
+    passes = held * (len(parts) + 1) + fitted * sum(
+        {"gain": 1, "ridge": 1, "faithful": 2}.get(part, 0) for part in parts
+    )
+    total = fitted * measured + passes * sum(2.0 * x.mixer_weights + x.mixing(length) for x in twins.layers)
+    for layer in twins.layers:
+        if {"beta", "gate"} & set(parts):
+            total += 2.0 * fitted * teacher.hidden**2
+        if "ridge" in parts:
+            total += 2.0 * fitted * layer.width * (layer.width + teacher.hidden)
+    return total
+
+
 def _layer_size(config: PreTrainedConfig, layer: nn.Module, index: int) -> LayerSize:
     mixer, mlp = layer.get_submodule("self_attn"), layer.get_submodule("mlp")
     kind = config.mixers[index] if isinstance(config, HypeNetConfig) else SOFTMAX

@@ -16,9 +16,11 @@ from halo.hardware import Machine
 from halo.losses import BLOCK
 from halo.settings import LossSettings, TrainingSettings
 from halo.sharding import REPLICATED_SHARE
+from halo.stages.calibrate import CalibrateSettings
 from hypenet.configuration_hypenet import GDN, LIGHTNING, MAMBA2, SOFTMAX
 
 WIDE = 4  # bytes of a float32
+DOUBLE = 8  # of a float64
 ADAM = 2 * WIDE  # bytes of the two moments of a parameter
 # Two are kept while the next is written; each has weights and moments.
 CHECKPOINTS_ON_DISK = 3
@@ -92,6 +94,22 @@ def micro_batches(settings: TrainingSettings, machine: Machine) -> tuple[int, in
     share = -(-settings.batch // machine.processes)
     micro = min(settings.micro_batch or share, share)
     return micro, -(-share // micro)
+
+
+def calibrate_memory(teacher: ModelSize, twins: ModelSize, settings: CalibrateSettings, machine: Machine) -> Memory:
+    """Return the memory of the calibration: the teacher on all sequences at once, and one twin at a time."""
+    mixers = [layer.mixer_parameters for layer in twins.layers]
+    largest = max(twins.layers, key=lambda layer: layer.mixer_parameters)
+    one_sequence = mixer_bytes(largest, twins.hidden, machine) + 2 * DOUBLE * (twins.hidden + largest.width)
+    probabilities = 3 * WIDE * largest.heads * settings.block * settings.length
+    equations = 3 * DOUBLE * max(twins.hidden, largest.width) ** 2
+    tokens = (settings.samples + settings.held_samples) * settings.length
+    return Memory(
+        weights=machine.width * teacher.parameters + 2 * WIDE * max(mixers),
+        # The hidden states, the layer's input, output and context, and the temporaries of its MLP.
+        activations=tokens * (_transient(teacher, machine) + machine.width * (3 * teacher.hidden + largest.width)),
+        loss=settings.length * one_sequence + probabilities + equations,
+    )
 
 
 def align_memory(teacher: ModelSize, twins: ModelSize, settings: TrainingSettings, machine: Machine) -> Memory:

@@ -21,6 +21,7 @@ LOSS_NAMES = {
     "finetune": "next-token loss, nats",
 }
 MARKERS = "osD^v*"
+SPANS = {"look_back": 1, "entropy": 2}  # of a layer's heads, with digits after the point
 
 
 def write_report(out: Path) -> Path:
@@ -38,12 +39,14 @@ def write_report(out: Path) -> Path:
     with files.reading(path, "run a stage of the conversion again"):
         config = yaml.safe_load(path.read_text("utf-8"))
         assert isinstance(config, dict)
-    directories = {stage: out / stage for stage in TRAINED_STAGES}
+    directories = {stage: out / stage for stage in ("calibrate", *TRAINED_STAGES)}
     if config["aligned"]:
         aligned = Path(config["aligned"])
+        directories["calibrate"] = aligned / "calibrate"
         directories["align"] = aligned / "align" if (aligned / "align").is_dir() else aligned
     sections = [
         f"# Conversion of {config['teacher']} ({config['mixer']} layers)\n",
+        _section(directories.pop("calibrate") / files.CALIBRATION, _calibration_section, out),
         _training_section(out, config, directories),
         _section(out / "select" / files.SELECTION, _selection_section, out),
         _section(out / "scale" / files.SCALE, _scale_section, out),
@@ -136,6 +139,26 @@ def _section(path: Path, write: Callable[[dict, Path], str], out: Path) -> str:
 
 def _again(path: Path) -> str:
     return f"delete {path.parent} to run its stage again"
+
+
+def _calibration_section(record: dict, out: Path) -> str:
+    rows = record["layers"]
+    means = [sum(values) / len(rows) for values in zip(*(row["errors"] for row in rows), strict=True)]
+    lines = [
+        "## Calibration\n",
+        "Squared error of each recurrent twin, relative to the power of its attention layer's output, before and after "
+        f"each part; fitted on {record['samples']} sequences of {record['length']} tokens, measured on "
+        f"{record['held_samples']} others. Look-back: how far the layer's heads attend, in tokens, the nearest and the "
+        "farthest; entropy of their attention in nats.\n",
+        "| layer | look-back | entropy | before | " + " | ".join(f"+ {part}" for part in record["parts"]) + " |",
+        "|---:|" + "---:|" * (3 + len(record["parts"])),
+    ]
+    for row in rows:
+        spans = (f"{min(row[key]):.{digits}f} to {max(row[key]):.{digits}f}" for key, digits in SPANS.items())
+        errors = " | ".join(f"{error:.3f}" for error in row["errors"])
+        lines.append(f"| {row['layer']} | {' | '.join(spans)} | {errors} |")
+    lines.append("| mean | | | " + " | ".join(f"{error:.3f}" for error in means) + " |")
+    return "\n".join([*lines, ""])
 
 
 def _training_section(out: Path, config: dict, directories: dict[str, Path]) -> str:

@@ -105,7 +105,7 @@ def test_file_that_is_no_config(text, expected, write):
 def test_missing_file_names_the_shipped_ones():
     result = halo("align", "--config", "nowhere.yaml")
     assert result.exit_code == 2 and _one_line(result.stderr)
-    names = "demo, hypenet-2b, hypenet-5b, hypenet-9b, smollm2-135m"
+    names = "demo, hypenet-2b, hypenet-2b-fast, hypenet-5b, hypenet-5b-fast, hypenet-9b, hypenet-9b-fast, smollm2-135m"
     assert f"nowhere.yaml: must be an existing file or one of {names}" in result.stderr
 
 

@@ -26,7 +26,7 @@ from halo.selection.cost import gate_flops
 from halo.selection.settings import gate_settings
 from halo.selection.variants import PositionFreeAttention, TwinAttention
 from halo.settings import TrainingSettings
-from halo.stages import STAGES
+from halo.stages import SAMPLE_ORDERS
 from halo.trainer import BatchSource, Run, Training, train
 
 GATES = "joint-"  # directories of the trainings, by seed
@@ -139,9 +139,9 @@ def train_gates(job: Job, twins: nn.ModuleList, seed: int) -> np.ndarray:
     """
     config, settings = job.config, gate_settings(job.config.select)
     training = GateTraining(job.teacher, twins, settings, config.select.joint_price, config.data.isolate_documents)
-    # Seeds of this run are neighbours, and stages number their samples from 0 on.
-    offset = STAGES.index("select") + len(STAGES) * (1 + seed - config.seed)
-    samples = job.corpus.samples(settings.length, settings.needle_ratio, offset)
+    # Seeds of this run are neighbours, and the stages have the smallest numbers.
+    order = SAMPLE_ORDERS["select"] + (1 + max(SAMPLE_ORDERS.values())) * (1 + seed - config.seed)
+    samples = job.corpus.samples(settings.length, settings.needle_ratio, order)
 
     def source(step: int) -> Iterator[Batch]:
         return batches(samples, settings.batch, step, job.compute.rank, job.compute.world, job.compute.device)

@@ -17,7 +17,7 @@ TRAINED_STAGES = ("align", "distill", "finetune")
 # What a conversion can take over from another one.
 ALIGNED_STAGES = ("transfer", "calibrate", "align")
 # Seeds the order of a stage's samples of training text. Another number would give a run that is continued other data.
-SAMPLE_ORDERS = {"align": 1, "distill": 3, "finetune": 4, "calibrate": 7}
+SAMPLE_ORDERS = {"align": 1, "select": 2, "distill": 3, "finetune": 4, "calibrate": 7}
 
 
 def stage_module(name: str) -> ModuleType:

@@ -17,7 +17,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from safetensors.torch import load_file
 from torch import nn
 
-from halo import files, models
+from halo import checkpoint, files, models
 from halo.calibration import faithful, parts
 from halo.calibration.choice import chosen_parts
 from halo.calibration.layer import LayerData, observed_layers, relative_error
@@ -105,6 +105,7 @@ def run(job: Job) -> None:
     directory = job.directory("calibrate")
     if not chosen:
         return
+    job.compute.from_main(lambda: refuse_older_alignment(job.directory("align")))
     batch = calibration_batch(job.corpus, settings).to(job.compute.device)
     twins = job.load_mixers("transfer")
     calibration = Calibration(chosen, settings, job.config.seed)
@@ -198,6 +199,23 @@ def available_length(corpus: Corpus, settings: CalibrateSettings) -> int:
             f"calibrate.held_samples, got {length}; set them lower or calibrate.parts to off"
         )
     return length
+
+
+def refuse_older_alignment(directory: Path) -> None:
+    """Check that twins were not aligned without calibration, as all were by versions without this stage.
+
+    Raises:
+        HaloError: If the directory of align holds a result or a checkpoint of such twins.
+    """
+    again = f"delete {directory} to run its stage again"
+    found = [(directory / files.DONE, "settings")]
+    found += [(path, "identity") for path in (directory / files.CHECKPOINTS).glob(f"step-*/{checkpoint.RECORD}")]
+    for path, key in found:
+        if path.is_file() and "calibrate" not in files.read_json(path, again).get(key, {}):
+            raise HaloError(
+                f"{directory}: was made without calibration; continue with --set calibrate.parts=off, or delete it to "
+                "calibrate"
+            )
 
 
 def shortfalls(settings: CalibrateSettings, corpus: Corpus) -> Iterator[str]:
