@@ -61,6 +61,12 @@ class Config(Settings):
     scale: ScaleSettings = ScaleSettings()
     eval: EvalSettings = EvalSettings()
 
+    @property
+    def calibration_parts(self) -> tuple[str, ...]:
+        """What is calibrated before the twins are aligned; nothing for `calibrate.parts` off."""
+        gated = self.architecture.get(f"{self.mixer}_use_gate", True) is True
+        return chosen_parts(self.calibrate.parts, self.mixer, gated)
+
     @field_validator("architecture")
     @classmethod
     def _known(cls, fields: dict[str, bool | int | str]) -> dict[str, bool | int | str]:
@@ -74,7 +80,7 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _mixer_has_the_parts(self) -> Self:
-        chosen_parts(self.calibrate.parts, self.mixer)
+        _ = self.calibration_parts
         return self
 
 

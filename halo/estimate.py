@@ -13,7 +13,6 @@ import torch
 from transformers import PreTrainedConfig
 
 from halo import footprint
-from halo.calibration.choice import chosen_parts
 from halo.config import Config
 from halo.flops import ModelSize, calibration_flops, training_flops
 from halo.footprint import Memory, Sizes
@@ -155,7 +154,7 @@ class _Planner:
 
     def calibrate(self) -> StagePlan:
         settings, sizes = self.config.calibrate, self.sizes
-        parts = chosen_parts(settings.parts, self.config.mixer)
+        parts = self.config.calibration_parts
         if not parts:
             return self._stage("calibrate", None, 0, 0.0, None, 0.0)
         fitted, held = settings.samples * settings.length, settings.held_samples * settings.length

@@ -11,7 +11,6 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from halo import files, models, teachers
-from halo.calibration.choice import chosen_parts
 from halo.compute import Compute
 from halo.data import Batch, Corpus, batches
 from halo.flops import stage_flops_per_token
@@ -122,9 +121,8 @@ class Job:
                 continue
             found[name] = section.identity()
             if name == "calibrate":
-                parts = chosen_parts(config.calibrate.parts, config.mixer)
-                found[name]["parts"] = "+".join(parts)
-                if not parts:  # as runs of versions without this stage
+                found[name]["parts"] = "+".join(config.calibration_parts)
+                if not config.calibration_parts:  # as runs of versions without this stage
                     del found[name]
         return found
 

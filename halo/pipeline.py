@@ -72,9 +72,11 @@ class Pipeline:
         if self.compute.from_main(lambda: self._is_done(stage)):
             self._say(f"{stage:10} done already in {directory}")
             return
-        before = STAGES.index(stage) - 1
-        if before >= 0:
-            self.compute.from_main(lambda: self._require(STAGES[before]))
+        needed = [
+            name for name in STAGES[: STAGES.index(stage)] if name != "calibrate" or self.config.calibration_parts
+        ]
+        if needed:
+            self.compute.from_main(lambda: self._require(needed[-1]))
         with self._locked():
             self.compute.from_main(lambda: self._prepare(directory))
             began = time.monotonic()

@@ -65,6 +65,7 @@ def config_tree(directory, out="out"):
         "teacher": str(directory / "teacher"),
         "out": str(directory / out),
         "data": {"source": str(directory / "text"), "held_out": 0.3, "needle_ratio": 0.3},
+        "calibrate": {"samples": 4, "held_samples": 2, "length": 64},
         "align": training,
         "select": {
             "keep": 1,

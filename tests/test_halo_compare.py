@@ -28,7 +28,7 @@ def runs(tmp_path_factory):
     tree = config_tree(directory, "part")
     tree["align"] = tree["align"] | {"steps": 6}
     part = Pipeline(make_config(tree), compute, whole)
-    for stage in ("transfer", "align"):
+    for stage in ("transfer", "calibrate", "align"):
         part.run_stage(stage)
     started = directory / "started"
     started.mkdir()

@@ -253,8 +253,14 @@ def test_result_of_other_settings_is_not_used(converted):
 
 
 def test_stage_needs_the_one_before(inputs, tmp_path):
-    result = halo("align", "--config", inputs / "config.yaml", "--out", tmp_path)
-    assert result.exit_code == 2 and "run `halo transfer` first" in result.stderr and result.stderr.count("\n") == 1
+    for stage, options, before in (
+        ("calibrate", (), "transfer"),
+        ("align", (), "calibrate"),
+        ("align", ("--set", "calibrate.parts=off"), "transfer"),
+    ):
+        result = halo(stage, "--config", inputs / "config.yaml", "--out", tmp_path, *options)
+        assert result.exit_code == 2 and f"run `halo {before}` first" in result.stderr
+        assert result.stderr.count("\n") == 1
 
 
 def test_even_conversion_reuses_aligned_twins(converted, inputs, tmp_path):
@@ -262,7 +268,7 @@ def test_even_conversion_reuses_aligned_twins(converted, inputs, tmp_path):
     tree["select"] = tree["select"] | {"policy": "uniform"}
     (tmp_path / "even.yaml").write_text(yaml.safe_dump(tree))
     pipeline = Pipeline(make_config(tree))
-    for stage in ("transfer", "align", "select", "distill"):
+    for stage in ("transfer", "calibrate", "align", "select", "distill"):
         pipeline.run_stage(stage)
     assert pipeline.job.softmax_layers() == spaced_layers(LAYERS, 1) == [0]
     assert not (tmp_path / "even" / "align").exists()

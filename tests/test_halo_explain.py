@@ -26,7 +26,16 @@ def found(path, *overrides):
 
 
 def test_sections_are_those_of_the_configuration():
-    assert [name for name, _ in sections()] == ["data", "align", "select", "distill", "finetune", "scale", "eval"]
+    assert [name for name, _ in sections()] == [
+        "data",
+        "calibrate",
+        "align",
+        "select",
+        "distill",
+        "finetune",
+        "scale",
+        "eval",
+    ]
     assert set(Settings.__subclasses__()) <= set(MODELS)
 
 

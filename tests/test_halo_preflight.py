@@ -167,7 +167,7 @@ def test_two_runs_in_one_folder_are_refused(inputs, tmp_path):
 @pytest.fixture
 def aligned(inputs, tmp_path):
     tree = changed(inputs, tmp_path)
-    for stage in ("transfer", "align", "select"):
+    for stage in ("transfer", "calibrate", "align", "select"):
         Pipeline(make_config(tree)).run_stage(stage)
     return tree, tmp_path / "out"
 
@@ -212,7 +212,7 @@ def test_changed_text_is_noticed(inputs, tmp_path):
     Pipeline(make_config(tree)).run_stage("transfer")
     (tmp_path / "text" / "new.txt").write_text(documents(seed=9)[0])
     with pytest.raises(HaloError, match=r"was made with other settings .data.fingerprint: "):
-        Pipeline(make_config(tree)).run_stage("align")
+        Pipeline(make_config(tree)).run_stage("calibrate")
 
 
 def test_how_a_stage_is_computed_may_change_at_any_time(aligned):
@@ -220,8 +220,9 @@ def test_how_a_stage_is_computed_may_change_at_any_time(aligned):
     how = {"micro_batch": 1, "log_every": 3, "checkpoint_minutes": 1.0, "checkpoint_every": 2, "held_out_every": None}
     tree = json.loads(json.dumps(tree))
     tree["align"] |= how
+    tree["calibrate"] |= {"block": 5}
     tree["select"] |= {"batch": 3}
     tree["threads"] = 1
     pipeline = Pipeline(make_config(tree))
-    for stage in ("transfer", "align", "select"):
+    for stage in ("transfer", "calibrate", "align", "select"):
         pipeline.run_stage(stage)

@@ -338,7 +338,7 @@ def inputs(tmp_path_factory):
 
 
 def run_until(pipeline, stage):
-    for name in ("transfer", "align", "select", "distill", "finetune"):
+    for name in ("transfer", "calibrate", "align", "select", "distill", "finetune"):
         pipeline.run_stage(name)
         if name == stage:
             return
@@ -425,7 +425,7 @@ def accumulate(self, *arguments):
         os.kill(os.getpid(), getattr(signal, sys.argv[1]))
     return original(self, *arguments)
 Align.accumulate = accumulate
-for stage in ("transfer", "align"):
+for stage in ("transfer", "calibrate", "align"):
     app([stage, "--config", sys.argv[2]], standalone_mode=stage == "align")
 """
 

@@ -14,12 +14,13 @@ AUTO = {
 FAITHFUL = ("gdn",)
 
 
-def chosen_parts(text: str, mixer: str) -> tuple[str, ...]:
+def chosen_parts(text: str, mixer: str, gated: bool = True) -> tuple[str, ...]:
     """Return the parts that `calibrate.parts` names, in the order in which they are applied.
 
     Args:
         text: "auto", "off", "faithful", or parts joined by "+", in any order.
         mixer: The kind of the recurrent layers.
+        gated: Whether they have an output gate.
 
     Returns:
         The parts; none for "off".
@@ -30,10 +31,10 @@ def chosen_parts(text: str, mixer: str) -> tuple[str, ...]:
     if text == "off":
         return ()
     if text == "auto":
-        return AUTO[mixer]
+        return tuple(part for part in AUTO[mixer] if gated or part != "gate")
     if text == "faithful" and mixer in FAITHFUL:
         return ("faithful",)
-    named, known = text.split("+"), APPLICABLE[mixer]
+    named, known = text.split("+"), tuple(part for part in APPLICABLE[mixer] if gated or part != "gate")
     both = {"rank", "decay"} <= set(named)
     if not set(named) <= set(known) or len(set(named)) < len(named) or both:
         special = ["auto", "off", *(["faithful"] if mixer in FAITHFUL else [])]

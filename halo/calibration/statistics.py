@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from halo.calibration.layer import LayerData
-from hypenet.mixers import rotate
 
 WIDE = (torch.float32, torch.float64)
 
@@ -117,8 +117,9 @@ def _queries_and_keys(attention: nn.Module, one: LayerData) -> tuple[Tensor, Ten
     if hasattr(attention, "q_norm"):
         q, k = attention.get_submodule("q_norm")(q), attention.get_submodule("k_norm")(k)
     wide = q.dtype if q.dtype in WIDE else torch.float32
-    q, k = (rotate(x.to(wide), one.cos_NTD.to(wide), one.sin_NTD.to(wide))[0].transpose(0, 1) for x in (q, k))
-    return q * _head_dim(attention) ** -0.5, k
+    q, k, cos, sin = (x.to(wide) for x in (q, k, one.cos_NTD, one.sin_NTD))
+    q, k = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)  # the same function in all families of teachers
+    return q[0].transpose(0, 1) * _head_dim(attention) ** -0.5, k[0].transpose(0, 1)
 
 
 def _head_dim(attention: nn.Module) -> int:

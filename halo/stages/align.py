@@ -105,8 +105,7 @@ class Align(Training):
 
 def run(job: Job) -> None:
     """Align the twins and save them."""
-    calibrated = job.config.calibrate.parts != "off"
-    twins = job.load_mixers("calibrate" if calibrated else "transfer").to(job.compute.device)
+    twins = job.load_mixers("calibrate" if job.config.calibration_parts else "transfer").to(job.compute.device)
     training = Align(job.teacher, twins, job.config.align, job.config.data.isolate_documents)
     job.train(training)
     state = whole_state(training.mixers, job.compute)

@@ -19,7 +19,6 @@ from torch import nn
 
 from halo import checkpoint, files, models
 from halo.calibration import faithful, parts
-from halo.calibration.choice import chosen_parts
 from halo.calibration.layer import LayerData, observed_layers, relative_error
 from halo.calibration.statistics import Statistics, measure
 from halo.data import Batch, Corpus
@@ -101,7 +100,7 @@ class Calibration:
 def run(job: Job) -> None:
     """Calibrate the twins and save them."""
     settings = job.config.calibrate
-    chosen = chosen_parts(settings.parts, job.config.mixer)
+    chosen = job.config.calibration_parts
     directory = job.directory("calibrate")
     if not chosen:
         return
