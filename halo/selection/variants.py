@@ -39,7 +39,8 @@ class Variant:
 
 def unchanged(num_layers: int) -> Variant:
     """Return the teacher itself."""
-    return Variant("teacher", ("attention",) * num_layers)
+    forms: list[Form] = ["attention"] * num_layers
+    return Variant("teacher", tuple(forms))
 
 
 def one_layer(form: Form, layer: int, num_layers: int) -> Variant:
