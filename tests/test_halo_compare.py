@@ -55,6 +55,7 @@ def test_numbers_are_those_of_the_files(runs):
     assert training["distill loss"][0] is not None and training["distill loss"][1:] == [None, None]
     selection = json.loads((whole / "select" / files.SELECTION).read_text())
     assert rows(found, "layers")["softmax layers"] == [json.dumps(selection["layers"]), None, None]
+    assert rows(found, "layers")["policy"] == ["position", None, None]
     scale = json.loads((whole / "scale" / files.SCALE).read_text())
     assert rows(found, "scale")["a"][0] == ("none" if scale["a"] is None else f"{scale['a']:.4g}")
     done = json.loads((part / "align" / files.DONE).read_text())

@@ -36,6 +36,8 @@ def tree_of(directory, out, mixer="lightning", tied=True, compiled=False):
     tree = config_tree(directory, out) | {"mixer": mixer, "threads": 1, "precision": "fp32"}
     if not tied:
         tree["teacher"] = str(directory / "untied")
+        gates = {"joint_steps": 3, "joint_batch": 4, "joint_micro_batch": 1, "joint_length": 48}
+        tree["select"] = tree["select"] | {"policy": "joint"} | gates
     for name in STAGES:
         tree[name] = tree[name] | {"steps": 7, "checkpoint_every": 2, "held_out_every": 2, "batch": 4, "micro_batch": 1}
         tree[name]["sync_every_micro_batch"] = not tied
@@ -113,7 +115,10 @@ def test_choices_and_measurements_are_those_of_one_process(one, two, name):
         return json.loads((out / file).read_text())
 
     alone, shared = one / f"one-{name}", two / f"two-{name}"
-    assert read(alone, "select/selection.json")["layers"] == read(shared, "select/selection.json")["layers"]
+    first, second = (read(out, "select/selection.json") for out in (alone, shared))
+    assert first["layers"] == second["layers"] and first["cost"] == second["cost"]
+    for row, other in zip(first["table"], second["table"], strict=True):
+        assert row == pytest.approx(other, rel=1e-3, abs=1e-3)
     assert read(alone, "scale/scale.json")["a"] == read(shared, "scale/scale.json")["a"]
     rows = [read(out, "eval/results.json")["rows"] for out in (alone, shared)]
     assert [row["bits_per_byte"] for row in rows[0]] == pytest.approx(

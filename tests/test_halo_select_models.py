@@ -21,6 +21,7 @@ from halo.pipeline import Pipeline
 from halo.selection.joint import GateTraining
 from halo.selection.measurer import ModelMeasurer, Samples, Unmeasured
 from halo.selection.policies import POLICIES, choose
+from halo.selection.report import selection_section
 from halo.selection.settings import UNMEASURED, SelectSettings, gate_settings
 from halo.selection.variants import arranged, one_layer, student, unchanged
 from halo.settings import TrainingSettings
@@ -396,3 +397,33 @@ def test_interrupted_joint_stage_keeps_the_seeds_that_are_done(inputs, aligned, 
 def test_gate_settings():
     settings = gate_settings(SelectSettings(joint_steps=200, joint_learning_rate=0.1))
     assert (settings.steps, settings.warmup, settings.final_learning_rate) == (200, 10, pytest.approx(0.01))
+
+
+def test_report_has_a_table_with_what_positions_are_worth(inputs, aligned, tmp_path):
+    record = run_select(inputs, tmp_path / "out", aligned)
+    record |= {"equivalents": [[0, 1]], "layers": [0]}
+    accepted = {"round": 1, "removed": 2, "added": 0, "gain": 0.25, "error": 0.05, "accepted": True}
+    text = selection_section(record | {"exchanges": [accepted]}, tmp_path / "selection.png")
+    head = next(line for line in text.splitlines() if line.startswith("| layer"))
+    titles = ["layer", "M, nats", "N, nats", "recall drop", "loss rise, nats", "score", "kept in resamples"]
+    assert [cell.strip() for cell in head.strip("|").split("|")] == titles
+    row = record["table"][0]
+    assert f"| **0** | {row['M']:.4f} ± {row['M_error']:.4f} | {row['N']:.4f} ± {row['N_error']:.4f} |" in text
+    assert "what positions are worth in this layer" in text and "(policy: position)" in text
+    assert "Layers 0 and 1 are equivalent within the error (kept: 0)." in text
+    assert "1 tried, layer 0 replaces 2 and lowers the divergence by 0.2500 ± 0.0500 nats" in text
+    assert (tmp_path / "selection.png").read_bytes().startswith(b"\x89PNG")
+    # Of gates without an error, and of spaced layers.
+    bare = {"policy": "joint", "layers": [1], "table": [{"layer": i, "score": 0.5} for i in range(3)]}
+    assert "| **1** | 0.5 |" in selection_section(bare, tmp_path / "bare.png")
+    spaced = selection_section({"policy": "uniform", "layers": [0]}, tmp_path / "none.png")
+    assert spaced == "## Selection\n\nSoftmax attention stays in layers [0] (policy: uniform).\n"
+
+
+def test_report_of_a_greedy_search_has_its_rounds(teacher, twins, corpus, tmp_path):
+    settings = SETTINGS.model_copy(update={"policy": "greedy", "keep": 2})
+    choice = choose(make_measurer(teacher, twins, corpus, Journal(tmp_path, {}), settings), settings)
+    record = {"policy": "greedy", "layers": choice.layers, "rounds": choice.rounds}
+    record["table"] = [{"layer": i, "score": float(score)} for i, score in enumerate(choice.scores)]
+    text = selection_section(record, tmp_path / "selection.png")
+    assert "| round | added |" in text and f"| 2 | {choice.rounds[1]['added']} | " in text

@@ -131,6 +131,7 @@ def test_joint_keeps_the_largest_gates():
     assert np.allclose(choice.score_error, np.std(gates, 0, ddof=1) / np.sqrt(3))
     assert np.allclose(choice.kept_share, [0, 1, 1 / 3, 2 / 3])
     assert np.allclose(choice.columns["N"], NOPE[:4])
+    assert choice.equivalents == [(3, 2)]  # 0.7 - 0.3 = 0.4 with an error of 0.26
     once = chosen(SyntheticMeasurer(TWIN[:4], gates=gates), "joint")
     assert once.layers == [1, 3] and once.score_error is None and once.kept_share is None and once.equivalents == []
 
@@ -218,12 +219,19 @@ def test_equal_layers_are_equivalent_and_different_ones_are_not():
     assert choice.kept_share[0] > 0.99
 
 
-def test_equivalence_is_by_the_error_of_the_difference():
+def test_equivalence_is_by_the_difference():
     # Scores that move together differ surely, however large their own errors are.
     rng = np.random.default_rng(0)
     common = rng.normal(0, 1, 500)
     drawn = np.stack([0.1 + common, common, 0.1 + rng.normal(0, 1, 500)])
     assert equivalent_pairs(np.array([0.1, 0.0, 0.1]), drawn, [0]) == [(0, 2)]
+    # As far apart as 2.2 standard errors of the difference, and 1.8.
+    for gap, expected in ((2.2, []), (1.8, [(0, 1)])):
+        drawn = np.stack([np.full(20_000, gap), rng.normal(0, 1, 20_000)])
+        assert equivalent_pairs(np.array([gap, 0.0]), drawn, [0]) == expected
+    # A ratio whose denominator is almost zero in some resamples has no useful standard error.
+    drawn = np.stack([np.where(np.arange(500) % 5, 10.0, 1e6), np.ones(500)])
+    assert equivalent_pairs(np.array([10.0, 1.0]), drawn, [0]) == []
 
 
 def test_lines_group_layers():

@@ -1,7 +1,7 @@
 """The policies by name. A policy says what it will measure, and chooses layers with a measurer."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -10,10 +10,10 @@ from halo.selection.cost import Runs
 from halo.selection.exchange import apply_exchange
 from halo.selection.greedy import GreedyPolicy
 from halo.selection.measurer import Measurer
-from halo.selection.results import Resamples, Result, divergence_and_error, drops
+from halo.selection.results import Resamples, Result, divergence_and_error, drops, mean_and_error
 from halo.selection.scores import Choice, Measured, Score
 from halo.selection.settings import SelectSettings, check_layers
-from halo.selection.variants import Variant, one_layer, student, unchanged
+from halo.selection.variants import Form, Variant, one_layer, student, unchanged
 
 
 class Policy(Protocol):
@@ -38,7 +38,7 @@ class ScorePolicy:
     """
 
     score: Score
-    forms: tuple[str, ...]
+    forms: tuple[Form | Literal["student"], ...]
 
     def runs(self, num_layers: int, keep: int, settings: SelectSettings) -> Runs:
         """Count what is measured."""
@@ -51,7 +51,7 @@ class ScorePolicy:
         variants = [_variant(form, layer, num_layers) for form in self.forms for layer in range(num_layers)]
         found = measurer.measure([unchanged(num_layers), *variants])
         teacher = Result.stack(found[:1])
-        results = {
+        results: dict[str, Result] = {
             form: Result.stack(found[1 + i * num_layers : 1 + (i + 1) * num_layers])
             for i, form in enumerate(self.forms)
         }
@@ -141,10 +141,9 @@ class JointPolicy:
         layers = scores.top_layers(best, keep)
         if seeds == 1:
             return Choice(layers, best)
-        # The error of a mean over seeds is that of a single one over the root of their number.
-        drawn = best[:, None] + (gates - best[:, None]) / np.sqrt(seeds)
-        pairs = scores.equivalent_pairs(best, drawn, layers)
-        return Choice(layers, best, drawn.std(1, ddof=1), scores.kept_share(gates, keep), pairs)
+        others = [layer for layer in range(measurer.num_layers) if layer not in layers]
+        pairs = [(i, j) for i in layers for j in others if _is_close(gates[i] - gates[j])]
+        return Choice(layers, best, mean_and_error(gates)[1], scores.kept_share(gates, keep), pairs)
 
 
 POLICIES: dict[str, Policy] = {
@@ -193,8 +192,11 @@ def spaced_layers(num_layers: int, keep: int, last: bool = False) -> list[int]:
     return [(i + 1) * num_layers // keep - 1 if last else i * num_layers // keep for i in range(keep)]
 
 
-def _variant(form: str, layer: int, num_layers: int) -> Variant:
-    if form == "student":
-        return student([layer], num_layers)
-    assert form in ("twin", "nope", "silent")
-    return one_layer(form, layer, num_layers)
+def _is_close(differences: np.ndarray) -> bool:
+    """Return whether the mean of differences is within two standard errors of zero."""
+    mean, error = mean_and_error(differences)
+    return bool(abs(mean) <= 2 * error)
+
+
+def _variant(form: Form | Literal["student"], layer: int, num_layers: int) -> Variant:
+    return student([layer], num_layers) if form == "student" else one_layer(form, layer, num_layers)

@@ -28,6 +28,8 @@ import numpy as np
 from halo.selection.results import Means
 from halo.selection.settings import SelectSettings
 
+TAIL = 0.0228  # share of a normal distribution below two standard deviations
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -134,19 +136,22 @@ def kept_share(drawn: np.ndarray, keep: int) -> np.ndarray:
 
 
 def equivalent_pairs(scores: np.ndarray, drawn: np.ndarray, layers: list[int]) -> list[tuple[int, int]]:
-    """Return pairs of a kept and a dropped layer whose scores differ by at most two standard errors, closest first.
+    """Return pairs of a kept and a dropped layer that the samples cannot tell apart, closest first.
+
+    These are pairs whose order is the other way round in more resamples than a difference of two standard errors
+    allows. Unlike a standard error, this is not misled by scores that are ratios, of which a few are huge.
 
     Args:
         scores: Of every layer [L].
-        drawn: Of every layer in each resample [L, R]; the error is that of the difference.
+        drawn: Of every layer in each resample [L, R].
         layers: The kept layers.
     """
-    pairs = []
-    for kept in layers:
-        for dropped in set(range(len(scores))) - set(layers):
-            gap, error = abs(scores[kept] - scores[dropped]), (drawn[kept] - drawn[dropped]).std(ddof=1)
-            if gap <= 2 * error:
-                pairs.append((gap, kept, dropped))
+    pairs = [
+        (abs(scores[kept] - scores[dropped]), kept, dropped)
+        for kept in layers
+        for dropped in range(len(scores))
+        if dropped not in layers and np.mean(drawn[dropped] >= drawn[kept]) > TAIL
+    ]
     return [(kept, dropped) for _, kept, dropped in sorted(pairs)]
 
 

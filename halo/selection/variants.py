@@ -39,18 +39,22 @@ class Variant:
 
 def unchanged(num_layers: int) -> Variant:
     """Return the teacher itself."""
-    return Variant("teacher", ("attention",) * num_layers)
+    forms: list[Form] = ["attention"] * num_layers
+    return Variant("teacher", tuple(forms))
 
 
 def one_layer(form: Form, layer: int, num_layers: int) -> Variant:
     """Return the teacher with one layer changed."""
-    return Variant(f"{form} {layer}", tuple(form if i == layer else "attention" for i in range(num_layers)))
+    forms: list[Form] = ["attention"] * num_layers
+    forms[layer] = form
+    return Variant(f"{form} {layer}", tuple(forms))
 
 
 def student(kept: Iterable[int], num_layers: int) -> Variant:
     """Return the student before distillation: attention without positions in the kept layers, twins in all others."""
     layers = sorted(kept)
-    return Variant(f"student {layers}", tuple("nope" if i in layers else "twin" for i in range(num_layers)))
+    forms: list[Form] = ["nope" if i in layers else "twin" for i in range(num_layers)]
+    return Variant(f"student {layers}", tuple(forms))
 
 
 @contextmanager
