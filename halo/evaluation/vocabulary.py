@@ -113,8 +113,9 @@ def numbers(tokenizer: PreTrainedTokenizerBase, digits: int, count: int = 2**14)
     texts = [f"{number:0{digits}d}" for number in drawn]
     layouts: dict[tuple[tuple[int, ...], int], list[int]] = defaultdict(list)
     encoded = continuations(tokenizer, [f" {text}" for text in texts])
+    blank = {index for index in {index for ids in encoded for index in ids} if not _shows(tokenizer, index)}
     for place, ids in enumerate(encoded):
-        lead = _leading_space(tokenizer, ids)
+        lead = next((number for number, index in enumerate(ids) if index not in blank), len(ids))
         layouts[tuple(ids[:lead]), len(ids) - lead].append(place)
     usual, places = max(layouts.items(), key=lambda entry: len(entry[1]))
     lead_ids, size = usual
@@ -125,12 +126,9 @@ def numbers(tokenizer: PreTrainedTokenizerBase, digits: int, count: int = 2**14)
     return Numbers(np.array([texts[place] for place in places]), tokens, lead_ids)
 
 
-def _leading_space(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int:
-    """Return how many tokens come before the first that shows."""
-    count = 0
-    while count < len(ids) and not str(tokenizer.decode([ids[count]])).strip():
-        count += 1
-    return count
+def _shows(tokenizer: PreTrainedTokenizerBase, index: int) -> bool:
+    """Return whether a token is more than spaces."""
+    return bool(str(tokenizer.decode([index])).strip())
 
 
 def _reads_as(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> bool:
