@@ -13,9 +13,10 @@ from halo import models
 from halo.calibration import faithful, parts
 from halo.calibration.choice import APPLICABLE, AUTO, chosen_parts
 from halo.calibration.layer import LayerData, input_of, observed_layers, relative_error, run_twin
+from halo.calibration.settings import CalibrateSettings
 from halo.calibration.statistics import constant_direction, measure
 from halo.data import Batch
-from halo.stages.calibrate import CalibrateSettings, Calibration
+from halo.stages.calibrate import Calibration
 from hypenet import config_from_teacher
 from hypenet.mixers import LightningAttention, alibi_log_decay
 

@@ -209,7 +209,7 @@ def test_fewer_samples_than_asked_for_are_said(converted, tmp_path, capsys):
     tree = yaml.safe_load((converted.out / "config.yaml").read_text()) | {"out": str(tmp_path / "out")}
     tree["select"]["language_samples"] = 10_000
     tree["scale"] |= {"documents": 1000, "length": 200}
-    for stage in ("transfer", "align"):
+    for stage in ("transfer", "calibrate", "align"):
         shutil.copytree(converted.out / stage, tmp_path / "out" / stage)
     pipeline = Pipeline(make_config(tree))
     pipeline.run_stage("select")

@@ -318,14 +318,14 @@ def stage_tree(inputs, out, aligned=None, **select):
 def aligned(inputs, tmp_path_factory):
     out = tmp_path_factory.mktemp("aligned") / "out"
     pipeline = Pipeline(make_config(stage_tree(inputs, out)))
-    for stage in ("transfer", "align"):
+    for stage in ("transfer", "calibrate", "align"):
         pipeline.run_stage(stage)
     return out
 
 
 def run_select(inputs, out, aligned, **select):
     pipeline = Pipeline(make_config(stage_tree(inputs, out, aligned, **select)))
-    for stage in ("transfer", "align", "select"):
+    for stage in ("transfer", "calibrate", "align", "select"):
         pipeline.run_stage(stage)
     return json.loads((out / "select" / "selection.json").read_text())
 
