@@ -1,0 +1,117 @@
+"""Layer selection: every policy against the truth, which is all 28 pairs of layers after training."""
+
+import itertools
+import json
+from typing import Any
+
+import numpy as np
+
+from bench.experiments import measure, tables
+from bench.experiments.arms import SHORT, Arm, Experiment, Row
+from halo import files
+from halo.pipeline import Pipeline
+
+LAYERS, KEEP = 8, 2
+POLICIES = (
+    "position",
+    "halo",
+    "recall-drop",
+    "difference",
+    "ratio",
+    "kl",
+    "lm-ppl",
+    "single-layer",
+    "greedy",
+    "joint",
+    "uniform",
+    "uniform-late",
+)
+TWINS = "twins"
+PAIRS = list(itertools.combinations(range(LAYERS), KEEP))
+
+
+def chosen(pipeline: Pipeline) -> Row:
+    """Return what a policy chose."""
+    path = pipeline.job.directory("select") / files.SELECTION
+    return {"selection": json.loads(path.read_text())}
+
+
+def nothing(pipeline: Pipeline) -> Row:
+    """Measure nothing."""
+    return {}
+
+
+def make_tables(rows: list[Row]) -> str:
+    """Return the table of policies and one of the best and worst pairs."""
+    seeds = sorted({row["seed"] for row in rows})
+    truth = {seed: _truth([row for row in rows if row["seed"] == seed]) for seed in seeds}
+    lines: list[Row] = []
+    for row in rows:
+        if "selection" not in row:
+            continue
+        kl, recall = truth[row["seed"]]
+        pair = tuple(row["selection"]["layers"])
+        best = min(kl.values())
+        lines.append(
+            {
+                "arm": row["arm"],
+                "layers": str(list(pair)),
+                "regret": kl[pair] - best,
+                "place": 1 + sum(value < kl[pair] for value in kl.values()),
+                "recall": recall[pair],
+                "rank": _rank_correlation(row["selection"], kl),
+                "seconds": row["seconds"].get("select"),
+            }
+        )
+    columns: list[tables.Column] = [
+        ("regret (KL)", tables.at("regret")),
+        ("place of 28", tables.at("place")),
+        ("recall 4 x", tables.at("recall")),
+        ("rank correlation", tables.at("rank")),
+        ("seconds", tables.at("seconds")),
+    ]
+    policies = tables.by_arm(lines, columns, first="policy")
+    choices = "\n".join(
+        f"- {arm}: {', '.join(line['layers'] for line in lines if line['arm'] == arm)}"
+        for arm in dict.fromkeys(line["arm"] for line in lines)
+    )
+    mean = {pair: float(np.mean([truth[seed][0][pair] for seed in seeds])) for pair in truth[seeds[0]][0]}
+    order = sorted(mean, key=lambda pair: mean[pair])
+    ranked = [f"| {list(pair)} | {mean[pair]:.3f} |" for pair in order[:5] + order[-3:]]
+    pairs = "\n".join(["| pair | KL after training |", "|---|---|", *ranked])
+    return f"{policies}\n\n{choices}\n\n{pairs}"
+
+
+def _truth(rows: list[Row]) -> tuple[dict[tuple[int, ...], float], dict[tuple[int, ...], float]]:
+    pairs = [row for row in rows if "divergence" in row]
+    kl = {tuple(row["layers"]): (row["divergence"]["text"] + row["divergence"]["episodes"]) / 2 for row in pairs}
+    return kl, {tuple(row["layers"]): row["recall"]["4"] for row in pairs}
+
+
+def _rank_correlation(selection: dict[str, Any], kl: dict[tuple[int, ...], float]) -> float | None:
+    """Return Spearman's correlation between the sum of a pair's scores and minus its divergence after training."""
+    scores = selection.get("scores") or [row.get("score_value") for row in selection.get("table", [])]
+    if not scores or any(score is None for score in scores):
+        return None
+    pairs = sorted(kl)
+    ranks = [
+        np.argsort(np.argsort(values))
+        for values in ([sum(scores[i] for i in pair) for pair in pairs], [-kl[p] for p in pairs])
+    ]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+EXPERIMENT = Experiment(
+    name="selection",
+    question="Which policy finds the layers that are best after training?",
+    settings=SHORT | {"distill.steps": 60, "finetune.steps": 0, "scale.grid": [None], "eval.multiples": [1, 4]},
+    tables=make_tables,
+    arms=(
+        Arm(TWINS, nothing, last="align"),
+        *(
+            Arm(f"policy {policy}", chosen, {"select.policy": policy, "select.layers": None}, base=TWINS, last="select")
+            for policy in POLICIES
+        ),
+        *(Arm(f"pair {a} {b}", measure.student, {"select.layers": [a, b]}, base=TWINS) for a, b in PAIRS),
+    ),
+)
