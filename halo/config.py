@@ -14,11 +14,11 @@ import yaml
 from pydantic import Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from halo.calibration.choice import chosen_parts
+from halo.calibration.settings import CalibrateSettings
 from halo.data import DataSettings
 from halo.selection.settings import SelectSettings
 from halo.settings import HOW, HaloError, Settings
 from halo.stages.align import AlignSettings
-from halo.stages.calibrate import CalibrateSettings
 from halo.stages.distill import DistillSettings
 from halo.stages.evaluate import EvalSettings
 from halo.stages.finetune import FinetuneSettings

@@ -11,12 +11,12 @@ from typing import Any, Self
 
 from transformers import PreTrainedConfig
 
+from halo.calibration.settings import CalibrateSettings
 from halo.flops import CHUNK, LayerSize, ModelSize, model_size, student_size
 from halo.hardware import Machine
 from halo.losses import BLOCK
 from halo.settings import LossSettings, TrainingSettings
 from halo.sharding import REPLICATED_SHARE
-from halo.stages.calibrate import CalibrateSettings
 from hypenet.configuration_hypenet import GDN, LIGHTNING, MAMBA2, SOFTMAX
 
 WIDE = 4  # bytes of a float32

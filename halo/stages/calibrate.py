@@ -10,45 +10,24 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
 from safetensors.torch import load_file
 from torch import nn
 
 from halo import checkpoint, files, models
 from halo.calibration import faithful, parts
 from halo.calibration.layer import LayerData, observed_layers, relative_error
+from halo.calibration.settings import SHORTEST, CalibrateSettings
 from halo.calibration.statistics import Statistics, measure
 from halo.data import Batch, Corpus
 from halo.job import Job
 from halo.journal import Journal
 from halo.progress import StageProgress, say, warn
-from halo.settings import HOW, HaloError, Settings
+from halo.settings import HaloError
 from halo.stages import SAMPLE_ORDERS
 from hypenet.mixers import GatedDeltaNet, Mixer
-
-SHORTEST = 32  # tokens of a sequence that says anything about distances
-
-
-class CalibrateSettings(Settings):
-    """Closed forms for some weights of the recurrent layers, before any of them is trained."""
-
-    parts: str = Field(
-        "auto",
-        description="what to set: parts joined by + (rank, decay, beta, gate, gain, ridge); auto: what the mixer has "
-        "most of; faithful: gdn, as the published code; off: nothing",
-    )
-    samples: PositiveInt = Field(16, description="sequences of training text to fit on")
-    held_samples: PositiveInt = Field(4, description="further sequences, to measure the layers' errors on")
-    length: PositiveInt = Field(4096, ge=SHORTEST, description="tokens per sequence, or fewer if the text is short")
-    sinks: NonNegativeInt = Field(4, description="first tokens that do not count for how far a head looks back")
-    gain: Literal["channel", "head"] = Field("channel", description="what the part gain has a factor for")
-    ridge: float = Field(0.1, gt=0, description="penalty of the part ridge, relative to the mean power of its inputs")
-    block: PositiveInt = Field(
-        256, json_schema_extra=HOW, description="queries whose attention is in memory at a time, of one sequence"
-    )
 
 
 @dataclass(frozen=True)
