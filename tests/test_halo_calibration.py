@@ -21,7 +21,7 @@ from hypenet import config_from_teacher
 from hypenet.mixers import LightningAttention, alibi_log_decay
 
 VOCABULARY, SEQUENCES, LENGTH = 61, 4, 48
-MIXERS = ("lightning", "gdn")
+MIXERS = ("lightning", "gdn", "mamba2")
 LAYER = 1
 
 
@@ -169,7 +169,7 @@ def test_half_lives_are_what_heads_look_back(teacher, data, mixer):
     else:
         A_log, dt_bias = twin.decay_bias()
         rate = A_log.exp() * nn.functional.softplus(dt_bias)
-        assert not twin.a_proj.weight.any()
+        assert not (twin.a_proj if mixer == "gdn" else twin.dt_proj).weight.any()
     assert len(set(look_back_H.tolist())) == 4
     torch.testing.assert_close((-rate.double() * look_back_H).exp(), torch.full((4,), 0.5).double(), rtol=1e-5, atol=0)
 
@@ -373,7 +373,7 @@ def test_bfloat16_arithmetic_calibrates_alike(teacher, mixer):
 def test_a_part_sets_what_it_names_and_nothing_else(teacher, mixer):
     sets = {
         "rank": {"log_decay"},
-        "decay": {"log_decay", "decay_bias.A_log", "decay_bias.dt_bias", "a_proj.weight"},
+        "decay": {"log_decay", "decay_bias.A_log", "decay_bias.dt_bias", "a_proj.weight", "dt_proj.weight"},
         "beta": {"b_proj.weight"},
         "gate": {"g_proj.weight"},
         "gain": {"o_norm.weight" if mixer == "lightning" else "o_proj.weight"},
@@ -438,6 +438,9 @@ def test_parts_are_applied_in_one_order():
     assert chosen_parts("auto", "gdn") == ("decay", "beta", "gate", "gain")
     assert chosen_parts("faithful", "gdn") == ("faithful",)
     assert chosen_parts("off", "mamba2") == ()
+    assert chosen_parts("auto", "gdn", gated=False) == ("decay", "beta", "gain")
+    with pytest.raises(ValueError, match=r"calibrate.parts: must be .* got gate"):
+        chosen_parts("gate", "gdn", gated=False)
     assert all(set(AUTO[mixer]) <= set(APPLICABLE[mixer]) <= set(parts.PARTS) for mixer in APPLICABLE)
 
 

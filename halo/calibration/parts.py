@@ -114,15 +114,15 @@ def ridge(mixer: Mixer, fit: Fit) -> None:
     weight = mixer.o_proj.weight
     normal = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
     cross = torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
-    with torch.autocast(weight.device.type, enabled=False):
-        for one in fit.data.sequences():
-            f_NTW, y_NTC = input_of(mixer.o_proj, mixer, one)
-            f = f_NTW.flatten(0, 1).float()
-            error = (one.y_NTC.float() - y_NTC.float()).flatten(0, 1)
+    for one in fit.data.sequences():
+        f_NTW, y_NTC = input_of(mixer.o_proj, mixer, one)
+        f = f_NTW.flatten(0, 1).float()
+        error = (one.y_NTC.float() - y_NTC.float()).flatten(0, 1)
+        with torch.autocast(weight.device.type, enabled=False):
             normal += f.T @ f
             cross += error.T @ f
-        normal.diagonal().add_(fit.ridge_eps * normal.diagonal().mean())
-        change, singular = torch.linalg.solve_ex(normal, cross.T)
+    normal.diagonal().add_(fit.ridge_eps * normal.diagonal().mean())
+    change, singular = torch.linalg.solve_ex(normal, cross.T)
     if not singular:
         weight.add_(change.T)
 

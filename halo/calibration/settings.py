@@ -1,4 +1,4 @@
-"""The section `calibrate` of a configuration: which parts, and on how much text."""
+"""The section `calibrate` of the configuration."""
 
 from typing import Literal
 

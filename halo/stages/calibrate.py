@@ -85,7 +85,8 @@ def run(job: Job) -> None:
         return
     job.compute.from_main(lambda: refuse_older_alignment(job.directory("align")))
     batch = calibration_batch(job.corpus, settings).to(job.compute.device)
-    twins = job.load_mixers("transfer")
+    # Autocast would go on using its copies of weights that need a gradient, though they are changed here.
+    twins = job.load_mixers("transfer").requires_grad_(False)
     calibration = Calibration(chosen, settings, job.config.seed)
     rows = calibrate_twins(job, twins, batch, calibration, directory / files.CHECKPOINTS)
     if job.compute.main:
