@@ -43,7 +43,8 @@ OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "lightning_head_dim", *RECU
 class HypeNetConfig(PreTrainedConfig):
     r"""The configuration of a HypeNet: the fields of `Qwen3Config`, and those that make the model a hybrid.
 
-    Field names are those of the published HypeNet checkpoints where these have the field.
+    Field names are those of the published HypeNet checkpoints where these have the field. Fields of theirs that no
+    layer here reads, such as `kda_*` and `mamba2_n_groups`, are kept and have no effect.
 
     Args:
         max_position_embeddings (`int`, defaults to 1048576): As in `Qwen3Config`; the model itself has no limit.

@@ -20,7 +20,7 @@ class Mamba2(Mixer):
         y_t = (RMSNorm(o_t) * silu(x_t Wg)) Wo
 
     dt_t = softplus(x_t Wdt + dt_bias), g_t = -exp(A_log) dt_t, and the norm runs over each head. In Mamba2's names q is
-    C, k is B and v is x. Source: arXiv 2405.21060; the variant that a teacher's heads fit: arXiv 2601.22156, table 1.
+    C, k is B and v is x. Source: arXiv 2405.21060; the variant that a teacher's heads fit: arXiv 2601.22156.
 
     It differs from Mamba2 in what no attention layer has or needs: there is no convolution and no skip D, q and k may
     have norms and rotary embedding, o has attention's scale, and the gate follows the norm, as in gated DeltaNet.
