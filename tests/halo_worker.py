@@ -1,6 +1,6 @@
 """Runs conversions of JSON configurations, one after the other, in each process that torchrun starts.
 
-torchrun -m halo_worker CONFIG... [--kill STAGE STEP] [--replicate]
+torchrun -m halo_worker CONFIG... [--kill STAGE STEP] [--until STAGE] [--replicate]
 """
 
 import argparse
@@ -13,6 +13,7 @@ import torch
 
 from halo.config import make_config
 from halo.pipeline import Pipeline
+from halo.stages import STAGES
 from halo.stages.align import Align
 from halo.stages.distill import Distill
 from halo.stages.finetune import Finetune
@@ -39,6 +40,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("configs", nargs="+")
     parser.add_argument("--kill", nargs=2)
+    parser.add_argument("--until", default=STAGES[-1], help="the last stage to run")
     parser.add_argument("--replicate", action="store_true", help="as if every process were a node of its own")
     options = parser.parse_args()
     if options.replicate:
@@ -49,4 +51,5 @@ if __name__ == "__main__":
     for path in options.configs:
         pipeline = Pipeline(make_config(json.loads(Path(path).read_text())), compute)
         compute = pipeline.compute
-        pipeline.run()
+        for stage in STAGES[: STAGES.index(options.until) + 1]:
+            pipeline.run_stage(stage)

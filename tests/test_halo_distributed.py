@@ -139,7 +139,7 @@ def test_killed_processes_continue_bit_for_bit(two, inputs):
     run = torchrun(path, "--kill", "distill", "12")  # two micro-batches a step: step 6
     assert run.returncode != 0 and "Signal 9" in run.stderr, run.stderr[-3000:]
     assert {"step-2", "step-4"} & {file.name for file in (inputs / "killed" / "distill" / "checkpoints").iterdir()}
-    run = torchrun(path)
+    run = torchrun(path, "--until", "finetune")
     assert run.returncode == 0, run.stderr[-3000:]
     assert len(re.findall(r"distill: continues after step [24]\n", run.stdout)) == 1
     for stage in STAGES:
@@ -175,7 +175,7 @@ def test_another_number_of_processes_continues_with_a_word(two, inputs, capsys):
 def test_compiled_layers_end_where_eager_ones_do(two, inputs, name):
     """Each layer is compiled and sharded, with recomputed activations in one case and packed documents in the other."""
     path = write_config(inputs, f"compiled-{name}", **CASES[name], compiled=True)
-    run = torchrun(path)
+    run = torchrun(path, "--until", "finetune")
     assert run.returncode == 0, run.stderr[-3000:]
     for stage in ("distill", "finetune"):
         assert_close(stage, *(weights(inputs / f"{kind}-{name}", stage) for kind in ("two", "compiled")))
@@ -185,6 +185,6 @@ def test_compiled_layers_end_where_eager_ones_do(two, inputs, name):
 def test_nodes_replicate(two, inputs):
     """With as many nodes as processes, weights are replicated across them instead of sharded."""
     path = write_config(inputs, "nodes", **CASES["lightning"])
-    run = torchrun(path, "--replicate")
+    run = torchrun(path, "--replicate", "--until", "finetune")
     assert run.returncode == 0, run.stderr[-3000:]
     assert_close("finetune", weights(inputs / "two-lightning", "finetune"), weights(inputs / "nodes", "finetune"))
