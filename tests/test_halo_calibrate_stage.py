@@ -9,8 +9,9 @@ from halo_tiny import LAYERS, config_tree, write_inputs
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from halo import files
+from halo import files, models
 from halo.calibration.choice import AUTO
+from halo.calibration.layer import observed_layers, relative_error
 from halo.cli import app
 from halo.compare import compare
 from halo.config import make_config
@@ -272,3 +273,19 @@ def test_command_report_and_comparison(inputs, tmp_path):
     assert rows["parts"] == ["decay+beta+gate+gain", None]
     last = sum(row["errors"][-1] for row in record["layers"]) / LAYERS
     assert rows["relative error after, mean of layers"] == [f"{last:.4g}", None]
+
+
+@pytest.mark.parametrize(("mixer", "parts"), [*((mixer, "auto") for mixer in MIXERS), ("lightning", "decay+ridge")])
+def test_recorded_errors_are_those_of_the_result_in_bfloat16(inputs, tmp_path, mixer, parts):
+    tree = tree_of(inputs, tmp_path, parts, mixer=mixer, precision="bf16")
+    job = run(tree, "transfer", "calibrate").job
+    twins, batch = job.load_mixers("calibrate"), calibrate.calibration_batch(job.corpus, job.config.calibrate)
+    found = {}
+
+    def observe(layer, data):
+        found[layer] = relative_error(twins[layer], data[-job.config.calibrate.held_samples :])
+
+    with torch.no_grad(), job.compute.autocast(), observed_layers(job.teacher, batch, False, observe):
+        models.hidden_states(job.teacher, batch)
+    record = json.loads((tmp_path / "calibrate" / files.CALIBRATION).read_text())
+    assert [row["errors"][-1] for row in record["layers"]] == pytest.approx([found[i] for i in range(LAYERS)], rel=1e-6)
