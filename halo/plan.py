@@ -152,7 +152,10 @@ def _remedy(stage: StagePlan, config: Config) -> str:
         if section.micro_batch != 1:
             wanted.insert(0, f"a smaller {stage.name}.micro_batch")
         return f": needs {' or '.join(wanted)}"
-    key = {"select": "batch", "scale": "length"}.get(stage.name)
+    keys = {"select": "batch", "scale": "length"}
+    if config.select.policy == "joint":
+        keys["select"] = "joint_length" if config.select.joint_micro_batch == 1 else "joint_micro_batch"
+    key = keys.get(stage.name)
     return f": lower {stage.name}.{key}" if key else ": remove the largest of eval.multiples"
 
 

@@ -22,6 +22,11 @@ def test_a_conversion_finishes_on_the_cuda_kernels(device, mixer, tmp_path):
     tree |= {"align": short, "distill": short, "finetune": short | {"length": 70, "micro_batch": 1}}
     tree["data"] = tree["data"] | {"needle_ratio": 0.0, "isolate_documents": mixer != "lightning"}
     tree["select"] = tree["select"] | {"recall_samples": 2, "recall_length": 128, "language_samples": 2, "batch": 1}
+    if mixer == "gdn":
+        gates = {"joint_steps": 1, "joint_batch": 1, "joint_length": 40, "joint_needle_ratio": 0.0}
+        tree["select"] |= {"policy": "joint", "measure_positions": False} | gates
+    else:
+        tree["select"] |= {"exchange": 1, "exchange_rounds": 1}
     tree["scale"] = {"grid": [None, 100], "length": 80, "documents": 1}
     tree["eval"] = {"length": 128, "multiples": [1], "recall_samples": 1, "text_tokens": 128}
     pipeline = Pipeline(make_config(tree))

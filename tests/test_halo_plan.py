@@ -255,8 +255,9 @@ def test_cost_of_selection_follows_the_policy(tmp_path):
     assert selection().tokens == (1 + 2 * LAYERS + 1 + 3 * 2) * tokens
     assert selection(policy="greedy", keep=2).tokens == (1 + LAYERS + LAYERS - 1 + LAYERS) * tokens
     assert selection(policy="uniform").tokens == selection(policy="uniform-late").flops == 0
-    joint = selection(policy="joint", joint_steps=10, joint_batch=4, joint_length=100, measure_positions=False)
-    assert joint.tokens == 4000 and joint.steps == 10 and joint.memory.activations > selection().memory.activations
+    gates = {"policy": "joint", "joint_steps": 10, "joint_batch": 4, "joint_length": 100, "measure_positions": False}
+    joint = selection(**gates, joint_micro_batch=4)
+    assert joint.tokens == 4000 and joint.steps == 10
     size = model_size(teacher)
     # More than teacher and student forward, with their heads, and less than if weights were trained.
     least = size.forward(100) + 2 * size.head() + size.forward(100)
@@ -265,6 +266,17 @@ def test_cost_of_selection_follows_the_policy(tmp_path):
     cached = selection(policy="kl", measure_positions=False).flops
     forward = 3 * 160 * size.forward(160) + 4 * 32 * size.forward(32)
     assert recomputed - cached == pytest.approx(LAYERS * forward)
+
+
+def test_gates_take_the_memory_of_both_branches():
+    def memory(*changes):
+        found = planned("hypenet-2b", "8xH100", *changes)
+        return next(stage for stage in found.stages if stage.name == "select").memory.activations
+
+    one, two = (memory("select.policy=joint", f"select.joint_micro_batch={size}") for size in (1, 2))
+    assert two == pytest.approx(2 * one) and one > memory("select.policy=position")
+    # 2048 tokens in 28 layers, each with at least the inputs of attention, twin and MLP in bfloat16.
+    assert one > 2048 * 28 * 3 * 2 * 2048
 
 
 def test_given_or_even_layers_and_aligned_twins_cost_nothing(tmp_path):

@@ -236,11 +236,27 @@ def test_gates_of_zero_and_one_are_twins_and_attention(teacher, twins):
     ids = torch.arange(30)[None]
     with torch.no_grad():
         training.gates.copy_(torch.tensor([-200.0, 200.0, -200.0]))
-        with models.replaced(teacher, training._gated()):
-            found = hidden(teacher, ids)
+        batch = Batch(ids, torch.zeros_like(ids, dtype=torch.int32))
+        with models.replaced(teacher, training.gated_layers(batch)):
+            found = models.hidden_states(teacher, batch)
         with arranged(teacher, list(twins), student([1], LAYERS)):
             expected = hidden(teacher, ids)
     torch.testing.assert_close(found, expected)
+
+
+def test_gates_do_not_see_other_documents(teacher, twins):
+    """Isolated documents are packed into one row, and each is what it is alone."""
+    documents = torch.zeros(2, 24, dtype=torch.int32)
+    documents[0, 10:] = 1
+    batch = Batch(torch.arange(48).view(2, 24), documents)
+    training = GateTraining(teacher, twins, TrainingSettings(steps=1, batch=2, learning_rate=1.0), 0.0, True)
+    with torch.no_grad(), models.replaced(teacher, training.gated_layers(batch)):
+        found = models.hidden_states(teacher, batch, isolate_documents=True)
+    for row, part in ((0, slice(0, 10)), (0, slice(10, 24)), (1, slice(0, 24))):
+        ids = batch.input_ids[row : row + 1, part]
+        alone = Batch(ids, torch.zeros_like(ids, dtype=torch.int32))
+        with torch.no_grad(), models.replaced(teacher, training.gated_layers(alone)):
+            torch.testing.assert_close(models.hidden_states(teacher, alone)[0], found[row, part], atol=1e-5, rtol=1e-4)
 
 
 def test_gradient_of_the_gates_is_that_of_the_loss(teacher, twins):
@@ -358,6 +374,7 @@ def test_policies_share_what_was_measured(inputs, aligned, tmp_path, monkeypatch
 
 
 JOINT = {"policy": "joint", "joint_steps": 4, "joint_batch": 2, "joint_length": 80, "joint_seeds": 2}
+JOINT |= {"joint_micro_batch": 2}
 
 
 def test_joint_stage_trains_gates_and_cleans_up(inputs, aligned, tmp_path, capsys):

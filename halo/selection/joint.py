@@ -89,7 +89,7 @@ class GateTraining(Training):
         head = cast(Any, teacher.get_output_embeddings()).weight
         with torch.no_grad():
             teacher_BTD = models.hidden_states(teacher, batch, self.isolate_documents)
-        with models.replaced(teacher, self._gated()):
+        with models.replaced(teacher, self.gated_layers(batch)):
             hidden_BTD = models.hidden_states(teacher, batch, self.isolate_documents)
         divergence = kl_divergence(hidden_BTD, head, teacher_BTD, head, count=count)
         price = self.price * (self.step + 1) / self.settings.steps
@@ -102,11 +102,13 @@ class GateTraining(Training):
             self.gates.grad = total if self.gates.grad is None else self.gates.grad + total
         return {"loss": loss.detach(), "divergence": divergence.detach(), "attention": attention.detach()}
 
-    def _gated(self) -> dict[int, nn.Module]:
+    def gated_layers(self, batch: Batch) -> dict[int, nn.Module]:
+        """Return what to replace the teacher's attention by for a batch, by layer."""
         teacher, twins = self.outside
         layers = cast(Any, teacher).model.layers
+        cu_seqlens = batch.cu_seqlens() if self.isolate_documents else None
         return {
-            i: GatedAttention(layers[i].self_attn, twin, gate)
+            i: GatedAttention(layers[i].self_attn, TwinAttention(twin, cu_seqlens), gate)
             for i, (twin, gate) in enumerate(zip(twins, self.gates.sigmoid(), strict=True))
         }
 
@@ -114,10 +116,9 @@ class GateTraining(Training):
 class GatedAttention(nn.Module):
     """Mixes an attention layer without positions and its twin: gate * attention + (1 - gate) * twin."""
 
-    def __init__(self, attention: nn.Module, twin: nn.Module, gate: Tensor) -> None:
+    def __init__(self, attention: nn.Module, twin: TwinAttention, gate: Tensor) -> None:
         super().__init__()
-        self.attention, self.twin = PositionFreeAttention(attention), TwinAttention(twin)
-        self.gate = gate
+        self.attention, self.twin, self.gate = PositionFreeAttention(attention), twin, gate
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
         """Return the mixture [B, T, D], and None for attention weights."""

@@ -67,7 +67,10 @@ def _exchange_lines(exchanges: list[dict[str, Any]]) -> list[str]:
         f"{step['error']:.4f} nats"
         for step in accepted
     ]
-    return [f"Exchanges in the student's form: {len(exchanges)} tried, {'; '.join(done) or 'none is better'}.\n"]
+    lines = [f"Exchanges in the student's form: {len(exchanges)} tried, {'; '.join(done) or 'none is better'}.\n"]
+    if accepted:
+        lines.append("Scores and shares of resamples are those before the exchanges.\n")
+    return lines
 
 
 def _round_lines(rounds: list[dict[str, Any]]) -> list[str]:

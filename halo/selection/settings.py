@@ -55,8 +55,8 @@ class SelectSettings(Settings):
     )
     joint_steps: PositiveInt = Field(300, le=10**6, description="joint: optimizer steps")
     joint_batch: PositiveInt = Field(32, description="joint: sequences per step, over all processes")
-    joint_micro_batch: PositiveInt | None = Field(
-        None, json_schema_extra=HOW, description="joint: sequences per forward pass of a process"
+    joint_micro_batch: PositiveInt = Field(
+        1, json_schema_extra=HOW, description="joint: sequences per forward pass of a process"
     )
     joint_length: PositiveInt = Field(2048, ge=2, description="joint: tokens per sequence")
     joint_learning_rate: float = Field(0.05, gt=0, description="joint: peak learning rate of the gates' logits")
@@ -99,7 +99,7 @@ class SelectSettings(Settings):
             raise ValueError(f"layers must {wanted} policy given, got policy {self.policy} and layers {self.layers}")
         if self.exchange and self.policy in UNMEASURED:
             raise ValueError(f"exchange must be 0 or null for policy {self.policy}, got {self.exchange}")
-        if self.joint_micro_batch and self.joint_batch % self.joint_micro_batch:
+        if self.joint_batch % self.joint_micro_batch:
             raise ValueError(
                 f"joint_micro_batch must divide joint_batch ({self.joint_batch}), got {self.joint_micro_batch}"
             )

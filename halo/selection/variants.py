@@ -74,11 +74,16 @@ def arranged(teacher: PreTrainedModel, twins: Sequence[nn.Module], variant: Vari
 
 
 class TwinAttention(nn.Module):
-    """Gives a recurrent mixer the signature of an attention layer of transformers, without cache or padding."""
+    """Gives a recurrent mixer the signature of an attention layer of transformers, without cache or padding.
 
-    def __init__(self, mixer: nn.Module) -> None:
+    Args:
+        mixer: The mixer.
+        cu_seqlens: Boundaries of packed documents, int32 [N + 1]; None if the rows of the batch are not packed.
+    """
+
+    def __init__(self, mixer: nn.Module, cu_seqlens: Tensor | None = None) -> None:
         super().__init__()
-        self.mixer = mixer
+        self.mixer, self.cu_seqlens = mixer, cu_seqlens
 
     def forward(
         self,
@@ -91,7 +96,7 @@ class TwinAttention(nn.Module):
         """Return the mixer's output [B, T, D], and None for attention weights."""
         if past_key_values is not None:
             raise NotImplementedError("TwinAttention: the cache must be off, got past_key_values")
-        return models.run_mixer(self.mixer, hidden_states, position_embeddings), None
+        return models.run_mixer(self.mixer, hidden_states, position_embeddings, self.cu_seqlens), None
 
 
 class PositionFreeAttention(nn.Module):

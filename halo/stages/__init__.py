@@ -6,7 +6,7 @@ STAGE_HELP = {
     "transfer": "Build a recurrent twin of every attention layer from its weights.",
     "calibrate": "Set decays, gates and gains of the twins by closed forms, from a little training text.",
     "align": "Stage 1: train each twin to reproduce the output of its attention layer.",
-    "select": "Choose the layers that stay attention, by replacing one layer at a time with its twin.",
+    "select": "Choose the layers that stay attention, by the measurements that select.policy calls for.",
     "distill": "Stage 2: train the hybrid to match the teacher's next-token distribution.",
     "finetune": "Stage 3: train on next-token loss with longer context.",
     "scale": "Choose the base of the attention scale on long text, and write the final model.",
