@@ -110,6 +110,18 @@ def test_two_processes_equal_one(one, two, name, stage):
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_layers_are_calibrated_by_whichever_process(one, two, name):
+    """Each process calibrates its share of the layers, and a layer depends on no other."""
+    found, records = [], []
+    for out in (one / f"one-{name}", two / f"two-{name}"):
+        found.append(load_file(out / "calibrate" / "mixers.safetensors"))
+        records.append(json.loads((out / "calibrate" / "calibration.json").read_text()))
+    assert records[0] == records[1]
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_choices_and_measurements_are_those_of_one_process(one, two, name):
     def read(out, file):
         return json.loads((out / file).read_text())

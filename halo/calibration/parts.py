@@ -91,11 +91,13 @@ def gain(mixer: Mixer, fit: Fit) -> None:
     The factor of a channel is <c, f> / <f, f>, with f the twin's feature and c the teacher's. It becomes part of the
     norm's weight if that has one for every channel, and otherwise of the projection's columns.
     """
-    products = powers = torch.zeros((), dtype=torch.float64)
+    weight = mixer.o_proj.weight
+    products, powers = torch.zeros(2, weight.shape[1], dtype=torch.float64, device=weight.device)
     for one in fit.data.sequences():
         f_NTW, _ = input_of(mixer.o_proj, mixer, one)
         f, c = f_NTW.double(), one.context_NTW.double()
-        products, powers = products.to(f.device) + (f * c).sum((0, 1)), powers.to(f.device) + f.square().sum((0, 1))
+        products += (f * c).sum((0, 1))
+        powers += f.square().sum((0, 1))
     if fit.per_head:
         products, powers = (
             x.unflatten(0, (-1, mixer.head_dim)).sum(1).repeat_interleave(mixer.head_dim) for x in (products, powers)
@@ -105,7 +107,7 @@ def gain(mixer: Mixer, fit: Fit) -> None:
     if norm is not None and norm.weight.shape == factor_W.shape:
         norm.weight.mul_(factor_W)
     else:
-        mixer.o_proj.weight.mul_(factor_W)
+        weight.mul_(factor_W)
 
 
 @torch.no_grad()
