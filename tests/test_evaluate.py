@@ -27,7 +27,7 @@ class Text:
     seed = 5
 
     def __init__(self, seeds=(("train", 0), ("choose", 1), ("judge", 2))):
-        self.tokenizer, self.used = tiny_tokenizer(), []
+        self.tokenizer, self.used, self.needles = tiny_tokenizer(), [], None
         self.streams = {side: token_stream(self.tokenizer, documents(seed=seed)) for side, seed in seeds}
 
     def stream(self, split):
@@ -35,7 +35,10 @@ class Text:
         return self.streams[split]
 
     def task(self, split):
-        return NeedleTask(self.tokenizer, self.stream(split))
+        stream = self.stream(split)
+        if self.needles is None:
+            self.needles = NeedleTask(self.tokenizer, stream)
+        return self.needles.of(stream)
 
 
 @pytest.fixture(autouse=True)
