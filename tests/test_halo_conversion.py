@@ -61,9 +61,8 @@ def test_every_stage_leaves_its_result(converted):
 
 def test_a_conversion_says_first_what_it_will_take(converted):
     first = converted.output.splitlines()[0]
-    assert re.fullmatch(
-        r"estimate   \d+ (s|min) for [\d.]+k tokens \(align \d+ s, select .*, eval \d+ s\); details: halo plan", first
-    ), first
+    stages = r"calibrate \d+ s, align \d+ s, select .*, eval \d+ s"
+    assert re.fullmatch(rf"estimate   \d+ (s|min) for [\d.]+k tokens \({stages}\); details: halo plan", first), first
 
 
 def test_finished_model_is_a_hypenet_without_the_teacher(converted):

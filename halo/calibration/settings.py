@@ -1,8 +1,8 @@
 """The section `calibrate` of the configuration."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from halo.settings import HOW, Settings
 
@@ -26,3 +26,8 @@ class CalibrateSettings(Settings):
     block: PositiveInt = Field(
         256, json_schema_extra=HOW, description="queries whose attention is in memory at a time, of one sequence"
     )
+
+    @field_validator("parts", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML takes the word `off` for false
