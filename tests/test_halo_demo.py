@@ -1,4 +1,4 @@
-"""The demo runs both conversions and reports what it measured, shown or not."""
+"""The demo runs its conversions and reports what it measured, shown or not."""
 
 import json
 
@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from halo.cli import app
-from halo.demo.demo import CONVERTED, EVEN, TEACHER, UNSCALED, claims
+from halo.demo.demo import CONVERTED, EVEN, TEACHER, UNCALIBRATED, UNSCALED, claims
+from halo.evaluation.paired import bits_ratio, recall_difference
 
 
 @pytest.fixture(scope="module")
@@ -27,16 +28,18 @@ def demo(tmp_path_factory):
     return directory / "a run", result.output
 
 
-def test_demo_compares_four_models(demo):
+def test_demo_compares_five_models(demo):
     out, output = demo
     record = json.loads((out / "demo.json").read_text())
     assert [(row["model"], row["multiple"]) for row in record["rows"]] == [
-        (label, multiple) for label in (TEACHER, CONVERTED, UNSCALED, EVEN) for multiple in (1, 4)
+        (label, multiple) for label in (TEACHER, CONVERTED, UNSCALED, EVEN, UNCALIBRATED) for multiple in (1, 4)
     ]
     assert record["layers"][EVEN] == [0] and len(record["layers"][CONVERTED]) == 1
-    assert len(record["claims"]) == 5 and "needle recall" in output
+    assert len(record["claims"]) == 7 and "needle recall" in output
     # The second conversion starts from the aligned twins of the first.
     assert "even/align" not in record["seconds"] and record["seconds"]["selected/align"] >= 0
+    assert record["layers"][UNCALIBRATED] == record["layers"][CONVERTED]
+    assert not (out / "uncalibrated" / "calibrate" / "mixers.safetensors").exists()
 
 
 def test_demo_leaves_report_plot_and_checkpoint(demo):
@@ -51,15 +54,30 @@ def test_demo_leaves_report_plot_and_checkpoint(demo):
     assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False).shape == (1, 6)
 
 
-def test_claims_follow_the_numbers():
-    recall = {(TEACHER, 1): 1.0, (CONVERTED, 1): 0.95, (UNSCALED, 1): 0.95, (EVEN, 1): 0.9}
-    recall |= {(TEACHER, 4): 0.1, (CONVERTED, 4): 0.8, (UNSCALED, 4): 0.85, (EVEN, 4): 0.75}
-    rows = [
-        {"model": model, "multiple": multiple, "recall": value, "recall_error": 0.05, "bits_per_byte": 2.0}
+def rows_of(recall, bits):
+    """Return rows of one length each, with four episodes of the same mean recall and two windows of text."""
+    return [
+        {"model": model, "multiple": multiple, "recall": value, "episode_recall": [value] * 4}
+        | {"bits_per_byte": bits[model], "window_bits": [100 * bits[model], 120 * bits[model]]}
         for (model, multiple), value in recall.items()
     ]
-    assert [claim["shown"] for claim in claims(rows)] == [True, True, True, False, False]
-    for row in rows:
-        if row["model"] == CONVERTED:
-            row["bits_per_byte"], row["recall"] = 2.3, 0.1
-    assert [claim["shown"] for claim in claims(rows)] == [False, False, False, False, False]
+
+
+def test_claims_follow_the_numbers():
+    bits = dict.fromkeys((TEACHER, CONVERTED, UNSCALED, EVEN), 2.0) | {UNCALIBRATED: 2.1}
+    recall = {(TEACHER, 1): 1.0, (CONVERTED, 1): 0.98, (UNSCALED, 1): 0.95, (EVEN, 1): 0.9, (UNCALIBRATED, 1): 0.9}
+    recall |= {(TEACHER, 4): 0.1, (CONVERTED, 4): 0.8, (UNSCALED, 4): 0.85, (EVEN, 4): 0.75}
+    # bits, recall at 1 x and 4 x, above the teacher, with the scale, above evenly spaced, calibrated
+    assert [claim["shown"] for claim in claims(rows_of(recall, bits))] == [True, True, False, True, False, True, True]
+    recall |= {(CONVERTED, 4): 0.1}
+    shown = [claim["shown"] for claim in claims(rows_of(recall, bits | {CONVERTED: 2.11}))]
+    assert shown == [False, True, False, True, False, False, False]
+
+
+def test_differences_are_paired():
+    easy, hard = {"episode_recall": [1.0, 0.5, 0.0]}, {"episode_recall": [0.75, 0.25, -0.25]}
+    assert recall_difference(easy, hard) == (0.25, 0.0)
+    ratio, error = bits_ratio({"window_bits": [11.0, 99.0, 440.0]}, {"window_bits": [10.0, 90.0, 400.0]})
+    assert ratio == pytest.approx(1.1) and error == pytest.approx(0, abs=1e-15)
+    with pytest.raises(ValueError, match="recall_difference: both rows must have the same samples, got 3 and 1"):
+        recall_difference(easy, {"episode_recall": [1.0]})

@@ -11,7 +11,7 @@ MULTIPLES = (1, 4, 16, 64)
 def with_scales(pipeline: Pipeline) -> Row:
     """Measure the finished model with the chosen scale, with constant ones, and without."""
     job = pipeline.job
-    model = job.load_finished()
+    model = job.measured_student("scale")
     chosen = model.config.attn_logits_scaling
     scalings = {"none": None, "chosen": chosen} | {f"constant {value}": value for value in CONSTANTS}
     return {

@@ -24,7 +24,7 @@ BATCH = 16
 def student(pipeline: Pipeline) -> Row:
     """Measure the finished model: recall, bits per byte, divergence from the teacher."""
     job = pipeline.job
-    model = job.load_finished()
+    model = job.measured_student("scale")
     return {
         "scale": model.config.attn_logits_scaling,
         "layers": job.softmax_layers(),

@@ -40,9 +40,10 @@ def bits_per_byte(
         batch_size: Windows per forward pass.
 
     Returns:
-        bits_per_byte; stderr over windows; num_bytes; num_windows; and by_position, a list of the same (start, stop,
-        bits_per_byte, stderr) for the tokens at positions start to stop - 1 of the windows. The positions double:
-        0 to 255, 256 to 511, 512 to 1023, ... A model that does not extrapolate gets worse from one to the next.
+        bits_per_byte; stderr over windows; num_bytes; num_windows; window_bits, the bits of each window; and
+        by_position, a list of the same (start, stop, bits_per_byte, stderr) for the tokens at positions start to
+        stop - 1 of the windows. The positions double: 0 to 255, 256 to 511, 512 to 1023, ... A model that does not
+        extrapolate gets worse from one to the next.
 
     Raises:
         ValueError: If the text has fewer than `length` tokens.
@@ -78,6 +79,7 @@ def bits_per_byte(
         "stderr": stderr,
         "num_bytes": int(num_bytes.sum()),
         "num_windows": num_windows,
+        "window_bits": bits.sum(1).tolist(),
         "by_position": [
             dict(zip(("start", "stop", "bits_per_byte", "stderr"), (a, b, *_ratio(part, size)), strict=True))
             for (a, b), part, size in ranges

@@ -93,8 +93,10 @@ def evaluate(
         journal: Keeps finished parts.
 
     Returns:
-        A row per model and length, with standard errors (None for a single sample). `bits_per_byte` and `by_position`
-        are None if the text is too short; `tasks` holds recall, recall_error and samples of each of settings.tasks.
+        A row per model and length, with standard errors (None for a single sample), `episode_recall` of each episode
+        and `window_bits` of each window of text, which are the same for all models. `bits_per_byte`, `window_bits` and
+        `by_position` are None if the text is too short; `tasks` holds recall, recall_error and samples of each of
+        settings.tasks.
 
     Raises:
         TooShort: If the needles do not fit into a length.
@@ -132,16 +134,19 @@ def _measure(
     seed: tuple[int, int],
 ) -> dict[str, Any]:
     batch, samples = _amounts(settings, settings.recall_samples, length)
-    recall, recall_error = mean_and_error(recall_per_episode(model, task, length, samples, seed, batch_size=batch))
-    bits: dict[str, Any] = {"bits_per_byte": None, "stderr": None, "by_position": None}
+    per_episode = recall_per_episode(model, task, length, samples, seed, batch_size=batch)
+    recall, recall_error = mean_and_error(per_episode)
+    bits: dict[str, Any] = dict.fromkeys(("bits_per_byte", "stderr", "by_position", "window_bits"))
     if len(stream) >= length:
         bits = bits_per_byte(model, tokenizer, stream, length, settings.text_tokens, batch_size=batch)
     return {
         "recall": recall,
         "recall_error": _number(recall_error),
         "episodes": samples,
+        "episode_recall": per_episode.tolist(),
         "bits_per_byte": bits["bits_per_byte"],
         "bits_per_byte_error": _number(bits["stderr"]),
+        "window_bits": bits["window_bits"],
         "by_position": bits["by_position"]
         and [{name: _number(value) for name, value in part.items()} for part in bits["by_position"]],
     }
