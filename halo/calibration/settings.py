@@ -14,8 +14,8 @@ class CalibrateSettings(Settings):
 
     parts: str = Field(
         "auto",
-        description="what to set: parts joined by + (rank, decay, beta, gate, gain, ridge); auto: what the mixer has "
-        "most of; faithful: gdn, as the published code; off: nothing",
+        description="what to set: parts joined by + (rank, decay, beta, gate, gain, ridge); auto: the "
+        "best found for the mixer; faithful: gdn, as the published code; off: nothing",
     )
     samples: PositiveInt = Field(16, description="sequences of training text to fit on")
     held_samples: PositiveInt = Field(4, description="further sequences, to measure the layers' errors on")
