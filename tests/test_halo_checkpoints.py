@@ -75,7 +75,7 @@ def test_a_checkpoint_that_is_cut_off_is_one_line_and_the_one_before_serves(inpu
     tree = config_tree(inputs) | {"out": str(tmp_path / "out")}
     tree["align"] = tree["align"] | {"checkpoint_every": 1}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        run_until(tree, "transfer")
+        run_until(tree, "calibrate")
         patch.setattr("halo.models.save_mixers", none_written)
         run_until(tree, "align")
     last = tmp_path / "out" / "align" / "checkpoints" / "step-4"

@@ -43,7 +43,7 @@ def test_a_conversion_finishes_on_the_cuda_kernels(device, mixer, tmp_path):
     job = pipeline.job
     for module in (job.teacher, job.measured_mixers(), job.measured_student("finetune"), job.measured_student("scale")):
         wide = {name.rsplit(".", 1)[-1] for name, x in module.named_parameters() if x.dtype != torch.bfloat16}
-        assert wide == ({"A_log", "dt_bias"} if mixer == "gdn" and module is not job.teacher else set())
+        assert wide == ({"A_log", "dt_bias"} if mixer != "lightning" and module is not job.teacher else set())
         assert not any(x.requires_grad or module.training for x in module.parameters())
 
 

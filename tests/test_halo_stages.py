@@ -471,7 +471,7 @@ def test_stopped_process_resumes_bit_for_bit(name, step, code, inputs, tmp_path,
 
 def test_checkpoint_of_another_run_is_refused(inputs, tmp_path, monkeypatch):
     tree = numbers_with_checkpoints(config_tree(inputs)) | {"out": str(tmp_path / "out")}
-    run_until(Pipeline(make_config(tree)), "transfer")
+    run_until(Pipeline(make_config(tree)), "calibrate")
     with monkeypatch.context() as patch:
         patch.setattr("halo.models.save_mixers", lambda state, path: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):

@@ -90,26 +90,32 @@ def _truth(rows: list[Row]) -> tuple[dict[tuple[int, ...], float], dict[tuple[in
 
 def _rank_correlation(selection: dict[str, Any], kl: dict[tuple[int, ...], float]) -> float | None:
     """Return Spearman's correlation between the sum of a pair's scores and minus its divergence after training."""
-    scores = selection.get("scores") or [row.get("score_value") for row in selection.get("table", [])]
+    scores = [row.get("score") for row in selection.get("table", [])]
     if not scores or any(score is None for score in scores):
         return None
     pairs = sorted(kl)
-    ranks = [
-        np.argsort(np.argsort(values))
-        for values in ([sum(scores[i] for i in pair) for pair in pairs], [-kl[p] for p in pairs])
-    ]
+    predicted, found = [sum(scores[layer] for layer in pair) for pair in pairs], [-kl[pair] for pair in pairs]
+    ranks = [np.argsort(np.argsort(values)) for values in (predicted, found)]
     return float(np.corrcoef(*ranks)[0, 1])
 
 
 EXPERIMENT = Experiment(
     name="selection",
     question="Which policy finds the layers that are best after training?",
-    settings=SHORT | {"distill.steps": 60, "finetune.steps": 0, "scale.grid": [None], "eval.multiples": [1, 4]},
+    settings=SHORT
+    | {"select.joint_steps": 100, "select.joint_batch": 16, "select.joint_length": 256}
+    | {"distill.steps": 60, "finetune.steps": 0, "scale.grid": [None], "eval.multiples": [1, 4]},
     tables=make_tables,
     arms=(
         Arm(TWINS, nothing, last="align"),
         *(
-            Arm(f"policy {policy}", chosen, {"select.policy": policy, "select.layers": None}, base=TWINS, last="select")
+            Arm(
+                f"policy {policy}",
+                chosen,
+                {"select.policy": policy, "select.layers": None, "select.exchange": None},
+                base=TWINS,
+                last="select",
+            )
             for policy in POLICIES
         ),
         *(Arm(f"pair {a} {b}", measure.student, {"select.layers": [a, b]}, base=TWINS) for a, b in PAIRS),

@@ -72,7 +72,7 @@ def _position(job: Job, share: float) -> list[int]:
     record = json.loads(
         (job.out.parent.parent / "seed-0" / directory_name(ORDER) / "select" / files.SELECTION).read_text()
     )
-    scores = [row["score_value"] for row in record["table"]]
+    scores = [row["score"] for row in record["table"]]
     return sorted(np.argsort(scores)[::-1][: round(share * len(scores))].tolist())
 
 
@@ -107,7 +107,7 @@ def _layers(rows: list[Row]) -> str:
             continue
         kept = row["selection"]["layers"]
         for line in row["selection"]["table"]:
-            m, n = line["twin_divergence"], line["position_divergence"]
+            m, n = line["M"], line["N"]
             lines.append(
                 f"| {line['layer']} | {m:.3f} | {n:.3f} | {m - n:+.3f} | {'yes' if line['layer'] in kept else ''} |"
             )

@@ -77,15 +77,15 @@ class Samples:
     answers: Tensor
 
     @classmethod
-    def draw(cls, corpus: Corpus, settings: SelectSettings) -> "Samples":
-        """Take samples of the side of the held-out text that choices are made by."""
-        text = corpus.chunks(SPLIT, settings.language_samples, settings.language_length)
+    def draw(cls, corpus: Corpus, settings: SelectSettings, split: str = SPLIT) -> "Samples":
+        """Take samples of one side of the held-out text, by default of that which choices are made by."""
+        text = corpus.chunks(split, settings.language_samples, settings.language_length)
         if len(text) < settings.language_samples:
             warn(
                 f"select: the held-out text has {len(text)} chunks of {settings.language_length} tokens, "
                 f"not {settings.language_samples}"
             )
-        task, length = corpus.task(SPLIT), settings.recall_length
+        task, length = corpus.task(split), settings.recall_length
         rng = np.random.default_rng(corpus.seed)
         episodes = [task.episode(rng, length) for _ in range(settings.recall_samples)]
         starts = task.answer_starts(length, len(episodes[0].answers))
