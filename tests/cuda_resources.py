@@ -7,7 +7,6 @@ dynamic shared memory from launches of every op on the emulator; blocks per SM a
 tensor cores is from the disassembly.
 """
 
-import fcntl
 import functools
 import json
 import os
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import emulation
 import every_op
-from test_install import setup
+from test_install import only_builder, setup
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -46,8 +45,7 @@ def compile_all():
     rules = setup.commands(os.environ, cxx, setup.find_nvcc(os.environ), setup.CUDA_TARGETS)
     folder = BUILD if os.environ.get("TORCH_CUDA_ARCH_LIST") in (None, "", setup.CUDA_TARGETS) else BUILD / "default"
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "resources.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one test process builds, others wait
+    with only_builder():
         with open(folder / "resources.ninja", "w") as file:
             writer = ninja.ninja_syntax.Writer(file, width=10**6)
             writer.rule("nvcc", rules["nvcc"], depfile="$out.d", deps="gcc")

@@ -1,5 +1,7 @@
 """The decisions of setup.py, and its results: the sdist is complete, the wheel runs from any directory."""
 
+import contextlib
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -30,6 +32,15 @@ PyMODINIT_FUNC PyInit__cpu_v4() { return make(); }
 PyMODINIT_FUNC PyInit__cpu_v4_bf16() { return make(); }
 PyMODINIT_FUNC PyInit__cuda() { return make(); }
 """
+
+
+@contextlib.contextmanager
+def only_builder():
+    """Keep other test processes from building in the checkout's build folder."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    with open(ROOT / "build" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def executable(path, text="#!/bin/sh\n"):
@@ -136,7 +147,8 @@ def test_wheel_builds_without_torch_and_runs_from_anywhere(tmp_path):
     build = (
         "import sys; sys.modules['torch'] = None; from setuptools.build_meta import build_wheel as b; b(sys.argv[1])"
     )
-    subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
+    with only_builder():
+        subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         wheel.extractall(tmp_path / "with space")
         names = wheel.namelist()
