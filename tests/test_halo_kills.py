@@ -138,7 +138,7 @@ def reference(tmp_path_factory):
     return directory, results(directory / "whole"), time.monotonic() - began
 
 
-@pytest.mark.parametrize("kills", [8, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [5, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_again_and_again_ends_the_same(reference, kills):
     directory, expected, seconds = reference
     assert len(expected) > 20
