@@ -123,27 +123,34 @@ def interrupted(after):
     return save
 
 
+@pytest.fixture(scope="module", params=MIXERS)
+def whole(request, inputs, tmp_path_factory):
+    """A mixer, and the output of a calibration of it that was not interrupted."""
+    out = tmp_path_factory.mktemp("whole")
+    run(tree_of(inputs, out, mixer=request.param), "transfer", "calibrate")
+    return request.param, out
+
+
 @pytest.mark.parametrize("after", range(1, LAYERS + 1))
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_interrupted_stage_resumes_bit_for_bit(inputs, tmp_path, mixer, after, monkeypatch):
-    trees = [tree_of(inputs, tmp_path / name, mixer=mixer) for name in "ab"]
-    run(trees[0], "transfer", "calibrate")
-    run(trees[1], "transfer")
+def test_interrupted_stage_resumes_bit_for_bit(inputs, whole, tmp_path, after, monkeypatch):
+    mixer, out = whole
+    tree = tree_of(inputs, tmp_path, mixer=mixer)
+    shutil.copytree(out / "transfer", tmp_path / "transfer")
     with monkeypatch.context() as patch:
         patch.setattr("halo.models.save_mixers", interrupted(after))
         with pytest.raises(KeyboardInterrupt):
-            run(trees[1], "calibrate")
-    assert not (tmp_path / "b" / "calibrate" / files.DONE).exists()
+            run(tree, "calibrate")
+    assert not (tmp_path / "calibrate" / files.DONE).exists()
     again, apply = [], Calibration.apply
     monkeypatch.setattr(
         Calibration, "apply", lambda self, layer, *rest: again.append(layer) or apply(self, layer, *rest)
     )
-    run(trees[1], "calibrate")
+    run(tree, "calibrate")
     assert again == list(range(after, LAYERS))
-    assert same(weights(tmp_path / "a" / "calibrate"), weights(tmp_path / "b" / "calibrate"))
+    assert same(weights(out / "calibrate"), weights(tmp_path / "calibrate"))
     errors = [
-        [row["errors"] for row in json.loads((tmp_path / name / "calibrate" / files.CALIBRATION).read_text())["layers"]]
-        for name in "ab"
+        [row["errors"] for row in json.loads((run_of / "calibrate" / files.CALIBRATION).read_text())["layers"]]
+        for run_of in (out, tmp_path)
     ]
     assert errors[0] == errors[1]
 
