@@ -34,10 +34,17 @@ def run(
     work: WorkOption = Path("runs/experiments"),
     out: Annotated[Path | None, typer.Option(help="JSON file; default: bench/results/experiments/NAME.json.")] = None,
 ) -> None:
-    """Run an experiment and write its rows and tables."""
-    experiment = _find(name)
-    record = runner.run(experiment, range(seeds or experiment.seeds), work, jobs, print)
-    records.save(out or RESULTS / f"{name}.json", record)
+    """Run an experiment, write its rows as they come, and print its tables."""
+    experiment, path = _find(name), out or RESULTS / f"{name}.json"
+    chosen = range(seeds or experiment.seeds)
+
+    def ended(line: str) -> None:
+        print(line, flush=True)
+        records.save(path, runner.collect(experiment, chosen, work))
+
+    runner.run(experiment, chosen, work, jobs, ended)
+    record = runner.collect(experiment, chosen, work)
+    records.save(path, record)
     print(experiment.tables(record["rows"]))
 
 

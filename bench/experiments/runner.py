@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +20,23 @@ ROW = "row.json"
 POLL_SECONDS = 0.5
 
 
-def run(
-    experiment: Experiment, seeds: Iterable[int], work: Path, jobs: int, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Run all arms that have no row yet, and return the record of all rows.
+def run(experiment: Experiment, seeds: Sequence[int], work: Path, jobs: int, ended: Callable[[str], None]) -> None:
+    """Run all arms that have no row yet.
 
     Args:
         experiment: What to run.
         seeds: Seeds of data orders, episodes and initialisations; the teacher stays the same.
         work: Directory of the runs.
         jobs: Processes at a time; each arm has as many threads as the experiment's settings say.
-        say: Called with a line for each arm that ends.
+        ended: Called with a line for each arm that ends.
 
     Raises:
         RuntimeError: If an arm fails; its log is named.
     """
-    seeds = list(seeds)
     work.mkdir(parents=True, exist_ok=True)
-    Job(configuration(experiment, experiment.arms[0], seeds[0], work).model_copy(update={"out": work})).corpus  # noqa: B018
-    runs = experiment.runs(seeds)
-    waiting = [(seed, arm) for seed, arm in runs if not row_path(experiment, arm, seed, work).is_file()]
+    config = configuration(experiment, experiment.arms[0], seeds[0], work)
+    Job(config.model_copy(update={"out": work})).corpus.fingerprint  # noqa: B018  tokenised once, for all arms
+    waiting = [run for run in experiment.runs(seeds) if not row_path(experiment, run[1], run[0], work).is_file()]
     running: list[tuple[int, Arm, subprocess.Popen, float]] = []
     while waiting or running:
         ready = [
@@ -60,16 +57,19 @@ def run(
             if process.returncode:
                 for _, _, other, _ in running:
                     other.terminate()
-                raise RuntimeError(
-                    f"{experiment.name}, {arm.name}, seed {seed}: failed, see {_log(experiment, arm, seed, work)}"
-                )
-            say(f"{experiment.name}, seed {seed}, {arm.name}: {time.monotonic() - began:.0f} s, {len(waiting)} left")
-    rows = [json.loads(row_path(experiment, arm, seed, work).read_text()) for seed, arm in runs]
+                log = _log(experiment, arm, seed, work)
+                raise RuntimeError(f"{experiment.name}, {arm.name}, seed {seed}: failed, see {log}")
+            ended(f"{experiment.name}, seed {seed}, {arm.name}: {time.monotonic() - began:.0f} s, {len(waiting)} left")
+
+
+def collect(experiment: Experiment, seeds: Sequence[int], work: Path) -> dict[str, Any]:
+    """Return the record of all rows that there are, of some seeds."""
+    paths = [row_path(experiment, arm, seed, work) for seed, arm in experiment.runs(seeds)]
     return {
         "stamp": records.stamp("cpu"),
         "experiment": experiment.name,
         "settings": dict(experiment.settings),
-        "rows": rows,
+        "rows": [json.loads(path.read_text()) for path in paths if path.is_file()],
     }
 
 
