@@ -22,7 +22,7 @@ class Resumable(OneLineErrors):
 
 app = application(
     "halo",
-    "Convert a Qwen3 Transformer into a HypeNet, which replaces most attention layers by linear recurrences.",
+    "Convert a Qwen3, Qwen2 or Llama into a HypeNet, which replaces most attention layers by linear recurrences.",
     Resumable,
 )
 

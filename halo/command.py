@@ -1,4 +1,4 @@
-"""What the `halo` and the `hypenet` command share: how they begin, how they fail, and options that both have."""
+"""The base of the `halo` and the `hypenet` command: start, errors, and the options that both have."""
 
 import os
 import sys

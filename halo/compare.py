@@ -144,10 +144,10 @@ def _calibration(runs: list[Conversion]) -> Iterator[Row]:
 def _layers(runs: list[Conversion]) -> Iterator[Row]:
     chosen = [run.record("select", files.SELECTION) for run in runs]
     yield from _row("softmax layers", [record.get("layers") for record in chosen], _written)
-    # Before it was called a policy, it was called a score.
+    # Older records have the policy under the name `score`.
     yield from _row("policy", [record.get("policy", record.get("score")) for record in chosen], str)
-    pairs = [record.get("equivalents") for record in chosen]
-    yield from _row("equivalent to dropped ones", [sorted({i for i, _ in p}) if p else None for p in pairs], _written)
+    equivalent = [sorted({kept for kept, _ in record.get("equivalents", [])}) or None for record in chosen]
+    yield from _row("kept, equivalent to dropped ones", equivalent, _written)
     warnings = [len(record["warnings"]) if "warnings" in record else None for record in chosen]
     yield from _row("warnings", warnings, str)
 

@@ -63,7 +63,7 @@ class Config(Settings):
 
     @property
     def calibration_parts(self) -> tuple[str, ...]:
-        """What is calibrated before the twins are aligned; nothing for `calibrate.parts` off."""
+        """The parts of the calibration, in the order in which they are applied; none for `calibrate.parts` off."""
         gated = self.architecture.get(f"{self.mixer}_use_gate", True) is True
         return chosen_parts(self.calibrate.parts, self.mixer, gated)
 

@@ -11,7 +11,7 @@ from halo.compute import Compute
 from halo.settings import HaloError
 
 GPUS_PER_NODE = 8
-# Of a GPU: CUDA's context, communication buffers, and what the allocator cannot use.
+# Bytes of a GPU that a run cannot use: CUDA's context, communication buffers, fragmentation.
 RESERVED = 4 * 2**30
 
 

@@ -1,7 +1,7 @@
 """What a stage works with: the configuration, the processes, the files of the run, and teacher and data on demand."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from halo.progress import TokenisingProgress
 from halo.settings import HaloError, Settings, TrainingSettings
 from halo.sharding import whole_state
 from halo.stages import ALIGNED_STAGES, SAMPLE_ORDERS, STAGES, TRAINED_STAGES
-from halo.trainer import Run, Training, train
+from halo.trainer import BatchSource, Run, Training, train
 from halo.unpacking import unpacked
 from hypenet import HypeNetForCausalLM
 
@@ -52,7 +52,7 @@ class Job:
 
     @cached_property
     def teacher_name(self) -> str:
-        """What to load the teacher from: what the configuration says, or what a .gguf file was converted to."""
+        """The name to load the teacher by: the configured one, or the folder that a .gguf file was converted to."""
         return self.compute.from_main(lambda: unpacked(self.config.teacher, self.out / files.TEACHER))
 
     @cached_property
@@ -138,11 +138,6 @@ class Job:
     def train(self, training: Training) -> None:
         """Train a stage on its samples."""
         settings = training.settings
-        samples = self.corpus.samples(settings.length, settings.needle_ratio, SAMPLE_ORDERS[training.name])
-
-        def source(step: int) -> Iterator[Batch]:
-            return batches(samples, settings.batch, step, self.compute.rank, self.compute.world, self.compute.device)
-
         kept = None if training.name == "align" else len(self.softmax_layers())
         flops = stage_flops_per_token(
             training.name,
@@ -153,7 +148,7 @@ class Job:
             architecture=self.config.architecture,
         )
         run = Run(
-            source,
+            self.batch_source(settings, SAMPLE_ORDERS[training.name]),
             self._held_out(settings),
             self.identity(training.name),
             flops,
@@ -162,13 +157,25 @@ class Job:
         )
         train(training, run, self.directory(training.name), self.compute)
 
+    def batch_source(self, settings: TrainingSettings, order: int) -> BatchSource:
+        """Return this process's share of the training batches of an order of the samples, from any step on."""
+        samples, compute = self.corpus.samples(settings.length, settings.needle_ratio, order), self.compute
+        return lambda step: batches(samples, settings.batch, step, compute.rank, compute.world, compute.device)
+
+    def sizes(self, softmax_layers: Sequence[int]) -> Sizes:
+        """Measure the models of this conversion, with softmax attention in some layers of the student.
+
+        Raises:
+            HaloError: If the fields of `architecture` do not fit the teacher.
+        """
+        return Sizes.of(self.teacher_config, self.config.mixer, softmax_layers, **self.config.architecture)
+
     def _sync_every_micro_batch(self, stage: str, settings: TrainingSettings) -> bool:
         """Choose by the memory that the stage will need; all processes the same, or they would wait for each other."""
         if self.compute.world == 1:
             return False
         kept = [] if stage == "align" else self.softmax_layers()
-        sizes = Sizes.of(self.teacher_config, self.config.mixer, kept, **self.config.architecture)
-        memory = training_memory(stage, sizes, settings, this_machine(self.compute))
+        memory = training_memory(stage, self.sizes(kept), settings, this_machine(self.compute))
         return self.compute.agree(memory.sync_every_micro_batch)[0]
 
     def _held_out(self, settings: TrainingSettings) -> list[Batch]:
@@ -188,6 +195,10 @@ class Job:
         path = self.directory(stage) / files.MIXERS
         config, remedy = self.config, _again(path.parent)
         return models.load_mixers(path, self.teacher_config, config.mixer, remedy, **config.architecture)
+
+    def untrained_mixers(self) -> nn.ModuleList:
+        """Load the twins that alignment begins with: calibrated ones, or those of transfer if nothing is calibrated."""
+        return self.load_mixers("calibrate" if self.config.calibration_parts else "transfer").to(self.compute.device)
 
     def measured_mixers(self) -> nn.ModuleList:
         """Load the twins that align left to measure them, as the teacher: frozen, in the arithmetic's dtype."""

@@ -14,7 +14,7 @@ import torch
 
 from halo import files, footprint
 from halo.estimate import stored_bytes
-from halo.flops import ModelSize, student_size
+from halo.footprint import Sizes
 from halo.hardware import main_memory, this_machine
 from halo.job import Job
 from halo.selection.settings import check_layers, gate_settings
@@ -51,9 +51,11 @@ def _shortfalls(job: Job) -> Iterator[str]:
     if "tokenizer" in job.__dict__:
         yield from _data(job)
     if "teacher_config" in job.__dict__:
-        mistakes = list(_attempt(lambda: _student_size(job)))
-        yield from mistakes or _attempt(lambda: _check_layer(job))
-        yield from () if mistakes else _sizes(job)
+        sizes: list[Sizes] = []
+        yield from _attempt(lambda: sizes.append(job.sizes(_kept_layers(job))))
+        if sizes:
+            yield from _attempt(lambda: _check_layer(job))
+            yield from _memory_and_disk(job, sizes[0])
 
 
 def _attempt(check: Callable[[], Any]) -> Iterator[str]:
@@ -132,16 +134,15 @@ def _check_layer(job: Job) -> None:
         ) from None
 
 
-def _student_size(job: Job) -> ModelSize:
-    return student_size(job.teacher_config, job.config.mixer, (), **job.config.architecture)
-
-
-def _sizes(job: Job) -> Iterator[str]:
+def _kept_layers(job: Job) -> range:
+    """Return as many layers as stay attention; none if the settings are wrong, which is listed already."""
     try:
-        kept = range(check_layers(job.config.select, job.teacher_config.num_hidden_layers))
-    except HaloError:  # which is listed already
-        kept = range(0)
-    sizes = footprint.Sizes.of(job.teacher_config, job.config.mixer, kept, **job.config.architecture)
+        return range(check_layers(job.config.select, job.teacher_config.num_hidden_layers))
+    except HaloError:
+        return range(0)
+
+
+def _memory_and_disk(job: Job, sizes: Sizes) -> Iterator[str]:
     count = sizes.twins.parameters
     disk = footprint.CHECKPOINTS_ON_DISK * footprint.checkpoint_bytes(count)
     disk += MODELS_ON_DISK * footprint.model_bytes(count)
@@ -159,7 +160,8 @@ def _sizes(job: Job) -> Iterator[str]:
             f"processes, got {_gib(machine.memory)}; use more devices"
         )
     # Every process of a node builds the models on the CPU, whatever the device.
-    host, total = footprint.host_bytes(sizes, stored_bytes(job.teacher_config), len(kept), machine), main_memory()
+    kept, stored = len(_kept_layers(job)), stored_bytes(job.teacher_config)
+    host, total = footprint.host_bytes(sizes, stored, kept, machine), main_memory()
     if host > total:
         yield (
             f"memory: must hold {_gib(host)} of models while the {machine.shards} processes of a node build them on "

@@ -37,7 +37,7 @@ def tiny(tmp_path_factory):
         Arm("no transfer", lambda pipeline: {}, alter=stages.randomise, last="align"),
         Arm("no distillation", measure.student, {"distill.steps": 0}, base="all stages"),
     )
-    return Experiment("tiny", "?", arms, stages.make_tables, str(directory / "config.yaml"), settings), directory
+    return Experiment("tiny", "?", arms, tables.quality, str(directory / "config.yaml"), settings), directory
 
 
 def test_arms_run_and_share_what_is_aligned(tiny, monkeypatch):

@@ -155,13 +155,18 @@ def test_interrupted_stage_resumes_bit_for_bit(inputs, whole, tmp_path, after, m
     assert errors[0] == errors[1]
 
 
-def test_other_settings_start_again(inputs, tmp_path, monkeypatch, capsys):
-    tree = tree_of(inputs, tmp_path)
+def interrupt(tree, monkeypatch):
+    """Run transfer, and interrupt calibrate at its third layer."""
     run(tree, "transfer")
     with monkeypatch.context() as patch:
         patch.setattr("halo.models.save_mixers", interrupted(2))
         with pytest.raises(KeyboardInterrupt):
             run(tree, "calibrate")
+
+
+def test_other_settings_start_again(inputs, tmp_path, monkeypatch, capsys):
+    tree = tree_of(inputs, tmp_path)
+    interrupt(tree, monkeypatch)
     tree["calibrate"] |= {"parts": "decay"}
     run(tree, "calibrate")
     assert "is of other settings; the measurement starts again" in capsys.readouterr().err
@@ -178,11 +183,7 @@ def test_auto_is_its_parts(inputs, tmp_path):
 
 def test_a_layer_that_is_gone_is_one_line(inputs, tmp_path, monkeypatch):
     tree = tree_of(inputs, tmp_path)
-    run(tree, "transfer")
-    with monkeypatch.context() as patch:
-        patch.setattr("halo.models.save_mixers", interrupted(2))
-        with pytest.raises(KeyboardInterrupt):
-            run(tree, "calibrate")
+    interrupt(tree, monkeypatch)
     shutil.rmtree(tmp_path / "calibrate" / files.CHECKPOINTS)
     with pytest.raises(
         HaloError, match=r"layer-0.safetensors: must be whole.*delete .*/calibrate to run its stage again"

@@ -39,7 +39,7 @@ def test_a_conversion_finishes_on_the_cuda_kernels(device, mixer, tmp_path):
     assert {weight.dtype for weight in load_file(tmp_path / "out" / "model" / "model.safetensors").values()} == {
         torch.float32
     }
-    # What is only measured is frozen and in the arithmetic's dtype, but for the parameters of decays.
+    # Models that are only measured are frozen and in the arithmetic's dtype, except the parameters of decays.
     job = pipeline.job
     for module in (job.teacher, job.measured_mixers(), job.measured_student("finetune"), job.measured_student("scale")):
         wide = {name.rsplit(".", 1)[-1] for name, x in module.named_parameters() if x.dtype != torch.bfloat16}

@@ -79,5 +79,5 @@ def test_differences_are_paired():
     assert recall_difference(easy, hard) == (0.25, 0.0)
     ratio, error = bits_ratio({"window_bits": [11.0, 99.0, 440.0]}, {"window_bits": [10.0, 90.0, 400.0]})
     assert ratio == pytest.approx(1.1) and error == pytest.approx(0, abs=1e-15)
-    with pytest.raises(ValueError, match="recall_difference: both rows must have the same samples, got 3 and 1"):
+    with pytest.raises(ValueError, match="paired: episode_recall of both rows must have the same length, got 3 and 1"):
         recall_difference(easy, {"episode_recall": [1.0]})

@@ -430,7 +430,7 @@ def test_report_has_a_table_with_what_positions_are_worth(inputs, aligned, tmp_p
     assert "Layers 0 and 1 are equivalent within the error (kept: 0)." in text
     assert "1 tried, layer 0 replaces 2 and lowers the divergence by 0.2500 ± 0.0500 nats" in text
     assert (tmp_path / "selection.png").read_bytes().startswith(b"\x89PNG")
-    # Of gates without an error, and of spaced layers.
+    # Gates without an error, and spaced layers.
     bare = {"policy": "joint", "layers": [1], "table": [{"layer": i, "score": 0.5} for i in range(3)]}
     assert "| **1** | 0.5 |" in selection_section(bare, tmp_path / "bare.png")
     spaced = selection_section({"policy": "uniform", "layers": [0]}, tmp_path / "none.png")

@@ -1,4 +1,4 @@
-"""What transformers' programs ask of a model: attention implementations, other heads, weight decay, tuning, caches."""
+"""Interfaces that programs of transformers expect: attention implementations, other heads, weight decay, caches."""
 
 import pytest
 import torch

@@ -1,19 +1,13 @@
 """The student's architecture: one part less at a time, and other recurrences, at equal tokens."""
 
 from bench.experiments import measure, tables
-from bench.experiments.arms import SHORT, Arm, Experiment, Row
-
-
-def make_tables(rows: list[Row]) -> str:
-    """Return the table of all arms."""
-    return tables.by_arm(rows, tables.QUALITY)
-
+from bench.experiments.arms import SHORT, Arm, Experiment
 
 EXPERIMENT = Experiment(
     name="architecture",
     question="What do the parts of HypeNet contribute, and which recurrence converts best at equal tokens?",
     settings=SHORT,
-    tables=make_tables,
+    tables=tables.quality,
     arms=(
         Arm("lightning", measure.student),
         Arm("no QK-norm in recurrent layers", measure.student, {"architecture.lightning_use_qk_norm": False}),

@@ -1,4 +1,4 @@
-"""What an experiment is made of: arms, which are conversions that differ in a few settings, over several seeds."""
+"""Experiments: arms, which are conversions that differ in a few settings, over several seeds."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

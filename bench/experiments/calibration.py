@@ -28,10 +28,8 @@ STEP_TOKENS = 16 * 256
 def alignment(pipeline: Pipeline) -> Row:
     """Return each layer's relative error on held-out text before and during alignment."""
     job = pipeline.job
-    calibrated = job.config.calibrate.parts != "off"
-    mixers = job.load_mixers("calibrate" if calibrated else "transfer").to(job.compute.device)
     settings = job.config.align
-    training = Align(job.teacher, mixers, settings)
+    training = Align(job.teacher, job.untrained_mixers(), settings)
     chunks = job.corpus.chunks("choose", settings.held_out_samples, settings.length)
     start = held_out_record(training, [Batch(chunks, torch.zeros_like(chunks, dtype=torch.int32))], job.compute)
     return {"relative_error": {"0": start["relative_loss"]} | curve(job.directory("align"), "held_out_relative_loss")}

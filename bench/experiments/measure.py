@@ -1,5 +1,6 @@
-"""What is measured of a converted model, on text and episodes that chose nothing (the side "judge")."""
+"""Measurements of a converted model, on text and episodes that chose nothing (the side "judge")."""
 
+import json
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from bench.experiments.arms import Row
-from halo import models
+from halo import files, models
 from halo.data import Batch
 from halo.job import Job
 from halo.journal import Journal
@@ -38,9 +39,15 @@ def teacher(pipeline: Pipeline) -> Row:
     return at_lengths(pipeline.job, pipeline.job.teacher, None)
 
 
+def selection(pipeline: Pipeline) -> Row:
+    """Return the choice of layers and what it was made by."""
+    path = pipeline.job.directory("select") / files.SELECTION
+    return {"selection": json.loads(path.read_text())}
+
+
 def at_lengths(job: Job, model: PreTrainedModel, scaling: str | float | None, label: str = "model") -> Row:
     """Measure recall and bits per byte at each multiple of the training length, as the stage eval does."""
-    journal = Journal(job.out / "measured" / label, {}, job.compute)
+    journal = Journal(job.out / "measured" / label, job.identity("eval"), job.compute)
     with job.compute.autocast():
         rows = evaluate([(label, model, scaling)], job.corpus, job.config.eval, journal)
     keys = ("recall", "recall_error", "bits_per_byte", "bits_per_byte_error")

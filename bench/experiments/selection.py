@@ -1,39 +1,19 @@
 """Layer selection: every policy against the truth, which is all 28 pairs of layers after training."""
 
 import itertools
-import json
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from bench.experiments import measure, tables
 from bench.experiments.arms import SHORT, Arm, Experiment, Row
-from halo import files
 from halo.pipeline import Pipeline
+from halo.selection.settings import PolicyName
 
 LAYERS, KEEP = 8, 2
-POLICIES = (
-    "position",
-    "halo",
-    "recall-drop",
-    "difference",
-    "ratio",
-    "kl",
-    "lm-ppl",
-    "single-layer",
-    "greedy",
-    "joint",
-    "uniform",
-    "uniform-late",
-)
+POLICIES = [policy for policy in get_args(PolicyName) if policy != "given"]
 TWINS = "twins"
 PAIRS = list(itertools.combinations(range(LAYERS), KEEP))
-
-
-def chosen(pipeline: Pipeline) -> Row:
-    """Return what a policy chose."""
-    path = pipeline.job.directory("select") / files.SELECTION
-    return {"selection": json.loads(path.read_text())}
 
 
 def nothing(pipeline: Pipeline) -> Row:
@@ -83,9 +63,10 @@ def make_tables(rows: list[Row]) -> str:
 
 
 def _truth(rows: list[Row]) -> tuple[dict[tuple[int, ...], float], dict[tuple[int, ...], float]]:
-    pairs = [row for row in rows if "divergence" in row]
-    kl = {tuple(row["layers"]): (row["divergence"]["text"] + row["divergence"]["episodes"]) / 2 for row in pairs}
-    return kl, {tuple(row["layers"]): row["recall"]["4"] for row in pairs}
+    """Return KL after training and recall at 4 x, of every two layers."""
+    trained = {tuple(row["layers"]): row for row in rows if "divergence" in row}
+    kl = {layers: float(np.mean(list(row["divergence"].values()))) for layers, row in trained.items()}
+    return kl, {layers: row["recall"]["4"] for layers, row in trained.items()}
 
 
 def _rank_correlation(selection: dict[str, Any], kl: dict[tuple[int, ...], float]) -> float | None:
@@ -93,9 +74,9 @@ def _rank_correlation(selection: dict[str, Any], kl: dict[tuple[int, ...], float
     scores = [row.get("score") for row in selection.get("table", [])]
     if not scores or any(score is None for score in scores):
         return None
-    pairs = sorted(kl)
-    predicted, found = [sum(scores[layer] for layer in pair) for pair in pairs], [-kl[pair] for pair in pairs]
-    ranks = [np.argsort(np.argsort(values)) for values in (predicted, found)]
+    choices = sorted(kl)
+    predicted = [sum(scores[layer] for layer in choice) for choice in choices]
+    ranks = [np.argsort(np.argsort(values)) for values in (predicted, [-kl[choice] for choice in choices])]
     return float(np.corrcoef(*ranks)[0, 1])
 
 
@@ -111,7 +92,7 @@ EXPERIMENT = Experiment(
         *(
             Arm(
                 f"policy {policy}",
-                chosen,
+                measure.selection,
                 {"select.policy": policy, "select.layers": None, "select.exchange": None},
                 base=TWINS,
                 last="select",

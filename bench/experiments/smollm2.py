@@ -12,6 +12,8 @@ from halo import files
 from halo.job import Job
 from halo.pipeline import Pipeline
 from halo.selection.measurer import ModelMeasurer, Samples
+from halo.selection.policies import spaced_layers
+from halo.selection.scores import top_layers
 from halo.selection.variants import student, unchanged
 
 SHARES = (0.75, 0.5, 0.25)  # of the layers that stay attention
@@ -25,8 +27,7 @@ MULTIPLES = (1, 2, 4)
 def before_training(pipeline: Pipeline) -> Row:
     """Measure students that were only transferred and calibrated, with more and less attention kept."""
     job = pipeline.job
-    calibrated = job.config.calibrate.parts != "off"
-    twins = job.load_mixers("calibrate" if calibrated else "transfer").to(job.compute.device)
+    twins = job.untrained_mixers()
     settings = job.config.select.model_copy(update=JUDGED)
     samples = Samples.draw(job.corpus, settings, measure.SPLIT)
     measurer = ModelMeasurer(job.teacher, twins, samples, settings, job.journal("select"), job.config.seed)
@@ -34,7 +35,10 @@ def before_training(pipeline: Pipeline) -> Row:
     sets = {"all": ((), unchanged(count))} | {
         f"{name} {share:.0%}": (layers, student(layers, count))
         for share in SHARES
-        for name, layers in (("uniform", _uniform(count, share)), ("position", _position(job, share)))
+        for name, layers in (
+            ("uniform", spaced_layers(count, round(share * count))),
+            ("position", _position(job, share)),
+        )
     }
     with job.compute.autocast():
         results = measurer.measure([variant for _, variant in sets.values()])
@@ -43,12 +47,6 @@ def before_training(pipeline: Pipeline) -> Row:
         for (name, (layers, _)), result in zip(sets.items(), results, strict=True)
     }
     return {"before_training": found, "errors": _calibration_errors(job)}
-
-
-def selection(pipeline: Pipeline) -> Row:
-    """Return the measured costs of every layer and the choice."""
-    path = pipeline.job.directory("select") / files.SELECTION
-    return {"selection": json.loads(path.read_text())}
 
 
 def teacher(pipeline: Pipeline) -> Row:
@@ -62,18 +60,13 @@ def converted(pipeline: Pipeline) -> Row:
     return {"quality": measure.student(pipeline), "distill": calibration.curve(distill, "held_out_loss")}
 
 
-def _uniform(count: int, share: float) -> list[int]:
-    keep = round(share * count)
-    return [layer * count // keep for layer in range(keep)]
-
-
 def _position(job: Job, share: float) -> list[int]:
     """Return the layers with the largest scores of policy position, as measured once on calibrated Lightning twins."""
     record = json.loads(
         (job.out.parent.parent / "seed-0" / directory_name(ORDER) / "select" / files.SELECTION).read_text()
     )
-    scores = [row["score"] for row in record["table"]]
-    return sorted(np.argsort(scores)[::-1][: round(share * len(scores))].tolist())
+    scores = np.array([row["score"] for row in record["table"]])
+    return top_layers(scores, round(share * len(scores)))
 
 
 def _calibration_errors(job: Job) -> list[list[float]] | None:
@@ -147,7 +140,7 @@ EXPERIMENT = Experiment(
     arms=(
         Arm(
             ORDER,
-            selection,
+            measure.selection,
             {"calibrate.parts": "rank+gain", "align.steps": 0, "select.policy": "position"},
             last="select",
             only_seed=0,

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from bench.experiments import measure, tables
-from bench.experiments.arms import SHORT, Arm, Experiment, Row
+from bench.experiments.arms import SHORT, Arm, Experiment
 from halo import files, models
 from halo.pipeline import Pipeline
 
@@ -25,16 +25,11 @@ def randomise(pipeline: Pipeline) -> None:
     models.save_mixers(twins.state_dict(), job.directory("transfer") / files.MIXERS)
 
 
-def make_tables(rows: list[Row]) -> str:
-    """Return the table of all arms."""
-    return tables.by_arm(rows, tables.QUALITY)
-
-
 EXPERIMENT = Experiment(
     name="stages",
     question="What does each stage of HALO contribute?",
     settings=SHORT,
-    tables=make_tables,
+    tables=tables.quality,
     arms=(
         Arm("all stages", measure.student),
         Arm("no transfer", measure.student, alter=randomise),

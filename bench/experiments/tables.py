@@ -40,6 +40,11 @@ def spread(values: Sequence[float | None], digits: int = 2) -> str:
     return mean if len(known) == 1 else f"{mean} ± {np.std(known, ddof=1):.{digits}f}"
 
 
+def quality(rows: Sequence[Row]) -> str:
+    """Return the table of `measure.student`, a line for each arm."""
+    return by_arm(rows, QUALITY)
+
+
 QUALITY: list[Column] = [
     ("KL text", at("divergence", "text")),
     ("KL episodes", at("divergence", "episodes")),

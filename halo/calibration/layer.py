@@ -18,7 +18,7 @@ from halo.data import Batch
 
 @dataclass(frozen=True)
 class LayerData:
-    """What an attention layer of the teacher reads and writes.
+    """Input and output of an attention layer of the teacher.
 
     Attributes:
         x_NTC: Its input.

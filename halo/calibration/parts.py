@@ -29,7 +29,7 @@ OPEN = 1.2784645427610738  # silu(OPEN) = 1
 
 @dataclass(frozen=True)
 class Fit:
-    """What a part works with.
+    """The inputs of a part: a layer, and the statistics of its attention.
 
     Attributes:
         data: The layer on the sequences to fit on.

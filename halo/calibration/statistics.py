@@ -1,4 +1,4 @@
-"""What the heads of an attention layer do: how far they look back, and how widely.
+"""Statistics of the heads of an attention layer: how far they look back, and how widely.
 
 Attention probabilities are computed for a block of queries at a time, so nothing grows with T^2.
 H heads of queries, K of keys, T queries of which t are in a block, S keys, D head dimension, C hidden size.

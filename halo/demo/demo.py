@@ -25,7 +25,7 @@ from halo.stages.evaluate import Labelled, evaluate
 
 RESULTS = "demo.json"
 SELECTED, SPACED, PLAIN = "selected", "even", "uncalibrated"
-TRAINED_STAGES = tuple(stage for stage in STAGES if stage != "eval")
+CONVERTING_STAGES = tuple(stage for stage in STAGES if stage != "eval")
 TEACHER, CONVERTED, UNSCALED = "teacher", "converted", "converted, no scale"
 EVEN, UNCALIBRATED = "evenly spaced", "not calibrated"
 PROMPT = "def read(self, size=-1):"
@@ -119,7 +119,7 @@ def claims(rows: list[dict]) -> list[dict]:
 
 def _run(conversion: Pipeline) -> None:
     say(f"== {conversion.out}")
-    for stage in TRAINED_STAGES:
+    for stage in CONVERTING_STAGES:
         conversion.run_stage(stage)
 
 
@@ -156,7 +156,7 @@ def _scale(conversion: Pipeline) -> float | None:
 def _stage_seconds(conversions: Iterable[Pipeline]) -> dict[str, float]:
     seconds = {}
     for conversion in conversions:
-        for stage in TRAINED_STAGES:
+        for stage in CONVERTING_STAGES:
             path = conversion.out / stage / files.DONE
             if path.is_file():
                 seconds[f"{conversion.out.name}/{stage}"] = json.loads(path.read_text())["seconds"]

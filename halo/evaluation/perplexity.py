@@ -72,7 +72,7 @@ def bits_per_byte(
     model.train(was_training)
 
     bits = torch.cat(parts).numpy() / math.log(2)  # [windows, ranges of positions]
-    value, stderr = _ratio(bits.sum(1), num_bytes.sum(1))
+    value, stderr = ratio_and_error(bits.sum(1), num_bytes.sum(1))
     ranges = zip(pairwise(edges), bits.T, num_bytes.T, strict=True)
     return {
         "bits_per_byte": value,
@@ -81,7 +81,7 @@ def bits_per_byte(
         "num_windows": num_windows,
         "window_bits": bits.sum(1).tolist(),
         "by_position": [
-            dict(zip(("start", "stop", "bits_per_byte", "stderr"), (a, b, *_ratio(part, size)), strict=True))
+            dict(zip(("start", "stop", "bits_per_byte", "stderr"), (a, b, *ratio_and_error(part, size)), strict=True))
             for (a, b), part, size in ranges
         ],
     }
@@ -96,17 +96,16 @@ def position_edges(length: int) -> list[int]:
     return [*edges, length]
 
 
-def _ratio(bits: np.ndarray, num_bytes: np.ndarray) -> tuple[float, float]:
-    """Return sum(bits) / sum(bytes) over windows and its standard error, NaN for a single window or no bytes."""
-    total = num_bytes.sum()
+def ratio_and_error(values: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
+    """Return sum(values) / sum(sizes) over samples and its standard error, NaN for a single one or no size."""
+    total = sizes.sum()
     if not total:
         return math.nan, math.nan
-    value = bits.sum() / total
-    count = len(bits)
+    ratio, count = values.sum() / total, len(values)
     if count == 1:
-        return float(value), math.nan
-    residual = bits - value * num_bytes
-    return float(value), float(math.sqrt(count / (count - 1) * np.square(residual).sum()) / total)
+        return float(ratio), math.nan
+    residual = values - ratio * sizes
+    return float(ratio), float(math.sqrt(count / (count - 1) * np.square(residual).sum()) / total)
 
 
 def _bytes_between(tokenizer: PreTrainedTokenizerBase, window: np.ndarray, edges: list[int]) -> list[int]:

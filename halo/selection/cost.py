@@ -1,4 +1,4 @@
-"""What a choice of layers costs, known before anything runs: passes over the samples, tokens and operations."""
+"""The cost of a choice of layers, known before anything runs: passes over the samples, tokens and operations."""
 
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -44,18 +44,18 @@ def exchange(measurer: Measurer, layers: list[int], scores: np.ndarray, candidat
     decided: dict[tuple[int, int], bool] = {}
     for number in range(1, rounds + 1):
         order = [layer for layer in np.argsort(-scores, kind="stable").tolist() if layer not in layers][:candidates]
-        pairs = [(removed, added) for removed in layers for added in order]
-        others = [sorted({*layers, added} - {removed}) for removed, added in pairs]
+        swaps = [(removed, added) for removed in layers for added in order]
+        others = [sorted({*layers, added} - {removed}) for removed, added in swaps]
         base, *results = measurer.measure([student(kept, measurer.num_layers) for kept in (layers, *others)])
         changes = [divergence_and_error(result, base) for result in results]
         found = [(-float(change), float(error)) for change, error in changes]
         better = [i for i, (gain, error) in enumerate(found) if gain > 2 * error]
         best = max(better, key=lambda i: found[i][0], default=None)
-        for i, ((removed, added), (gain, error)) in enumerate(zip(pairs, found, strict=True)):
+        for i, ((removed, added), (gain, error)) in enumerate(zip(swaps, found, strict=True)):
             step = {"round": number, "removed": removed, "added": added, "gain": gain, "error": error}
             tried.append(step | {"accepted": i == best})
         if best is None:
-            decided = {pair: abs(gain) <= 2 * error for pair, (gain, error) in zip(pairs, found, strict=True)}
+            decided = {pair: abs(gain) <= 2 * error for pair, (gain, error) in zip(swaps, found, strict=True)}
             break
         layers = others[best]
     return Exchanged(layers, tried, decided)
@@ -65,7 +65,7 @@ def apply_exchange(measurer: Measurer, choice: Choice, candidates: int, rounds: 
     """Improve a choice that has scores, and decide by the student which pairs are equivalent where it was measured."""
     assert choice.scores is not None
     done = exchange(measurer, choice.layers, choice.scores, candidates, rounds)
-    # Of the score's pairs, those that are still about a kept and a dropped layer, and that no student has decided.
+    # Keep the pairs of the score that are still a kept and a dropped layer, unless a student has decided about them.
     pairs = [
         (kept, dropped)
         for kept, dropped in choice.equivalents

@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 
 from halo import models
 from halo.compute import Compute
-from halo.data import Batch, batches
-from halo.flops import model_size, student_size
+from halo.data import Batch
 from halo.job import Job
 from halo.losses import kl_divergence
 from halo.selection.cost import gate_flops
@@ -142,13 +141,9 @@ def train_gates(job: Job, twins: nn.ModuleList, seed: int) -> np.ndarray:
     training = GateTraining(job.teacher, twins, settings, config.select.joint_price, config.data.isolate_documents)
     # Seeds of this run are neighbours, and the stages have the smallest numbers.
     order = SAMPLE_ORDERS["select"] + (1 + max(SAMPLE_ORDERS.values())) * (1 + seed - config.seed)
-    samples = job.corpus.samples(settings.length, settings.needle_ratio, order)
-
-    def source(step: int) -> Iterator[Batch]:
-        return batches(samples, settings.batch, step, job.compute.rank, job.compute.world, job.compute.device)
-
-    teacher = model_size(job.teacher_config)
-    flops = gate_flops(teacher, student_size(job.teacher_config, config.mixer, ()), settings.length)
-    run = Run(training.at_step(source), [], job.identity("select") | {"gates_seed": seed}, flops, config.tensorboard)
+    sizes = job.sizes(())
+    flops = gate_flops(sizes.teacher, sizes.twins, settings.length)
+    source = training.at_step(job.batch_source(settings, order))
+    run = Run(source, [], job.identity("select") | {"gates_seed": seed}, flops, config.tensorboard)
     train(training, run, job.directory("select") / f"{GATES}{seed}", job.compute)
     return training.gates.detach().double().sigmoid().cpu().numpy()

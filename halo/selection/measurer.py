@@ -27,7 +27,7 @@ SPLIT = "choose"
 
 
 class Measurer(Protocol):
-    """What a policy works with.
+    """The interface that policies measure through.
 
     Attributes:
         num_layers: Of the teacher.

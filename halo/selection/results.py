@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of one variant, or with a leading dimension of L variants; float64.
+    """Measurements of one variant, or with a leading dimension of L variants; float64.
 
     Attributes:
         text_divergence: Mean KL divergence from the teacher's next-token distribution on each chunk [M], in nats.

@@ -33,7 +33,7 @@ TAIL = 0.0228  # share of a normal distribution below two standard deviations
 
 @dataclass(frozen=True)
 class Measured:
-    """What scores are computed from: means [L] or [L, R].
+    """The measurements that scores are computed from: means [L] or [L, R].
 
     Attributes:
         teacher: Of the teacher, with L = 1.

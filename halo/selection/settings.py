@@ -23,7 +23,7 @@ PolicyName = Literal[
 ]
 UNMEASURED = ("uniform", "uniform-late", "given")
 CANDIDATES = 3  # of the exchange step of `position`
-# Of the training of gates: share of the steps, and of the learning rate at the last step.
+# Warm-up as a share of the steps, and the last learning rate as a share of the peak, when gates are trained.
 WARMUP_SHARE = 0.05
 FINAL_RATE_SHARE = 0.1
 OLD_SCORES = {"paper": "halo", "even": "uniform"}

@@ -14,7 +14,7 @@ STAGE_HELP = {
 }
 STAGES = tuple(STAGE_HELP)
 TRAINED_STAGES = ("align", "distill", "finetune")
-# What a conversion can take over from another one.
+# Stages whose results a conversion can reuse from another one (`aligned`).
 ALIGNED_STAGES = ("transfer", "calibrate", "align")
 # Seeds the order of a stage's samples of training text. Another number would give a run that is continued other data.
 SAMPLE_ORDERS = {"align": 1, "select": 2, "distill": 3, "finetune": 4, "calibrate": 7}

@@ -105,7 +105,7 @@ class Align(Training):
 
 def run(job: Job) -> None:
     """Align the twins and save them."""
-    twins = job.load_mixers("calibrate" if job.config.calibration_parts else "transfer").to(job.compute.device)
+    twins = job.untrained_mixers()
     training = Align(job.teacher, twins, job.config.align, job.config.data.isolate_documents)
     job.train(training)
     state = whole_state(training.mixers, job.compute)

@@ -9,7 +9,6 @@ from typing import Any
 
 from halo import files
 from halo.data import Corpus
-from halo.footprint import Sizes
 from halo.job import Job
 from halo.journal import Journal
 from halo.progress import StageProgress, say, warn
@@ -21,7 +20,7 @@ from halo.selection.scores import Choice, equivalence_lines
 from halo.selection.settings import SelectSettings, check_layers, gate_settings
 
 MIN_CHUNKS = 2
-# What the results of variants depend on.
+# Settings that the results of variants depend on.
 SAMPLE_SETTINGS = ("recall_samples", "recall_length", "language_samples", "language_length")
 
 
@@ -95,9 +94,7 @@ def _measured(job: Job) -> dict[str, Any]:
 
 
 def _cost(job: Job, runs: Runs, settings: SelectSettings) -> Cost:
-    teacher, mixer = job.teacher_config, job.config.mixer
-    kept = range(check_layers(settings, teacher.num_hidden_layers))
-    sizes = Sizes.of(teacher, mixer, kept, **job.config.architecture)
+    sizes = job.sizes(range(check_layers(settings, job.teacher_config.num_hidden_layers)))
     return cost_of(runs, settings, sizes.teacher, sizes.twins, sizes.student, job.compute.dtype.itemsize)
 
 

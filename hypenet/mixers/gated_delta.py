@@ -9,12 +9,11 @@ from torch.nn import functional as F
 
 from hypenet.configuration_hypenet import GDN, HypeNetConfig
 from hypenet.context import MixerContext
-from hypenet.mixers.decay import LogDecay, rename_decay
-from hypenet.mixers.mixer import HypeNetRMSNorm, Mixer
+from hypenet.mixers.decaying import DecayingMixer
 from hypenet_kernels import chunk_gated_delta_rule, gated_delta_step
 
 
-class GatedDeltaNet(Mixer):
+class GatedDeltaNet(DecayingMixer):
     """Gated DeltaNet: a linear recurrence with the delta rule and a decay per head and token.
 
         S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T ;  o_t = scale S_t^T q_t
@@ -42,12 +41,9 @@ class GatedDeltaNet(Mixer):
             use_qk_norm=config.gdn_use_qk_norm,
             use_rope=config.gdn_use_rope,
         )
-        heads, width = self.num_heads, self.num_heads * self.head_dim
-        self.a_proj = nn.Linear(config.hidden_size, heads, bias=False)
-        self.b_proj = nn.Linear(config.hidden_size, heads, bias=False)
-        self.decay_bias = LogDecay(heads)  # transformers' Trainer decays no weight with "bias" in its name
-        self.o_norm = HypeNetRMSNorm(self.head_dim, config.rms_norm_eps)
-        self.g_proj = nn.Linear(config.hidden_size, width, bias=False) if config.gdn_use_gate else None
+        self.a_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
+        self.b_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
+        self.add_decay_and_output(config.gdn_use_gate)
 
     def activate(self, x: torch.Tensor) -> torch.Tensor:
         """Apply SiLU to x if `gdn_activation` says so."""
@@ -67,30 +63,8 @@ class GatedDeltaNet(Mixer):
             "use_beta_sigmoid_in_kernel": True,
             "allow_neg_eigval": True,
         }
-        state = context.state(self.layer_idx)
-        if context.step:
-            if context.keep is not None:  # softplus and sigmoid of -inf are 0: no decay and no write for padding
-                a, b = (x.masked_fill(~context.keep[..., None], -math.inf) for x in (a, b))
-            assert state is not None
-            o = gated_delta_step(q, k, v, a, b, state, **gates)
-        else:
-            o, state = chunk_gated_delta_rule(
-                q,
-                k,
-                v,
-                a,
-                b,
-                initial_state=state,
-                output_final_state=context.cache is not None,
-                cu_seqlens=context.cu_seqlens,
-                **gates,
-            )
-            context.store_state(self.layer_idx, state)
-        o = self.o_norm(o)
-        if self.g_proj is not None:
-            o = o * F.silu(self.g_proj(x_BTC)).view_as(o)
-        return self.o_proj(o.flatten(-2))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        rename_decay(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        if context.step and context.keep is not None:
+            # softplus and sigmoid of -inf are 0: no decay and no write for padding
+            a, b = (x.masked_fill(~context.keep[..., None], -math.inf) for x in (a, b))
+        o = self.recur((q, k, v, a, b), context, chunk_gated_delta_rule, gated_delta_step, **gates)
+        return self.project_output(o, x_BTC)

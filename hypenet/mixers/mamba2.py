@@ -1,19 +1,16 @@
 """Mamba2, on the simple GLA kernels: B batch, T tokens, C hidden size, H heads."""
 
-from typing import Any
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from hypenet.configuration_hypenet import MAMBA2, HypeNetConfig
 from hypenet.context import MixerContext
-from hypenet.mixers.decay import LogDecay, rename_decay
-from hypenet.mixers.mixer import HypeNetRMSNorm, Mixer
+from hypenet.mixers.decaying import DecayingMixer
 from hypenet_kernels import chunk_simple_gla, simple_gla_step
 
 
-class Mamba2(Mixer):
+class Mamba2(DecayingMixer):
     """Mamba2 with a B and a C for every head: a linear recurrence with a step size and a decay per head and token.
 
         S_t = exp(g_t) S_{t-1} + dt_t k_t v_t^T ;  o_t = scale S_t^T q_t
@@ -39,11 +36,8 @@ class Mamba2(Mixer):
             use_qk_norm=config.mamba2_use_qk_norm,
             use_rope=config.mamba2_use_rope,
         )
-        heads, width = self.num_heads, self.num_heads * self.head_dim
-        self.dt_proj = nn.Linear(config.hidden_size, heads, bias=False)
-        self.decay_bias = LogDecay(heads, smallest=1.0)
-        self.o_norm = HypeNetRMSNorm(self.head_dim, config.rms_norm_eps)
-        self.g_proj = nn.Linear(config.hidden_size, width, bias=False) if config.mamba2_use_gate else None
+        self.dt_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
+        self.add_decay_and_output(config.mamba2_use_gate, smallest=1.0)
 
     def forward(self, x_BTC: torch.Tensor, context: MixerContext) -> torch.Tensor:
         """Mix x [B, T, C] along T and return [B, T, C]; with a cache, also update this layer's state."""
@@ -54,26 +48,5 @@ class Mamba2(Mixer):
         dt_BTH = self.new_tokens_only(dt_BTH, context)  # a step of 0 neither decays nor writes
         g = -A_log.exp() * dt_BTH
         k = (k * dt_BTH[..., None]).to(k.dtype)
-        state = context.state(self.layer_idx)
-        if context.step:
-            assert state is not None
-            o = simple_gla_step(q, k, v, g, state)
-        else:
-            o, state = chunk_simple_gla(
-                q,
-                k,
-                v,
-                g,
-                initial_state=state,
-                output_final_state=context.cache is not None,
-                cu_seqlens=context.cu_seqlens,
-            )
-            context.store_state(self.layer_idx, state)
-        o = self.o_norm(o)
-        if self.g_proj is not None:
-            o = o * F.silu(self.g_proj(x_BTC)).view_as(o)
-        return self.o_proj(o.flatten(-2))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        rename_decay(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        o = self.recur((q, k, v, g), context, chunk_simple_gla, simple_gla_step)
+        return self.project_output(o, x_BTC)

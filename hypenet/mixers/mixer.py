@@ -1,4 +1,4 @@
-"""What all token mixers have: projections to heads, norms per head, rotary embedding, weights from a teacher.
+"""The base of all token mixers: projections to heads, norms per head, rotary embedding, weights from a teacher.
 
 B batch, T tokens, C hidden size, H heads, HK key-value heads, D head dimension.
 """
