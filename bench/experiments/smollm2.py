@@ -126,6 +126,7 @@ EXPERIMENT = Experiment(
     question="What do calibration, selection and a short training make of a real pretrained model?",
     config="smollm2-135m",
     settings={
+        "threads": 1,
         "align.batch": ALIGN_BATCH,
         "align.length": LENGTH,
         "align.held_out_every": 70,
