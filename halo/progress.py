@@ -9,6 +9,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 console = Console(highlight=False)
 LINE_SECONDS = 10.0
+_start_of_lines = ""
 
 
 class StageProgress:
@@ -28,7 +29,7 @@ class StageProgress:
         self.first: tuple[int, float] | None = None
 
     def __enter__(self) -> Self:
-        if self.shown and console.is_terminal:
+        if self.shown and console.is_terminal and not _start_of_lines:
             columns = (TextColumn("{task.description:10}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
             self.bar = Progress(*columns, TextColumn("{task.fields[note]}"), TimeRemainingColumn(), console=console)
             self.task = self.bar.add_task(self.name, total=self.total, note="")
@@ -75,9 +76,15 @@ class TokenisingProgress:
         say(f"tokenising {progress.source}: {progress.tokens:,}{total}  {speed}{left}")
 
 
+def begin_lines_with(text: str) -> None:
+    """Begin every later line of this process with a text, and show no bars: for one of several processes."""
+    global _start_of_lines
+    _start_of_lines = text
+
+
 def say(text: str) -> None:
     """Print one line of information to standard output."""
-    console.print(text, markup=False, soft_wrap=True)
+    console.print(f"{_start_of_lines}{text}", markup=False, soft_wrap=True)
 
 
 def warn(text: str) -> None:

@@ -21,9 +21,12 @@ def demo(tmp_path_factory):
     tree = config_tree(directory) | {"eval": config_tree(directory)["eval"] | {"multiples": [1, 4]}}
     # Without null in the grid a scale is always chosen, so that its absence can be compared.
     tree["scale"] = tree["scale"] | {"grid": [10, 100]}
+    tree["threads"] = 2  # so that two conversions run at the same time
     (directory / "demo.yaml").write_text(yaml.safe_dump(tree))
     arguments = ["demo", "--config", str(directory / "demo.yaml"), "--out", str(directory / "a run")]
+    threads = torch.get_num_threads()
     result = CliRunner().invoke(app, arguments)
+    torch.set_num_threads(threads)
     assert result.exit_code == 0, result.output
     return directory / "a run", result.output
 
