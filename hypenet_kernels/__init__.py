@@ -10,6 +10,7 @@ from hypenet_kernels.gated_delta import (
     fused_recurrent_gdn,
     gated_delta_step,
 )
+from hypenet_kernels.normalization import add_rms_norm, rms_norm_gated, rms_norm_rope
 from hypenet_kernels.simple_gla import (
     chunk_lightning_attn,
     chunk_retention,
@@ -21,6 +22,7 @@ from hypenet_kernels.states import commit_states
 
 __all__ = [
     "__version__",
+    "add_rms_norm",
     "causal_conv1d_fn",
     "causal_conv1d_update",
     "chunk_gated_delta_rule",
@@ -36,6 +38,8 @@ __all__ = [
     "hype_attention",
     "hype_attention_decode",
     "report",
+    "rms_norm_gated",
+    "rms_norm_rope",
     "show_config",
     "simple_gla_step",
 ]

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -16,6 +17,8 @@ from torch import Tensor
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/params.h, DType
 LEVELS = {"AVX512": "v4", "AVX2": "v3"}  # torch's name of the CPU's instruction set -> ours; all else: baseline
 HALF = (torch.bfloat16, torch.float16)
+TRITON = importlib.util.find_spec("triton") is not None
+TRITON_OPS = ("rms_norm_rope", "rms_norm_gated", "add_rms_norm")  # their CUDA kernels are not of the CUDA module
 CUDA_OPS = {  # the ops that have a CUDA kernel, and for which dtypes
     "chunk_gated_delta_rule": HALF,
     "fused_recurrent_gated_delta_rule": (torch.float32, *HALF),
@@ -28,6 +31,7 @@ CUDA_OPS = {  # the ops that have a CUDA kernel, and for which dtypes
     "commit_states": (torch.float32,),
     "causal_conv1d_fn": (torch.float32, *HALF),
     "causal_conv1d_update": (torch.float32, *HALF),
+    **dict.fromkeys(TRITON_OPS, (torch.float64, torch.float32, *HALF)),
 }
 ABSENT = (0, 0, 0, 0)  # the View of an optional tensor that was not given
 
@@ -99,6 +103,12 @@ def kernel(op: str, name: str, device: torch.device) -> Callable[[dict[str, Any]
 def _on_current_stream(launch: Callable[..., None], device: torch.device, fields: dict[str, Any]) -> None:
     with torch.cuda.device(device):
         launch(fields, torch.cuda.current_stream().cuda_stream)
+
+
+@functools.cache
+def log_use(op: str, implementation: str) -> None:
+    """Log the first use of an implementation that is not one of the native modules."""
+    logger.info("%s: %s", op, implementation)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
