@@ -9,12 +9,15 @@
 //   dx_j = r (dn_j weight_j - c x_j);  dweight_j = sum over the rows of dn_j r x_j
 // The backward reads the inputs again (add_rms_norm: the sum) and computes r anew, so the forward saves nothing else.
 //
-// Mapping: a task is a block of kNormBlock rows; it widens its rows, one at a time, into scratch that stays in L1. The
-// split is fixed, and dweight is added up block by block in order: results do not depend on the number of threads.
-// Scratch rows are padded with zeros to whole vectors. Numerics: everything but loads and stores in the accumulation
-// type; exp of nothing positive. Cost: one read of each input and one write of each output: bound by memory.
+// Mapping: a task is a block of kNormBlock rows. A row is read in vectors, once for r and once more for the rest, when
+// it is in L1; dn and what all rows share are in scratch rows of the accumulation type. The split is fixed, and dweight
+// is added up block by block in order: results do not depend on the number of threads. Numerics: everything but loads
+// and stores in the accumulation type; exp of nothing positive. Cost: one read of each input and one write of each
+// output: bound by memory.
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstring>
 #include <type_traits>
 
 #include "convert.h"
@@ -26,16 +29,57 @@
 namespace hypenet::cpu {
 namespace {
 
-// Row `row` of a [rows, D] tensor of any dtype.
+// The first n lanes of a vector from memory, the others 0; and to memory.
+template <class T, class Element>
+HYPENET_INLINE vec<T> read(const Element* x, int64_t n) {
+  return n == kLanes<T> ? load_as<T>(x) : load_partial_as<T>(x, int(n));
+}
+
+HYPENET_INLINE void narrow_vector(vec<float> x, bfloat16* y) {
+  typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+  const Words words = std::bit_cast<Words>(x), quiet = words | 0x400000u;
+  const Words rounded = words + 0x7fffu + ((words >> 16) & 1u);
+  const Halves halves = __builtin_convertvector((x == x ? rounded : quiet) >> 16, Halves);
+  std::memcpy(y, &halves, sizeof(halves));
+}
+
+HYPENET_INLINE void narrow_vector(vec<float> x, float16* y) {
+#if HYPENET_F16C
+  narrow(x, y);
+#else
+  for (int i = 0; i < kLanes<float>; ++i) y[i] = float16(x[i]);
+#endif
+}
+
+template <class T, class Element>
+HYPENET_INLINE void write(Element* y, vec<T> x, int64_t n) {
+  if constexpr (std::is_same_v<T, Element>) {
+    n == kLanes<T> ? store(y, x) : store_partial(y, x, int(n));
+  } else if (n == kLanes<T>) {
+    narrow_vector(x, y);
+  } else {
+    Element whole[kLanes<T>];
+    narrow_vector(x, whole);
+    std::copy_n(whole, n, y);
+  }
+}
+
+// body(j, n) for every vector [j, j + n) of a row.
+template <class T, class Body>
+HYPENET_INLINE void for_vectors(int64_t D, const Body& body) {
+  int64_t j = 0;
+  for (; j + kLanes<T> <= D; j += kLanes<T>) body(j, int64_t{kLanes<T>});
+  if (j < D) body(j, D - j);
+}
+
+// Row `row` of a [rows, D] tensor of a dtype that is known at run time.
 template <class T>
 void load_row(const void* rows, DType dtype, int64_t row, int64_t D, T* __restrict to) {
   dispatch_dtype(dtype, [&]<class Element>() -> Status {
+    using Wide = std::conditional_t<std::is_same_v<Element, double>, double, float>;
     const Element* from = static_cast<const Element*>(rows) + row * D;
-    if constexpr (std::is_same_v<T, float> || std::is_same_v<Element, double>) {
-      convert_row(from, D, to);
-    } else {
-      for (int64_t j = 0; j < D; ++j) to[j] = static_cast<float>(from[j]);
-    }
+    for (int64_t j = 0; j < D; ++j) to[j] = static_cast<T>(static_cast<Wide>(from[j]));
     return nullptr;
   });
 }
@@ -43,87 +87,85 @@ void load_row(const void* rows, DType dtype, int64_t row, int64_t D, T* __restri
 template <class T>
 void store_row(const T* __restrict from, int64_t row, int64_t D, DType dtype, void* rows) {
   dispatch_dtype(dtype, [&]<class Element>() -> Status {
+    using Wide = std::conditional_t<std::is_same_v<Element, double>, double, float>;
     Element* to = static_cast<Element*>(rows) + row * D;
-    if constexpr (std::is_same_v<T, float> || std::is_same_v<Element, double>) {
-      convert_row(from, D, to);
-    } else {
-      for (int64_t j = 0; j < D; ++j) to[j] = Element(static_cast<float>(from[j]));
-    }
+    for (int64_t j = 0; j < D; ++j) to[j] = static_cast<Element>(static_cast<Wide>(from[j]));
     return nullptr;
   });
 }
 
-// The scratch rows of a thread, and what all rows of a call share.
-template <class T>
+// A thread's part of a call: scratch rows, and the arithmetic of the norm on rows of Element.
+template <class Element>
 class Norm {
  public:
-  static constexpr int64_t kRows = 8;  // of scratch: those below, and the sums of dweight
-  T *x, *n, *weight, *cos, *sin, *gate, *slope, *dweight;
+  using T = acc_t<Element>;
+  static constexpr int64_t kRows = 6;
+  T *weight, *cos, *sin, *dn, *other, *dweight;  // weight is 1 where the call has none
 
-  static int64_t padded(int64_t D) { return (D + kLanes<T> - 1) / kLanes<T> * kLanes<T>; }
+  // Vectors that begin in a row may end in the next one, whose zeros take no part in a result.
+  static int64_t width(int64_t D) { return (D + 2 * kLanes<T> - 1) / kLanes<T> * kLanes<T>; }
 
-  Norm(const RmsNormOperands& p, T* scratch) : p_(p), D_(p.D), width_(padded(p.D)) {
-    std::fill_n(scratch, kRows * width_, T(0));
-    for (T** row : {&x, &n, &weight, &cos, &sin, &gate, &slope, &dweight}) {
+  Norm(const RmsNormOperands& p, T* scratch) : p_(p) {
+    std::fill_n(scratch, kRows * width(p.D), T(0));
+    for (T** row : {&weight, &cos, &sin, &dn, &other, &dweight}) {
       *row = scratch;
-      scratch += width_;
+      scratch += width(p.D);
     }
-    if (p.weight != nullptr) load_row(p.weight, p.weight_dtype, 0, D_, weight);
+    if (p.weight == nullptr) {
+      std::fill_n(weight, p.D, T(1));
+    } else {
+      load_row(p.weight, p.weight_dtype, 0, p.D, weight);
+    }
   }
+
+  const Element* row(const void* x, int64_t i) const { return static_cast<const Element*>(x) + i * p_.D; }
+  Element* row(void* x, int64_t i) const { return static_cast<Element*>(x) + i * p_.D; }
 
   // 1 / sqrt(mean(x^2) + eps)
-  T reciprocal_rms() const { return 1 / std::sqrt(dot(x, x) / T(D_) + T(p_.eps)); }
-
-  // n = r x weight
-  void normalize(T r) {
-    for (int64_t j = 0; j < width_; ++j) n[j] = r * x[j] * weight[j];
+  T reciprocal_rms(const Element* x) const {
+    vec<T> squares{};
+    for_vectors<T>(p_.D, [&](int64_t j, int64_t n) {
+      const vec<T> x_j = read<T>(x + j, n);
+      squares += x_j * x_j;
+    });
+    return 1 / std::sqrt(sum<T>(squares) / T(p_.D) + T(p_.eps));
   }
 
-  // x = dx, from dn in n; adds to dweight.
-  void differentiate(T r) {
-    for (int64_t j = 0; j < width_; ++j) dweight[j] += n[j] * (r * x[j]);
-    for (int64_t j = 0; j < width_; ++j) n[j] *= weight[j];
-    const T c = r * r * dot(n, x) / T(D_);
-    for (int64_t j = 0; j < width_; ++j) x[j] = r * (n[j] - c * x[j]);
+  // n_j
+  HYPENET_INLINE vec<T> normalized(const Element* x, T r, int64_t j, int64_t n) const {
+    return read<T>(x + j, n) * r * load(weight + j);
   }
 
-  // gate = act(g) and slope = act'(g), from g in gate.
-  void activate(bool silu) {
-    for (int64_t j = 0; j < width_; ++j) slope[j] = -std::abs(gate[j]);
-    exp_in_place(slope, width_);
-    for (int64_t j = 0; j < width_; ++j) {
-      const T g = gate[j], part = 1 / (1 + slope[j]), s = g < 0 ? slope[j] * part : part;
-      gate[j] = silu ? g * s : s;
-      slope[j] = silu ? s * (1 + g * (1 - s)) : s * (1 - s);
-    }
+  // Passes dx to emit(j, n, dx_j) and adds to dweight; dn is set.
+  template <class Emit>
+  HYPENET_INLINE void differentiate(const Element* x, T r, const Emit& emit) const {
+    vec<T> products{};
+    for_vectors<T>(p_.D, [&](int64_t j, int64_t n) {
+      products += read<T>(dn + j, n) * load(weight + j) * read<T>(x + j, n);
+    });
+    const T c = r * r * sum<T>(products) / T(p_.D);
+    for_vectors<T>(p_.D, [&](int64_t j, int64_t n) {
+      const vec<T> x_j = read<T>(x + j, n), dn_j = read<T>(dn + j, n);
+      store(dweight + j, load(dweight + j) + dn_j * (r * x_j));
+      emit(j, n, r * (dn_j * load(weight + j) - c * x_j));
+    });
   }
 
  private:
-  T dot(const T* a, const T* b) const {
-    vec<T> even{}, odd{};
-    int64_t j = 0;
-    for (; j + 2 * kLanes<T> <= width_; j += 2 * kLanes<T>) {
-      even += load(a + j) * load(b + j);
-      odd += load(a + j + kLanes<T>) * load(b + j + kLanes<T>);
-    }
-    if (j < width_) even += load(a + j) * load(b + j);
-    return sum<T>(even + odd);
-  }
-
   const RmsNormOperands& p_;
-  const int64_t D_, width_;
 };
 
 int64_t num_blocks(const RmsNormOperands& p) { return (p.rows + kNormBlock - 1) / kNormBlock; }
 
-// run(norm, row) for every row, on any thread.
-template <class T, class Run>
+// run(norm, row) for every row, on any thread; then dweight, if it is wanted.
+template <class Element, class Run>
 void for_each_row(const RmsNormOperands& p, const Run& run) {
-  const int64_t width = Norm<T>::padded(p.D), blocks = num_blocks(p);
+  using T = acc_t<Element>;
+  const int64_t blocks = num_blocks(p), scratch_size = Norm<Element>::kRows * Norm<Element>::width(p.D);
   const int64_t threads = useful_threads(p.num_threads, blocks, 4.0 * p.rows * p.D);
-  const ThreadBlocks<T> scratch(threads, Norm<T>::kRows * width);
+  const ThreadBlocks<T> scratch(threads, scratch_size);
   for_each_task(blocks, threads, [&](int64_t block, int64_t thread) {
-    Norm<T> norm(p, scratch.thread(thread));
+    const Norm<Element> norm(p, scratch.thread(thread));
     const int64_t stop = std::min((block + 1) * kNormBlock, p.rows);
     for (int64_t row = block * kNormBlock; row < stop; ++row) run(norm, row);
     if (p.partials != nullptr) std::copy_n(norm.dweight, p.D, static_cast<T*>(p.partials) + block * p.D);
@@ -137,142 +179,147 @@ void for_each_row(const RmsNormOperands& p, const Run& run) {
   }
 }
 
-// Calls run.operator()<T>() with the accumulation type.
+// run.operator()<Element>(), for the dtype of the call.
 template <class Run>
 Status dispatch(const RmsNormOperands& p, Run&& run) {
   if (p.partials != nullptr && p.num_blocks != num_blocks(p)) {
     return "partials must have a row for every block of rows";
   }
   return dispatch_dtype(p.dtype, [&]<class Element>() -> Status {
-    run.template operator()<acc_t<Element>>();
+    run.template operator()<Element>();
     return nullptr;
   });
 }
 
-// Loads the tables of a row's token, which its heads share.
-template <class T>
-void load_angles(const RmsNormRopeOperands& p, Norm<T>& norm, int64_t row) {
-  const int64_t token = row / p.H;
+// Loads the angles of a row's token, which its heads share.
+template <class Element>
+void load_angles(const RmsNormRopeOperands& p, const Norm<Element>& norm, int64_t row) {
   if (row % p.H != 0 && row % kNormBlock != 0) return;
-  const int64_t at = p.shared_angles ? token % p.T : token;
+  const int64_t token = row / p.H, at = p.shared_angles ? token % p.T : token;
   load_row(p.cos, p.angle_dtype, at, p.D, norm.cos);
   load_row(p.sin, p.angle_dtype, at, p.D, norm.sin);
 }
 
+// s = sigmoid(g), without an exp of a positive number.
 template <class T>
-void rotate(int64_t half, const Norm<T>& norm, T* __restrict first, T* __restrict second) {
-  const T* __restrict cos = norm.cos, * __restrict sin = norm.sin;
-  for (int64_t j = 0; j < half; ++j) {
-    const T a = first[j], b = second[j];
-    first[j] = a * cos[j] - b * sin[j];
-    second[j] = b * cos[j + half] + a * sin[j + half];
-  }
-}
-
-template <class T>
-void rotate_back(int64_t half, const Norm<T>& norm, T* __restrict first, T* __restrict second) {
-  const T* __restrict cos = norm.cos, * __restrict sin = norm.sin;
-  for (int64_t j = 0; j < half; ++j) {
-    const T a = first[j], b = second[j];
-    first[j] = a * cos[j] + b * sin[j + half];
-    second[j] = b * cos[j + half] - a * sin[j];
-  }
+HYPENET_INLINE vec<T> sigmoid(vec<T> g) {
+  const vec<T> e = exp<T>(g < 0 ? g : -g), part = 1 / (1 + e);
+  return g < 0 ? e * part : part;
 }
 
 }  // namespace
 
 Status rms_norm_rope_fwd(const RmsNormRopeFwdParams& p) {
-  return dispatch(p, [&]<class T>() {
-    for_each_row<T>(p, [&](Norm<T>& norm, int64_t row) {
-      T* y = norm.x;
-      load_row(p.x, p.dtype, row, p.D, norm.x);
-      if (p.weight != nullptr) {
-        norm.normalize(norm.reciprocal_rms());
-        y = norm.n;
+  return dispatch(p, [&]<class Element>() {
+    using T = acc_t<Element>;
+    for_each_row<Element>(p, [&](const Norm<Element>& norm, int64_t row) {
+      const Element* x = norm.row(p.x, row);
+      Element* y = norm.row(p.y, row);
+      const T r = p.weight == nullptr ? 1 : norm.reciprocal_rms(x);
+      if (p.cos == nullptr) {
+        for_vectors<T>(p.D, [&](int64_t j, int64_t n) { write<T>(y + j, norm.normalized(x, r, j, n), n); });
+        return;
       }
-      if (p.cos != nullptr) {
-        load_angles(p, norm, row);
-        rotate(p.D / 2, norm, y, y + p.D / 2);
-      }
-      store_row(y, row, p.D, p.dtype, p.y);
+      load_angles(p, norm, row);
+      for_vectors<T>(p.D / 2, [&](int64_t j, int64_t n) {
+        const int64_t k = j + p.D / 2;
+        const vec<T> first = norm.normalized(x, r, j, n), second = norm.normalized(x, r, k, n);
+        write<T>(y + j, first * load(norm.cos + j) - second * load(norm.sin + j), n);
+        write<T>(y + k, second * load(norm.cos + k) + first * load(norm.sin + k), n);
+      });
     });
   });
 }
 
 Status rms_norm_rope_bwd(const RmsNormRopeBwdParams& p) {
-  return dispatch(p, [&]<class T>() {
-    for_each_row<T>(p, [&](Norm<T>& norm, int64_t row) {
-      T* dn = norm.n;
-      load_row(p.dy, p.dtype, row, p.D, dn);
-      if (p.cos != nullptr) {
+  return dispatch(p, [&]<class Element>() {
+    using T = acc_t<Element>;
+    for_each_row<Element>(p, [&](const Norm<Element>& norm, int64_t row) {
+      const Element *x = norm.row(p.x, row), *dy = norm.row(p.dy, row);
+      Element* dx = norm.row(p.dx, row);
+      if (p.cos == nullptr) {
+        for_vectors<T>(p.D, [&](int64_t j, int64_t n) { write<T>(norm.dn + j, read<T>(dy + j, n), n); });
+      } else {
         load_angles(p, norm, row);
-        rotate_back(p.D / 2, norm, dn, dn + p.D / 2);
+        for_vectors<T>(p.D / 2, [&](int64_t j, int64_t n) {
+          const int64_t k = j + p.D / 2;
+          const vec<T> first = read<T>(dy + j, n), second = read<T>(dy + k, n);
+          write<T>(norm.dn + j, first * load(norm.cos + j) + second * load(norm.sin + k), n);
+          write<T>(norm.dn + k, second * load(norm.cos + k) - first * load(norm.sin + j), n);
+        });
       }
-      if (p.weight == nullptr) return store_row(dn, row, p.D, p.dtype, p.dx);
-      load_row(p.x, p.dtype, row, p.D, norm.x);
-      norm.differentiate(norm.reciprocal_rms());
-      store_row(norm.x, row, p.D, p.dtype, p.dx);
+      if (p.weight == nullptr) {
+        for_vectors<T>(p.D, [&](int64_t j, int64_t n) { write<T>(dx + j, read<T>(norm.dn + j, n), n); });
+        return;
+      }
+      norm.differentiate(x, norm.reciprocal_rms(x),
+                         [&](int64_t j, int64_t n, vec<T> dx_j) { write<T>(dx + j, dx_j, n); });
     });
   });
 }
 
 Status rms_norm_gated_fwd(const RmsNormGatedFwdParams& p) {
-  return dispatch(p, [&]<class T>() {
-    for_each_row<T>(p, [&](Norm<T>& norm, int64_t row) {
-      load_row(p.x, p.dtype, row, p.D, norm.x);
-      load_row(p.g, p.dtype, row, p.D, norm.gate);
-      norm.normalize(norm.reciprocal_rms());
-      norm.activate(p.silu);
-      for (int64_t j = 0; j < p.D; ++j) norm.n[j] *= norm.gate[j];
-      store_row(norm.n, row, p.D, p.dtype, p.y);
+  return dispatch(p, [&]<class Element>() {
+    using T = acc_t<Element>;
+    for_each_row<Element>(p, [&](const Norm<Element>& norm, int64_t row) {
+      const Element *x = norm.row(p.x, row), *g = norm.row(p.g, row);
+      Element* y = norm.row(p.y, row);
+      const T r = norm.reciprocal_rms(x);
+      for_vectors<T>(p.D, [&](int64_t j, int64_t n) {
+        const vec<T> g_j = read<T>(g + j, n), s = sigmoid<T>(g_j);
+        write<T>(y + j, norm.normalized(x, r, j, n) * (p.silu ? g_j * s : s), n);
+      });
     });
   });
 }
 
 Status rms_norm_gated_bwd(const RmsNormGatedBwdParams& p) {
-  return dispatch(p, [&]<class T>() {
-    for_each_row<T>(p, [&](Norm<T>& norm, int64_t row) {
-      T* dy = norm.cos;  // there is no rotation
-      load_row(p.x, p.dtype, row, p.D, norm.x);
-      load_row(p.g, p.dtype, row, p.D, norm.gate);
-      load_row(p.dy, p.dtype, row, p.D, dy);
-      const T r = norm.reciprocal_rms();
-      norm.normalize(r);
-      norm.activate(p.silu);
-      for (int64_t j = 0; j < p.D; ++j) norm.slope[j] *= dy[j] * norm.n[j];
-      store_row(norm.slope, row, p.D, p.dtype, p.dg);
-      for (int64_t j = 0; j < p.D; ++j) norm.n[j] = dy[j] * norm.gate[j];
-      norm.differentiate(r);
-      store_row(norm.x, row, p.D, p.dtype, p.dx);
+  return dispatch(p, [&]<class Element>() {
+    using T = acc_t<Element>;
+    for_each_row<Element>(p, [&](const Norm<Element>& norm, int64_t row) {
+      const Element *x = norm.row(p.x, row), *g = norm.row(p.g, row), *dy = norm.row(p.dy, row);
+      Element *dx = norm.row(p.dx, row), *dg = norm.row(p.dg, row);
+      const T r = norm.reciprocal_rms(x);
+      for_vectors<T>(p.D, [&](int64_t j, int64_t n) {
+        const vec<T> g_j = read<T>(g + j, n), dy_j = read<T>(dy + j, n), s = sigmoid<T>(g_j);
+        const vec<T> slope = p.silu ? s * (1 + g_j * (1 - s)) : s * (1 - s);
+        write<T>(dg + j, dy_j * norm.normalized(x, r, j, n) * slope, n);
+        write<T>(norm.dn + j, dy_j * (p.silu ? g_j * s : s), n);
+      });
+      norm.differentiate(x, r, [&](int64_t j, int64_t n, vec<T> dx_j) { write<T>(dx + j, dx_j, n); });
     });
   });
 }
 
 Status add_rms_norm_fwd(const AddRmsNormFwdParams& p) {
-  return dispatch(p, [&]<class T>() {
-    for_each_row<T>(p, [&](Norm<T>& norm, int64_t row) {
-      load_row(p.x, p.x_dtype, row, p.D, norm.x);
-      load_row(p.residual, p.dtype, row, p.D, norm.n);
-      for (int64_t j = 0; j < p.D; ++j) norm.x[j] += norm.n[j];
-      store_row(norm.x, row, p.D, p.dtype, p.sum);
-      load_row(p.sum, p.dtype, row, p.D, norm.x);
-      norm.normalize(norm.reciprocal_rms());
-      store_row(norm.n, row, p.D, p.dtype, p.y);
+  return dispatch(p, [&]<class Element>() {
+    using T = acc_t<Element>;
+    for_each_row<Element>(p, [&](const Norm<Element>& norm, int64_t row) {
+      const Element* residual = norm.row(p.residual, row);
+      Element *total = norm.row(p.sum, row), *y = norm.row(p.y, row);
+      load_row(p.x, p.x_dtype, row, p.D, norm.other);
+      for_vectors<T>(p.D, [&](int64_t j, int64_t n) {
+        write<T>(total + j, load(norm.other + j) + read<T>(residual + j, n), n);
+      });
+      const T r = norm.reciprocal_rms(total);
+      for_vectors<T>(p.D, [&](int64_t j, int64_t n) { write<T>(y + j, norm.normalized(total, r, j, n), n); });
     });
   });
 }
 
 Status add_rms_norm_bwd(const AddRmsNormBwdParams& p) {
-  return dispatch(p, [&]<class T>() {
-    for_each_row<T>(p, [&](Norm<T>& norm, int64_t row) {
-      T* dsum = norm.gate;
-      load_row(p.sum, p.dtype, row, p.D, norm.x);
-      load_row(p.dy, p.dtype, row, p.D, norm.n);
-      load_row(p.dsum, p.dtype, row, p.D, dsum);
-      norm.differentiate(norm.reciprocal_rms());
-      for (int64_t j = 0; j < p.D; ++j) norm.x[j] += dsum[j];
-      store_row(norm.x, row, p.D, p.dtype, p.dresidual);
-      if (p.dx != nullptr) store_row(norm.x, row, p.D, p.x_dtype, p.dx);
+  return dispatch(p, [&]<class Element>() {
+    using T = acc_t<Element>;
+    for_each_row<Element>(p, [&](const Norm<Element>& norm, int64_t row) {
+      const Element *total = norm.row(p.sum, row), *dsum = norm.row(p.dsum, row), *dy = norm.row(p.dy, row);
+      Element* dresidual = norm.row(p.dresidual, row);
+      for_vectors<T>(p.D, [&](int64_t j, int64_t n) { write<T>(norm.dn + j, read<T>(dy + j, n), n); });
+      norm.differentiate(total, norm.reciprocal_rms(total), [&](int64_t j, int64_t n, vec<T> dx_j) {
+        const vec<T> d = dx_j + read<T>(dsum + j, n);
+        write<T>(dresidual + j, d, n);
+        if (p.dx != nullptr) write<T>(norm.other + j, d, n);
+      });
+      if (p.dx != nullptr) store_row(norm.other, row, p.D, p.x_dtype, p.dx);
     });
   });
 }
