@@ -28,6 +28,7 @@ from hypenet.configuration_hypenet import HypeNetConfig
 from hypenet.context import MAX_STEP_TOKENS, MixerContext
 from hypenet.mixers import (
     MIXERS,
+    HypeNetResidualRMSNorm,
     HypeNetRMSNorm,
     LightningAttention,
     LogDecay,
@@ -48,12 +49,13 @@ class HypeNetDecoderLayer(GradientCheckpointingLayer):
         self.self_attn: Mixer = MIXERS[config.mixers[layer_idx]](config, layer_idx)
         self.mlp = LlamaMLP(cast(LlamaConfig, config))
         self.input_layernorm = HypeNetRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = HypeNetRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = HypeNetResidualRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x_BTC: torch.Tensor, context: MixerContext) -> torch.Tensor:
         """Apply mixer and MLP to x [B, T, C]."""
-        x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), context)
-        return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
+        mixed_BTC = self.self_attn(self.input_layernorm(x_BTC), context)
+        x_BTC, y_BTC = self.post_attention_layernorm(mixed_BTC, x_BTC)
+        return x_BTC + self.mlp(y_BTC)
 
 
 class HypeNetPreTrainedModel(PreTrainedModel):

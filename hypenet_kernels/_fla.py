@@ -10,6 +10,7 @@ from hypenet_kernels import _checks, _native
 from hypenet_kernels import _recurrence_cuda as cuda
 from hypenet_kernels._ops import Function
 from hypenet_kernels._recurrence import Inputs, Operators, Rule, StepInputs
+from hypenet_kernels.normalization import rms_norm_rope
 
 # Arguments that fla takes by name only in **kwargs, and what is accepted of them.
 LEGACY = frozenset({"transpose_state_layout", "head_first", "chunk_size"})
@@ -243,9 +244,12 @@ def _activated(op: str, gates: Gates, x: Inputs) -> tuple[Tensor, Tensor | None]
 
 
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """Return x / sqrt(sum(x^2) + eps) over the last dimension, in the accumulation type, rounded once."""
-    wide = x.to(_native.accumulator(x.dtype))
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+    """Return x / sqrt(sum(x^2) + eps) over the last dimension, rounded once: an RMSNorm with the weight K^-1/2."""
+    if x.dim() == 0 or x.dtype not in _checks.FLOATS:
+        return x  # for the op to refuse
+    K = max(1, x.shape[-1])
+    weight = x.new_full(x.shape[-1:], K**-0.5, dtype=_native.accumulator(x.dtype))
+    return rms_norm_rope(x, weight, eps=eps / K)
 
 
 def default_scale(q: Tensor, scale: Any) -> float:
