@@ -171,6 +171,11 @@ def _runs_in_torch(op: str, x: Tensor) -> bool:
     return True
 
 
+def _in_triton(x: Tensor) -> bool:
+    """Whether the Triton kernels run on x."""
+    return x.is_cuda
+
+
 def _check_weight(op: str, x: Tensor, weight: Tensor) -> None:
     if x.dim() == 0:
         _checks.fail(ValueError, op, "x", "have at least one dimension", list(x.shape))
@@ -221,11 +226,11 @@ def _launch(op: str, kernel: str, fields: dict[str, Any]) -> None:
         fields: The fields of its params struct: tensors, None and numbers.
     """
     like = fields["weight"] if fields["weight"] is not None else fields["cos"]
-    if like.is_cuda:
-        from hypenet_kernels import _normalization_triton as triton_kernels  # where there is Triton
+    if _in_triton(like):
+        from hypenet_kernels import triton_norms  # here, since there may be no Triton
 
         _native.log_use(op, f"Triton on {like.device}")
-        triton_kernels.launch(kernel, fields)
+        triton_norms.launch(kernel, fields)
         return
     given = {name: _native.pointer(x) if x is None or isinstance(x, Tensor) else x for name, x in fields.items()}
     _native.kernel(op, kernel, like.device)(given | {"num_threads": torch.get_num_threads()})
@@ -245,7 +250,9 @@ def _operands(x: Tensor, weight: Tensor | None, eps: float) -> dict[str, Any]:
 
 
 def _sums(x: Tensor, dweight: Tensor) -> dict[str, Any]:
-    """The fields of a backward with a weight: dweight, and the workspace in which its parts are summed."""
+    """The fields of a backward with a weight: dweight, and for the C++ kernels the workspace of its parts."""
+    if _in_triton(x):
+        return {"dweight": dweight}
     num_blocks = -(-(x.numel() // x.shape[-1]) // BLOCK)
     return {"num_blocks": num_blocks, "dweight": dweight, "partials": dweight.new_empty(num_blocks, dweight.shape[0])}
 
