@@ -43,7 +43,7 @@ def report() -> dict[str, Any]:
         "cuda": info["cuda"],
         "gpus": _gpus(),
         "openmp": _openmp_runtimes(),
-        "ops": {op: {"cpu": _on_cpu(), "cuda": _on_cuda()} for op in _native.CUDA_OPS},
+        "ops": {op: {"cpu": _on_cpu(), "cuda": _on_cuda(op)} for op in _native.CUDA_OPS},
     }
 
 
@@ -72,7 +72,11 @@ def _on_cpu() -> dict[str, str | None]:
     return {"implementation": f"C++ ({module})", "why": f"torch reports {capability} for this CPU"}
 
 
-def _on_cuda() -> dict[str, str | None]:
+def _on_cuda(op: str) -> dict[str, str | None]:
+    if op in _native.TRITON_OPS:
+        if _native.TRITON:
+            return {"implementation": "Triton", "why": f"Triton is installed; {_gpus() or 'no GPU visible'}"}
+        return {"implementation": "torch", "why": "Triton is not installed"}
     info = _native.build_info()
     if not _is_built("_cuda"):
         return {"implementation": None, "why": info["cuda"]}
