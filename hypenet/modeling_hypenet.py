@@ -34,6 +34,7 @@ from hypenet.mixers import (
     LogDecay,
     Mixer,
     alibi_log_decay,
+    cast_once,
     initial_decay,
 )
 from hypenet.packing import Packing, find_documents, packed_positions, read_mask, tracing
@@ -55,7 +56,7 @@ class HypeNetDecoderLayer(GradientCheckpointingLayer):
         """Apply mixer and MLP to x [B, T, C]."""
         mixed_BTC = self.self_attn(self.input_layernorm(x_BTC), context)
         x_BTC, y_BTC = self.post_attention_layernorm(mixed_BTC, x_BTC)
-        return x_BTC + self.mlp(y_BTC)
+        return x_BTC + self.mlp(cast_once(y_BTC))
 
 
 class HypeNetPreTrainedModel(PreTrainedModel):

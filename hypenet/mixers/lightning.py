@@ -10,7 +10,7 @@ from torch import nn
 from hypenet.configuration_hypenet import LIGHTNING, HypeNetConfig
 from hypenet.context import MixerContext
 from hypenet.mixers.decay import full_precision, widen
-from hypenet.mixers.mixer import HypeNetGatedRMSNorm, Mixer
+from hypenet.mixers.mixer import HypeNetGatedRMSNorm, Mixer, cast_once
 from hypenet_kernels import chunk_simple_gla, simple_gla_step
 
 
@@ -51,6 +51,7 @@ class LightningAttention(Mixer):
 
     def forward(self, x_BTC: torch.Tensor, context: MixerContext) -> torch.Tensor:
         """Mix x [B, T, C] along T and return [B, T, C]; with a cache, also update this layer's state."""
+        x_BTC = cast_once(x_BTC)
         q, k, v = self.qkv(x_BTC, context)
         k, v = self.unshare(k, v)
         if context.step:

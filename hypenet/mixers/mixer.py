@@ -196,3 +196,14 @@ def autocast_input(x: torch.Tensor) -> torch.Tensor:
     """Return x in the dtype that autocast makes of a norm's input: on CUDA float32, on the CPU its own."""
     wide = x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype in HALF
     return x.float() if wide else x
+
+
+def cast_once(x: torch.Tensor) -> torch.Tensor:
+    """Return the input of several linear layers in the dtype to which autocast would cast it for each of them.
+
+    With gradients it stays as it is, since those of the layers are summed in its dtype.
+    """
+    device = x.device.type
+    if torch.is_grad_enabled() or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
