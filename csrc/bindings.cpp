@@ -37,6 +37,8 @@ void bind_kernels(py::module_& m) {
   def_kernel(m, "rms_norm_gated_bwd", cpu::rms_norm_gated_bwd);
   def_kernel(m, "add_rms_norm_fwd", cpu::add_rms_norm_fwd);
   def_kernel(m, "add_rms_norm_bwd", cpu::add_rms_norm_bwd);
+  def_kernel(m, "swiglu_fwd", cpu::swiglu_fwd);
+  def_kernel(m, "swiglu_bwd", cpu::swiglu_bwd);
 #endif
 }
 

@@ -200,4 +200,16 @@ inline Fields<AddRmsNormBwdParams> fields_of() {
          rms_norm_sums<Params>();
 }
 
+template <>
+inline Fields<SwigluFwdParams> fields_of() {
+  using Params = SwigluFwdParams;
+  return {FIELD(dtype), FIELD(num_threads), FIELD(size), FIELD(x), FIELD(y), FIELD(z)};
+}
+
+template <>
+inline Fields<SwigluBwdParams> fields_of() {
+  using Params = SwigluBwdParams;
+  return {FIELD(dtype), FIELD(num_threads), FIELD(size), FIELD(x), FIELD(y), FIELD(dz), FIELD(dx), FIELD(dy)};
+}
+
 }  // namespace hypenet

@@ -312,4 +312,23 @@ struct AddRmsNormBwdParams : RmsNormOperands {
   void* dx;         // [rows, D] x_dtype, or null if that is dtype: dx is dresidual
 };
 
+// ---- the gated activation of an MLP; on CUDA a Triton kernel ----
+
+struct SwigluOperands {
+  DType dtype;
+  int64_t num_threads, size;
+  const void *x, *y;  // [size] dtype
+};
+
+struct SwigluFwdParams : SwigluOperands {
+  // outputs
+  void* z;  // [size] dtype, silu(x) y
+};
+
+struct SwigluBwdParams : SwigluOperands {
+  const void* dz;  // [size] dtype
+  // outputs
+  void *dx, *dy;  // [size] dtype
+};
+
 }  // namespace hypenet

@@ -174,16 +174,16 @@ def gate_memory(
 def layer_bytes(layer: LayerSize, hidden: int, intermediate: int, machine: Machine) -> float:
     """Return the bytes per token that a decoder layer of a HypeNet saves for the backward pass.
 
-    Two inputs of norms in float32, the mixer, the MLP's input and four tensors of its width.
+    Two inputs of norms in float32, the mixer, the MLP's input and three tensors of its width.
     """
     norms = 2 * WIDE * hidden
-    return norms + mixer_bytes(layer, hidden, machine) + _casts(2, hidden, machine) + 4 * machine.width * intermediate
+    return norms + mixer_bytes(layer, hidden, machine) + _casts(2, hidden, machine) + 3 * machine.width * intermediate
 
 
 def mixer_bytes(layer: LayerSize, hidden: int, machine: Machine) -> float:
     """Return the bytes per token that a mixer saves for the backward pass, its input included."""
     width, keys, size = layer.width, layer.kv_heads * layer.head_dim, machine.width
-    found = size * (2 * width + 3 * keys)  # q and k before and after norm and rotation; v
+    found: float = size * (2 * width + 3 * keys)  # q and k before and after norm and rotation; v
     found += 3 * size * width  # the output before norm or gate, its gate, and their product
     if layer.kind == SOFTMAX:
         return found + _casts(4, hidden, machine) + WIDE * layer.heads

@@ -38,8 +38,19 @@ from hypenet.mixers import (
     initial_decay,
 )
 from hypenet.packing import Packing, find_documents, packed_positions, read_mask, tracing
+from hypenet_kernels import swiglu
 
 logger = logging.get_logger(__name__)
+
+
+class HypeNetMLP(LlamaMLP):
+    """Llama's MLP, (act(x Wg) * x Wu) Wd, with one pass for activation and product if it is SiLU."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the MLP to x [B, T, C]."""
+        if self.config.hidden_act != "silu":
+            return super().forward(x)
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class HypeNetDecoderLayer(GradientCheckpointingLayer):
@@ -48,7 +59,7 @@ class HypeNetDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
         super().__init__()
         self.self_attn: Mixer = MIXERS[config.mixers[layer_idx]](config, layer_idx)
-        self.mlp = LlamaMLP(cast(LlamaConfig, config))
+        self.mlp = HypeNetMLP(cast(LlamaConfig, config))
         self.input_layernorm = HypeNetRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = HypeNetResidualRMSNorm(config.hidden_size, config.rms_norm_eps)
 

@@ -1,6 +1,7 @@
 """Kernels for hybrid linear-attention language models, as PyTorch ops."""
 
 from hypenet_kernels._installation import __version__, report, show_config
+from hypenet_kernels.activation import swiglu
 from hypenet_kernels.attention import hype_attention, hype_attention_decode
 from hypenet_kernels.convolution import causal_conv1d_fn, causal_conv1d_update
 from hypenet_kernels.gated_delta import (
@@ -42,4 +43,5 @@ __all__ = [
     "rms_norm_rope",
     "show_config",
     "simple_gla_step",
+    "swiglu",
 ]

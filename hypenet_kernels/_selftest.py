@@ -175,5 +175,10 @@ CASES: dict[str, tuple[Run, Run, tuple[str, ...]]] = {
         lambda x: reference.add_rms_norm(x["query"], x["gate"], x["norm"]),
         ("query", "gate", "norm"),
     ),
+    "swiglu": (
+        lambda x: kernels.swiglu(x["query"], x["gate"]),
+        lambda x: reference.swiglu(x["query"], x["gate"]),
+        ("query", "gate"),
+    ),
     "hype_attention_decode": (_decode(kernels.hype_attention_decode), _decode(reference.hype_attention_decode), ()),
 }

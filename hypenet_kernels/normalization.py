@@ -86,7 +86,7 @@ def rms_norm_rope(
     if cos is not None and sin is not None:
         _checks.no_grad(ROPE_OP, {"cos": cos, "sin": sin}, {}, "(there is no gradient in the angles)")
     inputs = RopeInputs(x, weight, cos, sin, eps)
-    if _runs_in_torch(ROPE_OP, x):
+    if _native.runs_in_torch(ROPE_OP, x):
         _check_rope(inputs)
         return reference.rms_norm_rope(*inputs)
     return _rope(*inputs)[0] if _checks.wants_gradient(x, weight) else _rope_inference(*inputs)
@@ -121,7 +121,7 @@ def rms_norm_gated(x: Tensor, g: Tensor, weight: Tensor, *, eps: float = 1e-6, a
     if activation not in ACTIVATIONS:
         _checks.fail(ValueError, GATED_OP, "activation", f"be one of {list(ACTIVATIONS)}", repr(activation))
     inputs = GatedInputs(x, g, weight, eps, ACTIVATIONS[activation])
-    if _runs_in_torch(GATED_OP, x):
+    if _native.runs_in_torch(GATED_OP, x):
         _check_gated(inputs)
         return reference.rms_norm_gated(x, g, weight, eps=eps, activation=activation)
     return _gated(*inputs)[0] if _checks.wants_gradient(x, g, weight) else _gated_inference(*inputs)
@@ -153,27 +153,13 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6)
     _checks.tensors(ADD_OP, {"x": x, "residual": residual, "weight": weight}, {})
     _checks.element(ADD_OP, "residual", residual)
     inputs = AddInputs(x, residual, weight, eps)
-    if _runs_in_torch(ADD_OP, x):
+    if _native.runs_in_torch(ADD_OP, x):
         _check_add(inputs)
         return reference.add_rms_norm(*inputs)
     if _checks.wants_gradient(x, residual, weight):
         total, y, _ = _add(*inputs)
         return total, y
     return _add_inference(*inputs)
-
-
-def _runs_in_torch(op: str, x: Tensor) -> bool:
-    """Whether there is no kernel for x: on CUDA without Triton."""
-    if _native.TRITON or not x.is_cuda:
-        return False
-    if not torch.compiler.is_compiling():
-        _native.log_use(op, "torch, since Triton is not installed")
-    return True
-
-
-def _in_triton(x: Tensor) -> bool:
-    """Whether the Triton kernels run on x."""
-    return x.is_cuda
 
 
 def _check_weight(op: str, x: Tensor, weight: Tensor) -> None:
@@ -217,25 +203,6 @@ def _check_add(x: AddInputs) -> None:
         _checks.fail(TypeError, ADD_OP, "x", f"have residual's dtype {x.residual.dtype} or a narrower one", x.x.dtype)
 
 
-def _launch(op: str, kernel: str, fields: dict[str, Any]) -> None:
-    """Run a kernel on tensors, which it reads and writes as contiguous rows.
-
-    Args:
-        op: The op's name, for the log.
-        kernel: The kernel's name.
-        fields: The fields of its params struct: tensors, None and numbers.
-    """
-    like = fields["weight"] if fields["weight"] is not None else fields["cos"]
-    if _in_triton(like):
-        from hypenet_kernels import triton_norms  # here, since there may be no Triton
-
-        _native.log_use(op, f"Triton on {like.device}")
-        triton_norms.launch(kernel, fields)
-        return
-    given = {name: _native.pointer(x) if x is None or isinstance(x, Tensor) else x for name, x in fields.items()}
-    _native.kernel(op, kernel, like.device)(given | {"num_threads": torch.get_num_threads()})
-
-
 def _operands(x: Tensor, weight: Tensor | None, eps: float) -> dict[str, Any]:
     """The fields that all params structs share."""
     D = x.shape[-1]
@@ -251,7 +218,7 @@ def _operands(x: Tensor, weight: Tensor | None, eps: float) -> dict[str, Any]:
 
 def _sums(x: Tensor, dweight: Tensor) -> dict[str, Any]:
     """The fields of a backward with a weight: dweight, and for the C++ kernels the workspace of its parts."""
-    if _in_triton(x):
+    if _native.in_triton(x):
         return {"dweight": dweight}
     num_blocks = -(-(x.numel() // x.shape[-1]) // BLOCK)
     return {"num_blocks": num_blocks, "dweight": dweight, "partials": dweight.new_empty(num_blocks, dweight.shape[0])}
@@ -290,7 +257,7 @@ def _rope_run(save: bool, *arguments: Any) -> Any:
     x, results = RopeInputs._make(arguments), _rope_fake(save, *arguments)
     y = results[0] if save else results
     if y.numel():
-        _launch(ROPE_OP, "rms_norm_rope_fwd", _rope_operands(x) | {"y": y})
+        _native.launch(ROPE_OP, "rms_norm_rope_fwd", y, _rope_operands(x) | {"y": y})
     return results
 
 
@@ -306,7 +273,7 @@ def _rope_bwd_run(dy: Tensor, *arguments: Any) -> Any:
     if dx.numel():
         fields = _rope_operands(x) | {"dy": dy.contiguous(), "dx": dx}
         fields |= {} if x.weight is None else _sums(x.x, dweight)
-        _launch(f"{ROPE_OP}_bwd", "rms_norm_rope_bwd", fields)
+        _native.launch(f"{ROPE_OP}_bwd", "rms_norm_rope_bwd", dx, fields)
     return dx, dweight
 
 
@@ -340,7 +307,7 @@ def _gated_run(save: bool, *arguments: Any) -> Any:
     x, results = GatedInputs._make(arguments), _gated_fake(save, *arguments)
     y = results[0] if save else results
     if y.numel():
-        _launch(GATED_OP, "rms_norm_gated_fwd", _gated_operands(x) | {"y": y})
+        _native.launch(GATED_OP, "rms_norm_gated_fwd", y, _gated_operands(x) | {"y": y})
     return results
 
 
@@ -356,7 +323,7 @@ def _gated_bwd_run(dy: Tensor, *arguments: Any) -> Any:
     dx, dg, dweight = gradients
     if dx.numel():
         fields = _gated_operands(x) | {"dy": dy.contiguous(), "dx": dx, "dg": dg} | _sums(x.x, dweight)
-        _launch(f"{GATED_OP}_bwd", "rms_norm_gated_bwd", fields)
+        _native.launch(f"{GATED_OP}_bwd", "rms_norm_gated_bwd", dx, fields)
     return gradients
 
 
@@ -392,7 +359,7 @@ def _add_run(save: bool, *arguments: Any) -> Any:
             "sum": total,
             "y": y,
         }
-        _launch(ADD_OP, "add_rms_norm_fwd", fields)
+        _native.launch(ADD_OP, "add_rms_norm_fwd", y, fields)
     return results
 
 
@@ -418,7 +385,7 @@ def _add_bwd_run(dsum: Tensor, dy: Tensor, total: Tensor, weight: Tensor, eps: f
             "dresidual": dresidual,
             "dx": None if x_dtype == total.dtype else dx,
         }
-        _launch(f"{ADD_OP}_bwd", "add_rms_norm_bwd", fields | _sums(total, dweight))
+        _native.launch(f"{ADD_OP}_bwd", "add_rms_norm_bwd", dresidual, fields | _sums(total, dweight))
     return gradients
 
 

@@ -1,7 +1,7 @@
 """The definition of every op: one loop over t each, in plain PyTorch, in the dtype of its inputs.
 
-Slow and obviously right. The native kernels are tested against these functions in float64. Only the norms are also what
-runs on CUDA without Triton.
+Slow and obviously right. The native kernels are tested against these functions in float64. Only the norms and
+swiglu are also what runs on CUDA without Triton.
 Names, argument order and layouts are those of the public ops: q, k [B, T, H, K]; v [B, T, HV, V]; g, beta [B, T, HV];
 state [N, HV, K, V]; value head j reads key head j // (HV / H).
 """
@@ -198,6 +198,11 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6)
     """(x + residual, rms_norm(x + residual) * weight)."""
     total = x + residual
     return total, _rms_norm(_widened(total), weight, eps).to(total.dtype)
+
+
+def swiglu(x: Tensor, y: Tensor) -> Tensor:
+    """silu(x) * y."""
+    return (torch.nn.functional.silu(_widened(x)) * _widened(y)).to(x.dtype)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -141,6 +141,7 @@ def _norms(device, dtype, D):
         _call(kernels.rms_norm_gated, [x, x, weight], activation=activation)
     for residual in (x, x.float()):
         _call(kernels.add_rms_norm, [x, residual, weight])
+    _call(kernels.swiglu, [x, x])
 
 
 if __name__ == "__main__":

@@ -146,6 +146,7 @@ def test_norms(T, dtype):
         for activation in ("silu", "sigmoid"):
             check_finite(lambda *y, a=activation: [kernels.rms_norm_gated(*y, activation=a)], x, g, weight)
         check_finite(kernels.add_rms_norm, x, residual, weight)
+        check_finite(lambda *y: [kernels.swiglu(*y)], x, g)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

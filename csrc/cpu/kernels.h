@@ -23,5 +23,7 @@ Status rms_norm_gated_fwd(const RmsNormGatedFwdParams& params);
 Status rms_norm_gated_bwd(const RmsNormGatedBwdParams& params);
 Status add_rms_norm_fwd(const AddRmsNormFwdParams& params);
 Status add_rms_norm_bwd(const AddRmsNormBwdParams& params);
+Status swiglu_fwd(const SwigluFwdParams& params);
+Status swiglu_bwd(const SwigluBwdParams& params);
 
 }  // namespace hypenet::cpu

@@ -1,4 +1,4 @@
-"""Triton kernels of the ops in `normalization`, for CUDA. Only they need Triton, so nothing else imports this file.
+"""Triton kernels of the norms and of swiglu, for CUDA. Imported at their first use, since there may be no Triton.
 
 Mapping: a tile is ROWS whole rows, padded to BLOCK elements, a power of two. A program of a forward has one tile; one
 of a backward has TILES of them, whose part of dweight it stores as a row of `partials`. All of these depend on shapes
@@ -249,24 +249,49 @@ def add_rms_norm_bwd(
     store(partials, program * D + j, dweight, j < D)
 
 
+@triton.jit
+def swiglu_fwd(x, y, z, size, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    a = load(x, at, mask, ACC)
+    store(z, at, a * tl.sigmoid(a) * load(y, at, mask, ACC), mask)
+
+
+@triton.jit
+def swiglu_bwd(x, y, dz, dx, dy, size, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    a, d = load(x, at, mask, ACC), load(dz, at, mask, ACC)
+    s = tl.sigmoid(a)
+    store(dx, at, d * load(y, at, mask, ACC) * (s * (1 + a * (1 - s))), mask)
+    store(dy, at, d * (a * s), mask)
+
+
 KERNELS = (
     *(rms_norm_rope_fwd, rms_norm_rope_bwd, rms_norm_gated_fwd, rms_norm_gated_bwd),
-    *(add_rms_norm_fwd, add_rms_norm_bwd),
+    *(add_rms_norm_fwd, add_rms_norm_bwd, swiglu_fwd, swiglu_bwd),
 )
 BY_NAME: dict[str, Any] = {kernel.__name__: kernel for kernel in KERNELS}
 
 
 def launch(name: str, fields: dict[str, Any]) -> None:
     """Run the kernel `name` on contiguous tensors, given under the names that the C++ kernel's params struct has."""
-    grid, arguments, num_warps = plan(name, fields)
-    here = fields["weight"] if fields["weight"] is not None else fields["cos"]
-    with torch.cuda.device(here.device) if here.is_cuda else contextlib.nullcontext():
+    grid, arguments, num_warps = (plan_swiglu if name.startswith("swiglu") else plan_norm)(name, fields)
+    device = next(x.device for x in fields.values() if isinstance(x, torch.Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         BY_NAME[name][grid](**arguments, num_warps=num_warps)
-    if "partials" in arguments and fields["weight"] is not None:
+    if arguments.get("partials") is not None:
         torch.sum(arguments["partials"], 0, out=fields["dweight"])
 
 
-def plan(name: str, fields: dict[str, Any]) -> tuple[tuple[int], dict[str, Any], int]:
+def plan_swiglu(name: str, fields: dict[str, Any]) -> tuple[tuple[int], dict[str, Any], int]:
+    """Return the grid, the arguments and the number of warps of a launch."""
+    arguments = {key: x for key, x in fields.items() if key != "dtype"}
+    arguments |= {"ACC": tl.float64 if fields["x"].dtype == torch.float64 else tl.float32, "BLOCK": TILE}
+    return (triton.cdiv(fields["size"], TILE),), arguments, max(1, TILE // 256)
+
+
+def plan_norm(name: str, fields: dict[str, Any]) -> tuple[tuple[int], dict[str, Any], int]:
     """Return the grid, the arguments and the number of warps of a launch."""
     rows, D, weight, rotated = fields["rows"], fields["D"], fields["weight"], fields.get("cos") is not None
     width = D // 2 if rotated else D

@@ -1,4 +1,4 @@
-"""The Triton kernels of the norms, in Triton's interpreter, and compiled for NVIDIA GPUs without one."""
+"""The Triton kernels, in Triton's interpreter, and compiled for NVIDIA GPUs without one."""
 
 import importlib.util
 import os

@@ -1,10 +1,10 @@
-"""RMSNorm with rotary embedding, output gate or residual: values and gradients against the definition in float64."""
+"""RMSNorm with rotary embedding, output gate or residual, and swiglu: against their definition in float64."""
 
 import pytest
 import torch
 from compare import assert_matches_reference
 
-from hypenet_kernels import add_rms_norm, reference, rms_norm_gated, rms_norm_rope
+from hypenet_kernels import add_rms_norm, reference, rms_norm_gated, rms_norm_rope, swiglu
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-3
@@ -63,6 +63,11 @@ def added(narrow):
     return case
 
 
+def activated(B, T, H, D, dtype):
+    inputs = {name: torch.randn(B, T, H * D).to(dtype) for name in ("x", "y")}
+    return swiglu, reference.swiglu, inputs
+
+
 CASES = {
     "rotated": with_angles,
     "rotated by angles of its own": lambda *given: with_angles(*given, own=True, angle_dtype=torch.bfloat16),
@@ -71,7 +76,8 @@ CASES = {
     "silu gate": gated("silu"),
     "sigmoid gate": gated("sigmoid"),
     "added": added(False),
-    "added, narrower": added(True),  # to a float16 stream: refused
+    "added, narrower": added(True),  # bfloat16 to float32 or float64
+    "swiglu": activated,
 }
 
 
@@ -138,6 +144,7 @@ def test_the_definition_is_that_of_torch_and_transformers():
     total, y = add_rms_norm(x, gate, weight, EPS)
     assert total.equal(x + gate)
     assert_matches_reference("y", y, torch.nn.functional.rms_norm(x + gate, (8,), weight, EPS))
+    assert_matches_reference("swiglu", swiglu(x, gate), torch.nn.functional.silu(x) * gate)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -191,6 +198,15 @@ def test_gates_of_every_size(x, activation):
         torch.testing.assert_close(y, expected[name].float())
 
 
+def test_swiglu_of_every_size():
+    inputs = {"x": torch.tensor([-1e4, -100.0, -89.0, -1.0, 0.0, 1.0, 89.0, 1e4]), "y": torch.full((8,), 2.0)}
+    results, found = gradients(swiglu, inputs)
+    exact, expected = gradients(reference.swiglu, in_double(inputs))
+    torch.testing.assert_close(results[0], exact[0].float())
+    for name, y in found.items():
+        torch.testing.assert_close(y, expected[name].float())
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 2, 8), (2, 0, 2, 8), (2, 3, 0, 8), (2, 3, 2, 0)], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_nothing(name, shape):
@@ -238,10 +254,12 @@ def test_opcheck():
         check(getattr(ops, f"rms_norm_rope{suffix}").default, (given[0], None, angles, angles, EPS))
         check(getattr(ops, f"rms_norm_gated{suffix}").default, (given[0], torch.randn(2, 5, 3, 8), given[1], EPS, True))
         check(getattr(ops, f"add_rms_norm{suffix}").default, (given[0], torch.randn(2, 5, 3, 8), given[1], EPS))
+        check(getattr(ops, f"swiglu{suffix}").default, (given[0], torch.randn(2, 5, 3, 8)))
     x, weight, dy = x.detach(), weight.detach(), torch.randn(2, 5, 3, 8)
     check(ops.rms_norm_rope_bwd.default, (dy, x, weight, angles, angles, EPS))
     check(ops.rms_norm_rope_bwd.default, (dy, x, None, angles, angles, EPS))
     check(ops.rms_norm_gated_bwd.default, (dy, x, x, weight, EPS, False))
+    check(ops.swiglu_bwd.default, (dy, x, x))
     for dtype in (torch.float32, torch.bfloat16):
         check(ops.add_rms_norm_bwd.default, (dy, dy, x, weight, EPS, dtype))
 
@@ -249,7 +267,7 @@ def test_opcheck():
 def test_meta_tensors_give_shapes():
     x, weight = torch.empty(2, 5, 3, 8, device="meta", dtype=torch.bfloat16), torch.empty(8, device="meta")
     total, y = add_rms_norm(x, x.float(), weight)
-    for result in (rms_norm_rope(x, weight), rms_norm_gated(x, x, weight)):
+    for result in (rms_norm_rope(x, weight), rms_norm_gated(x, x, weight), swiglu(x, x)):
         assert (result.shape, result.dtype) == (x.shape, torch.bfloat16)
     assert total.shape == y.shape == x.shape and total.dtype == y.dtype == torch.float32
 
@@ -261,7 +279,9 @@ def test_no_second_derivative(name):
     results = op(**dict(zip(inputs, leaves, strict=True)))
     y = results if isinstance(results, torch.Tensor) else results[1]
     gradient = torch.autograd.grad(y.square().sum(), leaves[0], create_graph=True)[0]
-    with pytest.raises(NotImplementedError, match=r"^(rms_norm_rope|rms_norm_gated|add_rms_norm): there is no second"):
+    with pytest.raises(
+        NotImplementedError, match=r"^(rms_norm_rope|rms_norm_gated|add_rms_norm|swiglu): there is no second"
+    ):
         gradient.sum().backward()
 
 
@@ -271,6 +291,7 @@ def bad(error, message, op=rms_norm_rope, **changes):
         rms_norm_rope: {"x": x, "weight": torch.ones(8), "cos": angles, "sin": angles},
         rms_norm_gated: {"x": x, "g": x, "weight": torch.ones(8)},
         add_rms_norm: {"x": x, "residual": x, "weight": torch.ones(8)},
+        swiglu: {"x": x, "y": x},
     }[op]
     with pytest.raises(error, match=f"^{op.__name__}: {message}"):
         op(**(inputs | changes))
@@ -297,7 +318,7 @@ def test_wrong_arguments():
     bad(ValueError, "cos must not require grad", cos=torch.zeros(1, 5, 8).requires_grad_())
 
 
-def test_wrong_gate_and_residual():
+def test_wrong_second_argument():
     bad(ValueError, r"g must have x's shape \[2, 5, 3, 8\], got \[2, 5, 24\]", rms_norm_gated, g=torch.zeros(2, 5, 24))
     bad(TypeError, "g must have x's dtype torch.float32", rms_norm_gated, g=torch.zeros(2, 5, 3, 8).half())
     bad(ValueError, "activation must be one of .*, got 'relu'", rms_norm_gated, activation="relu")
@@ -308,3 +329,6 @@ def test_wrong_gate_and_residual():
     halves = {"x": torch.zeros(2, 5, 3, 8).half(), "residual": torch.zeros(2, 5, 3, 8).bfloat16()}
     bad(TypeError, "x must have residual's dtype torch.bfloat16 or a narrower one", add_rms_norm, **halves)
     bad(ValueError, r"weight must have shape \[8\]", add_rms_norm, weight=torch.zeros(8, 1))
+    bad(ValueError, r"y must have x's shape \[2, 5, 3, 8\], got \[8\]", swiglu, y=torch.zeros(8))
+    bad(TypeError, "y must have x's dtype torch.float32, got torch.float16", swiglu, y=torch.zeros(2, 5, 3, 8).half())
+    bad(TypeError, "x must be float64 or .*, got bool", swiglu, x=torch.zeros(2, dtype=torch.bool))
