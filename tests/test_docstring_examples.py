@@ -12,7 +12,9 @@ import hypenet_kernels
 WITH_EXAMPLES = {
     f"{package}.{name}"
     for package, names in {
-        "hypenet_kernels": ("attention", "convolution", "gated_delta", "simple_gla", "states"),
+        "hypenet_kernels": tuple(
+            ["activation", "attention", "convolution", "gated_delta", "normalization", "simple_gla", "states"]
+        ),
         "hypenet": ("cache", "configuration_hypenet", "context", "conversion", "modeling_hypenet"),
     }.items()
     for name in names
@@ -21,7 +23,7 @@ MODULES = [
     f"{package.__name__}.{module.name}"
     for package in (hypenet_kernels, hypenet)
     for module in pkgutil.iter_modules(package.__path__)
-    if module.name != "__main__" and not module.name.startswith(("_cpu", "_cuda"))
+    if module.name != "__main__" and not module.name.startswith(("_cpu", "_cuda", "triton"))
 ]
 
 

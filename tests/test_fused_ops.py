@@ -125,6 +125,15 @@ def test_forward_and_every_gradient(name, dtype, shape):
     assert_correct(*make_case(name, dtype, shape))
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_on_cuda(name, dtype):
+    with torch.device("cuda"):
+        for shape in (*SHAPES, (1, 5000, 8, 128), (2, 300, 1, 4096)):
+            assert_correct(*make_case(name, dtype, shape))
+
+
 def test_the_definition_is_that_of_torch_and_transformers():
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
