@@ -9,12 +9,11 @@ import pytest
 import hypenet
 import hypenet_kernels
 
+KERNELS = ("activation", "attention", "convolution", "gated_delta", "normalization", "simple_gla", "states")
 WITH_EXAMPLES = {
     f"{package}.{name}"
     for package, names in {
-        "hypenet_kernels": tuple(
-            ["activation", "attention", "convolution", "gated_delta", "normalization", "simple_gla", "states"]
-        ),
+        "hypenet_kernels": KERNELS,
         "hypenet": ("cache", "configuration_hypenet", "context", "conversion", "modeling_hypenet"),
     }.items()
     for name in names

@@ -28,8 +28,8 @@ ALLOWED = {
 }
 # which the user of an integration has, imported by the function that needs it
 INTEGRATED = {"transformers", "fla"}
-# of the extra eval, imported by the functions that need it, in one file
-HARNESS = {"harness.py": {"lm_eval"}}
+# of the extras eval and cuda, imported where they are needed, in one file each
+HARNESS = {"harness.py": {"lm_eval"}, "triton_kernels.py": {"triton"}}
 HEAVY = ("torch", "transformers", "datasets", "matplotlib")
 
 

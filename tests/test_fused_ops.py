@@ -4,7 +4,7 @@ import pytest
 import torch
 from compare import assert_matches_reference
 
-from hypenet_kernels import add_rms_norm, reference, rms_norm_gated, rms_norm_rope, swiglu
+from hypenet_kernels import _native, add_rms_norm, reference, rms_norm_gated, rms_norm_rope, swiglu
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-3
@@ -123,6 +123,14 @@ def assert_correct(op, definition, inputs):
 @pytest.mark.parametrize("name", CASES)
 def test_forward_and_every_gradient(name, dtype, shape):
     assert_correct(*make_case(name, dtype, shape))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_in_torch_where_there_is_no_kernel(name, dtype, monkeypatch):
+    monkeypatch.setattr(_native, "runs_in_torch", lambda op, x: True)
+    monkeypatch.setattr(_native, "launch", None)
+    assert_correct(*make_case(name, dtype, (2, 9, 3, 12)))
 
 
 @pytest.mark.cuda

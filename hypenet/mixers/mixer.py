@@ -71,10 +71,12 @@ class HypeNetResidualRMSNorm(HypeNetRMSNorm):
     def forward(  # type: ignore[override]  # a module is called by one that knows its arguments
         self, x: torch.Tensor, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (x + residual, the normalised sum), [..., size]; dtypes as those of the sum and its norm."""
-        dtype = torch.promote_types(x.dtype, residual.dtype)
-        total, y = add_rms_norm(x, residual.to(dtype), self.weight, self.eps)
-        return (total, y) if autocast_input(total) is total else (total, super().forward(total))
+        """Return (x + residual, the normalised sum), [..., size], in the dtypes that the two steps apart would have."""
+        residual = residual.to(torch.promote_types(x.dtype, residual.dtype))
+        if autocast_input(residual) is not residual:
+            total = x + residual
+            return total, super().forward(total)
+        return add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class Mixer(nn.Module):
