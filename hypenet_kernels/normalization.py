@@ -83,8 +83,9 @@ def rms_norm_rope(
     optional = {"weight": weight, "cos": cos, "sin": sin}
     _checks.tensors(ROPE_OP, {"x": x}, optional)
     _checks.element(ROPE_OP, "x", x)
-    if cos is not None and sin is not None:
-        _checks.no_grad(ROPE_OP, {"cos": cos, "sin": sin}, {}, "(there is no gradient in the angles)")
+    for name, angle in (("cos", cos), ("sin", sin)):
+        if angle is not None and angle.requires_grad and torch.is_grad_enabled():
+            _checks.fail(ValueError, ROPE_OP, name, "not require grad (there is no gradient in the angles)", True)
     inputs = RopeInputs(x, weight, cos, sin, eps)
     if _native.runs_in_torch(ROPE_OP, x):
         _check_rope(inputs)

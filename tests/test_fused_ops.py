@@ -259,6 +259,20 @@ def test_compiles_to_one_graph(name):
     assert all(x.equal(gradients_of_others[key]) for key, x in found.items())
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_transforms_of_torch_func(name):
+    op, _, inputs = make_case(name, torch.float32)
+
+    def loss(leaves):
+        results = op(**leaves)
+        return sum(y.square().sum() for y in (results if isinstance(results, tuple) else (results,)))
+
+    leaves = {key: x.clone().requires_grad_() for key, x in inputs.items()}
+    expected = torch.autograd.grad(loss(leaves), list(leaves.values()))
+    for key, x in zip(inputs, expected, strict=True):
+        assert torch.func.grad(loss)(inputs)[key].equal(x)
+
+
 def test_opcheck():
     x, weight, angles = torch.randn(2, 5, 3, 8), torch.randn(8), torch.randn(1, 5, 8)
     leaves = [y.requires_grad_() for y in (x, weight)]
