@@ -178,6 +178,22 @@ def test_negative_seq_idx_is_padding():
     check_padding("cpu")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_silu_of_every_size(dtype):
+    """Below -88 (float32) and -709 (float64) exp(-z) overflows."""
+    z = torch.tensor([-1e4, -750.0, -150.0, -100.0, -89.0, -88.0, -1.0, 0.0, 1.0, 89.0, 1e4], dtype=dtype)
+    inputs = {"x": z[None, None].expand(1, 19, -1), "weight": torch.tensor([0.0, 1.0]).expand(19, 2)}
+    results = [
+        gradients(lambda x, f=f: (f(**x, activation="silu"),), x, [torch.ones(1, 19, 11)])["x"]
+        for f, x in ((causal_conv1d_fn, inputs), (lambda **x: reference.causal_conv1d_fn(**x)[0], in_double(inputs)))
+    ]
+    torch.testing.assert_close(results[0], results[1].to(dtype))
+    y = causal_conv1d_fn(**inputs, activation="silu")
+    torch.testing.assert_close(y[0, 0], torch.nn.functional.silu(z))
+    state = torch.zeros(1, 19, 1, dtype=dtype)
+    assert causal_conv1d_update(inputs["x"], state, inputs["weight"], activation="silu").equal(y)
+
+
 @pytest.mark.parametrize("split", [1, 2, 64])
 def test_two_calls_carrying_the_state_are_one(split):
     inputs = make_inputs(2, 9, 70, 4)

@@ -57,11 +57,18 @@ HYPENET_INLINE void for_vectors(int64_t D, const Body& body) {
   if (j < D) body(j, D - j);
 }
 
-// s = sigmoid(g), without an exp of a positive number.
+// The exponent is never positive.
 template <class T>
-HYPENET_INLINE vec<T> sigmoid(vec<T> g) {
-  const vec<T> e = exp<T>(g < 0 ? g : -g), part = 1 / (1 + e);
-  return g < 0 ? e * part : part;
+HYPENET_INLINE vec<T> sigmoid(vec<T> x) {
+  const vec<T> e = exp<T>(x < 0 ? x : -x);
+  return (x < 0 ? e : broadcast(T(1))) / (e + 1);
+}
+
+// y[i] = sigmoid(x[i]) for i < n; y may be x.
+template <class T>
+void sigmoid_row(const T* x, int64_t n, T* y) {
+  for_vectors<T>(
+      n, [&](int64_t j, int64_t count) { write<T>(y + j, sigmoid<T>(read<T>(x + j, count)), count); });
 }
 
 }  // namespace hypenet::cpu
