@@ -19,12 +19,17 @@ HYPENET_INLINE vec<T> read(const Element* x, int64_t n) {
   return n == kLanes<T> ? load_as<T>(x) : load_partial_as<T>(x, int(n));
 }
 
+// Rounds to nearest even. The instruction takes subnormal numbers for 0.
 HYPENET_INLINE void narrow_vector(vec<float> x, bfloat16* y) {
+#if defined(__AVX512BF16__)
+  const __m256bh halves = _mm512_cvtneps_pbh((__m512)x);
+#else
   typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
   typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
   const Words words = std::bit_cast<Words>(x), quiet = words | 0x400000u;
   const Words rounded = words + 0x7fffu + ((words >> 16) & 1u);
   const Halves halves = __builtin_convertvector((x == x ? rounded : quiet) >> 16, Halves);
+#endif
   std::memcpy(y, &halves, sizeof(halves));
 }
 
