@@ -67,6 +67,11 @@ class Config(Settings):
         gated = self.architecture.get(f"{self.mixer}_use_gate", True) is True
         return chosen_parts(self.calibrate.parts, self.mixer, gated)
 
+    @property
+    def attention_has_positions(self) -> bool:
+        """Whether the student's attention layers have a rotary embedding, as they do not in HyPE."""
+        return self.architecture.get("attn_use_rope", False) is True
+
     @field_validator("architecture")
     @classmethod
     def _known(cls, fields: dict[str, bool | int | str]) -> dict[str, bool | int | str]:
