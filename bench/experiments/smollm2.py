@@ -142,7 +142,12 @@ EXPERIMENT = Experiment(
         Arm(
             ORDER,
             measure.selection,
-            {"calibrate.parts": "rank+gain", "align.steps": 0, "select.policy": "position"},
+            {
+                "calibrate.parts": "rank+gain",
+                "align.steps": 0,
+                "select.policy": "position",
+                "select.exchange": 0,  # which would measure 74 students
+            },
             last="select",
             only_seed=0,
         ),
