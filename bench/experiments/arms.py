@@ -63,8 +63,8 @@ class Experiment:
         return next(arm for arm in self.arms if arm.name == name)
 
 
-# A conversion of the demo's teacher (8 layers) in a minute, on sequences of 256 tokens. Whatever the demo is tuned in is
-# stated here, so that a change of the demo changes no experiment.
+# A conversion of the demo's teacher (8 layers) in a minute, on sequences of 256 tokens. Whatever the demo is tuned in
+# is stated here, so that a change of the demo changes no experiment.
 SHORT: dict[str, Any] = {
     "threads": 1,
     "mixer": "lightning",
