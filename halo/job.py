@@ -17,7 +17,7 @@ from halo.flops import stage_flops_per_token
 from halo.footprint import Sizes, training_memory
 from halo.hardware import this_machine
 from halo.journal import Journal
-from halo.progress import TokenisingProgress
+from halo.progress import TokenisingProgress, warn
 from halo.settings import HaloError, Settings, TrainingSettings
 from halo.sharding import whole_state
 from halo.stages import ALIGNED_STAGES, SAMPLE_ORDERS, STAGES, TRAINED_STAGES
@@ -74,6 +74,9 @@ class Job:
         """The text of training, of choices and of the final measurement."""
         corpus = Corpus(self.config.data, self.tokenizer, self.config.seed, self.out / "data", self.training_tokens())
         self.compute.from_main(lambda: corpus.prepare(TokenisingProgress()))
+        if self.compute.main:
+            for line in corpus.complaints():
+                warn(line)
         return corpus
 
     def load_teacher_weights(self) -> PreTrainedModel:

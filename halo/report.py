@@ -86,7 +86,7 @@ def position_table(rows: list[dict]) -> str:
     head = [f"{part['start']} to {part['stop'] - 1}" for part in chosen[0]["by_position"]]
     lines = [f"| bits per byte by position, at {longest} tokens | {' | '.join(head)} |", "|---|" + "---:|" * len(head)]
     for row in chosen:
-        cells = [f"{part['bits_per_byte']:.3f} ± {part['stderr'] or 0:.3f}" for part in row["by_position"]]
+        cells = [_with_error(part["bits_per_byte"], part["stderr"], 3) for part in row["by_position"]]
         lines.append(f"| {row['model']} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
@@ -248,7 +248,7 @@ def _evaluation_section(record: dict, out: Path) -> str:
 def _recall_cell(row: dict) -> str:
     if row["recall"] is None:
         return "not measured"
-    return f"{row['recall']:.2f} ± {row['recall_error'] or 0:.2f}"
+    return _with_error(row["recall"], row["recall_error"], 2)
 
 
 def _task_cell(name: str, row: dict) -> str:
@@ -259,4 +259,9 @@ def _task_cell(name: str, row: dict) -> str:
 def _bits_cell(row: dict) -> str:
     if row["bits_per_byte"] is None:
         return "not enough text"
-    return f"{row['bits_per_byte']:.3f} ± {row['bits_per_byte_error'] or 0:.3f}"
+    return _with_error(row["bits_per_byte"], row["bits_per_byte_error"], 3)
+
+
+def _with_error(value: float, error: float | None, digits: int) -> str:
+    """Format a value and its standard error, which a single sample does not have."""
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
