@@ -183,6 +183,8 @@ class StepOp:
         self.bad(TypeError, "state must be a tensor, got NoneType", state=None)
         self.bad(TypeError, "g must be a tensor, got NoneType", g=None)
         self.bad(TypeError, "q must be a tensor, got int", q=1)
+        self.bad(TypeError, "scale must be a number, got str", scale="0.5")
+        self.bad(ValueError, "scale must be one real number", scale=torch.ones(2))
         self.bad(ValueError, r"q must have 4 dimensions \[B, T, H, K\]", q=torch.zeros(3, 2, 24))
         self.bad(ValueError, r"k must have q's shape \[3, 2, 2, 24\]", k=torch.zeros(3, 2, 2, 20))
         self.bad(ValueError, r"v must have shape \[3, 2, 4, 40\]", v=torch.zeros(3, 1, 4, 40))
