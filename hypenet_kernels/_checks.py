@@ -100,7 +100,7 @@ def multiple(op: str, name: str, value: int, of_name: str, of: int) -> None:
 
 def number(op: str, name: str, value: Any) -> float:
     """Return a real number of any type as a float; a tensor of one element too, if it needs no gradient."""
-    if isinstance(value, (float, torch.SymFloat)):
+    if isinstance(value, float):
         return value
     if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex() or value.requires_grad):
         fail(ValueError, op, name, "be one real number that requires no grad (it gets none)", value)

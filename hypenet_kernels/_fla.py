@@ -110,8 +110,8 @@ def run(rule: Rule, operators: Operators, x: Inputs, options: Options) -> Result
         if x.state_indices is None:
             initial_state = accumulated(op, "initial_state", initial_state, q)
         elif options.state_v_first and initial_state.is_contiguous() and not initial_state.mT.is_contiguous():
-            rule = "be a transposed view (.mT) of a pool [slots, HV, K, V] with state_v_first"
-            _checks.fail(NotImplementedError, op, "initial_state", rule, "a contiguous one")
+            transposed = "be a transposed view (.mT) of a pool [slots, HV, K, V] with state_v_first"
+            _checks.fail(NotImplementedError, op, "initial_state", transposed, "a contiguous one")
         initial_state = initial_state.mT if options.state_v_first else initial_state
     tensors, scale = (q, k, v, g, beta, initial_state), _checks.scale(op, x.scale, q)
     segment_chunks = 0
