@@ -197,7 +197,8 @@ def _check_version() -> None:
     try:
         transformers = importlib.import_module("transformers")
     except ImportError:
-        raise ImportError("patch_transformers: transformers must be installed, got none") from None
+        message = f'patch_transformers: needs transformers; install with: pip install "transformers>={OLDEST}"'
+        raise ImportError(message) from None
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     if version < tuple(int(part) for part in OLDEST.split(".")):
         raise ImportError(f"patch_transformers: transformers must be at least {OLDEST}, got {transformers.__version__}")
