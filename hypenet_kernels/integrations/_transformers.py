@@ -257,10 +257,9 @@ def _replacing(
 def _hold_models(patch: Patch, family: Family, module: ModuleType) -> None:
     """Replace the forward of the classes through which packed documents reach the layers."""
     by = "the same, with packed documents named to every layer"
-    cache = "cache_params" if family.name == "mamba2" else "past_key_values"
     finish = {"qwen4_exp": _refuse_ngrams, "granitemoehybrid": _masks_of_documents}.get(family.name)
     model = getattr(module, family.model)
-    patch._hold(model, "forward", lambda original: _packing.keep_documents_apart(original, cache, finish), by)
+    patch._hold(model, "forward", lambda original: _packing.keep_documents_apart(original, finish), by)
     if family.name == "mamba2":  # its language model drops the keywords that its backbone would read
         passing = functools.partial(_packing.pass_documents_on, backbone="backbone")
         patch._hold(module.Mamba2ForCausalLM, "forward", passing, by)
