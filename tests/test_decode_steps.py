@@ -232,6 +232,11 @@ class TestGatedDeltaStep(StepOp):
         inputs["k"], before = torch.zeros_like(inputs["k"]), state.clone()
         assert self.op(**inputs, state=state, use_qk_l2norm_in_kernel=True).isfinite().all() and state.equal(before)
 
+    def test_l2norm_of_what_overflows_is_zero(self):
+        inputs, state = self.inputs(ORDINARY, decay_kind="none")
+        inputs["k"], before = torch.full_like(inputs["k"], 1e20), state.clone()
+        assert self.op(**inputs, state=state, use_qk_l2norm_in_kernel=True).isfinite().all() and state.equal(before)
+
     def test_too_little_memory_is_an_error(self):
         absent = dict.fromkeys(["q", "k", "v", "g", "beta"], _native.ABSENT)
         absent |= {"A_log": 0, "dt_bias": 0, "state_indices": (0, False), "state": 0, "o": 0}
