@@ -23,7 +23,7 @@ from halo.selection.measurer import ModelMeasurer, Samples, Unmeasured
 from halo.selection.policies import POLICIES, choose
 from halo.selection.report import selection_section
 from halo.selection.settings import UNMEASURED, SelectSettings, gate_settings
-from halo.selection.variants import arranged, one_layer, student, unchanged
+from halo.selection.variants import TwinAttention, arranged, one_layer, student, unchanged
 from halo.settings import TrainingSettings
 from halo.trainer import Run, train
 from hypenet import from_teacher
@@ -208,6 +208,12 @@ def test_policies_choose_on_a_model(teacher, twins, corpus, tmp_path_factory, po
     choice = choose(make_measurer(teacher, twins, corpus, Journal(directory, {}), settings), settings)
     assert len(choice.layers) == 1 and len(choice.scores) == LAYERS and np.isfinite(choice.scores).all()
     assert {"N", "N_error"} <= choice.columns.keys() and choice.kept_share.min() >= 0
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_twin_in_the_teacher_refuses_a_cache(name):
+    with pytest.raises(NotImplementedError, match="TwinAttention: the cache must be off"):
+        TwinAttention(torch.nn.Identity())(torch.zeros(1, 2, 4), (torch.ones(2), torch.ones(2)), **{name: object()})
 
 
 def test_nothing_to_measure_is_refused():

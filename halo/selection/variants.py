@@ -108,8 +108,8 @@ class TwinAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Return the mixer's output [B, T, D], and None for attention weights."""
-        if past_key_values is not None:
-            raise NotImplementedError("TwinAttention: the cache must be off, got past_key_values")
+        if past_key_values is not None or kwargs.get("cache") is not None:  # its name from transformers 5.24 on
+            raise NotImplementedError("TwinAttention: the cache must be off, got one")
         return models.run_mixer(self.mixer, hidden_states, position_embeddings, self.cu_seqlens), None
 
 
