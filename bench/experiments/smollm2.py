@@ -82,7 +82,7 @@ def make_tables(rows: list[Row]) -> str:
 
 def _before(rows: list[Row]) -> str:
     own = [row for row in rows if "before_training" in row]
-    names = [f"{name} {share:.0%}" for share in SHARES for name in ("uniform", "position")]
+    names = ["all", *(f"{name} {share:.0%}" for share in SHARES for name in ("uniform", "position"))]
 
     def perplexity(name: str) -> Any:
         return lambda row: float(np.exp(row["before_training"][name]["loss"]))
