@@ -104,6 +104,12 @@ def test_importing_hypenet_names_a_missing_package(package):
     assert result.returncode == 1 and result.stderr.splitlines()[-1] == line
 
 
+def test_training_the_demo_teacher_names_a_missing_package():
+    result = run("import sys; sys.modules['transformers'] = None; import halo.demo.train_teacher")
+    line = 'halo.demo.train_teacher: needs transformers; install with: pip install "hypenet[halo]"'
+    assert result.returncode == 1 and result.stderr.splitlines()[-1] == f"ModuleNotFoundError: {line}"
+
+
 def test_kernels_need_none_of_the_extras():
     hidden = "".join(f"sys.modules[{package!r}] = None; " for package in PACKAGES["halo"])
     result = run(f"import sys; {hidden}import hypenet_kernels; print(hypenet_kernels.report()['version'])")
