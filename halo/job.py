@@ -24,7 +24,7 @@ from halo.stages import ALIGNED_STAGES, SAMPLE_ORDERS, STAGES, TRAINED_STAGES
 from halo.trainer import BatchSource, Run, Training, train
 from halo.unpacking import unpacked
 from hypenet import HypeNetForCausalLM
-from hypenet_kernels.integrations import register_attention
+from hypenet.conversion import attend_with_kernels
 
 if TYPE_CHECKING:
     from halo.config import Config
@@ -66,7 +66,7 @@ class Job:
         """The teacher in the arithmetic's dtype, on the device, in evaluation mode."""
         teacher = teachers.load_teacher(self.teacher_name, self.compute.device, self.compute.dtype)
         if self.compute.device.type == "cpu":  # where the kernel is faster than torch's
-            teacher.set_attn_implementation(register_attention())
+            attend_with_kernels(teacher)
         return teacher.requires_grad_(False).eval()
 
     @cached_property

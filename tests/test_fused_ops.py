@@ -133,15 +133,6 @@ def test_in_torch_where_there_is_no_kernel(name, dtype, monkeypatch):
     assert_correct(*make_case(name, dtype, (2, 9, 3, 12)))
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", CASES)
-def test_on_cuda(name, dtype):
-    with torch.device("cuda"):
-        for shape in (*SHAPES, (1, 5000, 8, 128), (2, 300, 1, 4096)):
-            assert_correct(*make_case(name, dtype, shape))
-
-
 def test_the_definition_is_that_of_torch_and_transformers():
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
