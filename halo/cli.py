@@ -135,7 +135,7 @@ def demo(
     config: ConfigOption = "demo",
     changes: SetOption = None,
 ) -> None:
-    """Convert the small teacher that ships with the package and compare the result with it, in about ten minutes."""
+    """Convert the small teacher that ships with the package and compare the results, in about five minutes."""
     from halo.config import load_config
     from halo.demo.demo import run_demo
 

@@ -20,11 +20,14 @@ class Journal:
         directory: Of the stage; the journals metrics*.jsonl are in it, whose first lines hold the settings.
         settings: What the values depend on, as plain JSON. A journal of other settings is started anew.
         compute: The processes that share the work; None for one.
+        writer: The number of this journal in the directory, by default the rank.
     """
 
-    def __init__(self, directory: Path, settings: dict[str, Any], compute: Compute | None = None) -> None:
+    def __init__(
+        self, directory: Path, settings: dict[str, Any], compute: Compute | None = None, writer: int | None = None
+    ) -> None:
         self.compute = compute
-        rank = compute.rank if compute else 0
+        rank = (compute.rank if compute else 0) if writer is None else writer
         path = directory / files.METRICS
         self.path = path if rank == 0 else path.with_name(f"{path.stem}-{rank}{path.suffix}")
         head = {"settings": settings}

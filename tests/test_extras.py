@@ -2,9 +2,11 @@
 
 import ast
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 
 import halo
 import hypenet
+from halo import extras
 from halo.extras import PACKAGES, SPIN_COUNT, bound_spinning, require
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,7 +157,26 @@ def test_a_mistake_in_the_configuration_is_found_without_torch(tmp_path):
 
 
 @pytest.mark.parametrize("chosen", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}, {"KMP_BLOCKTIME": "1"}])
-def test_threads_spin_for_a_bounded_time_unless_the_user_decides(chosen):
+@pytest.mark.parametrize("busy", [0.2, 1.0])
+def test_threads_sleep_soon_on_a_busy_machine_unless_the_user_decides(monkeypatch, chosen, busy):
+    monkeypatch.setattr(extras, "busy_cores", lambda: busy)
     environment = dict(chosen)
     bound_spinning(environment)
-    assert environment == (chosen or {"GOMP_SPINCOUNT": SPIN_COUNT})
+    assert environment == (chosen or ({"GOMP_SPINCOUNT": SPIN_COUNT} if busy > 0.5 else {}))
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs /proc/stat")
+def test_busy_cores_sees_a_busy_process():
+    """Other processes may come and go meanwhile, so that only what this test adds is certain."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        try:
+            time.sleep(0.5)
+            assert extras.busy_cores(0.5) > 0.4
+        finally:
+            process.kill()
+    assert 0 <= extras.busy_cores(0.1) <= len(os.sched_getaffinity(0))
+
+
+def test_busy_cores_where_the_system_does_not_say(monkeypatch):
+    monkeypatch.setattr(extras, "_idle_seconds", lambda cores: int("not a number"))
+    assert extras.busy_cores() == 0.0

@@ -1,14 +1,16 @@
 """The demo: converts the small teacher that ships with the package three times, and compares the results.
 
 The first conversion is calibrated and chooses its attention layers by measurement. The second spaces them evenly, on
-the same aligned twins. The third has the layers of the first and no calibration; these two run at the same time. The
-teacher, all results, and the first without its attention scale are measured at 1 to 16 times the training length, on
-the same samples. The output directory receives demo.md, demo.png, demo.json and three complete conversions.
+the same aligned twins. The third has the layers of the first and no calibration. The teacher, all results, and the
+first without its attention scale are measured at 1 to 16 times the training length, on the same samples. On a CPU,
+what follows the first conversion runs in two processes. The output directory receives demo.md, demo.png, demo.json
+and three complete conversions.
 """
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,6 +32,7 @@ SELECTED, SPACED, PLAIN = "selected", "even", "uncalibrated"
 CONVERTING_STAGES = tuple(stage for stage in STAGES if stage != "eval")
 TEACHER, CONVERTED, UNSCALED = "teacher", "converted", "converted, no scale"
 EVEN, UNCALIBRATED = "evenly spaced", "not calibrated"
+MODELS = (TEACHER, CONVERTED, UNSCALED, EVEN, UNCALIBRATED)
 PROMPT = "def read(self, size=-1):"
 WORSE, RECALL = 0.05, 0.97  # what is claimed of the converted model
 
@@ -46,8 +49,8 @@ def run_demo(config: Config) -> dict:
     )
     _convert(selected)
     plain = _uncalibrated(selected)
-    _convert_both(even, plain)
     conversions = {CONVERTED: selected, EVEN: even, UNCALIBRATED: plain}
+    _finish({label: conversion.config for label, conversion in conversions.items()}, selected)
     say("== comparison")
     rows = _compare(conversions)
     record = {
@@ -124,19 +127,40 @@ def _convert(conversion: Pipeline) -> None:
         conversion.run_stage(stage)
 
 
-def _convert_both(first: Pipeline, second: Pipeline) -> None:
-    """Run two conversions: on a CPU at the same time, since two processes use two cores better than two threads do."""
+@dataclass(frozen=True)
+class Share:
+    """What one process does after the first conversion: a conversion, and the measurements of some models."""
+
+    configs: dict[str, Config]  # of the conversions of these models, by their labels
+    label: str  # of the conversion to run
+    models: tuple[str, ...]  # labels of what to measure
+    number: int  # of its journal
+
+
+def _finish(configs: dict[str, Config], selected: Pipeline) -> None:
+    """Run the second and the third conversion: on a CPU at the same time, and measurements after them.
+
+    Two processes use two cores better than two threads do. The second conversion takes less time than the third, which
+    aligns twins of its own, and leaves time for more measurements.
+    """
     threads = torch.get_num_threads()
-    if first.compute.device.type != "cpu" or threads == 1:
-        _convert(first)
-        _convert(second)
+    if selected.compute.device.type != "cpu" or threads == 1:
+        for label in (EVEN, UNCALIBRATED):
+            _convert(Pipeline(configs[label], like=selected))
         return
-    half = {"threads": threads // 2}
-    run_together(_convert_alone, {each.out.name: each.config.model_copy(update=half) for each in (first, second)})
+    half = {label: config.model_copy(update={"threads": threads // 2}) for label, config in configs.items()}
+    shares = (
+        Share(half, EVEN, (EVEN, TEACHER, CONVERTED), 1),
+        Share(half, UNCALIBRATED, (UNCALIBRATED, UNSCALED), 2),
+    )
+    run_together(_do_share, {half[share.label].out.name: share for share in shares})
 
 
-def _convert_alone(config: Config) -> None:
-    _convert(Pipeline(config))
+def _do_share(share: Share) -> None:
+    own = Pipeline(share.configs[share.label])
+    _convert(own)
+    selected = Pipeline(share.configs[CONVERTED], like=own)
+    _compare({CONVERTED: selected, share.label: own}, share.models, share.number)
 
 
 def _uncalibrated(selected: Pipeline) -> Pipeline:
@@ -151,7 +175,10 @@ def _uncalibrated(selected: Pipeline) -> Pipeline:
     return Pipeline(config.model_copy(update=changes), like=selected)
 
 
-def _compare(conversions: dict[str, Pipeline]) -> list[dict]:
+def _compare(
+    conversions: dict[str, Pipeline], measured: Collection[str] = MODELS, number: int | None = None
+) -> list[dict]:
+    """Return the rows of the models whose labels are in `measured`, of which journals may hold some already."""
     job = conversions[CONVERTED].job
     models: list[Labelled] = [(TEACHER, job.teacher, None)]
     for label, conversion in conversions.items():
@@ -160,9 +187,9 @@ def _compare(conversions: dict[str, Pipeline]) -> list[dict]:
         models.append((label, student, chosen))
         if label == CONVERTED and chosen is not None:
             models.append((UNSCALED, student, None))
-    journal = Journal(job.out.parent, job.identity("eval"), job.compute)
+    journal = Journal(job.out.parent, job.identity("eval"), job.compute, number)
     with job.compute.autocast():
-        return evaluate(models, job.corpus, job.config.eval, journal)
+        return evaluate([model for model in models if model[0] in measured], job.corpus, job.config.eval, journal)
 
 
 def _scale(conversion: Pipeline) -> float | None:
