@@ -1,11 +1,14 @@
 // The table of everything that the native code can run: one row per kernel. A row is a function of a dict of the
-// fields of its params struct (fields.h), and on CUDA of a stream. HYPENET_CUDA chooses the device of the module.
+// fields of its params struct (fields.h), and on CUDA of a stream. HYPENET_CUDA chooses the device of the module, HYPENET_RTC
+// CUDA kernels that are compiled when they are first used.
 #include "bind.h"
 #include "cpu/kernels.h"
 #include "cuda/kernels.h"
 #include "fields.h"
 #if HYPENET_EMULATED
 #include "emu/module.h"
+#elif HYPENET_RTC
+#include "cuda/rtc/module.h"
 #endif
 
 namespace hypenet {
@@ -54,6 +57,9 @@ void bind_limits(py::module_& m) {
 #if HYPENET_EMULATED
 PYBIND11_MODULE(_emulated, m) {
   hypenet::emu::bind_machine(m);
+#elif HYPENET_RTC
+PYBIND11_MODULE(_cuda_rtc, m) {
+  hypenet::cuda::rtc::bind_compiler(m);
 #else
 PYBIND11_MODULE(_cuda, m) {
 #endif

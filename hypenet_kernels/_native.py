@@ -98,7 +98,7 @@ def kernel(op: str, name: str, device: torch.device) -> Callable[[dict[str, Any]
 
 def _on_current_stream(launch: Callable[..., None], device: torch.device, fields: dict[str, Any]) -> None:
     with torch.cuda.device(device):
-        launch(fields, torch.cuda.current_stream().cuda_stream)
+        launch(fields, (device.index, torch.cuda.current_stream().cuda_stream))
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

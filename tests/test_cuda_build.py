@@ -127,11 +127,11 @@ def test_launch_without_a_gpu_is_an_error_with_the_ops_name():
     fields |= {"beta_limit": 0.0, "A_log": 0, "dt_bias": 0, "state_indices": (0, False), "state": 0, "o": 0}
     fields |= {name: _native.ABSENT for name in ("q", "k", "v", "g", "beta")}
     with pytest.raises(RuntimeError, match=r"gated_delta_step: .*(CUDA|device)"):
-        _native.cuda().gated_delta_step(fields, 0)
-    assert _native.cuda().gated_delta_step(fields | {"B": 0}, 0) is None
+        _native.cuda().gated_delta_step(fields, (0, 0))
+    assert _native.cuda().gated_delta_step(fields | {"B": 0}, (0, 0)) is None
     with pytest.raises(TypeError, match=r"gated_delta_step\(\): incompatible function arguments"):
         _native.cuda().gated_delta_step(fields)
     with pytest.raises(RuntimeError, match="gated_delta_step: dtype is not built for CUDA"):
-        _native.cuda().gated_delta_step(fields | {"dtype": 0}, 0)
+        _native.cuda().gated_delta_step(fields | {"dtype": 0}, (0, 0))
     with pytest.raises(RuntimeError, match="gated_delta_step: K is larger"):
-        _native.cuda().gated_delta_step(fields | {"K": _native.cuda().STEP_MAX_KEY_DIM + 1}, 0)
+        _native.cuda().gated_delta_step(fields | {"K": _native.cuda().STEP_MAX_KEY_DIM + 1}, (0, 0))

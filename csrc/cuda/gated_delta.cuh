@@ -2,11 +2,13 @@
 #pragma once
 
 #include "arch/sm80.cuh"
-#include "kernels.h"
 #include "tile.cuh"
 #include "view.cuh"
 
 namespace hypenet::cuda::gated_delta {
+
+// What a token adds to the state: k (v - S^T k)^T times beta, or k v^T, which has neither beta nor L.
+enum class Rule { kDelta, kGla };
 
 constexpr int kChunk = 64;  // tokens
 constexpr int kBlock = 16;  // rows and columns of the blocks of a chunk's triangle
@@ -104,21 +106,6 @@ __device__ __forceinline__ const Element* row_of(const View& x, int64_t batch, i
   return static_cast<const Element*>(x.data) + batch * x.batch + token * x.token + head * x.head;
 }
 
-// Calls run.template operator()<K>() for a K that is built.
-template <class Run>
-Status dispatch_key_dim(int64_t K, Run&& run) {
-  switch (K) {
-    case 64:
-      return run.template operator()<64>();
-    case 128:
-      return run.template operator()<128>();
-    case 256:
-      return run.template operator()<256>();
-    default:
-      return "K must be 64, 128 or 256";
-  }
-}
-
 // 2^(G_i - G_j), for i >= j. The sums G may rise by their rounding. 1 for NaN, which gamma passes on.
 __device__ __forceinline__ float decay_between(float G_i, float G_j) {
   return arch::exp2(fminf(G_i - G_j, 0.0f));
@@ -172,18 +159,5 @@ __device__ __forceinline__ void split_tf32(uint32_t& high, uint32_t& low, float 
   high = arch::to_tf32(x);
   low = arch::to_tf32(x - __builtin_bit_cast(float, high));
 }
-
-// The kernels of the forward, in this order; the fourth only where sequences are split.
-Status fill_unused_rows(const GatedDeltaFwdParams& params, Stream stream);
-Status map_sequences(const GatedDeltaFwdParams& params, Stream stream);
-Status prepare(const GatedDeltaFwdParams& params, Stream stream);
-Status find_segment_states(const GatedDeltaFwdParams& params, Stream stream);
-Status scan(const GatedDeltaFwdParams& params, Stream stream);
-
-Status fill_unused_rows(const GatedDeltaBwdParams& params, Stream stream);
-
-// What the segments of split sequences do to the state gradients, from what each does alone (segment_states)
-// and the transfers of the forward.
-Status chain_backward(const GatedDeltaBwdParams& params, Stream stream);
 
 }  // namespace hypenet::cuda::gated_delta

@@ -4,16 +4,9 @@
 
 #include "arch/sm80.cuh"
 #include "gated_delta.cuh"
-#include "kernels.h"
 #include "tile.cuh"
 
-namespace hypenet::cuda::gated_delta_bwd {
-
-using namespace gated_delta;
-
-// The kernels of the backward, in this order.
-Status scan(const GatedDeltaBwdParams& params, Stream stream);
-Status finish(const GatedDeltaBwdParams& params, Stream stream);
+namespace hypenet::cuda::gated_delta::bwd {
 
 // This thread's number, from which nothing is known to follow: addresses that outlive a step cost more
 // registers than there are.
@@ -171,4 +164,4 @@ __device__ __forceinline__ float sum_of_lanes_below(float x) {
   return lane_idx() == 0 ? 0.0f : below;
 }
 
-}  // namespace hypenet::cuda::gated_delta_bwd
+}  // namespace hypenet::cuda::gated_delta::bwd

@@ -2,13 +2,12 @@
 // that a warp takes of tiles in shared memory.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
-#include <iterator>
 #include <limits>
 
-#include "dtype.cuh"
-#include "kernels.h"
+#include "../params.h"
+#include "arch/sm80.cuh"
+#include "limits.h"
 #include "tile.cuh"
 
 namespace hypenet::cuda::attention {
@@ -22,27 +21,11 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 struct LogitScale {
   float scale_log2, inverse_base, inverse_log2_base;
 
-  // base = 0: s_t = 1.
-  LogitScale(double scale, double base)
-      : scale_log2(static_cast<float>(scale * static_cast<double>(kLog2E))),
-        inverse_base(base == 0 ? 0.0f : static_cast<float>(1 / base)),
-        inverse_log2_base(base == 0 ? 0.0f : static_cast<float>(1 / std::log2(base))) {}
-
   __device__ float operator()(int position) const {
     const float ratio = static_cast<float>(position) * inverse_base;
     return scale_log2 * (1.0f + log2f(1.0f + ratio) * inverse_log2_base);
   }
 };
-
-// Calls run.template operator()<D>() for a head dimension that is built.
-template <class Run>
-Status dispatch_head_dim(int64_t D, Run&& run) {
-  if (D == kAttentionHeadDims[0]) return run.template operator()<kAttentionHeadDims[0]>();
-  if (D == kAttentionHeadDims[1]) return run.template operator()<kAttentionHeadDims[1]>();
-  if (D == kAttentionHeadDims[2]) return run.template operator()<kAttentionHeadDims[2]>();
-  static_assert(std::size(kAttentionHeadDims) == 3);
-  return "D is not built for CUDA";
-}
 
 // T queries from row `first` of `batch` on, at positions offset ..., against S keys from the same row on. The tail is
 // the rows after packed sequences, without queries or keys.
@@ -54,11 +37,6 @@ struct Sequence {
 // ---- tiles of kRows rows, numbered over all sequences without a table: sequence n of a packed batch has the
 // slots from cu_seqlens[n] / kRows + n on, which are at least ceil(length / kRows) and at most one too many. The tail
 // is sequence N.
-
-template <int kRows, class Params>
-int64_t num_slots(const Params& p, int64_t rows) {
-  return p.cu_seqlens == nullptr ? p.B * ((rows + kRows - 1) / kRows) : rows / kRows + p.N + 1;
-}
 
 // The last n in [0, N) for which start(n), which never falls, is at most x.
 template <class Start>

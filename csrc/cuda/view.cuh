@@ -6,6 +6,9 @@
 
 namespace hypenet::cuda {
 
+using arch::from_float;
+using arch::to_float;
+
 __device__ __forceinline__ int64_t index_at(const Indices& x, int64_t i) {
   return x.is_int32 ? static_cast<const int32_t*>(x.data)[i] : static_cast<const int64_t*>(x.data)[i];
 }

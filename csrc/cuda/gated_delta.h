@@ -1,0 +1,24 @@
+// Launches of the chunk kernels of the gated delta rule, in the order of their calls.
+#pragma once
+
+#include "kernels.h"
+
+namespace hypenet::cuda {
+
+// forward; segments and the chain over them only where sequences are split
+Status gated_delta_fill(const GatedDeltaFwdParams& params, Stream stream);
+Status gated_delta_map(const GatedDeltaFwdParams& params, Stream stream);
+Status gated_delta_prepare(const GatedDeltaFwdParams& params, Stream stream);
+Status gated_delta_segments(const GatedDeltaFwdParams& params, Stream stream);
+Status gated_delta_scan(const GatedDeltaFwdParams& params, Stream stream);
+
+// backward
+Status gated_delta_fill(const GatedDeltaBwdParams& params, Stream stream);
+Status gated_delta_bwd_scan(const GatedDeltaBwdParams& params, Stream stream);
+Status gated_delta_bwd_chunk(const GatedDeltaBwdParams& params, Stream stream);
+
+// What the segments of split sequences do to the state gradients, from what each does alone (segment_states)
+// and the transfers of the forward.
+Status gated_delta_chain(const GatedDeltaBwdParams& params, Stream stream);
+
+}  // namespace hypenet::cuda
