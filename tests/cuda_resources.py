@@ -34,7 +34,6 @@ SHARED_OVERHEAD, SHARED_UNIT = 1024, 128
 REGISTERS, REGISTER_UNIT, WARP_SIZE, PARTITIONS = 64 * 1024, 256, 32, 4
 MAX_THREADS, MAX_BLOCKS = 2048, 32
 EMULATED_SMS = (1, 132)  # some launchers choose a kernel by the number of SMs
-ELEMENTS = {"__half": "fp16", "__nv_bfloat16": "bf16", "emu::": "", "arch::": ""}
 
 
 def compile_all():
@@ -70,17 +69,14 @@ def seconds(log):
 
 
 def demangled(names):
-    """Return kernel names as in the source, without namespaces and parameters, with short names of element types."""
+    """Return kernel names as in the source, without namespaces and parameters."""
     ran = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
     return [_short(name) for name in ran.stdout.splitlines()]
 
 
 def _short(name):
-    name = name.removeprefix("void ").replace("(anonymous namespace)::", "").replace("hypenet::", "")
-    name = name.replace("cuda::", "")
-    for long, element in ELEMENTS.items():
-        name = name.replace(long, element)
-    return name.rsplit("(", 1)[0]
+    name, template, _ = name.removeprefix("void ").partition(">(")  # of a template; else "(" begins the parameters
+    return re.sub(r"\w+::", "", f"{name}>" if template else name.partition("(")[0])
 
 
 def from_ptxas(log):

@@ -17,11 +17,11 @@ WITHOUT_TENSOR_CORES = (  # name prefixes of kernels without matrix products
     "causal_conv1d_",
     "commit_states_kernel",
     "gated_delta_step_kernel",
-    "gated_delta::gated_delta_fill_kernel",
-    "gated_delta::gated_delta_map_kernel",
-    "gated_delta::gated_delta_chain_kernel<128, false,",  # simple GLA
-    "gated_delta::gated_delta_chain_kernel<256, false,",
-    "gated_delta::gated_delta_chain_kernel<64, false,",
+    "gated_delta_fill_kernel",
+    "gated_delta_map_kernel",
+    "gated_delta_chain_kernel<Chain<128, (Rule)1,",  # simple GLA
+    "gated_delta_chain_kernel<Chain<256, (Rule)1,",
+    "gated_delta_chain_kernel<Chain<64, (Rule)1,",
     "hype_attention_bwd_prepare_kernel",
     "hype_attention_decode_combine_kernel",
 )

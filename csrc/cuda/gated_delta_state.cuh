@@ -23,23 +23,29 @@ struct Config {
   // S fills half of the registers: E waits in shared memory, and (1) makes O when Z has gone.
   static constexpr bool kWide = kKeyDim > 128;
   using Rows = Tile<Element, kChunk, kKeyDim>;
-  using Matrices = Tile<Element, kChunk, kChunk*(int{kDelta} + int{kOutput})>;
+  static constexpr int kNumMatrices = int{kDelta} + int{kOutput};
+  using Matrices = Tile<Element, kChunk, kChunk*(kNumMatrices == 0 ? 1 : kNumMatrices)>;
   using Slab = Tile<Element, kChunk, kColumns>;
 };
 
-// What is not needed takes no room: q without output, and values that registers hold.
-template <class Rows, bool kOutput>
-struct KeysAndQueries {
-  Rows k, q;
+// What is not needed takes no room: q and P without output, L without delta, values that registers hold.
+template <class C, bool kOutput = C::kOutput, bool kDelta = C::kDelta>
+struct StageTiles {
+  typename C::Rows k, q;
+  typename C::Matrices matrices;  // P, and L on its right
 };
-template <class Rows>
-struct KeysAndQueries<Rows, false> {
-  Rows k;
+template <class C>
+struct StageTiles<C, false, true> {
+  typename C::Rows k;
+  typename C::Matrices matrices;  // L
+};
+template <class C>
+struct StageTiles<C, false, false> {
+  typename C::Rows k;
 };
 
 template <class C>
-struct Stage : KeysAndQueries<typename C::Rows, C::kOutput> {
-  typename C::Matrices matrices;  // P, and L on its right
+struct Stage : StageTiles<C> {
   typename C::Slab v[C::kWarps];
   float G[kChunk], beta[kChunk];
 };

@@ -17,6 +17,13 @@ bool whole_pieces(const View& x) {
   return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && strides % kPiece == 0;
 }
 
+template <class Element>
+Status launch_combine(const DecodeParams& params, Stream stream) {
+  const HypeAttentionDecodeParams& p = params.p;
+  return launch(KERNEL(attention::decode::hype_attention_decode_combine_kernel, Element), p.B * p.T * p.H,
+                kCombineThreads, sizeof(CombineSmem), stream, params);
+}
+
 template <class C>
 Status launch_decode(DecodeParams params, Stream stream) {
   const HypeAttentionDecodeParams& p = params.p;
@@ -28,8 +35,7 @@ Status launch_decode(DecodeParams params, Stream stream) {
                                    params.num_blocks, C::kThreads, sizeof(Smem<C>), stream, params)) {
     return status;
   }
-  return launch(KERNEL(attention::decode::hype_attention_decode_combine_kernel, typename C::Element),
-                p.B * p.T * p.H, kCombineThreads, sizeof(CombineSmem), stream, params);
+  return launch_combine<typename C::Element>(params, stream);
 }
 
 }  // namespace

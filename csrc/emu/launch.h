@@ -33,7 +33,7 @@ template <class Params>
 template <class Params>
 Status start(const Kernel<Params>& kernel, const Size& size, Stream, const Params& params) {
   return emu::run({last_name(kernel.name), reinterpret_cast<const void*>(kernel.entry), call_kernel<Params>,
-                   &params, size.num_blocks, size.num_threads, size.shared_bytes});
+                   &params, sizeof(Params), size.num_blocks, size.num_threads, size.shared_bytes});
 }
 
 }  // namespace hypenet::cuda

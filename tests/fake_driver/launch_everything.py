@@ -1,0 +1,72 @@
+"""Run every op twice, with launches by the fake driver and on the emulator, and compare the launches.
+
+python tests/fake_driver/launch_everything.py, with the fake libcuda.so.1 in LD_LIBRARY_PATH, and the checkout and its
+tests in PYTHONPATH. Prints the numbers of launches and of kernels.
+"""
+
+import ctypes
+
+import emulation
+import every_op
+
+from hypenet_kernels import _native
+
+STREAM = 0x1234
+PADDING = {"hype_attention_fwd_kernel": {269, 270, 271, 276, 277, 278, 279}}  # bytes of no field of its struct
+
+
+class Kernel(ctypes.Structure):
+    _fields_ = (("name", ctypes.c_char * 512), ("shared_bytes", ctypes.c_int), ("carveout", ctypes.c_int))
+
+
+class Launch(ctypes.Structure):
+    _fields_ = (
+        ("kernel", Kernel),
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("params", ctypes.c_char * 512),
+    )
+
+
+def main():
+    driver = ctypes.CDLL("libcuda.so.1")
+    driver.fake_launch.restype = ctypes.POINTER(Launch)
+    launched, emulated = _native.runtime_cuda(), emulation.module()
+    launched.set_compiler(lambda source, expression, capability: (b"cubin", expression.encode()))
+    emulated.set_only_records(True)
+    emulated.forget_launches()
+
+    def launch_twice(module, kernel, tensors, **fields):
+        getattr(launched, kernel.__name__)(fields, (0, STREAM))
+        kernel(fields, (0, 0))
+
+    emulation.launch = launch_twice
+    for num_processors in (1, 132):
+        emulated.set_num_processors(num_processors)
+        ctypes.c_int.in_dll(driver, "fake_num_processors").value = num_processors
+        with emulation.emulated():
+            every_op.run("cpu")
+    records = emulated.launches()
+    assert driver.fake_num_launches() == len(records) > 0, (driver.fake_num_launches(), len(records))
+    for i, record in enumerate(records):
+        compare(driver.fake_launch(i).contents, record)
+    kernels = {driver.fake_launch(i).contents.kernel.name for i in range(len(records))}
+    assert driver.fake_num_kernels() == driver.fake_num_relaxed_loads() == len(kernels)  # each loaded once
+    print(len(records), len(kernels))
+
+
+def compare(launch, record):
+    name = launch.kernel.name.decode()
+    assert name.partition("<")[0].rpartition("::")[2] == record["name"], (name, record["name"])
+    assert list(launch.grid) == [record["num_blocks"], 1, 1] and list(launch.block) == [record["num_threads"], 1, 1]
+    assert launch.shared_bytes == record["shared_bytes"] == max(launch.kernel.shared_bytes, 0), name
+    assert launch.kernel.carveout == (100 if launch.shared_bytes else 0) and launch.stream == STREAM, name
+    params = ctypes.string_at(ctypes.addressof(launch) + Launch.params.offset, len(record["params"]))
+    different = {i for i, pair in enumerate(zip(params, record["params"], strict=True)) if pair[0] != pair[1]}
+    assert different <= PADDING.get(record["name"], set()), f"{name}: bytes {different} of {len(params)}"
+
+
+if __name__ == "__main__":
+    main()
