@@ -28,7 +28,7 @@ SOURCES = Path(__file__).with_name("csrc")
 INSTALL = (
     "pip install 'hypenet[cuda]' for a torch of CUDA 13, 'hypenet[cuda12]' for one of CUDA 12 (cuda-bindings and NVRTC)"
 )
-FLAGS = ("--std=c++20", "--ptxas-options=-v")
+FLAGS = ("--std=c++20", "-default-device", "--ptxas-options=-v")  # NVRTC 12 takes no lambda without -default-device
 
 logger = logging.getLogger("hypenet_kernels")
 

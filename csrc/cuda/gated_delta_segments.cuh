@@ -158,7 +158,8 @@ __global__ void __launch_bounds__(kWarps* arch::kWarpSize, 2)
     gated_delta_chain_kernel(const __grid_constant__ typename C::Params params) {
   constexpr int K = C::K;
   constexpr bool kDelta = C::kDelta, kBackward = C::kBackward;
-  constexpr int kRows = K / kWarps;  // of the new state, by a warp
+  constexpr int kRows =
+      K / kWarps;  // of the new state, by a warp; C::K / kWarps where NVRTC up to 12.8 would crash
   const int first_row = kRows * warp_idx();
   const auto num_tiles = static_cast<unsigned>(params.V / kColumns), HV = static_cast<unsigned>(params.HV);
   const unsigned block = arch::block_idx();
@@ -174,7 +175,7 @@ __global__ void __launch_bounds__(kWarps* arch::kWarpSize, 2)
   if constexpr (!kBackward) {
     if (is_skipped(params, n)) return;
     if (count > 1) {  // copied here, as the scan's last segment may overwrite the slot
-      Results<kRows / 8> S;
+      Results<C::K / kWarps / 8> S;
       set_zero(S);
       if (params.initial_state != nullptr) {
         const float* from = static_cast<const float*>(params.initial_state) +
@@ -192,7 +193,7 @@ __global__ void __launch_bounds__(kWarps* arch::kWarpSize, 2)
     const float* from = states + i * state;
     float* to = states + (i + step) * state;
     if constexpr (kDelta) {
-      Results<K / 8> S;
+      Results<C::K / 8> S;
       for_each_of_state(S, from, V, [](const float* x, float& s) { s = *x; });
 #pragma unroll 1
       for (int row = first_row; row < first_row + kRows; row += 8) {
@@ -201,7 +202,7 @@ __global__ void __launch_bounds__(kWarps* arch::kWarpSize, 2)
         for_each_of_state(sum, to + row * V, V, [](float* x, float s) { *x += s; });
       }
     } else {
-      Results<kRows / 8> S;
+      Results<C::K / kWarps / 8> S;
       for_each_of_state(S, from + first_row * V, V, [](const float* x, float& s) { s = *x; });
       for_each_of_state(S, to + first_row * V, V, [&](float* x, float s) { *x += *transfer * s; });
     }

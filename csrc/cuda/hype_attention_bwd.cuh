@@ -61,9 +61,7 @@ struct Shape {
   static_assert(3 * kStreamed <= kThreads && arch::kWarpSize % (D / kPiece) == 0);
 };
 
-enum Term { kFactor, kLse, kDelta };
-constexpr int kNumTerms =
-    3;  // not an enumerator: as the bound of an array parameter NVRTC up to 12.8 crashes on one
+enum Term { kFactor, kLse, kDelta, kNumTerms };
 
 // Keys from row `begin` of a sequence on, and the tiles of queries that see them: [first_tile, end_tile) of
 // the heads [first_head, end_head).
@@ -91,6 +89,7 @@ struct Arguments {
   unsigned num_slots;  // tiles of keys or queries per head
 };
 
+// NVRTC up to 12.8 crashes where kColumns is made of a local constant of a function; Shape::D will do.
 template <int kColumns>
 using Result = float[1][kColumns][4];
 
@@ -311,7 +310,7 @@ __global__ void __launch_bounds__(C::Shape::kThreads, 1)
   arch::commit_copies();
 
   const int m = warp_idx() * 16;
-  Result<D / 8> dk = {}, dv = {};
+  Result<Shape::D / 8> dk = {}, dv = {};
   int stage = 0, tile = place.first_tile, head = place.first_head;
   while (head < place.end_head) {
     // (2.2) this tile is there, the next one starts
@@ -324,7 +323,7 @@ __global__ void __launch_bounds__(C::Shape::kThreads, 1)
 
     if (first < kStreamed && place.begin + m < s.S) {
       // (2.3) S^T = K Q^T, dP^T = V dO'^T, and from them P^T and dX^T
-      Result<kStreamed / 8> S = {}, dP = {};
+      Result<Shape::kStreamed / 8> S = {}, dP = {};
       const auto& [queries, grads] = smem.streamed[stage];
       multiply_transposed(S, smem.owned[0], m, queries);
       if constexpr (kWithKeys) multiply_transposed(dP, smem.owned[1], m, grads);
@@ -385,7 +384,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     }
   }
 
-  Result<D / 8> dq = {};
+  Result<Shape::D / 8> dq = {};
   for (int tile = 0; tile < num_tiles; ++tile) {
     // (3.2) this tile is there, the next one starts
     arch::wait_copies<0>();
@@ -398,7 +397,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     // (3.3) S = Q K^T, dP = dO' V^T, and from them dX
     const int visible = position + 1 - tile * kStreamed;
     if (visible + 15 > 0 && num_rows > 0) {
-      Result<kStreamed / 8> S = {}, dP = {};
+      Result<Shape::kStreamed / 8> S = {}, dP = {};
       const auto& [keys, values] = smem.streamed[stage];
       multiply_transposed(S, smem.owned[0], m, keys);
       multiply_transposed(dP, smem.owned[1], m, values);
