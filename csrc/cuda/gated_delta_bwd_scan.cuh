@@ -60,7 +60,8 @@ struct Smem {
   using Element = Element_;
   static constexpr int K = K_;
   static constexpr bool kDelta = kRule == Rule::kDelta;
-  static constexpr int kStateRows = K / kWarps;  // of a warp
+  static constexpr int kStateRows = K / kWarps;         // of a warp
+  static constexpr int kInLine = K < 256 ? K / 16 : 8;  // steps of a sum over K; CUDA 12 spills with 16
 
   struct Stage {
     Tile<Element, kChunk, K> k;
@@ -178,7 +179,7 @@ __device__ __forceinline__ void apply_decays(Smem& sm, typename Smem::Stage& sta
   const int row = kRows * warp_idx();
   float rP[1][kChunk / 8][4];
   set_zero(rP);
-  multiply<Element, Smem::K>(
+  multiply<Element, Smem::K, Smem::kInLine>(
       rP, [&](auto& a, int m, int k) { load_a(a, sm.q, row + m, k); },
       [&](auto& b, int k, int n) { load_b_transposed(b, stage.k, k, n); });
   for_each_element(rP, row, 0, [&](float& x, int i, int j) { x *= scale * decay_between(stage.G, i, j); });
@@ -196,7 +197,7 @@ __device__ __forceinline__ void output_to_pseudo_values(Product& rdE, Smem& sm, 
   const float last = stage.G[kChunk - 1];
   set_zero(rdE);
   const auto add = [&](const auto& dS) {
-    multiply<Element, Smem::K>(
+    multiply<Element, Smem::K, Smem::kInLine>(
         rdE, [&](auto& a, int m, int k) { load_a(a, stage.k, row + m, k); },
         [&](auto& b, int k, int n) { load_b(b, dS, k, n); });
   };

@@ -56,6 +56,15 @@ constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 // a constant, and one address serves all of them.
 enum class State { kAny, kSquare };
 
+// Threads of a processor: 96 registers each for a square state, 128 for others. With 64 threads a block CUDA 12 keeps 4
+// bytes of a square state in local memory if it has no more than 96.
+template <int kThreads, State kState>
+constexpr int kMostThreads = kState == State::kSquare ? 640 : 512;
+#if __CUDACC_VER_MAJOR__ == 12
+template <>
+constexpr int kMostThreads<64, State::kSquare> = 512;
+#endif
+
 template <int Threads, State kState>
 struct Shape {
   static constexpr int kThreads = Threads;
@@ -65,7 +74,7 @@ struct Shape {
   static constexpr int kLanes = 8;  // threads along a row
   static constexpr int kColumns = kLanes * kVector;
   static constexpr int kKeyDim = kThreads / kLanes * kRows;
-  static constexpr int kBlocksPerProcessor = (kSquare ? 640 : 512) / kThreads;
+  static constexpr int kBlocksPerProcessor = kMostThreads<Threads, kState> / kThreads;
   static_assert(kKeyDim == kThreads && kColumns * sizeof(float) == 128);
   static_assert(arch::kWarpSize % kLanes == 0 && kRows % kVector == 0);
 };
