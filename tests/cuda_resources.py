@@ -33,7 +33,8 @@ SHARED_PER_SM = {"sm_80": 164 * 1024, "sm_90a": 228 * 1024}
 SHARED_OVERHEAD, SHARED_UNIT = 1024, 128
 REGISTERS, REGISTER_UNIT, WARP_SIZE, PARTITIONS = 64 * 1024, 256, 32, 4
 MAX_THREADS, MAX_BLOCKS = 2048, 32
-EMULATED_SMS = (1, 132)  # some launchers choose a kernel by the number of SMs
+# Some launchers choose a kernel by the number of SMs, or by the bytes of shared memory that a block can have.
+EMULATED_DEVICES = ((1, 227 * 1024), (132, 227 * 1024), (132, 99 * 1024))
 
 
 def compile_all():
@@ -135,11 +136,13 @@ def launches():
     lines = subprocess.run(["nm", emulated.__file__], capture_output=True, text=True, check=True).stdout.splitlines()
     symbols = {int(words[0], 16): words[-1] for words in map(str.split, lines) if len(words) == 3}
     emulated.forget_launches()
-    for sms in EMULATED_SMS:
+    for sms, shared_bytes in EMULATED_DEVICES:
         emulated.set_num_processors(sms)
+        emulated.set_max_shared_bytes(shared_bytes)
         with emulation.emulated():
             every_op.run("cpu")
     emulated.set_num_processors(4)
+    emulated.set_max_shared_bytes(227 * 1024)
     records = emulated.launches()
     names = demangled([symbols[record["kernel"]] for record in records])
     found = defaultdict(lambda: (0, 0))

@@ -5,6 +5,7 @@ No GPU is needed: a fake driver stands for libcuda.
 
 import errno
 import functools
+import itertools
 import os
 import re
 import shutil
@@ -44,8 +45,9 @@ pytestmark = pytest.mark.skipif(not _nvrtc.is_installed(), reason=f"no NVRTC: {_
 
 @functools.cache
 def every_kernel():
-    """Return all kernels that ops can launch, as (source, expression)."""
-    return _warmup.collect((9, 0), [functools.partial(every_op.run, "cpu")])
+    """Return all kernels that ops can launch on GPUs with much or little shared memory, as (source, expression)."""
+    found = (_warmup.collect(capability, [functools.partial(every_op.run, "cpu")]) for capability in ((9, 0), (8, 6)))
+    return list(dict.fromkeys(itertools.chain(*found)))
 
 
 def check_compiles(kernels, targets):
@@ -286,3 +288,11 @@ def test_launches_are_those_of_the_emulated_module(fake_driver):
     assert ran.returncode == 0, ran.stdout + ran.stderr
     launches, kernels = map(int, ran.stdout.split())
     assert launches > kernels == len(every_kernel())
+
+
+@pytest.mark.parametrize(
+    ("capability", "stages"), [((8, 0), "8, 2>"), ((9, 0), "8, 2>"), ((8, 6), "4, 1>"), ((12, 0), "4, 1>")]
+)
+def test_which_scan_is_chosen_by_shared_memory(capability, stages):
+    kernels = _warmup.collect(capability, [lambda: every_op._recurrences(torch.device("cpu"), torch.bfloat16, 128)])
+    assert any("gated_delta_scan_kernel" in name and stages in name for _, name in kernels), kernels

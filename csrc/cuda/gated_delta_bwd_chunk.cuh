@@ -1,7 +1,7 @@
 // Backward of the gated delta rule and of simple GLA (kDelta = false), second of two kernels: every chunk on
 // its own, between the states before it and the gradients of the states after it.
 //
-// Math, per value head and chunk of C tokens, in the notation of gated_delta_bwd_scan.cu; S0 the state before
+// Math, per value head and chunk of C tokens, in the notation of gated_delta_bwd_scan.cuh; S0 the state before
 // the chunk; rs and cs the sums of rows and of columns:
 //   Z  = K S0        R = V - gamma Z        B = beta R                                             (1)
 //   E  = B + L B     (without delta E = V, and only X and what follows from it is left)            (2)

@@ -1,5 +1,5 @@
 // Backward of the gated delta rule and of simple GLA (kDelta = false), first of two kernels: the gradient of
-// the state, chunk after chunk from the last to the first. gated_delta_bwd_chunk.cu does the rest.
+// the state, chunk after chunk from the last to the first. gated_delta_bwd_chunk.cuh does the rest.
 //
 // Math, per value head and chunk of C tokens; s the scale, G the running sum of g, gamma = e^G, Gamma_ij =
 // e^(G_i - G_j) for j <= i else 0, L = stril((I + stril(diag(beta) K K^T . Gamma))^-1) from the forward, dS1
@@ -40,7 +40,7 @@
 // Cost per token and value head: 2 (3 K V + C (K V / kColumns + 23 / 8 V)) FLOPs, 4 K V more with some beta
 // > 1. Bytes from and to memory: 2 (2 K + 2 V + C) and 2 K V / C for dS1. The chain of chunks is serial:
 // latency bounds it unless blocks fill the device. Where sequences are split, a pass over segments alone
-// comes first, of which gated_delta_segments.cu makes the gradient after each.
+// comes first, of which gated_delta_segments.cuh makes the gradient after each.
 //
 // Limits: K 64, 128 or 256, V a multiple of 64, bf16 or fp16, rows aligned to 16 bytes.
 #pragma once

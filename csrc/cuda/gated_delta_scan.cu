@@ -1,3 +1,4 @@
+#include "choices.h"
 #include "dispatch.h"
 #include "gated_delta.h"
 #include "gated_delta_scan.cuh"
@@ -17,25 +18,33 @@ Status launch_scan(const GatedDeltaFwdParams& params, Stream stream) {
                 params);
 }
 
+template <class Element, int K, Rule kRule>
+Status choose_and_launch(const GatedDeltaFwdParams& params, const Device& device, Stream stream) {
+  constexpr int kWideWarps = 8, kNarrowWarps = 4, kWideColumns = kWideWarps * kColumns;
+  using Wide = Config<Element, K, kRule, Pass::kOutput, kWideWarps>;
+  using Narrow = Config<Element, K, kRule, Pass::kOutput, kNarrowWarps>;
+  const int64_t wide_blocks = params.num_segments * params.HV * (params.V / kWideColumns);
+  const ScanBlock block = choose_scan(wide_blocks, params.V % kWideColumns == 0, sizeof(ScanSmem<Wide>),
+                                      sizeof(ScanSmem<Narrow>), device);
+  if (block == ScanBlock::kWide) return launch_scan<Wide>(params, stream);
+  if constexpr (K == 128 && kRule == Rule::kDelta) {  // the only one that fits nowhere else in 99 KB
+    if (block == ScanBlock::kSingle) {
+      return launch_scan<Config<Element, K, kRule, Pass::kOutput, kNarrowWarps, 1>>(params, stream);
+    }
+  }
+  return launch_scan<Narrow>(params, stream);
+}
+
 }  // namespace
 
-// Eight warps share their tiles and so need half the traffic of four; worth it where most processors have
-// such a block.
 Status gated_delta_scan(const GatedDeltaFwdParams& params, Stream stream) {
-  constexpr int kWide = 8, kNarrow = 4;
-  if (params.V % (kNarrow * kColumns) != 0) return "V must be a multiple of 64";
+  if (params.V % 64 != 0) return "V must be a multiple of 64";
   Device device;
   if (const Status status = find_device(stream.device, device); status != nullptr) return status;
-  const int64_t wide_blocks = params.num_segments * params.HV * (params.V / (kWide * kColumns));
-  const bool wide = params.V % (kWide * kColumns) == 0 && 4 * wide_blocks >= 3 * device.num_processors;
   return dispatch_half_dtype(params.dtype, [&]<class Element>() {
     return dispatch_key_dim(params.K, [&]<int K>() {
-      if (params.delta) {
-        return wide ? launch_scan<Config<Element, K, Rule::kDelta, Pass::kOutput, kWide>>(params, stream)
-                    : launch_scan<Config<Element, K, Rule::kDelta, Pass::kOutput, kNarrow>>(params, stream);
-      }
-      return wide ? launch_scan<Config<Element, K, Rule::kGla, Pass::kOutput, kWide>>(params, stream)
-                  : launch_scan<Config<Element, K, Rule::kGla, Pass::kOutput, kNarrow>>(params, stream);
+      return params.delta ? choose_and_launch<Element, K, Rule::kDelta>(params, device, stream)
+                          : choose_and_launch<Element, K, Rule::kGla>(params, device, stream);
     });
   });
 }

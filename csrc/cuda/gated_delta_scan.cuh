@@ -1,5 +1,5 @@
 // The part of the chunk forward of the gated delta rule and simple GLA that is serial in T: the state goes
-// from chunk to chunk. What does not need the state is in workspace already (gated_delta_prepare.cu).
+// from chunk to chunk. What does not need the state is in workspace already (gated_delta_prepare.cuh).
 //
 // Math, per chunk of 64 tokens, S the state before it; G, L and P from workspace, gamma = 2^G, s the scale:
 //   (1) Z = K S                      O = Q S
@@ -10,7 +10,7 @@
 //
 // Shapes: GatedDeltaFwdParams (params.h); K = 64, 128 or 256, V a multiple of 64. Where the forward keeps h,
 // S is written there, rounded, before each chunk. Where sequences are split, a segment of one is gone through
-// like a sequence, from the state that gated_delta_segments.cu found.
+// like a sequence, from the state that gated_delta_segments.cuh found.
 //
 // Mapping: a block owns 16 kWarps columns of V of one (sequence or segment, value head); blocks are numbered
 // along x, the column tile fastest. Every warp owns 16 columns from the first chunk to the last and shares
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(C::kThreads, kMinBlocks<C>)
             place.head * V + place.column + lane_idx() % kSlabPieces * kPiece;
 
   for (int c = 0; next.num_tokens > 0; ++c) {
-    Stage<C>& stage = smem.stages[c % 2];
+    Stage<C>& stage = smem.stages[c % C::kStages];
     const int num_tokens = next.num_tokens;
     arch::wait_copies<0>();
     arch::sync_block();
@@ -205,8 +205,10 @@ __global__ void __launch_bounds__(C::kThreads, kMinBlocks<C>)
       store_state(static_cast<Element*>(params.h) + next.matrix * C::kKeyDim * V, V, place.column, S);
     }
     next.advance(params);
-    if (next.num_tokens > 0) copy_chunk_async(smem.stages[(c + 1) % 2], params, next, next.num_tokens);
-    arch::commit_copies();
+    if constexpr (C::kStages > 1) {
+      if (next.num_tokens > 0) copy_chunk_async(smem.stages[(c + 1) % 2], params, next, next.num_tokens);
+      arch::commit_copies();
+    }
 
     const auto scale = static_cast<float>(params.scale);
     const bool in_pairs = C::kDelta && reflects(stage.beta);
@@ -224,6 +226,11 @@ __global__ void __launch_bounds__(C::kThreads, kMinBlocks<C>)
     update_state<C>(S, E, stage, lanes, in_pairs);                      // (5)
     store_output<C>(o, o_stride, num_tokens, stage.v[warp_idx()]);
     if (params.checkpoint_every != 0 && num_tokens >= kChunk) store_checkpoint<C>(S, params, num_tiles, c);
+    if constexpr (C::kStages == 1) {
+      arch::sync_block();
+      if (next.num_tokens > 0) copy_chunk_async(smem.stages[0], params, next, next.num_tokens);
+      arch::commit_copies();
+    }
   }
 
   const Slot<C> same(params, num_tiles);  // asked anew: what outlives the loop costs registers in it

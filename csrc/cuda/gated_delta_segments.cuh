@@ -1,9 +1,9 @@
 // Where sequences are split into segments that are gone through at the same time, the state before each: a
 // way to use a whole device for few heads, at about 2.25 times the work. The forward's is here, and the step
-// from segment to segment of the backward (gated_delta_bwd_scan.cu does the rest of that).
+// from segment to segment of the backward (gated_delta_bwd_scan.cuh does the rest of that).
 //
 // Math: a segment turns the state S before it into M S + N, where neither M [K, K] nor N [K, V] depends on S.
-//   (1) every segment but a sequence's last, alone: N by the recurrence of gated_delta_scan.cu from S = 0,
+//   (1) every segment but a sequence's last, alone: N by the recurrence of gated_delta_scan.cuh from S = 0,
 //       and M by the same recurrence on other columns, from S = I with V = 0. The first segment starts from the
 //       initial state instead, and needs no M. Simple GLA: M = product of gamma_last, a number.
 //   (2) one segment after the other: S_{i+1} = M_i S_i + N_i, where (1) left N_i in the place of S_{i+1}; S_0
@@ -15,14 +15,14 @@
 // segment has comes from the caller, so that results depend on that number but on no device.
 //
 // Mapping: (1) a block of four warps owns 64 of the V + K columns (without delta: V) of one (segment, value
-// head), numbered along x, the column tile fastest; as in gated_delta_scan.cu from there on. (2) a block owns
+// head), numbered along x, the column tile fastest; as in gated_delta_scan.cuh from there on. (2) a block owns
 // 16 columns of one (sequence, value head), warp w of four the rows K / 4 w of the new state: each reads the
 // state whole, from where all have just written it.
 //
 // Shared memory: (1) for K = 128 two stages of k [64, K] 16 KB, L [64, 64] 8 KB, v [4][64, 16] 8 KB, G and
 // beta: 65 KB, 2 blocks per processor; 113 KB for K = 256: 2 blocks where there are 228 KB, else 1. (2) none.
 //
-// Numerics: (1) as gated_delta_scan.cu. (2) fp32 factors split into two tf32 each, three products for one, so
+// Numerics: (1) as gated_delta_scan.cuh. (2) fp32 factors split into two tf32 each, three products for one, so
 // that it adds no error of its own (2^-21 a step).
 //
 // Cost: (1) 2 (2 K + 15/8 C) FLOPs per token and column, 4 K more with some beta > 1 (2 K alone without
@@ -30,7 +30,7 @@
 // once and read by V / 16 blocks through L2. (2) is serial in the segments and bound by the latency of
 // reading M.
 //
-// Limits: as gated_delta_scan.cu.
+// Limits: as gated_delta_scan.cuh.
 #pragma once
 
 #include <type_traits>

@@ -14,9 +14,11 @@ constexpr int kSteps = kChunk / kBlock;  // fragments along the tokens of a chun
 // Whether a pass over the chunks computes O, for which it needs q and P, or the state alone.
 enum class Pass { kOutput, kState };
 
-template <class Element_, int K_, Rule kRule, Pass kPass, int Warps_>
+// kStages: chunks in shared memory. With two, the next one is on its way while one is computed.
+template <class Element_, int K_, Rule kRule, Pass kPass, int Warps_, int kStages_ = 2>
 struct Config {
   using Element = Element_;
+  static constexpr int kStages = kStages_;
   static constexpr int kKeyDim = K_, kWarps = Warps_, kThreads = kWarps * arch::kWarpSize;
   static constexpr bool kDelta = kRule == Rule::kDelta, kOutput = kPass == Pass::kOutput;
   static constexpr int kLColumn = kOutput ? kChunk : 0;  // of L beside P
@@ -55,12 +57,12 @@ using ValuesSmem = uint4[2][kSteps][arch::kWarpSize];
 
 template <class C, bool kWide = C::kWide>
 struct ScanSmem {
-  Stage<C> stages[2];
+  Stage<C> stages[C::kStages];
   ValuesSmem values[C::kWarps];
 };
 template <class C>
 struct ScanSmem<C, false> {
-  Stage<C> stages[2];
+  Stage<C> stages[C::kStages];
   static constexpr ValuesSmem* values = nullptr;
 };
 

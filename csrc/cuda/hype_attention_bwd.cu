@@ -1,3 +1,4 @@
+#include "choices.h"
 #include "dispatch.h"
 #include "hype_attention.h"
 #include "hype_attention_bwd.cuh"
@@ -16,7 +17,8 @@ Status launch_backward(const Params& p, Stream stream) {
   const LogitScale logits = logit_scale(p.scale, p.logit_scale_base);
   const int64_t key_slots = num_slots<Shape::kRows>(p, p.S), query_slots = num_slots<Shape::kRows>(p, p.T);
   const int64_t prepare_blocks = (p.B * p.T * p.H + Shape::kPrepareRows - 1) / Shape::kPrepareRows;
-  Status status = launch(KERNEL(attention::bwd::hype_attention_bwd_prepare_kernel, Shape, Element),
+  using Rows = attention::bwd::Shape<Shape::D>;  // of which the first pass has no tiles
+  Status status = launch(KERNEL(attention::bwd::hype_attention_bwd_prepare_kernel, Rows, Element),
                          prepare_blocks, Shape::kPrepareThreads, 0, stream, Arguments{p, logits, 0});
   if (status != nullptr) return status;
   const auto launch_keys = [&]<Gradient kGradient>() {
@@ -40,9 +42,17 @@ Status launch_backward(const Params& p, Stream stream) {
 Status hype_attention_bwd(const HypeAttentionBwdParams& params, Stream stream) {
   if (params.T == 0) return nullptr;
   if (params.S > kMaxTokens) return "S is larger than what is built for CUDA";
+  Device device;
+  if (const Status status = find_device(stream.device, device); status != nullptr) return status;
   return dispatch_half_dtype(params.dtype, [&]<class Element>() -> Status {
-    return dispatch_head_dim(params.D,
-                             [&]<int D>() { return launch_backward<Shape<D>, Element>(params, stream); });
+    return dispatch_head_dim(params.D, [&]<int D>() -> Status {
+      if constexpr (D == 128) {
+        if (!fits(sizeof(Smem<Element, Shape<D>>), device)) {
+          return launch_backward<Shape<D, 32>, Element>(params, stream);
+        }
+      }
+      return launch_backward<Shape<D>, Element>(params, stream);
+    });
   });
 }
 

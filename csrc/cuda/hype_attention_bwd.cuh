@@ -1,6 +1,6 @@
 // HyPE attention, backward: dq, dk, dv and the gate's gradient, from lse and the output before the gate.
 //
-// Math, with x_ti, c_p and lse as in hype_attention_fwd.cu, z = sigmoid(gate), do the gradient of o:
+// Math, with x_ti, c_p and lse as in hype_attention_fwd.cuh, z = sigmoid(gate), do the gradient of o:
 //   do'_t = do_t z_t,  dgate_t = do_t o_ungated_t z_t (1 - z_t),  delta_t = do'_t . o_ungated_t
 //   P_ti = 2^(x_ti - lse_t log2 e),  dP_ti = do'_t . v_i,  dX_ti = P_ti (c_p dP_ti - c_p delta_t)
 //   dv_i = sum_t P_ti do'_t,  dk_i = ln 2 sum_t dX_ti q_t,  dq_t = ln 2 sum_i dX_ti k_i
@@ -48,11 +48,11 @@
 
 namespace hypenet::cuda::attention::bwd {
 
-template <int D_>
+// kStreamed: queries or keys of a tile that a block takes, of those it does not own.
+template <int D_, int kStreamed_ = D_ == 256 ? 32 : 64>
 struct Shape {
-  static constexpr int D = D_;
-  static constexpr int kRows = D == 256 ? 64 : 128;     // keys or queries that a block owns
-  static constexpr int kStreamed = D == 256 ? 32 : 64;  // queries or keys of a tile that it takes
+  static constexpr int D = D_, kStreamed = kStreamed_;
+  static constexpr int kRows = D == 256 ? 64 : 128;  // keys or queries that a block owns
   static constexpr int kThreads = kRows / 16 * arch::kWarpSize;
   static constexpr bool kApart = D == 256;  // dv, then dk: registers hold one of them
   static constexpr int kStages = 2;

@@ -1,5 +1,4 @@
-#include <algorithm>
-
+#include "choices.h"
 #include "dispatch.h"
 #include "hype_attention.h"
 #include "hype_attention_decode.cuh"
@@ -25,12 +24,10 @@ Status launch_combine(const DecodeParams& params, Stream stream) {
 }
 
 template <class C>
-Status launch_decode(DecodeParams params, Stream stream) {
+Status launch_decode(DecodeParams params, const Device& device, Stream stream) {
   const HypeAttentionDecodeParams& p = params.p;
-  Device device;
-  if (const Status status = find_device(stream.device, device)) return status;
   const int64_t most_units = p.B * p.num_segments * p.HK * params.row_blocks;
-  params.num_blocks = std::min<int64_t>(most_units, device.num_processors * C::kBlocksPerProcessor);
+  params.num_blocks = choose_decode_blocks(most_units, C::kBlocksPerProcessor, device);
   if (const Status status = launch(KERNEL(attention::decode::hype_attention_decode_split_kernel, C),
                                    params.num_blocks, C::kThreads, sizeof(Smem<C>), stream, params)) {
     return status;
@@ -51,10 +48,15 @@ Status hype_attention_decode(const HypeAttentionDecodeParams& p, Stream stream) 
   params.row_blocks = static_cast<int>((p.T * group + kRows - 1) / kRows);
   params.aligned_caches = p.D % kPiece == 0 && whole_pieces(p.k_cache) && whole_pieces(p.v_cache);
   params.aligned = params.aligned_caches && whole_pieces(p.k) && whole_pieces(p.v);
+  Device device;
+  if (const Status status = find_device(stream.device, device); status != nullptr) return status;
   return dispatch_half_dtype(p.dtype, [&]<class Element>() -> Status {
-    if (p.D <= 64) return launch_decode<Config<Element, 64>>(params, stream);
-    if (p.D <= 128) return launch_decode<Config<Element, 128>>(params, stream);
-    if (p.D <= kDecodeMaxDim) return launch_decode<Config<Element, 256>>(params, stream);
+    if (p.D <= 64) return launch_decode<Config<Element, 64>>(params, device, stream);
+    if (p.D <= 128 && fits(sizeof(Smem<Config<Element, 128>>), device)) {
+      return launch_decode<Config<Element, 128>>(params, device, stream);
+    }
+    if (p.D <= 128) return launch_decode<Config<Element, 128, 2>>(params, device, stream);
+    if (p.D <= kDecodeMaxDim) return launch_decode<Config<Element, 256>>(params, device, stream);
     return "D is larger than what is built for CUDA";
   });
 }

@@ -1,6 +1,6 @@
 // HyPE attention, decode: a few query tokens of each sequence against its cache of keys and values.
 //
-// Math: hype_attention_fwd.cu for the last T positions of a sequence of L keys after the append:
+// Math: hype_attention_fwd.cuh for the last T positions of a sequence of L keys after the append:
 //   query t stands at position p = L - T + t and sees keys 0 ... p;
 //   L = cache_seqlens + T, or cache_seqlens without k.
 // A segment of keys leaves per query row its maximum m, l = sum 2^(x_i - m) and sum 2^(x_i - m) v_i; the
@@ -55,13 +55,14 @@ constexpr int kKeys = 16;  // of a warp's step
 constexpr int kCombineThreads = 256, kCombineWarps = kCombineThreads / arch::kWarpSize;
 static_assert(kCombineThreads == kDecodeMaxSegments);
 
-template <class Element_, int kDim_>
+// kStages: steps of keys and values in a warp's ring.
+template <class Element_, int kDim_, int kStages_ = kDim_ <= 128 ? 3 : 2>
 struct Config {
   using Element = Element_;
   static constexpr int kDim = kDim_;  // D, or the next that is built: columns past D are zero
   static constexpr int kWarps = 4, kThreads = kWarps * arch::kWarpSize;
   static constexpr int kStep = kWarps * kKeys;
-  static constexpr int kStages = kDim > 128 ? 2 : 3;
+  static constexpr int kStages = kStages_;
   static constexpr int kBlocksPerProcessor = kDim > 128 ? 1 : kDim > 64 ? 2 : 4;
   static constexpr int kSumStride = kDim + 8;  // rows that a warp stores at once then differ in their banks
   static_assert(kDecodeSegment % kStep == 0);

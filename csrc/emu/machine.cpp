@@ -250,7 +250,8 @@ std::string reason_not_to_run(const Launch& launch) {
   }
   if (launch.shared_bytes > static_cast<size_t>(machine.max_shared_bytes)) {
     return "a block has at most " + std::to_string(machine.max_shared_bytes) +
-           " bytes of shared memory, got " + std::to_string(launch.shared_bytes);
+           " bytes of shared memory, got " + std::to_string(launch.shared_bytes) +
+           ": less shared memory than the kernel needs";
   }
   return "";
 }

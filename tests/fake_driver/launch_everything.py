@@ -43,9 +43,11 @@ def main():
         kernel(fields, (0, 0))
 
     emulation.launch = launch_twice
-    for num_processors in (1, 132):
+    for num_processors, shared_bytes in ((132, 99 * 1024), (1, 227 * 1024), (132, 227 * 1024)):
         emulated.set_num_processors(num_processors)
+        emulated.set_max_shared_bytes(shared_bytes)
         ctypes.c_int.in_dll(driver, "fake_num_processors").value = num_processors
+        ctypes.c_int.in_dll(driver, "fake_max_shared_bytes").value = shared_bytes
         with emulation.emulated():
             every_op.run("cpu")
     records = emulated.launches()

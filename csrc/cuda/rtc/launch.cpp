@@ -143,6 +143,8 @@ Status KernelState::start(const Size& size, Stream stream, const void* params) {
   if (rtc::collecting) {
     const std::lock_guard lock(rtc::collection_mutex);
     if (rtc::collection) {
+      const int most = rtc::collection->device.max_shared_bytes;
+      if (size.shared_bytes > static_cast<size_t>(most)) return too_much_shared_memory(qualified, size, most);
       auto& kernels = rtc::collection->kernels;
       if (std::ranges::find(kernels, this) == kernels.end()) kernels.push_back(this);
       return nullptr;
