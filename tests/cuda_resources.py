@@ -140,7 +140,7 @@ def launches():
         emulated.set_num_processors(sms)
         emulated.set_max_shared_bytes(shared_bytes)
         with emulation.emulated():
-            every_op.run("cpu")
+            every_op.run("cpu", small=shared_bytes < every_op.LARGE)
     emulated.set_num_processors(4)
     emulated.set_max_shared_bytes(227 * 1024)
     records = emulated.launches()

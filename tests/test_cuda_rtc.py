@@ -5,7 +5,6 @@ No GPU is needed: a fake driver stands for libcuda.
 
 import errno
 import functools
-import itertools
 import os
 import re
 import shutil
@@ -19,6 +18,7 @@ import every_op
 import pytest
 import torch
 
+import hypenet_kernels
 import hypenet_kernels.__main__ as command
 from hypenet_kernels import _native, _nvrtc, _warmup
 
@@ -31,7 +31,7 @@ QUICK = (  # the kernel of each file that compiles soonest, or nearly so
     r"gated_delta_bwd_scan_kernel<.*bf16, 64, \(.*Rule\)1.*Start\)0",
     r"gated_delta_fill_kernel<.*FwdParams",
     r"gated_delta_map_kernel",
-    r"gated_delta_scan_kernel<.*bf16, 64, \(.*Rule\)1.*4>",
+    r"gated_delta_scan_kernel<.*bf16, 64, \(.*Rule\)1.*4, 2>",
     r"gated_delta_chain_kernel<.*64, \(.*Rule\)1.*FwdParams",
     r"gated_delta_step_kernel<.*<64, \(.*State\)0>, .*bf16",
     r"hype_attention_bwd_prepare_kernel<.*<64>, .*bf16",
@@ -46,8 +46,9 @@ pytestmark = pytest.mark.skipif(not _nvrtc.is_installed(), reason=f"no NVRTC: {_
 @functools.cache
 def every_kernel():
     """Return all kernels that ops can launch on GPUs with much or little shared memory, as (source, expression)."""
-    found = (_warmup.collect(capability, [functools.partial(every_op.run, "cpu")]) for capability in ((9, 0), (8, 6)))
-    return list(dict.fromkeys(itertools.chain(*found)))
+    large = _warmup.collect((9, 0), [lambda: every_op.run("cpu")])
+    small = _warmup.collect((8, 6), [lambda: every_op.run("cpu", small=True)])
+    return list(dict.fromkeys(large + small))
 
 
 def check_compiles(kernels, targets):
@@ -294,5 +295,6 @@ def test_launches_are_those_of_the_emulated_module(fake_driver):
     ("capability", "stages"), [((8, 0), "8, 2>"), ((9, 0), "8, 2>"), ((8, 6), "4, 1>"), ((12, 0), "4, 1>")]
 )
 def test_which_scan_is_chosen_by_shared_memory(capability, stages):
-    kernels = _warmup.collect(capability, [lambda: every_op._recurrences(torch.device("cpu"), torch.bfloat16, 128)])
+    inputs = every_op._recurrent_inputs("cpu", torch.bfloat16, 128, 70)
+    kernels = _warmup.collect(capability, [lambda: hypenet_kernels.chunk_gated_delta_rule(*inputs)])
     assert any("gated_delta_scan_kernel" in name and stages in name for _, name in kernels), kernels

@@ -12,14 +12,19 @@ using namespace attention;
 using namespace attention::bwd;
 
 template <class Shape, class Element>
+Status launch_prepare(const Params& p, const LogitScale& logits, Stream stream) {
+  const int64_t num_blocks = (p.B * p.T * p.H + Shape::kPrepareRows - 1) / Shape::kPrepareRows;
+  return launch(KERNEL(attention::bwd::hype_attention_bwd_prepare_kernel, Shape, Element), num_blocks,
+                Shape::kPrepareThreads, 0, stream, Arguments{p, logits, 0});
+}
+
+template <class Shape, class Element>
 Status launch_backward(const Params& p, Stream stream) {
   constexpr size_t kBytes = sizeof(Smem<Element, Shape>);
   const LogitScale logits = logit_scale(p.scale, p.logit_scale_base);
   const int64_t key_slots = num_slots<Shape::kRows>(p, p.S), query_slots = num_slots<Shape::kRows>(p, p.T);
-  const int64_t prepare_blocks = (p.B * p.T * p.H + Shape::kPrepareRows - 1) / Shape::kPrepareRows;
-  using Rows = attention::bwd::Shape<Shape::D>;  // of which the first pass has no tiles
-  Status status = launch(KERNEL(attention::bwd::hype_attention_bwd_prepare_kernel, Rows, Element),
-                         prepare_blocks, Shape::kPrepareThreads, 0, stream, Arguments{p, logits, 0});
+  // The first pass has no tiles, and is the same for all of a head dimension.
+  Status status = launch_prepare<attention::bwd::Shape<Shape::D>, Element>(p, logits, stream);
   if (status != nullptr) return status;
   const auto launch_keys = [&]<Gradient kGradient>() {
     using C = KeysConfig<Shape, Element, kGradient>;

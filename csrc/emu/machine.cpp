@@ -353,10 +353,12 @@ Status run(const Launch& launch) {
   m.call_chain.clear();
   m.error = reason_not_to_run(launch);
   if (!m.error.empty()) m.error = std::string("kernel ") + launch.name + ": " + m.error;
-  if (m.error.empty() && !m.only_records) run_blocks();
-  m.records.push_back(
-      {launch.name, file_offset(launch.kernel), launch.num_blocks, launch.num_threads, launch.shared_bytes,
-       std::string(static_cast<const char*>(launch.params), launch.params_bytes), m.ldmatrix});
+  if (m.error.empty()) {
+    if (!m.only_records) run_blocks();
+    m.records.push_back(
+        {launch.name, file_offset(launch.kernel), launch.num_blocks, launch.num_threads, launch.shared_bytes,
+         std::string(static_cast<const char*>(launch.params), launch.params_bytes), m.ldmatrix});
+  }
   const BankUse& use = m.ldmatrix;
   if (m.error.empty() && use.accesses >= kBankStormAccesses &&
       static_cast<double>(use.ways) > kBankStorm * static_cast<double>(use.accesses)) {

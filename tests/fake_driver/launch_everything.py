@@ -39,8 +39,16 @@ def main():
     emulated.forget_launches()
 
     def launch_twice(module, kernel, tensors, **fields):
-        getattr(launched, kernel.__name__)(fields, (0, STREAM))
-        kernel(fields, (0, 0))
+        errors = []
+        for run, stream in ((getattr(launched, kernel.__name__), (0, STREAM)), (kernel, (0, 0))):
+            try:
+                run(fields, stream)
+            except RuntimeError as error:
+                errors.append(error)
+        assert len(errors) in (0, 2), errors
+        for error in errors:
+            assert "less shared memory than the kernel needs" in str(error), error
+            raise error
 
     emulation.launch = launch_twice
     for num_processors, shared_bytes in ((132, 99 * 1024), (1, 227 * 1024), (132, 227 * 1024)):
@@ -49,7 +57,7 @@ def main():
         ctypes.c_int.in_dll(driver, "fake_num_processors").value = num_processors
         ctypes.c_int.in_dll(driver, "fake_max_shared_bytes").value = shared_bytes
         with emulation.emulated():
-            every_op.run("cpu")
+            every_op.run("cpu", small=shared_bytes < every_op.LARGE)
     records = emulated.launches()
     assert driver.fake_num_launches() == len(records) > 0, (driver.fake_num_launches(), len(records))
     for i, record in enumerate(records):
