@@ -33,6 +33,15 @@ void bind_kernels(py::module_& m) {
   def_kernel(m, "causal_conv1d_update", device::causal_conv1d_update);
 #if !HYPENET_CUDA
   def_kernel(m, "gated_delta_recurrent_fwd", cpu::gated_delta_recurrent_fwd);
+  // On CUDA these are Triton kernels.
+  def_kernel(m, "rms_norm_rope_fwd", cpu::rms_norm_rope_fwd);
+  def_kernel(m, "rms_norm_rope_bwd", cpu::rms_norm_rope_bwd);
+  def_kernel(m, "rms_norm_gated_fwd", cpu::rms_norm_gated_fwd);
+  def_kernel(m, "rms_norm_gated_bwd", cpu::rms_norm_gated_bwd);
+  def_kernel(m, "add_rms_norm_fwd", cpu::add_rms_norm_fwd);
+  def_kernel(m, "add_rms_norm_bwd", cpu::add_rms_norm_bwd);
+  def_kernel(m, "swiglu_fwd", cpu::swiglu_fwd);
+  def_kernel(m, "swiglu_bwd", cpu::swiglu_bwd);
 #endif
 }
 

@@ -140,4 +140,76 @@ inline Fields<CausalConv1dUpdateParams> fields_of() {
                         FIELD(conv_state), FIELD(y)};
 }
 
+template <class Params>
+Fields<Params> rms_norm_operands() {
+  return {FIELD(dtype), FIELD(weight_dtype), FIELD(num_threads), FIELD(rows),
+          FIELD(D),     FIELD(eps),          FIELD(weight)};
+}
+
+// Of the backward; they come last.
+template <class Params>
+Fields<Params> rms_norm_sums() {
+  return {OPTIONAL(num_blocks), OPTIONAL(dweight), OPTIONAL(partials)};
+}
+
+template <class Params>
+Fields<Params> rms_norm_rope_operands() {
+  return rms_norm_operands<Params>() +
+         Fields<Params>{FIELD(T),   FIELD(H),  FIELD(x), FIELD(angle_dtype), FIELD(shared_angles),
+                        FIELD(cos), FIELD(sin)};
+}
+
+template <>
+inline Fields<RmsNormRopeFwdParams> fields_of() {
+  using Params = RmsNormRopeFwdParams;
+  return rms_norm_rope_operands<Params>() + Fields<Params>{FIELD(y)};
+}
+
+template <>
+inline Fields<RmsNormRopeBwdParams> fields_of() {
+  using Params = RmsNormRopeBwdParams;
+  return rms_norm_rope_operands<Params>() + Fields<Params>{FIELD(dy), FIELD(dx)} + rms_norm_sums<Params>();
+}
+
+template <>
+inline Fields<RmsNormGatedFwdParams> fields_of() {
+  using Params = RmsNormGatedFwdParams;
+  return rms_norm_operands<Params>() + Fields<Params>{FIELD(silu), FIELD(x), FIELD(g), FIELD(y)};
+}
+
+template <>
+inline Fields<RmsNormGatedBwdParams> fields_of() {
+  using Params = RmsNormGatedBwdParams;
+  return rms_norm_operands<Params>() +
+         Fields<Params>{FIELD(silu), FIELD(x), FIELD(g), FIELD(dy), FIELD(dx), FIELD(dg)} +
+         rms_norm_sums<Params>();
+}
+
+template <>
+inline Fields<AddRmsNormFwdParams> fields_of() {
+  using Params = AddRmsNormFwdParams;
+  return rms_norm_operands<Params>() +
+         Fields<Params>{FIELD(x_dtype), FIELD(x), FIELD(residual), FIELD(sum), FIELD(y)};
+}
+
+template <>
+inline Fields<AddRmsNormBwdParams> fields_of() {
+  using Params = AddRmsNormBwdParams;
+  return rms_norm_operands<Params>() +
+         Fields<Params>{FIELD(x_dtype), FIELD(sum), FIELD(dsum), FIELD(dy), FIELD(dresidual), FIELD(dx)} +
+         rms_norm_sums<Params>();
+}
+
+template <>
+inline Fields<SwigluFwdParams> fields_of() {
+  using Params = SwigluFwdParams;
+  return {FIELD(dtype), FIELD(num_threads), FIELD(size), FIELD(x), FIELD(y), FIELD(z)};
+}
+
+template <>
+inline Fields<SwigluBwdParams> fields_of() {
+  using Params = SwigluBwdParams;
+  return {FIELD(dtype), FIELD(num_threads), FIELD(size), FIELD(x), FIELD(y), FIELD(dz), FIELD(dx), FIELD(dy)};
+}
+
 }  // namespace hypenet

@@ -242,4 +242,93 @@ struct CausalConv1dUpdateParams : CausalConv1dOperands {
   void* y;  // [B, T, C] dtype
 };
 
+// ---- RMSNorm with rotary embedding, output gate or residual connection; on CUDA these are Triton kernels ----
+
+constexpr int64_t kNormBlock = 64;  // rows whose part of dweight is summed together
+
+// Read by every kernel of the family. Tensors are rows of D elements, [rows, D].
+struct RmsNormOperands {
+  DType dtype, weight_dtype;
+  int64_t num_threads, rows, D;
+  double eps;
+  const void* weight;  // [D] weight_dtype; rms_norm_rope: or null, for no norm
+  // of the backward, null in the forward and without weight
+  int64_t num_blocks;  // ceil(rows / kNormBlock)
+  void* dweight;       // [D] acc
+  void* partials;      // [num_blocks, D] acc, workspace
+};
+
+// Row (b T + t) H + h is of token t and head h.
+struct RmsNormRopeOperands : RmsNormOperands {
+  int64_t T, H;
+  const void* x;  // [rows, D] dtype
+  DType angle_dtype;
+  bool shared_angles;     // cos and sin are [T, D], the same for every b; otherwise [B, T, D]
+  const void *cos, *sin;  // angle_dtype, or null for no rotation
+};
+
+struct RmsNormRopeFwdParams : RmsNormRopeOperands {
+  // outputs
+  void* y;  // [rows, D] dtype
+};
+
+struct RmsNormRopeBwdParams : RmsNormRopeOperands {
+  const void* dy;  // [rows, D] dtype
+  // outputs
+  void* dx;  // [rows, D] dtype
+};
+
+struct RmsNormGatedOperands : RmsNormOperands {
+  bool silu;          // the gate is g sigmoid(g), otherwise sigmoid(g)
+  const void *x, *g;  // [rows, D] dtype
+};
+
+struct RmsNormGatedFwdParams : RmsNormGatedOperands {
+  // outputs
+  void* y;  // [rows, D] dtype
+};
+
+struct RmsNormGatedBwdParams : RmsNormGatedOperands {
+  const void* dy;  // [rows, D] dtype
+  // outputs
+  void *dx, *dg;  // [rows, D] dtype
+};
+
+struct AddRmsNormFwdParams : RmsNormOperands {
+  DType x_dtype;
+  // inputs
+  const void* x;         // [rows, D] x_dtype
+  const void* residual;  // [rows, D] dtype
+  // outputs
+  void *sum, *y;  // [rows, D] dtype
+};
+
+struct AddRmsNormBwdParams : RmsNormOperands {
+  DType x_dtype;
+  // inputs
+  const void *sum, *dsum, *dy;  // [rows, D] dtype
+  // outputs
+  void* dresidual;  // [rows, D] dtype
+  void* dx;         // [rows, D] x_dtype, or null if that is dtype: dx is dresidual
+};
+
+// ---- the gated activation of an MLP; on CUDA a Triton kernel ----
+
+struct SwigluOperands {
+  DType dtype;
+  int64_t num_threads, size;
+  const void *x, *y;  // [size] dtype
+};
+
+struct SwigluFwdParams : SwigluOperands {
+  // outputs
+  void* z;  // [size] dtype, silu(x) y
+};
+
+struct SwigluBwdParams : SwigluOperands {
+  const void* dz;  // [size] dtype
+  // outputs
+  void *dx, *dy;  // [size] dtype
+};
+
 }  // namespace hypenet

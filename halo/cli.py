@@ -1,6 +1,7 @@
 """The `halo` command: each stage on its own, all stages, the report, and the demo."""
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,6 +19,14 @@ class Resumable(OneLineErrors):
     """Says after Ctrl-C that nothing is lost."""
 
     interrupted = "interrupted; the same command continues after what is finished"
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command, and then take leave of the other processes, if any."""
+        try:
+            return super().invoke(ctx)
+        finally:
+            if "halo.compute" in sys.modules:
+                sys.modules["halo.compute"].Compute.leave()
 
 
 app = application(

@@ -195,7 +195,7 @@ def _cells(rows: list[dict[str, Any]]) -> Iterator[tuple[tuple[str, int, str], s
         measures |= {name: (task["recall"], task["recall_error"]) for name, task in row.get("tasks", {}).items()}
         for name, (value, error) in measures.items():
             if value is not None:
-                yield (row["model"], row["length"], name), f"{value:.3f}" + (f" ± {error:.3f}" if error else "")
+                yield (row["model"], row["length"], name), f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def _seconds(runs: list[Conversion]) -> Iterator[Row]:

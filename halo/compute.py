@@ -94,6 +94,12 @@ class Compute:
         if self.world > 1:
             dist.barrier(self.control)
 
+    @staticmethod
+    def leave() -> None:
+        """End the communication with the other processes, if any; a thread of it may not outlive the interpreter."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
     def sum(self, value: Tensor) -> Tensor:
         """Return the sum of a tensor over all processes."""
         if self.world > 1:

@@ -4,6 +4,7 @@ Every number of the paper's recipe (HALO, arXiv 2601.22156, section 4 and append
 value as its default; the files in halo/configs/ name their differences. A stage's section is in the stage's file.
 """
 
+import difflib
 import re
 from collections.abc import Mapping
 from importlib import resources
@@ -67,6 +68,11 @@ class Config(Settings):
         gated = self.architecture.get(f"{self.mixer}_use_gate", True) is True
         return chosen_parts(self.calibrate.parts, self.mixer, gated)
 
+    @property
+    def attention_has_positions(self) -> bool:
+        """Whether the student's attention layers have a rotary embedding, as they do not in HyPE."""
+        return self.architecture.get("attn_use_rope", False) is True
+
     @field_validator("architecture")
     @classmethod
     def _known(cls, fields: dict[str, bool | int | str]) -> dict[str, bool | int | str]:
@@ -82,6 +88,20 @@ class Config(Settings):
     def _mixer_has_the_parts(self) -> Self:
         _ = self.calibration_parts
         return self
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """A safe YAML loader that refuses a key given twice, of which YAML would drop the first without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping as a dict; keys that `<<` merges in may be given again."""
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
@@ -123,7 +143,7 @@ def read_tree(path: str | Path) -> tuple[dict[str, Any], str]:
     """
     path = find_config(path)
     try:
-        tree = yaml.safe_load(path.read_text("utf-8")) or {}
+        tree = yaml.load(path.read_text("utf-8"), UniqueKeys) or {}
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}" if mark else ""
@@ -180,16 +200,35 @@ def _explain(error: Mapping[str, Any]) -> str:
     parts = [str(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained-"))]
     key, value = ".".join(parts) or "config", error["input"]
     if error["type"] == "extra_forbidden":
-        return f"{key}: is not a key of this section"
+        place = "this section" if len(parts) > 1 else "a configuration"
+        return f"{key}: is not a key of {place}{_suggestion(parts)}"
     if error["type"] == "missing":
         return f"{key}: must be given"
     if error["type"] == "model_type":
         return f"{key}: must be a section of keys, such as {key}.{_first_key(key)}, got {value!r}"
+    if error["type"] == "path_type":
+        return f"{key}: must be a path, got {value!r}"
     rule = re.sub(r"^(Value error, |(Input|String|List|Tuple) should )", "", error["msg"])
     if error["type"] == "value_error":
         return f"{key}: {rule}" if parts else rule
     shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:77]}..."
     return f"{key}: must {rule}, got {shown}"
+
+
+def _suggestion(parts: list[str]) -> str:
+    """Return the key that was probably meant, of the same section or another one, as an end of a message."""
+    fields: Any = Config.model_fields
+    sections = {name: field.annotation.model_fields for name, field in fields.items() if _is_section(field.annotation)}
+    here = fields if len(parts) == 1 else sections.get(parts[0], {})
+    near = difflib.get_close_matches(parts[-1], here, 1, 0.75)
+    if near:
+        return f"; did you mean {'.'.join([*parts[:-1], near[0]])}?"
+    elsewhere = [name for name, keys in sections.items() if parts[-1] in keys]
+    return f"; did you mean {elsewhere[0]}.{parts[-1]}?" if len(parts) == 1 and len(elsewhere) == 1 else ""
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Settings)
 
 
 def _first_key(section: str) -> str:

@@ -8,6 +8,7 @@
 <out>/model/                 the finished model
 """
 
+import errno
 import json
 import math
 import os
@@ -165,9 +166,10 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise HaloError(
-            f"{path}: must be writable, got {_reason(error)}; free space and run the same command"
-        ) from None
+        # SafetensorError has no number; a file system that takes no more is what it reports in practice.
+        full = getattr(error, "errno", None) in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "free space and run the same command" if full else "choose another place"
+        raise HaloError(f"{path}: must be writable, got {_reason(error)}; {remedy}") from None
 
 
 @contextmanager

@@ -174,40 +174,29 @@ def gate_memory(
 def layer_bytes(layer: LayerSize, hidden: int, intermediate: int, machine: Machine) -> float:
     """Return the bytes per token that a decoder layer of a HypeNet saves for the backward pass.
 
-    Two inputs of norms in float32, the mixer, the MLP's input and four tensors of its width.
+    Two inputs of norms in float32, the mixer, the MLP's input and three tensors of its width.
     """
-    norms = 2 * _norm(hidden, machine)
-    return norms + mixer_bytes(layer, hidden, machine) + _casts(2, hidden, machine) + 4 * machine.width * intermediate
+    norms = 2 * WIDE * hidden
+    return norms + mixer_bytes(layer, hidden, machine) + _casts(2, hidden, machine) + 3 * machine.width * intermediate
 
 
 def mixer_bytes(layer: LayerSize, hidden: int, machine: Machine) -> float:
     """Return the bytes per token that a mixer saves for the backward pass, its input included."""
     width, keys, size = layer.width, layer.kv_heads * layer.head_dim, machine.width
-    found = _norm(width, machine) + _norm(keys, machine) + size * (width + 2 * keys)  # norms of q, k; q, k, v
-    if layer.kind == SOFTMAX:  # output before and after the gate, and the gate
-        return found + _casts(4, hidden, machine) + 3 * size * width + WIDE * layer.heads
-    # The output's norm, and the two factors and the product of the gate.
-    found += _norm(width, machine) + 2 * size * width
+    found: float = size * (2 * width + 3 * keys)  # q and k before and after norm and rotation; v
+    found += 3 * size * width  # the output before norm or gate, its gate, and their product
+    if layer.kind == SOFTMAX:
+        return found + _casts(4, hidden, machine) + WIDE * layer.heads
     if machine.cuda:  # the state before every chunk
         found += size * width * layer.head_dim / CHUNK
     if layer.kind == LIGHTNING:
-        return found + _casts(4, hidden, machine) + _gated(width, machine)
+        return found + _casts(4, hidden, machine)
     if layer.kind == MAMBA2:  # the step size before and after softplus, the decay, k before the step size's factor
-        return found + 3 * WIDE * layer.heads + _casts(5, hidden, machine) + _gated(width, machine) + 2 * size * width
+        return found + 3 * WIDE * layer.heads + _casts(5, hidden, machine) + size * width
     assert layer.kind == GDN
     # q and k before their L2 norm, decay and beta, and the inverse of each chunk.
-    found += 2 * WIDE * width + 5 * WIDE * layer.heads + (size * CHUNK * layer.heads if machine.cuda else 0)
-    return found + _casts(6, hidden, machine) + _gated(width, machine) + size * width
-
-
-def _gated(width: int, machine: Machine) -> float:
-    """Return the bytes of a normalised output that a gate multiplies: float32 where autocast computes norms so."""
-    return (WIDE if machine.cuda else machine.width) * width
-
-
-def _norm(size: int, machine: Machine) -> float:
-    """Return the bytes that an RMSNorm saves: its input in float32, without a fused kernel the normalised value too."""
-    return WIDE * size if machine.cuda else 2 * WIDE * size
+    found += 2 * size * width + 5 * WIDE * layer.heads + (size * CHUNK * layer.heads if machine.cuda else 0)
+    return found + _casts(6, hidden, machine)
 
 
 def _casts(linear_layers: int, hidden: int, machine: Machine) -> float:

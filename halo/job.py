@@ -17,13 +17,14 @@ from halo.flops import stage_flops_per_token
 from halo.footprint import Sizes, training_memory
 from halo.hardware import this_machine
 from halo.journal import Journal
-from halo.progress import TokenisingProgress
+from halo.progress import TokenisingProgress, warn
 from halo.settings import HaloError, Settings, TrainingSettings
 from halo.sharding import whole_state
 from halo.stages import ALIGNED_STAGES, SAMPLE_ORDERS, STAGES, TRAINED_STAGES
 from halo.trainer import BatchSource, Run, Training, train
 from halo.unpacking import unpacked
 from hypenet import HypeNetForCausalLM
+from hypenet.conversion import attend_with_kernels
 
 if TYPE_CHECKING:
     from halo.config import Config
@@ -64,6 +65,8 @@ class Job:
     def teacher(self) -> PreTrainedModel:
         """The teacher in the arithmetic's dtype, on the device, in evaluation mode."""
         teacher = teachers.load_teacher(self.teacher_name, self.compute.device, self.compute.dtype)
+        if self.compute.device.type == "cpu":  # where the kernel is faster than torch's
+            attend_with_kernels(teacher)
         return teacher.requires_grad_(False).eval()
 
     @cached_property
@@ -71,6 +74,9 @@ class Job:
         """The text of training, of choices and of the final measurement."""
         corpus = Corpus(self.config.data, self.tokenizer, self.config.seed, self.out / "data", self.training_tokens())
         self.compute.from_main(lambda: corpus.prepare(TokenisingProgress()))
+        if self.compute.main:
+            for line in corpus.complaints():
+                warn(line)
         return corpus
 
     def load_teacher_weights(self) -> PreTrainedModel:

@@ -147,8 +147,8 @@ def _memory_and_disk(job: Job, sizes: Sizes) -> Iterator[str]:
     disk = footprint.CHECKPOINTS_ON_DISK * footprint.checkpoint_bytes(count)
     disk += MODELS_ON_DISK * footprint.model_bytes(count)
     finished = all((job.directory(name) / files.DONE).is_file() for name in TRAINED_STAGES)
-    free = shutil.disk_usage(job.out).free
-    if not finished and free < disk:
+    free = shutil.disk_usage(job.out).free if job.out.is_dir() else None  # that it cannot be made is listed already
+    if not finished and free is not None and free < disk:
         yield f"out: must have {_gib(disk)} of free space for checkpoints and models, got {_gib(free)}"
     machine = this_machine(job.compute)
     # Weights, gradients and moments of the student, and a teacher of its size.

@@ -11,6 +11,7 @@ import yaml
 from matplotlib import pyplot as plt
 
 from halo import files
+from halo.evaluation.paired import bits_ratio
 from halo.selection.report import selection_section
 from halo.settings import HaloError
 from halo.stages import TRAINED_STAGES
@@ -85,23 +86,36 @@ def position_table(rows: list[dict]) -> str:
     head = [f"{part['start']} to {part['stop'] - 1}" for part in chosen[0]["by_position"]]
     lines = [f"| bits per byte by position, at {longest} tokens | {' | '.join(head)} |", "|---|" + "---:|" * len(head)]
     for row in chosen:
-        cells = [f"{part['bits_per_byte']:.3f} ± {part['stderr'] or 0:.3f}" for part in row["by_position"]]
+        cells = [_with_error(part["bits_per_byte"], part["stderr"], 3) for part in row["by_position"]]
         lines.append(f"| {row['model']} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
 def plot_evaluation(rows: list[dict], training_length: int, path: Path) -> None:
-    """Plot recall and bits per byte against length, with standard errors, a line per model."""
+    """Plot recall and bits per byte against length, with standard errors, a line per model.
+
+    Bits per byte are compared with those of the first model over the same text, so that their errors are those of the
+    difference: how much harder one text is than another does not count.
+    """
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
-    for marker, label in zip(MARKERS, dict.fromkeys(row["model"] for row in rows), strict=False):
+    labels = list(dict.fromkeys(row["model"] for row in rows))
+    first = {row["length"]: row for row in rows if row["model"] == labels[0]}
+    for marker, label in zip(MARKERS, labels, strict=False):
         own = [row for row in rows if row["model"] == label]
-        for axes, key in zip(panels, ("recall", "bits_per_byte"), strict=True):
-            points = [(row["length"], row[key], row[f"{key}_error"] or 0) for row in own if row[key] is not None]
+        recall = [(row["length"], row["recall"], row["recall_error"] or 0) for row in own if row["recall"] is not None]
+        bits = [
+            (row["length"], 100 * (ratio - 1), 100 * error)
+            for row in own
+            if row["bits_per_byte"] is not None
+            for ratio, error in [bits_ratio(row, first[row["length"]])]
+        ]
+        for axes, points in zip(panels, (recall, bits), strict=True):
             if points:
                 places, values, errors = zip(*points, strict=True)
                 axes.errorbar(places, values, yerr=errors, marker=marker, capsize=2, label=label)
     lengths = sorted({row["length"] for row in rows})
-    for axes, title in zip(panels, ("needle recall", "bits per byte on held-out text"), strict=True):
+    titles = ("needle recall", f"bits per byte on held-out text, % above the {labels[0]}'s")
+    for axes, title in zip(panels, titles, strict=True):
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [str(length) for length in lengths])
         axes.axvline(training_length, color="grey", linestyle=":", linewidth=1)
@@ -234,7 +248,7 @@ def _evaluation_section(record: dict, out: Path) -> str:
 def _recall_cell(row: dict) -> str:
     if row["recall"] is None:
         return "not measured"
-    return f"{row['recall']:.2f} ± {row['recall_error'] or 0:.2f}"
+    return _with_error(row["recall"], row["recall_error"], 2)
 
 
 def _task_cell(name: str, row: dict) -> str:
@@ -245,4 +259,9 @@ def _task_cell(name: str, row: dict) -> str:
 def _bits_cell(row: dict) -> str:
     if row["bits_per_byte"] is None:
         return "not enough text"
-    return f"{row['bits_per_byte']:.3f} ± {row['bits_per_byte_error'] or 0:.3f}"
+    return _with_error(row["bits_per_byte"], row["bits_per_byte_error"], 3)
+
+
+def _with_error(value: float, error: float | None, digits: int) -> str:
+    """Format a value and its standard error, which a single sample does not have."""
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")

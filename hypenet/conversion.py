@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from hypenet.configuration_hypenet import MIXER_ALIASES, SOFTMAX, HypeNetConfig, hype_logits_scaling
 from hypenet.mixers import MIXERS, Mixer
 from hypenet.modeling_hypenet import HypeNetForCausalLM, rotary_embedding
+from hypenet_kernels.integrations import register_attention
 
 
 @dataclass(frozen=True)
@@ -232,6 +233,11 @@ def empty_twins(teacher: PreTrainedConfig, mixer: str = "lightning", **options: 
     config = config_from_teacher(teacher, [], mixer, **options)
     with torch.device("meta"):
         return torch.nn.ModuleList(MIXERS[kind](config, i) for i, kind in enumerate(config.mixers))
+
+
+def attend_with_kernels(teacher: PreTrainedModel) -> None:
+    """Let a teacher compute its attention by the kernels that the student's attention layers use."""
+    teacher.set_attn_implementation(register_attention())
 
 
 def family_of(config: PreTrainedConfig | None) -> Family:

@@ -28,16 +28,32 @@ from hypenet.configuration_hypenet import HypeNetConfig
 from hypenet.context import MAX_STEP_TOKENS, MixerContext
 from hypenet.mixers import (
     MIXERS,
+    HypeNetResidualRMSNorm,
     HypeNetRMSNorm,
     LightningAttention,
     LogDecay,
     Mixer,
     alibi_log_decay,
+    cast_once,
     initial_decay,
 )
 from hypenet.packing import Packing, find_documents, packed_positions, read_mask, tracing
+from hypenet_kernels import swiglu
 
 logger = logging.get_logger(__name__)
+
+# transformers 5.24 renamed the argument and the output past_key_values; calls may use either name.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+class HypeNetMLP(LlamaMLP):
+    """Llama's MLP, (act(x Wg) * x Wu) Wd, with one pass for activation and product if it is SiLU."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the MLP to x [B, T, C]."""
+        if self.config.hidden_act != "silu":
+            return super().forward(x)
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class HypeNetDecoderLayer(GradientCheckpointingLayer):
@@ -46,14 +62,15 @@ class HypeNetDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: HypeNetConfig, layer_idx: int) -> None:
         super().__init__()
         self.self_attn: Mixer = MIXERS[config.mixers[layer_idx]](config, layer_idx)
-        self.mlp = LlamaMLP(cast(LlamaConfig, config))
+        self.mlp = HypeNetMLP(cast(LlamaConfig, config))
         self.input_layernorm = HypeNetRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = HypeNetRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = HypeNetResidualRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x_BTC: torch.Tensor, context: MixerContext) -> torch.Tensor:
         """Apply mixer and MLP to x [B, T, C]."""
-        x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), context)
-        return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
+        mixed_BTC = self.self_attn(self.input_layernorm(x_BTC), context)
+        x_BTC, y_BTC = self.post_attention_layernorm(mixed_BTC, x_BTC)
+        return x_BTC + self.mlp(cast_once(y_BTC))
 
 
 class HypeNetPreTrainedModel(PreTrainedModel):
@@ -64,7 +81,7 @@ class HypeNetPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["HypeNetDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "log_decay"]
     _keys_to_ignore_on_load_missing = [r"\.log_decay$"]  # published checkpoints have none: they mean the default
     # Assisted generation would have to roll recurrent states back.
@@ -143,7 +160,8 @@ class HypeNetModel(HypeNetPreTrainedModel):
             position_ids: [B, T] for the rotary embedding; by default the real tokens of each sequence are counted.
                 Positions that restart within a row separate packed documents, which cannot have a cache. Compiling
                 breaks the graph to look at them, so that `fullgraph=True` and `torch.export` need `cu_seqlens`.
-            past_key_values: Cache of the earlier tokens. A call that continues a cache computes no gradients.
+            past_key_values: Cache of the earlier tokens, also under transformers' newer name `cache`. A call that
+                continues a cache computes no gradients.
             inputs_embeds: [B, T, C], in place of `input_ids`.
             use_cache: Whether to create and return a cache if none is given. Default `config.use_cache`, but False in
                 training mode and in `torch.export`. A given cache is always used.
@@ -151,10 +169,11 @@ class HypeNetModel(HypeNetPreTrainedModel):
                 transformers' name for it, `cu_seq_lens_q`, is accepted too.
             output_hidden_states: Whether to return the input of every layer and the output.
             output_attentions: Must not be True.
-            kwargs: Ignored, except `cu_seq_lens_q`.
+            kwargs: Ignored, except `cu_seq_lens_q` and `cache`.
 
         Returns:
-            last_hidden_state [B, T, C], zero at padding; past_key_values; hidden_states if requested.
+            last_hidden_state [B, T, C], zero at padding; past_key_values (`cache` from transformers 5.24 on);
+            hidden_states if requested.
 
         Raises:
             ValueError: If arguments contradict each other, or have the wrong shape or values.
@@ -171,6 +190,7 @@ class HypeNetModel(HypeNetPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         x_BTC = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         B, T = x_BTC.shape[:2]
+        past_key_values = self._given_cache(past_key_values, kwargs.get("cache"))
         cu_seqlens = kwargs.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
         if cu_seqlens is None:
             context, packing = self._plan(x_BTC, attention_mask, position_ids, past_key_values, use_cache)
@@ -189,10 +209,11 @@ class HypeNetModel(HypeNetPreTrainedModel):
                 x_BTC = layer(x_BTC, context)
             x_BTC = restore(self.norm(x_BTC))
         self._advance(context, T, packing)
+        named: dict[str, Any] = {CACHE: context.cache}
         return BaseModelOutputWithPast(
             last_hidden_state=x_BTC,
-            past_key_values=context.cache,
             hidden_states=(*trace, x_BTC) if output_hidden_states else None,
+            **named,
         )
 
     def swap_mixer(self, layer_idx: int, mixer: Mixer) -> Mixer:
@@ -216,6 +237,13 @@ class HypeNetModel(HypeNetPreTrainedModel):
         mixers[layer_idx] = mixer.mixer_type
         self.config.set_mixer_types(mixers)
         return former
+
+    @staticmethod
+    def _given_cache(past_key_values: HypeNetCache | None, cache: HypeNetCache | None) -> HypeNetCache | None:
+        """Return the cache that was given under either of its two names."""
+        if cache is not None and past_key_values is not None and cache is not past_key_values:
+            raise ValueError("HypeNetModel: cache must be left out with past_key_values (both name one argument)")
+        return past_key_values if cache is None else cache
 
     def _cache(self, past_key_values: HypeNetCache | None, use_cache: bool | None) -> HypeNetCache | None:
         """Return the cache to use: the one given, a new one, or None."""
@@ -428,8 +456,8 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{CACHE: outputs.get(CACHE)},
         )
 
     def swap_mixer(self, layer_idx: int, mixer: Mixer) -> Mixer:
@@ -450,8 +478,8 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
                 "HypeNetForCausalLM.generate: cache_implementation must be None, "
                 f"got {generation_config.cache_implementation!r}"
             )
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = HypeNetCache(self.config, capacity=max_cache_length)
+        if generation_config.use_cache and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = HypeNetCache(self.config, capacity=max_cache_length)
             return True
         return super()._prepare_cache_for_generation(  # type: ignore[misc]  # its `self` is a protocol
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

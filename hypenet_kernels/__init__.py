@@ -1,6 +1,7 @@
 """Kernels for hybrid linear-attention language models, as PyTorch ops."""
 
 from hypenet_kernels._installation import __version__, report, show_config
+from hypenet_kernels.activation import swiglu
 from hypenet_kernels.attention import hype_attention, hype_attention_decode
 from hypenet_kernels.convolution import causal_conv1d_fn, causal_conv1d_update
 from hypenet_kernels.gated_delta import (
@@ -10,6 +11,7 @@ from hypenet_kernels.gated_delta import (
     fused_recurrent_gdn,
     gated_delta_step,
 )
+from hypenet_kernels.normalization import add_rms_norm, rms_norm_gated, rms_norm_rope
 from hypenet_kernels.simple_gla import (
     chunk_lightning_attn,
     chunk_retention,
@@ -21,6 +23,7 @@ from hypenet_kernels.states import commit_states
 
 __all__ = [
     "__version__",
+    "add_rms_norm",
     "causal_conv1d_fn",
     "causal_conv1d_update",
     "chunk_gated_delta_rule",
@@ -36,6 +39,9 @@ __all__ = [
     "hype_attention",
     "hype_attention_decode",
     "report",
+    "rms_norm_gated",
+    "rms_norm_rope",
     "show_config",
     "simple_gla_step",
+    "swiglu",
 ]

@@ -98,6 +98,31 @@ def multiple(op: str, name: str, value: int, of_name: str, of: int) -> None:
         fail(ValueError, op, name, f"be a multiple of {of_name} = {of}", value)
 
 
+def number(op: str, name: str, value: Any) -> float:
+    """Return a real number of any type as a float; a tensor of one element too, if it needs no gradient."""
+    if isinstance(value, float):
+        return value
+    if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex() or value.requires_grad):
+        fail(ValueError, op, name, "be one real number that requires no grad (it gets none)", value)
+    if not hasattr(value, "__float__"):
+        fail(TypeError, op, name, "be a number", type(value).__name__)
+    return float(value)
+
+
+def integer(op: str, name: str, value: Any) -> None:
+    if isinstance(value, int):
+        return
+    if isinstance(value, Tensor) or not hasattr(value, "__index__"):
+        fail(TypeError, op, name, "be an integer", type(value).__name__)
+
+
+def scale(op: str, value: Any, q: Tensor) -> float:
+    """Return the scale of a call: value, by default D ** -0.5 of q [..., D]."""
+    if value is None:
+        return max(1, q.shape[-1] if q.dim() else 1) ** -0.5
+    return number(op, "scale", value)
+
+
 def indices(op: str, name: str, x: Tensor, size: int) -> None:
     """Check that x is [size] int32 or int64."""
     shape(op, name, x, [size])
@@ -109,8 +134,8 @@ def has_values(x: Tensor) -> bool:
     return x.device.type == "cpu" and not isinstance(x, FakeTensor) and not torch.compiler.is_compiling()
 
 
-def cu_seqlens(op: str, x: Tensor, q: Tensor) -> None:
-    """Check bounds [N + 1] of sequences packed along T of q: rising from 0 to at most T.
+def cu_seqlens(op: str, x: Tensor, q: Tensor, packed: str = "q") -> None:
+    """Check bounds [N + 1] of sequences packed along T of q [B, T, ...]: rising from 0 to at most T. packed: q's name.
 
     Values are checked on the CPU alone.
     """
@@ -118,7 +143,7 @@ def cu_seqlens(op: str, x: Tensor, q: Tensor) -> None:
     rank(op, "cu_seqlens", x, "N+1")
     dtype(op, "cu_seqlens", x, (torch.int32, torch.int64))
     if B != 1:
-        fail(ValueError, op, "q", "have batch size 1 with cu_seqlens (pack the sequences along T)", B)
+        fail(ValueError, op, packed, "have batch size 1 with cu_seqlens (pack the sequences along T)", B)
     if x.numel() < 1:
         fail(ValueError, op, "cu_seqlens", "have at least one entry", list(x.shape))
     if has_values(x):

@@ -10,6 +10,7 @@ from hypenet_kernels import _checks, _native
 from hypenet_kernels import _recurrence_cuda as cuda
 from hypenet_kernels._ops import Function
 from hypenet_kernels._recurrence import Inputs, Operators, Rule, StepInputs
+from hypenet_kernels.normalization import rms_norm_rope
 
 # Arguments that fla takes by name only in **kwargs, and what is accepted of them.
 LEGACY = frozenset({"transpose_state_layout", "head_first", "chunk_size"})
@@ -71,6 +72,7 @@ def refuse(op: str, **arguments: Any) -> None:
 
 def check_interval(op: str, checkpoint_every: int) -> int:
     """Check and return checkpoint_every."""
+    _checks.integer(op, "checkpoint_every", checkpoint_every)
     if checkpoint_every <= 0 or checkpoint_every % cuda.CHUNK:
         _checks.fail(ValueError, op, "checkpoint_every", f"be a positive multiple of {cuda.CHUNK}", checkpoint_every)
     return checkpoint_every
@@ -108,8 +110,11 @@ def run(rule: Rule, operators: Operators, x: Inputs, options: Options) -> Result
     if initial_state is not None:
         if x.state_indices is None:
             initial_state = accumulated(op, "initial_state", initial_state, q)
+        elif options.state_v_first and initial_state.is_contiguous() and not initial_state.mT.is_contiguous():
+            transposed = "be a transposed view (.mT) of a pool [slots, HV, K, V] with state_v_first"
+            _checks.fail(NotImplementedError, op, "initial_state", transposed, "a contiguous one")
         initial_state = initial_state.mT if options.state_v_first else initial_state
-    tensors, scale = (q, k, v, g, beta, initial_state), default_scale(q, x.scale)
+    tensors, scale = (q, k, v, g, beta, initial_state), _checks.scale(op, x.scale, q)
     segment_chunks = 0
     if options.split_sequence:
         segment_chunks = _segment_chunks(op, Inputs(*tensors, cu_seqlens, scale, 0))
@@ -173,7 +178,7 @@ def step(op: str, operator: Function, x: StepInputs, gates: Gates | None) -> Any
     q, g, beta = x.q, x.g, x.beta
     if g.dtype != q.dtype or (beta is not None and beta.dtype != q.dtype):
         g, beta = accumulated(op, "g", g, q), accumulated(op, "beta", beta, q)
-    scale, limit, A_log, dt_bias = default_scale(q, x.scale), 0.0, None, None
+    scale, limit, A_log, dt_bias = _checks.scale(op, x.scale, q), 0.0, None, None
     if gates is not None:
         limit = gates.beta_limit
         A_log, dt_bias = accumulated(op, "A_log", x.A_log, q), accumulated(op, "dt_bias", x.dt_bias, q)
@@ -243,13 +248,12 @@ def _activated(op: str, gates: Gates, x: Inputs) -> tuple[Tensor, Tensor | None]
 
 
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """Return x / sqrt(sum(x^2) + eps) over the last dimension, in the accumulation type, rounded once."""
-    wide = x.to(_native.accumulator(x.dtype))
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
-
-
-def default_scale(q: Tensor, scale: Any) -> float:
-    return max(1, q.shape[-1] if q.dim() else 1) ** -0.5 if scale is None else float(scale)
+    """Return x / sqrt(sum(x^2) + eps) over the last dimension, rounded once: an RMSNorm with the weight K^-1/2."""
+    if x.dim() == 0 or x.dtype not in _checks.FLOATS:
+        return x  # for the op to refuse
+    K = max(1, x.shape[-1])
+    weight = x.new_full(x.shape[-1:], K**-0.5, dtype=_native.accumulator(x.dtype))
+    return rms_norm_rope(x, weight, eps=eps / K)
 
 
 def accumulated(op: str, name: str, x: Any, q: Tensor) -> Any:

@@ -49,7 +49,7 @@ def report() -> dict[str, Any]:
         "cubins": str(_nvrtc.cache_folder()),
         "gpus": _gpus(),
         "openmp": _openmp_runtimes(),
-        "ops": {op: {"cpu": _on_cpu(), "cuda": _on_cuda()} for op in _native.CUDA_OPS},
+        "ops": {op: {"cpu": _on_cpu(), "cuda": _on_cuda(op)} for op in _native.CUDA_OPS},
     }
 
 
@@ -79,10 +79,14 @@ def _on_cpu() -> dict[str, str | None]:
     return {"implementation": f"C++ ({module})", "why": f"torch reports {capability} for this CPU"}
 
 
-def _on_cuda() -> dict[str, str | None]:
+def _on_cuda(op: str) -> dict[str, str | None]:
     """What the current GPU runs; without one, what one for which nvcc compiled the kernels would run."""
     info, gpus = _native.build_info(), _gpus()
     seen = ", ".join(gpus) or "no GPU visible"
+    if op in _native.TRITON_OPS:
+        if _native.TRITON:
+            return {"implementation": "Triton", "why": f"Triton is installed; {seen}"}
+        return {"implementation": "torch", "why": "Triton is not installed"}
     capability = torch.cuda.get_device_capability() if gpus else None
     if _is_built("_cuda") and (capability is None or _native.runs_on(info["cuda_targets"], capability)):
         return {"implementation": "CUDA (_cuda)", "why": f"built for {info['cuda_targets']}; {seen}"}

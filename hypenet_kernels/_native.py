@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -19,6 +20,13 @@ from hypenet_kernels import _nvrtc
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/params.h, DType
 LEVELS = {"AVX512": "v4", "AVX2": "v3"}  # torch's name of the CPU's instruction set -> ours; all else: baseline
 HALF = (torch.bfloat16, torch.float16)
+TRITON = importlib.util.find_spec("triton") is not None
+TRITON_OPS = (
+    "rms_norm_rope",
+    "rms_norm_gated",
+    "add_rms_norm",
+    "swiglu",
+)  # their CUDA kernels are not of the CUDA module
 CUDA_OPS = {  # the ops that have a CUDA kernel, and for which dtypes
     "chunk_gated_delta_rule": HALF,
     "fused_recurrent_gated_delta_rule": (torch.float32, *HALF),
@@ -31,6 +39,7 @@ CUDA_OPS = {  # the ops that have a CUDA kernel, and for which dtypes
     "commit_states": (torch.float32,),
     "causal_conv1d_fn": (torch.float32, *HALF),
     "causal_conv1d_update": (torch.float32, *HALF),
+    **dict.fromkeys(TRITON_OPS, (torch.float64, torch.float32, *HALF)),
 }
 ABSENT = (0, 0, 0, 0)  # the View of an optional tensor that was not given
 
@@ -139,6 +148,44 @@ def kernel(op: str, name: str, device: torch.device) -> Callable[[dict[str, Any]
 def _on_current_stream(launch: Callable[..., None], device: torch.device, fields: dict[str, Any]) -> None:
     with torch.cuda.device(device):
         launch(fields, (device.index, torch.cuda.current_stream().cuda_stream))
+
+
+def launch(op: str, name: str, x: Tensor, fields: dict[str, Any]) -> None:
+    """Run the kernel `name` of an op of TRITON_OPS on x's device.
+
+    Args:
+        fields: The fields of its params struct: numbers, None, and contiguous tensors instead of pointers.
+    """
+    if in_triton(x):
+        from hypenet_kernels import triton_kernels  # here, since there may be no Triton
+
+        log_use(op, f"Triton on {x.device}")
+        triton_kernels.launch(name, fields)
+        return
+    given = {
+        key: pointer(value) if value is None or isinstance(value, Tensor) else value for key, value in fields.items()
+    }
+    kernel(op, name, x.device)(given | {"num_threads": torch.get_num_threads()})
+
+
+def in_triton(x: Tensor) -> bool:
+    """Whether the ops of TRITON_OPS run their Triton kernels on x."""
+    return x.is_cuda
+
+
+def runs_in_torch(op: str, x: Tensor) -> bool:
+    """Whether an op of TRITON_OPS has no kernel for x: on CUDA without Triton."""
+    if TRITON or not x.is_cuda:
+        return False
+    if not torch.compiler.is_compiling():
+        log_use(op, "torch, since Triton is not installed")
+    return True
+
+
+@functools.cache
+def log_use(op: str, implementation: str) -> None:
+    """Log the first use of an implementation that is not one of the native modules."""
+    logger.info("%s: %s", op, implementation)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

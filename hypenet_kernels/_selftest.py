@@ -48,6 +48,8 @@ def _inputs(dtype: torch.dtype) -> Values:
     inputs["state"] = torch.randn(B, HV, K, K, generator=random)
     inputs |= {name: torch.randn(B, T, HV, K, generator=random).to(dtype) for name in ("query", "gate")}
     inputs["signal"] = torch.randn(B, T, K, generator=random).to(dtype).transpose(1, 2)
+    inputs["angles"] = torch.randn(1, T, K, generator=random)
+    inputs["norm"] = torch.randn(K, generator=random).to(dtype)
     inputs["taps"] = torch.randn(K, 4, generator=random).to(dtype)
     return inputs | {"lengths": torch.tensor([11, T - 3])}
 
@@ -110,6 +112,10 @@ def _convolve_token_by_token(x: Values) -> Any:
     return torch.stack(steps, dim=2), window
 
 
+def _normalize(op: Callable[..., Any]) -> Run:
+    return lambda x: op(x["query"], x["norm"], x["angles"].cos(), x["angles"].sin())
+
+
 def _attention(op: Callable[..., Any]) -> Run:
     options = {"logit_scale_base": 100.0}
     return lambda x: op(x["query"], x["k"], x["v"][:, :, ::2], gate=x["gate"], **options)
@@ -158,5 +164,21 @@ CASES: dict[str, tuple[Run, Run, tuple[str, ...]]] = {
     "commit_states": (_commit(kernels.commit_states), _commit(reference.commit_states), ()),
     "causal_conv1d_fn": (_convolve, _convolve_exactly, ("signal", "taps")),
     "causal_conv1d_update": (_convolve_token_by_token, _convolve_exactly, ()),
+    "rms_norm_rope": (_normalize(kernels.rms_norm_rope), _normalize(reference.rms_norm_rope), ("query", "norm")),
+    "rms_norm_gated": (
+        lambda x: kernels.rms_norm_gated(x["query"], x["gate"], x["norm"]),
+        lambda x: reference.rms_norm_gated(x["query"], x["gate"], x["norm"]),
+        ("query", "gate", "norm"),
+    ),
+    "add_rms_norm": (
+        lambda x: kernels.add_rms_norm(x["query"], x["gate"], x["norm"]),
+        lambda x: reference.add_rms_norm(x["query"], x["gate"], x["norm"]),
+        ("query", "gate", "norm"),
+    ),
+    "swiglu": (
+        lambda x: kernels.swiglu(x["query"], x["gate"]),
+        lambda x: reference.swiglu(x["query"], x["gate"]),
+        ("query", "gate"),
+    ),
     "hype_attention_decode": (_decode(kernels.hype_attention_decode), _decode(reference.hype_attention_decode), ()),
 }

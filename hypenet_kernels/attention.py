@@ -85,7 +85,9 @@ def hype_attention(
         torch.Size([1, 10, 8, 64])
     """
     _checks.tensors(OP, {"q": q, "k": k, "v": v}, {"gate": gate, "cu_seqlens": cu_seqlens})
-    arguments = (q, k, v, gate, cu_seqlens, logit_scale_base, _default_scale(q, scale), query_offset)
+    _checks.integer(OP, "query_offset", query_offset)
+    base, scale = _logit_scale_base(OP, logit_scale_base), _checks.scale(OP, scale, q)
+    arguments = (q, k, v, gate, cu_seqlens, base, scale, query_offset)
     o: Tensor = _differentiable(*arguments)[0] if _checks.wants_gradient(q, k, v, gate) else _inference(*arguments)
     return o
 
@@ -132,13 +134,13 @@ def hype_attention_decode(
     optional = {"k": k, "v": v, "gate": gate}
     _checks.tensors(DECODE_OP, required, optional)
     _checks.no_grad(DECODE_OP, required, optional)
-    scale = _default_scale(q, scale)
-    o: Tensor = _decode_op(q, k_cache, v_cache, cache_seqlens, k, v, gate, logit_scale_base, scale)
+    base, scale = _logit_scale_base(DECODE_OP, logit_scale_base), _checks.scale(DECODE_OP, scale, q)
+    o: Tensor = _decode_op(q, k_cache, v_cache, cache_seqlens, k, v, gate, base, scale)
     return o
 
 
-def _default_scale(q: Tensor, scale: Any) -> float:
-    return max(1, q.shape[-1] if q.dim() else 1) ** -0.5 if scale is None else float(scale)
+def _logit_scale_base(op: str, value: Any) -> float | None:
+    return None if value is None else _checks.number(op, "logit_scale_base", value)
 
 
 def _check_heads(op: str, x: Inputs | DecodeInputs, key_name: str, k: Tensor) -> None:

@@ -87,14 +87,14 @@ def causal_conv1d_fn(
     """
     optional = {"bias": bias, "seq_idx": seq_idx, "initial_states": initial_states, "cu_seqlens": cu_seqlens}
     _checks.tensors(OP, {"x": x, "weight": weight}, optional | {"final_states_out": final_states_out})
-    silu = _check(OP, x, weight, bias, activation)
     _checks.rank(OP, "x", x, "B C T")
+    silu = _check(OP, x, weight, bias, activation)
     (B, C, T), W = x.shape, weight.shape[1]
     if seq_idx is not None:
         _check_seq_idx(seq_idx, (B, T), cu_seqlens, initial_states, return_final_states, final_states_out)
     N = B
     if cu_seqlens is not None:
-        _checks.cu_seqlens(OP, cu_seqlens, x.transpose(1, 2))
+        _checks.cu_seqlens(OP, cu_seqlens, x.transpose(1, 2), "x")
         N = cu_seqlens.shape[0] - 1
     if initial_states is not None:
         _checks.shape(OP, "initial_states", initial_states, (N, C, W - 1))
@@ -155,9 +155,9 @@ def causal_conv1d_update(
     optional = {"bias": bias, "cache_seqlens": cache_seqlens, "conv_state_indices": conv_state_indices}
     _checks.tensors(UPDATE_OP, required, optional)
     _checks.no_grad(UPDATE_OP, required, optional)
-    silu = _check(UPDATE_OP, x, weight, bias, activation)
     if x.dim() not in (2, 3):
         _checks.fail(ValueError, UPDATE_OP, "x", "have 2 or 3 dimensions [B, C] or [B, C, T]", list(x.shape))
+    silu = _check(UPDATE_OP, x, weight, bias, activation)
     rows = x[:, None] if x.dim() == 2 else x.transpose(1, 2)
     y: Tensor = _update(rows, conv_state, weight, bias, cache_seqlens, conv_state_indices, silu)
     return y[:, 0] if x.dim() == 2 else y.transpose(1, 2)
@@ -165,14 +165,14 @@ def causal_conv1d_update(
 
 def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> bool:
     """Check what both ops require of their operands; return whether silu is wanted."""
-    if activation not in ACTIVATIONS:
+    if activation is not None and (not isinstance(activation, str) or activation not in ACTIVATIONS):
         _checks.fail(ValueError, op, "activation", "be None, 'silu' or 'swish'", repr(activation))
     _checks.element(op, "x", x)
     _checks.rank(op, "weight", weight, "C W")
     for name, y in (("weight", weight), ("bias", bias)):
         if y is not None:
             _checks.dtype(op, name, y, _checks.FLOATS)
-    C = x.shape[1] if x.dim() > 1 else 0
+    C = x.shape[1]
     if weight.shape[0] != C or not 2 <= weight.shape[1] <= 4:
         rule = f"have shape [C = {C}, W] with W = 2, 3 or 4"
         _checks.fail(ValueError, op, "weight", rule, list(weight.shape))

@@ -61,7 +61,8 @@ def chunk_gated_delta_rule(
         scale: default K ** -0.5.
         initial_state: [N, HV, K, V], any strides; N = B, or the number of packed sequences. Default: zeros.
         output_final_state: whether to return the state after the last token.
-        use_qk_l2norm_in_kernel: divide q and k by sqrt(sum of squares + 1e-6) first.
+        use_qk_l2norm_in_kernel: divide q and k by sqrt(sum of squares + 1e-6) first. Where that sum overflows float32
+            (|k| above 1.8e19) the vector becomes 0, as in fla.
         use_beta_sigmoid_in_kernel: beta is a logit, for sigmoid(beta), or 2 sigmoid(beta) with allow_neg_eigval.
         state_v_first: states are [N, HV, V, K]. The returned one is a view that costs nothing to pass back.
         cu_seqlens: [N + 1] int32 or int64, bounds of sequences packed along T (then B = 1). It may end before T: o is 0

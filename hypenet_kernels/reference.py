@@ -1,6 +1,7 @@
 """The definition of every op: one loop over t each, in plain PyTorch, in the dtype of its inputs.
 
-Slow and obviously right. The native kernels are tested against these functions in float64; nothing else calls them.
+Slow and obviously right. The native kernels are tested against these functions in float64. Only the norms and
+swiglu are also what runs on CUDA without Triton.
 Names, argument order and layouts are those of the public ops: q, k [B, T, H, K]; v [B, T, HV, V]; g, beta [B, T, HV];
 state [N, HV, K, V]; value head j reads key head j // (HV / H).
 """
@@ -171,6 +172,47 @@ def hype_attention_decode(
             query_offset=length - T,
         )[0]
     return o
+
+
+def rms_norm_rope(
+    x: Tensor, weight: Tensor | None = None, cos: Tensor | None = None, sin: Tensor | None = None, eps: float = 1e-6
+) -> Tensor:
+    """n = rms_norm(x) * weight, without weight x; with cos and sin n * cos + rotate_half(n) * sin for each head."""
+    n = _widened(x)
+    if weight is not None:
+        n = _rms_norm(n, weight, eps)
+    if cos is not None and sin is not None:
+        first, second = n.chunk(2, dim=-1)
+        cos, sin = (angle.to(n.dtype)[..., None, :] for angle in (cos, sin))
+        n = n * cos + torch.cat((-second, first), dim=-1) * sin
+    return n.to(x.dtype)
+
+
+def rms_norm_gated(x: Tensor, g: Tensor, weight: Tensor, *, eps: float = 1e-6, activation: str = "silu") -> Tensor:
+    """rms_norm(x) * weight * activation(g)."""
+    gate = _widened(g).sigmoid() if activation == "sigmoid" else torch.nn.functional.silu(_widened(g))
+    return (_rms_norm(_widened(x), weight, eps) * gate).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """(x + residual, rms_norm(x + residual) * weight)."""
+    total = x + residual
+    return total, _rms_norm(_widened(total), weight, eps).to(total.dtype)
+
+
+def swiglu(x: Tensor, y: Tensor) -> Tensor:
+    """silu(x) * y."""
+    return (torch.nn.functional.silu(_widened(x)) * _widened(y)).to(x.dtype)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
+
+
+def _widened(x: Tensor) -> Tensor:
+    """x in the type of the arithmetic: float64 for float64, else float32."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def log_decay(a: Tensor, A_log: Tensor, dt_bias: Tensor | float = 0.0) -> Tensor:

@@ -27,7 +27,7 @@ def run(device, say=lambda *_: None, small=False):
     torch.manual_seed(0)
     families = (
         *(_recurrences, _packed_recurrences, _split_recurrences, _pools, _steps),
-        *(_attention, _packed_attention, _decode, _convolutions),
+        *(_attention, _packed_attention, _decode, _convolutions, _norms),
     )
     for D, dtype, family in product(HEAD_DIMS, DTYPES, families):
         say(family.__name__, dtype, D)
@@ -135,6 +135,19 @@ def _convolutions(device, dtype, D):
         weight, bounds = torch.randn(C, W, device=device), torch.tensor([0, 3, T], device=device)
         _call(kernels.causal_conv1d_fn, [x, weight], activation="silu", cu_seqlens=bounds)
         kernels.causal_conv1d_update(x[..., 0], torch.zeros(1, C, 4, device=device, dtype=dtype), weight)
+
+
+def _norms(device, dtype, D):
+    x, weight = torch.randn(1, T, 2, D, device=device).to(dtype), torch.randn(D, device=device)
+    angles = torch.randn(1, T, D, device=device)
+    for inputs in ([x, weight], [x]):
+        _call(kernels.rms_norm_rope, inputs, cos=angles.cos(), sin=angles.sin())
+    _call(kernels.rms_norm_rope, [x, weight])
+    for activation in ("silu", "sigmoid"):
+        _call(kernels.rms_norm_gated, [x, x, weight], activation=activation)
+    for residual in (x, x.float()):
+        _call(kernels.add_rms_norm, [x, residual, weight])
+    _call(kernels.swiglu, [x, x])
 
 
 if __name__ == "__main__":

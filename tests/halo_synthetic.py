@@ -14,7 +14,7 @@ class SyntheticMeasurer:
 
     Args:
         twin: What the twin costs in each layer, in nats of divergence and of loss.
-        nope: What attention without positions costs; zero by default.
+        kept: What attention without positions costs; zero by default.
         recall: What the twin costs of recall in each layer; zero by default.
         silent: By how much the loss rises without the layer; zero by default.
         loss: What the twin costs in next-token loss, if not the same as in divergence.
@@ -25,11 +25,11 @@ class SyntheticMeasurer:
 
     seed = 0
 
-    def __init__(self, twin, nope=None, recall=None, silent=None, loss=None, joint=None, noise=0.0, gates=None):
+    def __init__(self, twin, kept=None, recall=None, silent=None, loss=None, joint=None, noise=0.0, gates=None):
         self.num_layers = len(twin)
         zeros = [0.0] * len(twin)
-        self.costs = {"twin": twin, "nope": nope or zeros, "silent": zeros, "attention": zeros}
-        self.losses = {"twin": loss or twin, "nope": nope or zeros, "silent": silent or zeros, "attention": zeros}
+        self.costs = {"twin": twin, "kept": kept or zeros, "silent": zeros, "attention": zeros}
+        self.losses = {"twin": loss or twin, "kept": kept or zeros, "silent": silent or zeros, "attention": zeros}
         self.recall, self.joint, self.noise, self.gates = recall or zeros, joint or {}, noise, gates
         self.names = []
 
@@ -41,7 +41,7 @@ class SyntheticMeasurer:
         return np.array(self.gates[seed], dtype=float)
 
     def result(self, variant):
-        kept = tuple(i for i, form in enumerate(variant.forms) if form == "nope") if variant.is_student else None
+        kept = tuple(i for i, form in enumerate(variant.forms) if form == "kept") if variant.is_student else None
         cost = sum(self.costs[form][i] for i, form in enumerate(variant.forms)) + self.joint.get(kept, 0.0)
         loss = sum(self.losses[form][i] for i, form in enumerate(variant.forms)) + self.joint.get(kept, 0.0)
         lost = min(1.0, sum(self.recall[i] for i, form in enumerate(variant.forms) if form == "twin"))

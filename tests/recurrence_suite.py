@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from compare import assert_matches_reference
@@ -389,6 +390,29 @@ class SequenceOp:
         self.bad(ValueError, "v's number of heads must be a multiple of q's number of heads = 2, got 3", **three)
         empty = torch.zeros(2, 71, 2, 0)
         self.bad(ValueError, "head dimensions must be at least 1, got K = 0", q=empty, k=empty)
+
+    def test_wrong_numbers(self):
+        self.bad(TypeError, "scale must be a number, got str", scale="0.5")
+        self.bad(TypeError, "scale must be a number, got list", scale=[0.5])
+        self.bad(ValueError, r"scale must be one real number .*, got a tensor of shape \[2\]", scale=torch.ones(2))
+        self.bad(ValueError, "scale must be .* requires no grad", scale=torch.tensor(0.5, requires_grad=True))
+        self.bad(TypeError, "checkpoint_every must be an integer, got float", checkpoint_every=64.0)
+        self.bad(TypeError, "checkpoint_every must be an integer, got str", checkpoint_every="64")
+        self.bad(ValueError, "checkpoint_every must be a positive multiple of 64, got 0", checkpoint_every=0)
+
+    def test_numbers_of_any_type(self):
+        inputs = self.inputs(ORDINARY)
+        expected = self.op(**inputs, scale=2.0)[0]
+        for scale in (2, torch.tensor(2.0), torch.tensor([2]), np.float32(2)):
+            assert self.op(**inputs, scale=scale)[0].equal(expected), scale
+
+    def test_a_contiguous_pool_in_the_other_layout(self):
+        pool, slots = torch.zeros(3, 4, 40, 24), torch.tensor([2, 0])
+        options = {"state_v_first": True, "state_indices": slots}
+        rule = "initial_state must be a transposed view .* with state_v_first, got a contiguous one"
+        self.bad(NotImplementedError, rule, initial_state=pool, **options)
+        inputs = self.inputs(ORDINARY) | {"initial_state": pool.mT.contiguous().mT}
+        assert self.op(**inputs, **options, output_final_state=True)[1].shape == pool.shape
 
     def test_wrong_bounds(self):
         for values in ([0, 5, 4, 71], [1, 71], [0, 72], [0, -3, 71], [5]):

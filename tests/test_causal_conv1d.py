@@ -178,6 +178,22 @@ def test_negative_seq_idx_is_padding():
     check_padding("cpu")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_silu_of_every_size(dtype):
+    """Below -88 (float32) and -709 (float64) exp(-z) overflows."""
+    z = torch.tensor([-1e4, -750.0, -150.0, -100.0, -89.0, -88.0, -1.0, 0.0, 1.0, 89.0, 1e4], dtype=dtype)
+    inputs = {"x": z[None, None].expand(1, 19, -1), "weight": torch.tensor([0.0, 1.0]).expand(19, 2)}
+    results = [
+        gradients(lambda x, f=f: (f(**x, activation="silu"),), x, [torch.ones(1, 19, 11)])["x"]
+        for f, x in ((causal_conv1d_fn, inputs), (lambda **x: reference.causal_conv1d_fn(**x)[0], in_double(inputs)))
+    ]
+    torch.testing.assert_close(results[0], results[1].to(dtype))
+    y = causal_conv1d_fn(**inputs, activation="silu")
+    torch.testing.assert_close(y[0, 0], torch.nn.functional.silu(z))
+    state = torch.zeros(1, 19, 1, dtype=dtype)
+    assert causal_conv1d_update(inputs["x"], state, inputs["weight"], activation="silu").equal(y)
+
+
 @pytest.mark.parametrize("split", [1, 2, 64])
 def test_two_calls_carrying_the_state_are_one(split):
     inputs = make_inputs(2, 9, 70, 4)
@@ -400,14 +416,17 @@ def bad(error, message, op=causal_conv1d_fn, **changes):
 def test_wrong_arguments():
     bad(TypeError, "x must be a tensor, got list", x=[1.0])
     bad(ValueError, r"x must have 3 dimensions \[B, C, T\]", x=torch.zeros(2, 9))
+    bad(ValueError, r"x must have 3 dimensions \[B, C, T\]", x=torch.zeros(9, 7))
     bad(TypeError, "x must be float64 or .*, got int64", x=torch.zeros(2, 9, 7, dtype=torch.int64))
     bad(ValueError, r"weight must have shape \[C = 9, W\] with W = 2, 3 or 4, got \[9, 5\]", weight=torch.zeros(9, 5))
     bad(ValueError, r"weight must have shape \[C = 9, W\]", weight=torch.zeros(8, 4))
     bad(ValueError, r"bias must have shape \[9\]", bias=torch.zeros(8))
     bad(ValueError, "activation must be None, 'silu' or 'swish', got 'relu'", activation="relu")
+    bad(ValueError, "activation must be None, 'silu' or 'swish', got True", activation=True)
+    bad(ValueError, "activation must be None, 'silu' or 'swish', got \\['silu'\\]", activation=["silu"])
     bad(
         ValueError,
-        r"initial_states must have shape \(2, 9, 3\)|initial_states must have shape",
+        r"initial_states must have shape \[2, 9, 3\], got \[2, 9, 4\]",
         initial_states=torch.zeros(2, 9, 4),
     )
     bad(ValueError, "initial_states must be None with seq_idx", seq_idx=torch.zeros(2, 7, dtype=torch.int32))
@@ -419,7 +438,7 @@ def test_wrong_arguments():
     bad(ValueError, r"seq_idx must have shape \[2, 7\]", **one)
     bad(
         ValueError,
-        "x must have batch size 1|q must have batch size 1",
+        "x must have batch size 1",
         cu_seqlens=torch.tensor([0, 7]),
         initial_states=None,
     )
@@ -435,6 +454,7 @@ def test_wrong_states():
 def test_wrong_update():
     op = causal_conv1d_update
     bad(ValueError, "x must have 2 or 3 dimensions", op, x=torch.zeros(2, 9, 1, 1))
+    bad(ValueError, "x must have 2 or 3 dimensions", op, x=torch.zeros(9))
     bad(ValueError, r"conv_state must have shape \[2, 9, 4\]", op, conv_state=torch.zeros(3, 9, 4))
     bad(ValueError, "conv_state must hold at least W - 1 = 3 inputs, got 2", op, conv_state=torch.zeros(2, 9, 2))
     bad(TypeError, "conv_state must have x's dtype", op, conv_state=torch.zeros(2, 9, 4).double())

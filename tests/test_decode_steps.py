@@ -183,6 +183,8 @@ class StepOp:
         self.bad(TypeError, "state must be a tensor, got NoneType", state=None)
         self.bad(TypeError, "g must be a tensor, got NoneType", g=None)
         self.bad(TypeError, "q must be a tensor, got int", q=1)
+        self.bad(TypeError, "scale must be a number, got str", scale="0.5")
+        self.bad(ValueError, "scale must be one real number", scale=torch.ones(2))
         self.bad(ValueError, r"q must have 4 dimensions \[B, T, H, K\]", q=torch.zeros(3, 2, 24))
         self.bad(ValueError, r"k must have q's shape \[3, 2, 2, 24\]", k=torch.zeros(3, 2, 2, 20))
         self.bad(ValueError, r"v must have shape \[3, 2, 4, 40\]", v=torch.zeros(3, 1, 4, 40))
@@ -228,6 +230,11 @@ class TestGatedDeltaStep(StepOp):
     def test_l2norm_of_zero_is_zero(self):
         inputs, state = self.inputs(ORDINARY, decay_kind="none")
         inputs["k"], before = torch.zeros_like(inputs["k"]), state.clone()
+        assert self.op(**inputs, state=state, use_qk_l2norm_in_kernel=True).isfinite().all() and state.equal(before)
+
+    def test_l2norm_of_what_overflows_is_zero(self):
+        inputs, state = self.inputs(ORDINARY, decay_kind="none")
+        inputs["k"], before = torch.full_like(inputs["k"], 1e20), state.clone()
         assert self.op(**inputs, state=state, use_qk_l2norm_in_kernel=True).isfinite().all() and state.equal(before)
 
     def test_too_little_memory_is_an_error(self):

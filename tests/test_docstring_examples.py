@@ -9,10 +9,11 @@ import pytest
 import hypenet
 import hypenet_kernels
 
+KERNELS = ("activation", "attention", "convolution", "gated_delta", "normalization", "simple_gla", "states")
 WITH_EXAMPLES = {
     f"{package}.{name}"
     for package, names in {
-        "hypenet_kernels": ("attention", "convolution", "gated_delta", "simple_gla", "states"),
+        "hypenet_kernels": KERNELS,
         "hypenet": ("cache", "configuration_hypenet", "context", "conversion", "modeling_hypenet"),
     }.items()
     for name in names
@@ -21,7 +22,7 @@ MODULES = [
     f"{package.__name__}.{module.name}"
     for package in (hypenet_kernels, hypenet)
     for module in pkgutil.iter_modules(package.__path__)
-    if module.name != "__main__" and not module.name.startswith(("_cpu", "_cuda"))
+    if module.name != "__main__" and not module.name.startswith(("_cpu", "_cuda", "triton"))
 ]
 
 

@@ -28,8 +28,8 @@ ALLOWED = {
 }
 # which the user of an integration has, imported by the function that needs it
 INTEGRATED = {"transformers", "fla"}
-# of the extra eval, imported by the functions that need it, in one file
-HARNESS = {"harness.py": {"lm_eval"}}
+# of the extras eval and cuda, imported where they are needed, in one file each
+HARNESS = {"harness.py": {"lm_eval"}, "triton_kernels.py": {"triton"}}
 HEAVY = ("torch", "transformers", "datasets", "matplotlib")
 
 
@@ -102,6 +102,12 @@ def test_importing_hypenet_names_a_missing_package(package):
     result = run(f"import sys; sys.modules[{package!r}] = None; import hypenet")
     line = f'ModuleNotFoundError: hypenet: needs {package}; install with: pip install "hypenet[model]"'
     assert result.returncode == 1 and result.stderr.splitlines()[-1] == line
+
+
+def test_training_the_demo_teacher_names_a_missing_package():
+    result = run("import sys; sys.modules['transformers'] = None; import halo.demo.train_teacher")
+    line = 'halo.demo.train_teacher: needs transformers; install with: pip install "hypenet[halo]"'
+    assert result.returncode == 1 and result.stderr.splitlines()[-1] == f"ModuleNotFoundError: {line}"
 
 
 def test_kernels_need_none_of_the_extras():

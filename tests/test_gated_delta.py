@@ -68,6 +68,15 @@ class DeltaRule(SequenceOp):
         grads = gradients(self.op, inputs, *cotangents(inputs), use_qk_l2norm_in_kernel=True)
         assert all(x.isfinite().all() for x in grads.values())
 
+    def test_l2norm_of_what_overflows_is_zero(self):
+        inputs = make_inputs(ORDINARY, True)
+        inputs["q"][:, 3], inputs["k"][:, 5] = 1e20, 1e20
+        o, _ = forward(self.op, inputs, use_qk_l2norm_in_kernel=True)
+        zero = inputs | {name: inputs[name].where(inputs[name] < 1e20, 0) for name in "qk"}
+        assert o.equal(forward(self.op, zero, use_qk_l2norm_in_kernel=True)[0])
+        grads = gradients(self.op, inputs, *cotangents(inputs), use_qk_l2norm_in_kernel=True)
+        assert all(x.isfinite().all() for x in grads.values())
+
     def test_gates_of_another_float_type(self):
         inputs = make_inputs(ORDINARY, True, torch.bfloat16)
         for name in ("g", "beta", "initial_state"):

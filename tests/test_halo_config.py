@@ -33,8 +33,16 @@ def write(tmp_path):
 
 # (change of the valid configuration, expected message after the file name)
 MISTAKES = {
-    "unknown key": ({"alin": {}}, "alin: is not a key of this section"),
-    "unknown key in a section": ({"align": {"stepz": 3}}, "align.stepz: is not a key of this section"),
+    "unknown key": ({"alin": {}}, "alin: is not a key of a configuration; did you mean align?"),
+    "unknown key in a section": (
+        {"align": {"stepz": 3}},
+        "align.stepz: is not a key of this section; did you mean align.steps?",
+    ),
+    "key of a section, outside it": (
+        {"recall_length": 3},
+        "recall_length: is not a key of a configuration; did you mean select.recall_length?",
+    ),
+    "path of a wrong type": ({"out": ["x"]}, "out: must be a path, got ['x']"),
     "missing key": ({"data": {}}, "data.source: must be given"),
     "wrong type": ({"seed": "many"}, "seed: must be a valid integer, unable to parse string as an integer, got 'many'"),
     "out of range": ({"align": {"steps": -1}}, "align.steps: must be greater than or equal to 0, got -1"),
@@ -55,7 +63,7 @@ def test_all_mistakes_are_listed(write, tmp_path):
         "  seed: must be greater than or equal to 0, got -1",
         "  data.source: must be given",
         "  data.path: is not a key of this section",
-        "  alin: is not a key of this section",
+        "  alin: is not a key of a configuration; did you mean align?",
     ]
 
 
@@ -182,3 +190,16 @@ def test_error_class_is_for_users():
 
 def _one_line(text):
     return text.count("\n") == 1 and text.startswith("halo: ")
+
+
+def test_key_given_twice_is_not_dropped(write):
+    result = halo("convert", "--config", str(write("out: a\nalign: {steps: 1}\nalign: {length: 9}\n")))
+    assert result.exit_code == 2
+    assert result.stderr.endswith("my config.yaml: must be YAML: align is given twice at line 3\n")
+
+
+def test_merged_keys_may_be_given_again(write, tmp_path):
+    text = yaml.safe_dump(config_tree(tmp_path) | {"align": None, "distill": None})
+    text = text.replace("align: null", "align: &a {steps: 5}").replace("distill: null", "distill: {<<: *a, steps: 6}")
+    config = load_config(write(text))
+    assert (config.align.steps, config.distill.steps) == (5, 6)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from typer.testing import CliRunner
 
 import hypenet
-from halo import models
+from halo import models, report
 from halo.cli import app
 from halo.config import make_config
 from halo.data import Corpus, DataSettings
@@ -421,3 +421,24 @@ def test_a_saved_model_promises_the_longest_measured_context(tmp_path):
             assert AutoTokenizer.from_pretrained(folder).model_max_length == expected
     loaded = hypenet.HypeNetForCausalLM.from_pretrained(folder).state_dict()
     assert all(torch.equal(x, loaded[name]) for name, x in weights.items())
+
+
+def test_skipped_records_are_named(inputs, tmp_path, capsys):
+    folder = tmp_path / "text"
+    shutil.copytree(inputs / "text", folder)
+    (folder / "a.jsonl").write_text('{"text": 5}\nnot json\n{"body": "x"}\n{"text": "y"}\n[]\n')
+    (folder / "b.txt").write_bytes(b"words of plain text " * 99 + b"\xff")
+    tree = config_tree(inputs, str(tmp_path / "out"))
+    tree["data"] |= {"source": str(folder), "max_skipped": 0.2}
+    Pipeline(make_config(tree)).run_stage("transfer")
+    first, second = (line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: data"))
+    assert "4 of 66 records were skipped" in first and "a.jsonl:2: is not JSON" in first and "and 1 more" in first
+    assert "1 documents have bytes that are no text" in second
+
+
+def test_single_sample_has_no_error():
+    row = {"model": "m", "multiple": 1, "length": 9, "recall": 0.5, "recall_error": None, "tasks": {}}
+    part = {"start": 0, "stop": 9, "bits_per_byte": 1.25, "stderr": None}
+    row |= {"bits_per_byte": 1.25, "bits_per_byte_error": None, "by_position": [part]}
+    tables = report.evaluation_table([row]) + report.position_table([row])
+    assert tables.count("1.250 |") == 2 and "0.50 |" in tables and "±" not in tables

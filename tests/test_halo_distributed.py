@@ -13,7 +13,9 @@ from halo_tiny import config_tree, write_inputs
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from halo.cli import app
 from halo.config import make_config
 from halo.pipeline import Pipeline
 
@@ -203,3 +205,12 @@ def test_nodes_replicate(two, inputs):
     run = torchrun(path, "--replicate", "--until", "finetune")
     assert run.returncode == 0, run.stderr[-3000:]
     assert_close("finetune", weights(inputs / "two-lightning", "finetune"), weights(inputs / "nodes", "finetune"))
+
+
+def test_a_command_leaves_the_group_of_its_processes(tmp_path):
+    """A thread of the group that outlives the interpreter aborts a process that has finished."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    result = CliRunner().invoke(app, ["convert", "--config", str(write_config(tmp_path, "out"))])
+    assert result.exit_code == 2 and "teacher" in result.output
+    assert not torch.distributed.is_initialized()

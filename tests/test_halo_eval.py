@@ -85,7 +85,8 @@ def test_without_the_extra_other_tasks_are_refused(folder, monkeypatch):
     find = extras.importlib.util.find_spec
     monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find(name))
     assert error(run(folder, "--lengths", "300", "--tasks", "recall,arc_easy")) == (
-        'halo: eval: needs lm_eval; install with: pip install "hypenet[eval]"'
+        "halo: eval: arc_easy: must be among recall, bits, s1, s2, s3, multikey, multikey2, multikey3 or tasks of "
+        'lm-evaluation-harness, which needs lm_eval; install with: pip install "hypenet[eval]"'
     )
 
 

@@ -102,4 +102,4 @@ def test_defaults_without_a_file():
 def test_mistake_is_one_line(path):
     printed = CliRunner().invoke(app, ["config", "--config", path, "--set", "align.stepz=3"])
     assert printed.exit_code == 2
-    assert printed.stderr == f"halo: {path}: align.stepz: is not a key of this section\n"
+    assert printed.stderr == f"halo: {path}: align.stepz: is not a key of this section; did you mean align.steps?\n"

@@ -234,3 +234,11 @@ def test_how_a_stage_is_computed_may_change_at_any_time(aligned):
     pipeline = Pipeline(make_config(tree))
     for stage in ("transfer", "calibrate", "align", "select"):
         pipeline.run_stage(stage)
+
+
+def test_output_that_cannot_be_made_is_listed_with_the_rest(inputs, tmp_path):
+    (tmp_path / "file").write_text("")
+    tree = changed(inputs, tmp_path, out=str(tmp_path / "file" / "out"), select={"keep": 9})
+    text = shortfalls(tree)
+    assert f"{tmp_path}/file/out: must be writable, got NotADirectoryError" in text and "select.keep" in text
+    assert "free space" not in text and "choose another place" in text

@@ -23,7 +23,7 @@ from halo.selection.measurer import ModelMeasurer, Samples, Unmeasured
 from halo.selection.policies import POLICIES, choose
 from halo.selection.report import selection_section
 from halo.selection.settings import UNMEASURED, SelectSettings, gate_settings
-from halo.selection.variants import arranged, one_layer, student, unchanged
+from halo.selection.variants import TwinAttention, arranged, one_layer, student, unchanged
 from halo.settings import TrainingSettings
 from halo.trainer import Run, train
 from hypenet import from_teacher
@@ -87,11 +87,13 @@ def test_divergence_and_loss_of_each_token():
         token_divergences(h, w, t, u, labels + 30)
 
 
-def test_student_variant_is_the_student(teacher, twins):
+@pytest.mark.parametrize("rotary", [False, True])
+def test_student_variant_is_the_student(teacher, twins, rotary):
     ids = torch.arange(40)[None] % teacher.config.vocab_size
     for kept in ([], [1], [0, 2]):
-        expected = models.make_student(teacher, copy.deepcopy(twins), kept, "lightning", "open").eval()
-        with torch.no_grad(), arranged(teacher, list(twins), student(kept, LAYERS)):
+        own = copy.deepcopy(twins)
+        expected = models.make_student(teacher, own, kept, "lightning", "open", attn_use_rope=rotary).eval()
+        with torch.no_grad(), arranged(teacher, list(twins), student(kept, LAYERS), rotary):
             torch.testing.assert_close(hidden(teacher, ids), hidden(expected, ids), atol=1e-5, rtol=1e-5)
 
 
@@ -100,7 +102,7 @@ def test_a_layer_without_positions_does_not_see_the_order(teacher, twins):
     attention = teacher.model.layers[0].self_attn
     positions = teacher.model.rotary_emb(torch.zeros(1, 5, 32), torch.arange(5)[None])
     x = teacher.model.embed_tokens(ids)
-    with torch.no_grad(), arranged(teacher, list(twins), one_layer("nope", 0, LAYERS)):
+    with torch.no_grad(), arranged(teacher, list(twins), one_layer("kept", 0, LAYERS)):
         module = teacher.model.layers[0].self_attn
         y = module(hidden_states=x, position_embeddings=positions, attention_mask=None)[0]
         torch.testing.assert_close(y[0, -1], y[1, -1])
@@ -190,13 +192,13 @@ def test_two_processes_share_the_variants(teacher, twins, corpus, tmp_path):
     with pytest.raises(KeyError):  # the other process has measured nothing yet
         choose(make_measurer(teacher, twins, corpus, Journal(tmp_path / "two", {}, other), settings), settings)
     half = [json.loads(line) for line in (tmp_path / "two" / "metrics-1.jsonl").read_text().splitlines()][1:]
-    assert [line["key"] for line in half] == ["twin 0", "twin 2", "nope 1"]
+    assert [line["key"] for line in half] == ["twin 0", "twin 2", "kept 1"]
     pieces = {line["key"]: line["value"] for line in half}
     main = SimpleNamespace(rank=0, world=2, gather=lambda own: [own, pieces])
     shared = choose(make_measurer(teacher, twins, corpus, Journal(tmp_path / "two", {}, main), settings), settings)
     assert shared.layers == alone.layers and np.array_equal(shared.scores, alone.scores)
     lines = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()[1:]
-    assert [json.loads(line)["key"] for line in lines] == ["teacher", "twin 1", "nope 0", "nope 2"]
+    assert [json.loads(line)["key"] for line in lines] == ["teacher", "twin 1", "kept 0", "kept 2"]
 
 
 @pytest.mark.parametrize("policy", [name for name in POLICIES if name not in (*UNMEASURED, "joint")])
@@ -206,6 +208,12 @@ def test_policies_choose_on_a_model(teacher, twins, corpus, tmp_path_factory, po
     choice = choose(make_measurer(teacher, twins, corpus, Journal(directory, {}), settings), settings)
     assert len(choice.layers) == 1 and len(choice.scores) == LAYERS and np.isfinite(choice.scores).all()
     assert {"N", "N_error"} <= choice.columns.keys() and choice.kept_share.min() >= 0
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_twin_in_the_teacher_refuses_a_cache(name):
+    with pytest.raises(NotImplementedError, match="TwinAttention: the cache must be off"):
+        TwinAttention(torch.nn.Identity())(torch.zeros(1, 2, 4), (torch.ones(2), torch.ones(2)), **{name: object()})
 
 
 def test_nothing_to_measure_is_refused():
@@ -231,15 +239,17 @@ def random_batches(vocabulary):
     return source
 
 
-def test_gates_of_zero_and_one_are_twins_and_attention(teacher, twins):
+@pytest.mark.parametrize("rotary", [False, True])
+def test_gates_of_zero_and_one_are_twins_and_attention(teacher, twins, rotary):
     training = gate_training(teacher, twins)
+    training.rotary = rotary
     ids = torch.arange(30)[None]
     with torch.no_grad():
         training.gates.copy_(torch.tensor([-200.0, 200.0, -200.0]))
         batch = Batch(ids, torch.zeros_like(ids, dtype=torch.int32))
         with models.replaced(teacher, training.gated_layers(batch)):
             found = models.hidden_states(teacher, batch)
-        with arranged(teacher, list(twins), student([1], LAYERS)):
+        with arranged(teacher, list(twins), student([1], LAYERS), rotary):
             expected = hidden(teacher, ids)
     torch.testing.assert_close(found, expected)
 
@@ -360,6 +370,16 @@ def test_stage_says_its_cost_and_records_what_it_measured(inputs, aligned, tmp_p
     assert {step["round"] for step in record["exchanges"]} >= {1}
 
 
+def test_positions_cost_nothing_where_the_student_keeps_them(inputs, aligned, tmp_path):
+    tree = stage_tree(inputs, tmp_path / "out", aligned) | {"architecture": {"attn_use_rope": True}}
+    pipeline = Pipeline(make_config(tree))
+    for stage in ("transfer", "calibrate", "align", "select"):
+        pipeline.run_stage(stage)
+    table = json.loads((tmp_path / "out" / "select" / "selection.json").read_text())["table"]
+    assert [row["N"] for row in table] == [0.0, 0.0, 0.0]
+    assert [row["score"] for row in table] == pytest.approx([row["M"] for row in table]) and table[0]["M"] > 0
+
+
 def test_policies_share_what_was_measured(inputs, aligned, tmp_path, monkeypatch):
     """A stage that is run again with another policy measures only what the first did not."""
     out = tmp_path / "out"
@@ -369,7 +389,7 @@ def test_policies_share_what_was_measured(inputs, aligned, tmp_path, monkeypatch
     before = len((out / "select" / "metrics.jsonl").read_text().splitlines())
     second = run_select(inputs, out, aligned, policy="position", exchange=0)
     after = (out / "select" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["key"] for line in after[before:]] == ["nope 0", "nope 1", "nope 2"]
+    assert [json.loads(line)["key"] for line in after[before:]] == ["kept 0", "kept 1", "kept 2"]
     assert [row["M"] for row in first["table"]] == [row["M"] for row in second["table"]]
 
 

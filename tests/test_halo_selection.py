@@ -43,7 +43,7 @@ def test_positions_are_measured_only_if_wanted_or_needed():
     for policy, wanted, measured in (("kl", True, True), ("kl", False, False), ("position", False, True)):
         measurer = SyntheticMeasurer(TWIN, NOPE)
         choice = chosen(measurer, policy, measure_positions=wanted)
-        assert ("N" in choice.columns) == measured == ("nope 3" in measurer.names)
+        assert ("N" in choice.columns) == measured == ("kept 3" in measurer.names)
 
 
 def test_greedy_search_sees_interactions():
@@ -294,7 +294,7 @@ def test_score_functions_take_means_and_resamples_alike():
     teacher = Result.stack(measurer.measure([unchanged(8)]))
     results = {
         form: Result.stack(measurer.measure([one_layer(form, i, 8) for i in range(8)]))
-        for form in ("twin", "nope", "silent")
+        for form in ("twin", "kept", "silent")
     }
     results["student"] = Result.stack(measurer.measure([student([i], 8) for i in range(8)]))
     whole = Resamples(np.full((3, CHUNKS), 1 / CHUNKS), np.full((3, EPISODES), 1 / EPISODES))

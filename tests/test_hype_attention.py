@@ -488,6 +488,11 @@ ERRORS = {
     "base of one": ({"logit_scale_base": 1.0}, ValueError, "logit_scale_base must be greater than 1 .*, got 1.0"),
     "base of nan": ({"logit_scale_base": float("nan")}, ValueError, "logit_scale_base must be greater than 1"),
     "infinite base": ({"logit_scale_base": float("inf")}, ValueError, "logit_scale_base must be .* finite, got inf"),
+    "base of letters": ({"logit_scale_base": "e"}, TypeError, "logit_scale_base must be a number, got str"),
+    "scale of letters": ({"scale": "1"}, TypeError, "scale must be a number, got str"),
+    "two scales": ({"scale": ones(2)}, ValueError, "scale must be one real number"),
+    "scale wants a gradient": ({"scale": ones().requires_grad_()}, ValueError, "scale must be .* requires no grad"),
+    "offset of a float": ({"query_offset": 0.0}, TypeError, "query_offset must be an integer, got float"),
     "packed batch": (
         {"cu_seqlens": torch.tensor([0, 6])},
         ValueError,

@@ -333,6 +333,8 @@ ERRORS = {
         r"cache_seqlens must not exceed the capacity of 10, got \[3, 11\]",
     ),
     "base of one": ({"logit_scale_base": 1}, ValueError, "logit_scale_base must be greater than 1 .*, got 1"),
+    "base of letters": ({"logit_scale_base": "e"}, TypeError, "logit_scale_base must be a number, got str"),
+    "scale of letters": ({"scale": "1"}, TypeError, "scale must be a number, got str"),
     "q wants a gradient": ({"q": ones(2, 2, 4, 8).requires_grad_()}, ValueError, "q must not require grad"),
     "gate wants a gradient": ({"gate": ones(2, 2, 4, 8).requires_grad_()}, ValueError, "gate must not require grad"),
     "cache wants a gradient": ({"k_cache": ones(*CACHE).requires_grad_()}, ValueError, "k_cache must not require grad"),

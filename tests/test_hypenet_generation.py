@@ -143,6 +143,22 @@ def test_generate_continues_a_cache():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_the_cache_has_two_names(name):
+    """transformers 5.24 calls models with `cache`, versions before it with `past_key_values`."""
+    model, ids = small_model(), tokens(1, 9)
+    cache = HypeNetCache(model.config)
+    model(ids[:, :6], **{name: cache})
+    assert cache.get_seq_length() == 6
+    logits = model(ids[:, 6:], **{name: cache}).logits
+    assert_matches_reference("logits", logits, model(ids, use_cache=False).logits[:, 6:])
+    with pytest.raises(TypeError, match="past_key_values must be a HypeNetCache, got DynamicCache"):
+        model(ids, **{name: DynamicCache()})
+    with pytest.raises(ValueError, match="cache must be left out with past_key_values"):
+        model(ids, past_key_values=cache, cache=HypeNetCache(model.config))
+
+
+@torch.no_grad()
 def test_copies_of_a_prompt_cache_are_independent():
     model = small_model()
     prompt, endings = tokens(1, 9), [tokens(1, 3), tokens(1, 12)]

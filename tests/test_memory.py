@@ -135,6 +135,21 @@ def test_convolution(T, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T", [0, 1, 3, 65])
+def test_norms(T, dtype):
+    for H, D in ((1, 2), (3, 6), (2, 34), (1, 130)):
+        x, g, residual = (inside_nan(2, T, H, D, dtype=dtype) for _ in range(3))
+        weight, angles = inside_nan(D), inside_nan(1, T, D, dtype=dtype)
+        check_finite(lambda *y, a=angles: [kernels.rms_norm_rope(*y, a, a)], x, weight)
+        check_finite(lambda y, a=angles: [kernels.rms_norm_rope(y, None, a, a)], x)
+        check_finite(lambda *y: [kernels.rms_norm_rope(*y)], x, weight)
+        for activation in ("silu", "sigmoid"):
+            check_finite(lambda *y, a=activation: [kernels.rms_norm_gated(*y, activation=a)], x, g, weight)
+        check_finite(kernels.add_rms_norm, x, residual, weight)
+        check_finite(lambda *y: [kernels.swiglu(*y)], x, g)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("T", [0, 1, 3])
 def test_convolution_update(T, dtype):
     for C, W, L in ((1, 2, 1), (16, 3, 4), (67, 4, 3)):

@@ -166,6 +166,13 @@ def test_packed_documents_refuse_a_cache(family, form):
         model_of(family)(**batch_of(form), use_cache=True)
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache", "cache_params"])
+@one_of_each
+def test_packed_documents_refuse_a_cache_under_any_name(family, name):
+    with patch_transformers(), pytest.raises(ValueError, match=f"{name} must be None and use_cache False for packed"):
+        model_of(family).model(**batch_of("seq_idx"), **{name: object()})
+
+
 @one_of_each
 def test_packed_documents_refuse_a_mask(family):
     batch = batch_of("seq_idx")

@@ -146,4 +146,5 @@ except ImportError as error:
     print(error)
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "patch_transformers: transformers must be installed, got none"
+    line = 'patch_transformers: needs transformers; install with: pip install "transformers>=5.16"'
+    assert run.stdout.strip() == line

@@ -85,7 +85,8 @@ EXPERIMENT = Experiment(
     question="Which policy finds the layers that are best after training?",
     settings=SHORT
     | {"select.joint_steps": 100, "select.joint_batch": 16, "select.joint_length": 256}
-    | {"distill.steps": 60, "finetune.steps": 0, "scale.grid": [None], "eval.multiples": [1, 4]},
+    | {"distill.steps": 80, "distill.batch": 8, "finetune.steps": 0, "scale.grid": [None]}
+    | {"eval.multiples": [1, 4], "eval.text_tokens": 8192},
     tables=make_tables,
     arms=(
         Arm(TWINS, nothing, last="align"),

@@ -82,7 +82,7 @@ def make_tables(rows: list[Row]) -> str:
 
 def _before(rows: list[Row]) -> str:
     own = [row for row in rows if "before_training" in row]
-    names = [f"{name} {share:.0%}" for share in SHARES for name in ("uniform", "position")]
+    names = ["all", *(f"{name} {share:.0%}" for share in SHARES for name in ("uniform", "position"))]
 
     def perplexity(name: str) -> Any:
         return lambda row: float(np.exp(row["before_training"][name]["loss"]))
@@ -142,7 +142,12 @@ EXPERIMENT = Experiment(
         Arm(
             ORDER,
             measure.selection,
-            {"calibrate.parts": "rank+gain", "align.steps": 0, "select.policy": "position"},
+            {
+                "calibrate.parts": "rank+gain",
+                "align.steps": 0,
+                "select.policy": "position",
+                "select.exchange": 0,  # which would measure 74 students
+            },
             last="select",
             only_seed=0,
         ),

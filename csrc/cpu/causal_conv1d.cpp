@@ -16,6 +16,7 @@
 #include <type_traits>
 
 #include "dtype.h"
+#include "elementwise.h"
 #include "gated_delta_chunk.h"
 #include "kernels.h"
 #include "simd.h"
@@ -118,13 +119,6 @@ template <int W, class T>
   }
 }
 
-template <class T>
-void sigmoid(int64_t n, const T* z, T* out) {
-  for (int64_t j = 0; j < n; ++j) out[j] = -z[j];
-  exp_in_place(out, n);
-  for (int64_t j = 0; j < n; ++j) out[j] = 1 / (1 + out[j]);
-}
-
 // The same as `convolve`, then silu if wanted, and rounded into y.
 template <int W, class T, class Element>
 [[gnu::noinline]] void convolve_and_store(int64_t n, const Filters<T, W>& filters, const T* const (&taps)[W],
@@ -132,7 +126,7 @@ template <int W, class T, class Element>
   T z[kPanel], s[kPanel];
   convolve<W>(n, filters, taps, z);
   if (silu) {
-    sigmoid(n, z, s);
+    sigmoid_row(z, n, s);
     for (int64_t j = 0; j < n; ++j) z[j] *= s[j];
   }
   store_rows(1, n, z, 0, y, 0);
@@ -244,7 +238,7 @@ void backward_block(const CausalConv1dBwdParams& p, int64_t task) {
     load_rows(1, width, block.row(p.dy, t), 0, dz, 0);
     if (p.silu) {
       convolve<W>(width, block.filters, taps, x);
-      sigmoid(width, x, s);
+      sigmoid_row(x, width, s);
       for (int64_t j = 0; j < width; ++j) dz[j] *= s[j] * (1 + x[j] * (1 - s[j]));
     }
     if (t >= block.stop) continue;

@@ -10,6 +10,7 @@
 #include "../params.h"
 #include "convert.h"
 #include "dtype.h"
+#include "elementwise.h"
 #include "pairs.h"
 #include "simd.h"
 #include "tail.h"
@@ -106,21 +107,6 @@ void pack_across_rows(Rows<Element> x, int64_t rows, int64_t D, Factor* y) {
   for (int64_t r = 0; r < rows; r += kPacked<Factor>) {
     const Element* next = r + 1 < rows ? x[r + 1] : nullptr;
     pack_columns(x[r], next, D, y + r / kPacked<Factor> * D);
-  }
-}
-
-// x = sigmoid(x); the exponent is never positive.
-template <class T>
-void sigmoid_in_place(T* x, int64_t n) {
-  const auto sigmoid = [](vec<T> v) {
-    const vec<T> e = exp<T>(v < 0 ? v : -v);
-    return (v < 0 ? e : broadcast(T(1))) / (e + 1);
-  };
-  int64_t i = 0;
-  for (; i + kLanes<T> <= n; i += kLanes<T>) store(x + i, sigmoid(load(x + i)));
-  if (i < n) {
-    const int count = static_cast<int>(n - i);
-    store_partial(x + i, sigmoid(load_partial(x + i, count)), count);
   }
 }
 

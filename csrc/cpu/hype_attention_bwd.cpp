@@ -148,7 +148,7 @@ Acc load_output_gradient(const HypeAttentionBwdParams& p, const Sequence& s, int
   if (p.gate.data != nullptr) {
     Element* dgate = head_rows<Element>(p.dgate, p.T, p.H, D, s.batch, row, head)[0];
     convert_row(head_rows<Element>(p.gate, s.batch, row, head)[0], D, b.gate_row);
-    sigmoid_in_place(b.gate_row, D);
+    sigmoid_row(b.gate_row, D, b.gate_row);
     for (int64_t d = 0; d < D; ++d) {
       const Acc gated = do_row[d] * b.gate_row[d];
       if (with_dgate) dgate[d] = static_cast<Element>(gated * b.o_row[d] * (1 - b.gate_row[d]));

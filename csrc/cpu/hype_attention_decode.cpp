@@ -422,7 +422,7 @@ void combine(const HypeAttentionDecodeParams& p, int64_t b, int64_t token, int64
   for (int64_t d = 0; d < D; ++d) o[d] *= norm;
   if (p.gate.data != nullptr) {
     convert_row(head_rows<Element>(p.gate, b, token, head)[0], D, gate_row);
-    sigmoid_in_place(gate_row, D);
+    sigmoid_row(gate_row, D, gate_row);
     for (int64_t d = 0; d < D; ++d) o[d] *= gate_row[d];
   }
   convert_row(o, D, head_rows<Element>(p.o, p.T, p.H, D, b, token, head)[0]);

@@ -227,7 +227,7 @@ void store_output(const HypeAttentionFwdParams& p, const Sequence& s, const Tile
       const auto ungated = head_rows<Element>(p.o_ungated, p.T, p.H, D, s.batch, token, head);
       if (ungated.data != nullptr) convert_row(x, D, ungated[r]);
       convert_row(gate[r], D, gate_row);
-      sigmoid_in_place(gate_row, D);
+      sigmoid_row(gate_row, D, gate_row);
       for (int64_t d = 0; d < D; ++d) x[d] *= gate_row[d];
     }
     convert_row(x, D, head_rows<Element>(p.o, p.T, p.H, D, s.batch, token, head)[r]);

@@ -28,6 +28,7 @@ from halo.settings import HaloError
 MAX_NEEDLES = 8
 # Tokens of a side that the text around needles is taken from; training text may be larger than memory.
 STREAM_TOKENS = 16_000_000
+SHOWN_EXAMPLES = 3  # places of skipped records in a warning
 
 
 class Corpus:
@@ -96,6 +97,18 @@ class Corpus:
     def skipped(self) -> dict[str, Any]:
         """What could not be read: counts of records, skipped, replaced; counts by reasons; the first as examples."""
         return total_tally([header for headers in self._headers for header in headers]).plain()
+
+    def complaints(self) -> list[str]:
+        """Return a line about what was skipped, with the first places, and one about bytes that were no text."""
+        found, lines = self.skipped, []
+        if found["skipped"]:
+            examples = found["examples"][:SHOWN_EXAMPLES]
+            more = found["skipped"] - len(examples)
+            shown = "; ".join(examples) + (f"; and {more:,} more" if more else "")
+            lines.append(f"data: {found['skipped']:,} of {found['records']:,} records were skipped: {shown}")
+        if found["replaced"]:
+            lines.append(f"data: {found['replaced']:,} documents have bytes that are no text; U+FFFD stands for them")
+        return lines
 
     def samples(self, length: int, needle_ratio: float | None = None, stage: int = 0) -> Samples:
         """Return the endless training samples of a stage.

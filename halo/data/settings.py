@@ -53,7 +53,8 @@ class DataSettings(Settings):
         gt=0,
         lt=1,
         description="share of the text that is not trained on: half to choose layers and the scale by, half for the "
-        "final figures; each half of a small corpus is at least 32,768 tokens or a sixteenth of the text",
+        "final figures; each half of a small corpus is at least 32,768 tokens or a sixteenth of the text, save that of "
+        "stdlib, whose documents were held out from the demo's teacher too",
     )
     needle_ratio: float = Field(0.0, ge=0, le=1, description="share of training samples that are recall episodes")
     isolate_documents: bool = Field(False, description="do not carry attention or state across documents")

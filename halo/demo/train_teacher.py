@@ -16,6 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from halo.extras import require
+
+require("halo.demo.train_teacher", "halo")
+
 import numpy as np
 import tokenizers
 import torch

@@ -25,7 +25,10 @@ class Harness:
         try:
             require("eval", "eval", "lm_eval")
         except ModuleNotFoundError as error:
-            raise HaloError(str(error)) from None
+            named = (
+                f"eval: {', '.join(tasks)}: must be among {', '.join(own_tasks())} or tasks of lm-evaluation-harness"
+            )
+            raise HaloError(f"{named}, which {str(error).removeprefix('eval: ')}") from None
         from lm_eval.tasks import TaskManager
 
         self.tasks, self.lengths = tasks, lengths

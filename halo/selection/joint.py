@@ -1,10 +1,10 @@
 """One gate a layer between twin and attention, all trained together: which layers need attention, given the others.
 
-    layer i:   y_i = g_i * nope_i(x) + (1 - g_i) * twin_i(x),   g_i = sigmoid(logit_i)
+    layer i:   y_i = g_i * kept_i(x) + (1 - g_i) * twin_i(x),   g_i = sigmoid(logit_i)
     loss:      KL(teacher || model) + price(t) * mean_i g_i,   price(t) rising linearly from 0 to its value
 
-Both branches are frozen, and nope_i is the teacher's attention without rotary embedding, which is what a kept layer
-becomes. The text is that of training, with generated recall episodes of one to eight keys. Source of the idea:
+Both branches are frozen, and kept_i is the teacher's attention as a kept layer has it, which in HyPE is without rotary
+embedding. The text is that of training, with generated recall episodes of one to eight keys. Source of the idea:
 FlashMorph, arXiv 2606.30562.
 """
 
@@ -23,7 +23,7 @@ from halo.job import Job
 from halo.losses import kl_divergence
 from halo.selection.cost import gate_flops
 from halo.selection.settings import gate_settings
-from halo.selection.variants import PositionFreeAttention, TwinAttention
+from halo.selection.variants import TwinAttention, kept_attention
 from halo.settings import TrainingSettings
 from halo.stages import SAMPLE_ORDERS
 from halo.trainer import BatchSource, Run, Training, train
@@ -40,6 +40,7 @@ class GateTraining(Training):
         settings: Hyperparameters.
         price: Of attention in all layers, in nats, at the last step.
         isolate_documents: Whether attention and state stay inside documents.
+        rotary: Whether kept layers keep their rotary embedding.
     """
 
     name: ClassVar[str] = "select"
@@ -52,12 +53,14 @@ class GateTraining(Training):
         settings: TrainingSettings,
         price: float,
         isolate_documents: bool = False,
+        rotary: bool = False,
     ) -> None:
         super().__init__()
         teacher.requires_grad_(False).eval()
         self.outside = (teacher, twins.requires_grad_(False).eval())
         self.gates = nn.Parameter(torch.zeros(len(twins), device=teacher.device))
         self.settings, self.price, self.isolate_documents = settings, price, isolate_documents
+        self.rotary = rotary
         self.step = 0
         self.compute: Compute | None = None
 
@@ -107,17 +110,17 @@ class GateTraining(Training):
         layers = cast(Any, teacher).model.layers
         cu_seqlens = batch.cu_seqlens() if self.isolate_documents else None
         return {
-            i: GatedAttention(layers[i].self_attn, TwinAttention(twin, cu_seqlens), gate)
+            i: GatedAttention(kept_attention(layers[i].self_attn, self.rotary), TwinAttention(twin, cu_seqlens), gate)
             for i, (twin, gate) in enumerate(zip(twins, self.gates.sigmoid(), strict=True))
         }
 
 
 class GatedAttention(nn.Module):
-    """Mixes an attention layer without positions and its twin: gate * attention + (1 - gate) * twin."""
+    """Mixes an attention layer and its twin: gate * attention + (1 - gate) * twin."""
 
     def __init__(self, attention: nn.Module, twin: TwinAttention, gate: Tensor) -> None:
         super().__init__()
-        self.attention, self.twin, self.gate = PositionFreeAttention(attention), twin, gate
+        self.attention, self.twin, self.gate = attention, twin, gate
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
         """Return the mixture [B, T, D], and None for attention weights."""
@@ -138,7 +141,14 @@ def train_gates(job: Job, twins: nn.ModuleList, seed: int) -> np.ndarray:
         The gates [L], float64, 0 for the twin and 1 for attention.
     """
     config, settings = job.config, gate_settings(job.config.select)
-    training = GateTraining(job.teacher, twins, settings, config.select.joint_price, config.data.isolate_documents)
+    training = GateTraining(
+        job.teacher,
+        twins,
+        settings,
+        config.select.joint_price,
+        config.data.isolate_documents,
+        config.attention_has_positions,
+    )
     # Seeds of this run are neighbours, and the stages have the smallest numbers.
     order = SAMPLE_ORDERS["select"] + (1 + max(SAMPLE_ORDERS.values())) * (1 + seed - config.seed)
     sizes = job.sizes(())

@@ -113,6 +113,7 @@ class ModelMeasurer:
         seed: Of the bootstrap.
         on_progress: Called with the number of variants that are measured, and the name of the last one.
         gates: Trains the gates of policy joint from a seed.
+        rotary: Whether the student's attention has the teacher's rotary embedding.
     """
 
     def __init__(
@@ -125,11 +126,12 @@ class ModelMeasurer:
         seed: int,
         on_progress: Callable[[int, str], None] = lambda done, name: None,
         gates: Callable[[int], np.ndarray] | None = None,
+        rotary: bool = False,
     ) -> None:
         self.teacher, self.twins = teacher.eval(), twins.eval()
         self.samples, self.settings, self.journal = samples, settings, journal
         self.num_layers, self.seed = len(twins), seed
-        self.on_progress, self.gates = on_progress, gates
+        self.on_progress, self.gates, self.rotary = on_progress, gates, rotary
         self.measured: dict[str, Variant] = {}
         self._states: dict[tuple[str, int], Tensor] = {}
         self._free_bytes = settings.cache_gib * 2**30
@@ -170,7 +172,7 @@ class ModelMeasurer:
         if all(form == "attention" for form in variant.forms):
             hidden_BTD = teacher_BTD
         else:
-            with arranged(self.teacher, list(self.twins), variant):
+            with arranged(self.teacher, list(self.twins), variant, self.rotary):
                 hidden_BTD = models.hidden_states(self.teacher, batch)
         labels = next_token_labels(ids)
         divergences, losses = token_divergences(hidden_BTD, head.weight, teacher_BTD, head.weight, labels)

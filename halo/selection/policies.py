@@ -34,7 +34,7 @@ class ScorePolicy:
 
     Attributes:
         score: The score of every layer.
-        forms: What is measured of every layer: "twin", "nope", "silent", or "student" with this layer as attention.
+        forms: What is measured of every layer: "twin", "kept", "silent", or "student" with this layer as attention.
     """
 
     score: Score
@@ -147,7 +147,7 @@ class JointPolicy:
 
 
 POLICIES: dict[str, Policy] = {
-    "position": ScorePolicy(scores.position_score, ("twin", "nope")),
+    "position": ScorePolicy(scores.position_score, ("twin", "kept")),
     "halo": ScorePolicy(scores.halo_score, ("twin",)),
     "recall-drop": ScorePolicy(scores.recall_drop, ("twin",)),
     "difference": ScorePolicy(scores.difference_score, ("twin",)),
@@ -169,8 +169,8 @@ def choose(measurer: Measurer, settings: SelectSettings) -> Choice:
     if settings.candidates:
         choice = apply_exchange(measurer, choice, settings.candidates, settings.exchange_rounds)
     if settings.measures and (settings.measure_positions or settings.policy == "position"):
-        nope = measurer.measure([one_layer("nope", i, measurer.num_layers) for i in range(measurer.num_layers)])
-        choice.columns["N"], choice.columns["N_error"] = divergence_and_error(Result.stack(nope))
+        kept = measurer.measure([one_layer("kept", i, measurer.num_layers) for i in range(measurer.num_layers)])
+        choice.columns["N"], choice.columns["N_error"] = divergence_and_error(Result.stack(kept))
     return choice
 
 

@@ -37,7 +37,7 @@ class Measured:
 
     Attributes:
         teacher: Of the teacher, with L = 1.
-        forms: Of the one-layer variants by form, "twin", "nope", "silent", and "student" for S_i.
+        forms: Of the one-layer variants by form, "twin", "kept", "silent", and "student" for S_i.
         language_error: The largest standard error of a twin's language drop.
     """
 
@@ -75,7 +75,7 @@ class Choice:
 
 def position_score(measured: Measured, settings: SelectSettings) -> np.ndarray:
     """Compute what the twin costs, less what a kept layer costs by the loss of its positions."""
-    return measured.forms["twin"].divergence - measured.forms["nope"].divergence
+    return measured.forms["twin"].divergence - measured.forms["kept"].divergence
 
 
 def halo_score(measured: Measured, settings: SelectSettings) -> np.ndarray:

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from halo import models
 
-# attention: the teacher's own; twin: its aligned recurrent mixer; nope: the teacher's attention without rotary
-# embedding, which is HyPE's softmax attention with an open gate; silent: an output of zeros.
-Form = Literal["attention", "twin", "nope", "silent"]
+# attention: the teacher's own; twin: its aligned recurrent mixer; kept: the teacher's attention as a kept layer of the
+# student has it, which in HyPE is without rotary embedding; silent: an output of zeros.
+Form = Literal["attention", "twin", "kept", "silent"]
 
 
 @dataclass(frozen=True)
@@ -51,26 +51,40 @@ def one_layer(form: Form, layer: int, num_layers: int) -> Variant:
 
 
 def student(kept: Iterable[int], num_layers: int) -> Variant:
-    """Return the student before distillation: attention without positions in the kept layers, twins in all others."""
+    """Return the student before distillation: attention in the kept layers, twins in all others."""
     layers = sorted(kept)
-    forms: list[Form] = ["nope" if i in layers else "twin" for i in range(num_layers)]
+    forms: list[Form] = ["kept" if i in layers else "twin" for i in range(num_layers)]
     return Variant(f"student {layers}", tuple(forms))
 
 
 @contextmanager
-def arranged(teacher: PreTrainedModel, twins: Sequence[nn.Module], variant: Variant) -> Iterator[None]:
-    """Turn the teacher into a variant inside the context."""
+def arranged(
+    teacher: PreTrainedModel, twins: Sequence[nn.Module], variant: Variant, rotary: bool = False
+) -> Iterator[None]:
+    """Turn the teacher into a variant inside the context.
+
+    Args:
+        teacher: The teacher; its own layers are put back.
+        twins: The recurrent mixers of all layers.
+        variant: What to turn it into.
+        rotary: Whether kept layers keep their rotary embedding.
+    """
     layers = cast(Any, teacher).model.layers
     changed: dict[int, nn.Module] = {}
     for layer, form in enumerate(variant.forms):
         if form == "twin":
             changed[layer] = TwinAttention(twins[layer])
-        elif form == "nope":
-            changed[layer] = PositionFreeAttention(layers[layer].self_attn)
+        elif form == "kept":
+            changed[layer] = kept_attention(layers[layer].self_attn, rotary)
         elif form == "silent":
             changed[layer] = SilentAttention()
     with models.replaced(teacher, changed):
         yield
+
+
+def kept_attention(attention: nn.Module, rotary: bool) -> nn.Module:
+    """Return an attention layer of the teacher as a student keeps it."""
+    return attention if rotary else PositionFreeAttention(attention)
 
 
 class TwinAttention(nn.Module):
@@ -94,8 +108,8 @@ class TwinAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Return the mixer's output [B, T, D], and None for attention weights."""
-        if past_key_values is not None:
-            raise NotImplementedError("TwinAttention: the cache must be off, got past_key_values")
+        if past_key_values is not None or kwargs.get("cache") is not None:  # its name from transformers 5.24 on
+            raise NotImplementedError("TwinAttention: the cache must be off, got one")
         return models.run_mixer(self.mixer, hidden_states, position_embeddings, self.cu_seqlens), None
 
 

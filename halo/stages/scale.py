@@ -80,7 +80,7 @@ def shortfalls(settings: ScaleSettings, corpus: Corpus) -> Iterator[str]:
     if num_episodes < settings.documents and corpus.count_chunks("choose", settings.length) < MIN_CHUNKS:
         yield (
             f"scale.length: must leave {MIN_CHUNKS} samples of held-out text, got {settings.length} tokens of "
-            f"{corpus.store('choose').num_tokens}; raise data.held_out"
+            f"{corpus.store('choose').num_tokens} that layers and scale are chosen by; raise data.held_out"
         )
     least = corpus.task("choose").min_length(1, 1)
     if num_episodes and settings.length < least:

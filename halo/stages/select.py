@@ -85,6 +85,7 @@ def _measured(job: Job) -> dict[str, Any]:
             job.config.seed,
             progress.update,
             partial(train_gates, job, twins),
+            job.config.attention_has_positions,
         )
         choice = choose(measurer, settings)
     students = sum(variant.is_student for variant in measurer.measured.values())

@@ -9,7 +9,7 @@ from hypenet.mixers.decay import LogDecay, initial_decay
 from hypenet.mixers.gated_delta import GatedDeltaNet
 from hypenet.mixers.lightning import LightningAttention, alibi_log_decay
 from hypenet.mixers.mamba2 import Mamba2
-from hypenet.mixers.mixer import HypeNetRMSNorm, Mixer
+from hypenet.mixers.mixer import HypeNetResidualRMSNorm, HypeNetRMSNorm, Mixer, cast_once
 from hypenet.mixers.softmax import SoftmaxAttention
 
 MIXERS: dict[str, type[SoftmaxAttention | LightningAttention | GatedDeltaNet | Mamba2]] = {
@@ -20,11 +20,13 @@ __all__ = [
     "MIXERS",
     "GatedDeltaNet",
     "HypeNetRMSNorm",
+    "HypeNetResidualRMSNorm",
     "LightningAttention",
     "LogDecay",
     "Mamba2",
     "Mixer",
     "SoftmaxAttention",
     "alibi_log_decay",
+    "cast_once",
     "initial_decay",
 ]

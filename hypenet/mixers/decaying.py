@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from hypenet.context import MixerContext
 from hypenet.mixers.decay import LogDecay, rename_decay
-from hypenet.mixers.mixer import HypeNetRMSNorm, Mixer
+from hypenet.mixers.mixer import HypeNetGatedRMSNorm, Mixer
 
 
 class DecayingMixer(Mixer):
@@ -25,7 +24,7 @@ class DecayingMixer(Mixer):
         hidden, width = self.config.hidden_size, self.num_heads * self.head_dim
         # transformers' Trainer decays no weight with "bias" in its name
         self.decay_bias = LogDecay(self.num_heads, smallest)
-        self.o_norm = HypeNetRMSNorm(self.head_dim, self.config.rms_norm_eps)
+        self.o_norm = HypeNetGatedRMSNorm(self.head_dim, self.config.rms_norm_eps, "silu")
         self.g_proj = nn.Linear(hidden, width, bias=False) if use_gate else None
 
     def recur(
@@ -64,10 +63,8 @@ class DecayingMixer(Mixer):
 
     def project_output(self, o_BTHD: torch.Tensor, x_BTC: torch.Tensor) -> torch.Tensor:
         """Return (RMSNorm(o) * silu(x Wg)) Wo, [B, T, C]."""
-        o_BTHD = self.o_norm(o_BTHD)
-        if self.g_proj is not None:
-            o_BTHD = o_BTHD * F.silu(self.g_proj(x_BTC)).view_as(o_BTHD)
-        return self.o_proj(o_BTHD.flatten(-2))
+        gate = None if self.g_proj is None else self.g_proj(x_BTC).view_as(o_BTHD)
+        return self.o_proj(self.o_norm(o_BTHD, gate).flatten(-2))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         rename_decay(state_dict, prefix)

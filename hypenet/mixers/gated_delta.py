@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from hypenet.configuration_hypenet import GDN, HypeNetConfig
 from hypenet.context import MixerContext
 from hypenet.mixers.decaying import DecayingMixer
+from hypenet.mixers.mixer import cast_once
 from hypenet_kernels import chunk_gated_delta_rule, gated_delta_step
 
 
@@ -51,6 +52,7 @@ class GatedDeltaNet(DecayingMixer):
 
     def forward(self, x_BTC: torch.Tensor, context: MixerContext) -> torch.Tensor:
         """Mix x [B, T, C] along T and return [B, T, C]; with a cache, also update this layer's state."""
+        x_BTC = cast_once(x_BTC)
         q, k, v = self.qkv(x_BTC, context)
         k, v = self.unshare(k, v)
         a, b = self.a_proj(x_BTC), self.b_proj(x_BTC)

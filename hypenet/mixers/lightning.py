@@ -10,7 +10,7 @@ from torch import nn
 from hypenet.configuration_hypenet import LIGHTNING, HypeNetConfig
 from hypenet.context import MixerContext
 from hypenet.mixers.decay import full_precision, widen
-from hypenet.mixers.mixer import HypeNetRMSNorm, Mixer
+from hypenet.mixers.mixer import HypeNetGatedRMSNorm, Mixer, cast_once
 from hypenet_kernels import chunk_simple_gla, simple_gla_step
 
 
@@ -44,12 +44,14 @@ class LightningAttention(Mixer):
         width = self.num_heads * self.head_dim
         self.scale = {"1/sqrt(d)": self.head_dim**-0.5, "1/d": 1 / self.head_dim, "1": 1.0}[config.lightning_scale]
         self.register_buffer("log_decay", alibi_log_decay(self.num_heads))
-        self.o_norm = HypeNetRMSNorm(width, config.rms_norm_eps) if config.lightning_use_output_norm else None
+        use_norm = config.lightning_use_output_norm
+        self.o_norm = HypeNetGatedRMSNorm(width, config.rms_norm_eps, "sigmoid") if use_norm else None
         gated, bias = config.lightning_use_output_gate, config.attention_bias
         self.z_proj = nn.Linear(config.hidden_size, width, bias=bias) if gated else None
 
     def forward(self, x_BTC: torch.Tensor, context: MixerContext) -> torch.Tensor:
         """Mix x [B, T, C] along T and return [B, T, C]; with a cache, also update this layer's state."""
+        x_BTC = cast_once(x_BTC)
         q, k, v = self.qkv(x_BTC, context)
         k, v = self.unshare(k, v)
         if context.step:
@@ -70,11 +72,11 @@ class LightningAttention(Mixer):
                 cu_seqlens=context.cu_seqlens,
             )
             context.store_state(self.layer_idx, state)
-        y = o.flatten(-2)
+        y, gate = o.flatten(-2), None if self.z_proj is None else self.z_proj(x_BTC)
         if self.o_norm is not None:
-            y = self.o_norm(y)
-        if self.z_proj is not None:
-            y = y * self.z_proj(x_BTC).sigmoid()
+            y = self.o_norm(y, gate)
+        elif gate is not None:
+            y = y * gate.sigmoid()
         return self.o_proj(y)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from hypenet.configuration_hypenet import MAMBA2, HypeNetConfig
 from hypenet.context import MixerContext
 from hypenet.mixers.decaying import DecayingMixer
+from hypenet.mixers.mixer import cast_once
 from hypenet_kernels import chunk_simple_gla, simple_gla_step
 
 
@@ -41,6 +42,7 @@ class Mamba2(DecayingMixer):
 
     def forward(self, x_BTC: torch.Tensor, context: MixerContext) -> torch.Tensor:
         """Mix x [B, T, C] along T and return [B, T, C]; with a cache, also update this layer's state."""
+        x_BTC = cast_once(x_BTC)
         q, k, v = self.qkv(x_BTC, context)
         k, v = self.unshare(k, v)
         A_log, dt_bias = self.decay_bias().unbind()

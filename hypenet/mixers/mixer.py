@@ -8,10 +8,11 @@ from typing import Self, cast
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from hypenet.configuration_hypenet import HypeNetConfig
 from hypenet.context import MixerContext
+from hypenet.mixers.decay import HALF
+from hypenet_kernels import add_rms_norm, rms_norm_gated, rms_norm_rope
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 NORMS = ("q_norm", "k_norm")
@@ -27,12 +28,55 @@ class HypeNetRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise x [..., size]; the result has its shape and dtype."""
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        """Normalise x [..., size]; the result has its shape and dtype, on CUDA under autocast float32."""
+        return rms_norm_rope(autocast_input(x), self.weight, eps=self.eps)
 
     def extra_repr(self) -> str:
         """Return what `print(module)` shows between the parentheses."""
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class HypeNetRotaryRMSNorm(HypeNetRMSNorm):
+    """The norm of each head of q or k, and its rotary embedding."""
+
+    def forward(self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        """Normalise x [B, T, H, size], and rotate it by angles = (cos, sin), each [B or 1, T, size]."""
+        cos, sin = (None, None) if angles is None else angles
+        return rms_norm_rope(x, self.weight, cos, sin, self.eps)
+
+
+class HypeNetGatedRMSNorm(HypeNetRMSNorm):
+    """The norm of a recurrence's output, times its gate.
+
+    Args:
+        size: Elements that are normalised together.
+        eps: Added to the mean square.
+        activation: Of the gate, "silu" or "sigmoid".
+    """
+
+    def __init__(self, size: int, eps: float, activation: str) -> None:
+        super().__init__(size, eps)
+        self.activation = activation
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        """Normalise x [..., size] and multiply it by the activation of gate, of x's shape; None: no gate."""
+        if gate is None:
+            return rms_norm_rope(x, self.weight, eps=self.eps)
+        return rms_norm_gated(x, gate, self.weight, eps=self.eps, activation=self.activation)
+
+
+class HypeNetResidualRMSNorm(HypeNetRMSNorm):
+    """The norm of a residual stream after the output of a layer's part has been added to it."""
+
+    def forward(  # type: ignore[override]  # a module is called by one that knows its arguments
+        self, x: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (x + residual, the normalised sum), [..., size], in the dtypes that the two steps apart would have."""
+        residual = residual.to(torch.promote_types(x.dtype, residual.dtype))
+        if autocast_input(residual) is not residual:
+            total = x + residual
+            return total, super().forward(total)
+        return add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class Mixer(nn.Module):
@@ -70,18 +114,18 @@ class Mixer(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=bias)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=bool(config.attention_o_bias))
-        self.q_norm = HypeNetRMSNorm(head_dim, config.rms_norm_eps) if use_qk_norm else None
-        self.k_norm = HypeNetRMSNorm(head_dim, config.rms_norm_eps) if use_qk_norm else None
+        self.q_norm = HypeNetRotaryRMSNorm(head_dim, config.rms_norm_eps) if use_qk_norm else None
+        self.k_norm = HypeNetRotaryRMSNorm(head_dim, config.rms_norm_eps) if use_qk_norm else None
 
     def qkv(self, x_BTC: torch.Tensor, context: MixerContext) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return q [B, T, H, D] and k, v [B, T, HK, D] of one dtype, after activation, norms and rotation."""
         q, k, v = (proj(x_BTC).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = self.activate(q), self.activate(k), self.activate(v)
+        angles = context.position_embeddings if self.use_rope else None
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.use_rope:
-            cos, sin = cast(tuple[torch.Tensor, torch.Tensor], context.position_embeddings)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            q, k = self.q_norm(q, angles), self.k_norm(k, angles)
+        elif angles is not None:
+            q, k = rms_norm_rope(q, None, *angles), rms_norm_rope(k, None, *angles)
         return q.to(v.dtype), k.to(v.dtype), v
 
     def activate(self, x: torch.Tensor) -> torch.Tensor:
@@ -150,7 +194,18 @@ class Mixer(nn.Module):
                 target.copy_(weight)
 
 
-def rotate(x_BTHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Apply rotary embedding in the half-split layout; cos and sin [B or 1, T, D]."""
-    first, second = x_BTHD.chunk(2, dim=-1)
-    return x_BTHD * cos[..., None, :] + torch.cat((-second, first), dim=-1) * sin[..., None, :]
+def autocast_input(x: torch.Tensor) -> torch.Tensor:
+    """Return x in the dtype that autocast makes of a norm's input: on CUDA float32, on the CPU its own."""
+    wide = x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype in HALF
+    return x.float() if wide else x
+
+
+def cast_once(x: torch.Tensor) -> torch.Tensor:
+    """Return the input of several linear layers in the dtype to which autocast would cast it for each of them.
+
+    With gradients it stays as it is, since those of the layers are summed in its dtype.
+    """
+    device = x.device.type
+    if torch.is_grad_enabled() or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))

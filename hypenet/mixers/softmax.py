@@ -7,7 +7,7 @@ from torch import nn
 
 from hypenet.configuration_hypenet import SOFTMAX, HypeNetConfig
 from hypenet.context import MixerContext
-from hypenet.mixers.mixer import Mixer
+from hypenet.mixers.mixer import Mixer, cast_once
 from hypenet_kernels import hype_attention, hype_attention_decode
 
 
@@ -38,6 +38,7 @@ class SoftmaxAttention(Mixer):
 
     def forward(self, x_BTC: torch.Tensor, context: MixerContext) -> torch.Tensor:
         """Mix x [B, T, C] along T and return [B, T, C]; with a cache, also append to this layer's keys and values."""
+        x_BTC = cast_once(x_BTC)
         q, k, v = self.qkv(x_BTC, context)
         gate = None if self.o_gate is None else self.o_gate(x_BTC).view_as(q)
         o = self.attend(q, k, v, gate, context)

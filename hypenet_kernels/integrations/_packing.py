@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 Shape = tuple[int, ...]
 Arguments = dict[str, Any]
+CACHES = ("past_key_values", "cache", "cache_params")  # names of a cache in transformers' models
 
 
 def bounds(shape: Shape, cu_seqlens: Tensor | None, seq_idx: Tensor | None) -> Tensor | None:
@@ -40,7 +41,6 @@ def document_of_token(shape: Shape, cu_seqlens: Tensor) -> Tensor:
 
 def keep_documents_apart(
     forward: Callable[..., Any],
-    cache: str = "past_key_values",
     finish: Callable[[Any, Arguments], Arguments] | None = None,
 ) -> Callable[..., Any]:
     """Return `forward` of a model that hands every form of packing to its layers.
@@ -49,7 +49,6 @@ def keep_documents_apart(
 
     Args:
         forward: The method of a transformers model that builds the attention masks.
-        cache: Name of the argument that holds a cache.
         finish: Function of the model and its arguments, called for packed rows, that returns more arguments; for models
             where naming the documents does not suffice.
     Raises:
@@ -62,7 +61,7 @@ def keep_documents_apart(
         if len(args) > len(names):
             return forward(self, *args, **kwargs)  # which raises
         arguments = dict(zip(names, args, strict=False)) | kwargs
-        packed = packed_arguments(type(self).__name__, arguments, cache)
+        packed = packed_arguments(type(self).__name__, arguments)
         if packed and "position_ids" not in names:
             del packed["position_ids"]
         arguments |= packed
@@ -100,17 +99,18 @@ def pass_documents_on(forward: Callable[..., Any], backbone: str) -> Callable[..
     return passing_forward
 
 
-def packed_arguments(name: str, arguments: Arguments, cache: str) -> Arguments:
+def packed_arguments(name: str, arguments: Arguments) -> Arguments:
     """Return the arguments of a model's forward that tell its layers of packed documents; {} where there are none."""
     tokens = arguments.get("input_ids")
     tokens = arguments.get("inputs_embeds") if tokens is None else tokens
     if tokens is None:
         return {}
-    shape, mask, given_cache = tokens.shape[:2], arguments.get("attention_mask"), arguments.get(cache)
+    shape, mask = tokens.shape[:2], arguments.get("attention_mask")
+    cache = next((key for key in CACHES if arguments.get(key) is not None), None)
     cu_seqlens, seq_idx = arguments.get("cu_seq_lens_q"), arguments.get("seq_idx")
     if cu_seqlens is None and seq_idx is None:
         positions = _text_positions(arguments.get("position_ids"))
-        if positions is None or mask is not None or given_cache is not None:
+        if positions is None or mask is not None or cache is not None:
             return {}
         seq_idx = _documents_of_positions(positions.expand(shape))
         if seq_idx is None:
@@ -119,8 +119,9 @@ def packed_arguments(name: str, arguments: Arguments, cache: str) -> Arguments:
     assert cu_seqlens is not None
     if shape[0] == 1 and cu_seqlens.shape[0] == 2:
         return {}
-    if given_cache is not None or arguments.get("use_cache"):
-        raise ValueError(f"{name}: {cache} must be None and use_cache False for packed sequences, got a cache")
+    if cache is not None or arguments.get("use_cache"):
+        rule = f"{cache or CACHES[0]} must be None and use_cache False for packed sequences"
+        raise ValueError(f"{name}: {rule}, got a cache")
     if mask is not None:
         raise ValueError(f"{name}: attention_mask must be None for packed sequences, got one")
     if seq_idx is None:

@@ -197,7 +197,8 @@ def _check_version() -> None:
     try:
         transformers = importlib.import_module("transformers")
     except ImportError:
-        raise ImportError("patch_transformers: transformers must be installed, got none") from None
+        message = f'patch_transformers: needs transformers; install with: pip install "transformers>={OLDEST}"'
+        raise ImportError(message) from None
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     if version < tuple(int(part) for part in OLDEST.split(".")):
         raise ImportError(f"patch_transformers: transformers must be at least {OLDEST}, got {transformers.__version__}")
@@ -256,10 +257,9 @@ def _replacing(
 def _hold_models(patch: Patch, family: Family, module: ModuleType) -> None:
     """Replace the forward of the classes through which packed documents reach the layers."""
     by = "the same, with packed documents named to every layer"
-    cache = "cache_params" if family.name == "mamba2" else "past_key_values"
     finish = {"qwen4_exp": _refuse_ngrams, "granitemoehybrid": _masks_of_documents}.get(family.name)
     model = getattr(module, family.model)
-    patch._hold(model, "forward", lambda original: _packing.keep_documents_apart(original, cache, finish), by)
+    patch._hold(model, "forward", lambda original: _packing.keep_documents_apart(original, finish), by)
     if family.name == "mamba2":  # its language model drops the keywords that its backbone would read
         passing = functools.partial(_packing.pass_documents_on, backbone="backbone")
         patch._hold(module.Mamba2ForCausalLM, "forward", passing, by)
