@@ -34,7 +34,7 @@ QUICK = (  # the kernel of each file that compiles soonest, or nearly so
     r"gated_delta_scan_kernel<.*bf16, 64, \(.*Rule\)1.*4, 2>",
     r"gated_delta_chain_kernel<.*64, \(.*Rule\)1.*FwdParams",
     r"gated_delta_step_kernel<.*<64, \(.*State\)0>, .*bf16",
-    r"hype_attention_bwd_prepare_kernel<.*<64>, .*bf16",
+    r"hype_attention_bwd_prepare_kernel<.*<64, 64>, .*bf16",
     r"hype_attention_decode_combine_kernel<.*bf16",
     r"hype_attention_fwd_kernel<.*<64>, .*bf16",
 )

@@ -207,6 +207,13 @@ __device__ __forceinline__ void invert_diagonal_block(Smem& smem, int block) {
   }
 }
 
+// split_tf32 in two instructions a part, where cvt.rna.tf32 takes four. NaN is lost in `high` and stays in `low`.
+__device__ __forceinline__ void split_finite(uint32_t& high, uint32_t& low, float x) {
+  constexpr uint32_t kHalf = 0x1000, kKept = 0xffffe000;
+  high = (__builtin_bit_cast(uint32_t, x) + kHalf) & kKept;
+  low = (__builtin_bit_cast(uint32_t, x - __builtin_bit_cast(float, high)) + kHalf) & kKept;
+}
+
 // d [16, 16] += diag(factor) A B of blocks at (a_row, a_col) and (b_row, b_col), to fp32's precision but
 // three bits.
 template <int kStrideA, int kStrideB>
@@ -220,13 +227,13 @@ __device__ __forceinline__ void multiply_blocks(float (&d)[2][4], const float (&
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float a = A[a_row + r + i % 2 * 8][a_col + k + c + i / 2 * 4];
-      split_tf32(a_high[i], a_low[i], factor[i % 2] * a);
+      split_finite(a_high[i], a_low[i], factor[i % 2] * a);
     }
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        split_tf32(b_high[i], b_low[i], B[b_row + k + c + i * 4][b_col + n * 8 + r]);
+        split_finite(b_high[i], b_low[i], B[b_row + k + c + i * 4][b_col + n * 8 + r]);
       arch::mma_16x8x8_tf32(d[n], a_low, b_high);
       arch::mma_16x8x8_tf32(d[n], a_high, b_low);
       arch::mma_16x8x8_tf32(d[n], a_high, b_high);

@@ -212,18 +212,20 @@ __global__ void __launch_bounds__(C::kThreads, kMinBlocks<C>)
 
     const auto scale = static_cast<float>(params.scale);
     const bool in_pairs = C::kDelta && reflects(stage.beta);
-    Results<kChunk / 8> Z, O;
-    Values<C::kWide> E(smem.values);
-    read_state<C, C::kDelta, !C::kWide>(Z, O, S, stage, lanes, in_pairs);  // (1)
-    if constexpr (C::kDelta) {
-      form_residual<C>(Z, stage);    // (2)
-      solve<C>(E, Z, stage, lanes);  // (3)
-    } else {
-      load_values<C>(E, stage);
-    }
-    if constexpr (C::kWide) read_output<C>(O, S, scale, stage, lanes);  // (1)
-    compute_output<C>(stage, O, E, C::kWide ? 1.0f : scale, lanes);     // (4)
-    update_state<C>(S, E, stage, lanes, in_pairs);                      // (5)
+    with_pairs<C>(in_pairs, [&]<Pairs kPairs>() {
+      Results<kChunk / 8> Z, O;
+      Values<C::kWide> E(smem.values);
+      read_state<C, C::kDelta, !C::kWide, kPairs>(Z, O, S, stage, lanes, in_pairs);  // (1)
+      if constexpr (C::kDelta) {
+        form_residual<C>(Z, stage);    // (2)
+        solve<C>(E, Z, stage, lanes);  // (3)
+      } else {
+        load_values<C>(E, stage);
+      }
+      if constexpr (C::kWide) read_output<C>(O, S, scale, stage, lanes);  // (1)
+      compute_output<C>(stage, O, E, C::kWide ? 1.0f : scale, lanes);     // (4)
+      update_state<C, kPairs>(S, E, stage, lanes, in_pairs);              // (5)
+    });
     store_output<C>(o, o_stride, num_tokens, stage.v[warp_idx()]);
     if (params.checkpoint_every != 0 && num_tokens >= kChunk) store_checkpoint<C>(S, params, num_tiles, c);
     if constexpr (C::kStages == 1) {

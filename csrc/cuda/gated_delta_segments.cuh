@@ -94,16 +94,18 @@ __global__ void __launch_bounds__(C::kThreads, 2)
     arch::commit_copies();
 
     const bool in_pairs = C::kDelta && reflects(stage.beta);
-    Results<kChunk / 8> Z;
-    Values<C::kWide> E(smem.values);
-    if constexpr (C::kDelta) {
-      read_state<C, true, false>(Z, Z, S, stage, lanes, in_pairs);
-      form_residual<C>(Z, stage);
-      solve<C>(E, Z, stage, lanes);
-    } else {
-      load_values<C>(E, stage);
-    }
-    update_state<C>(S, E, stage, lanes, in_pairs);
+    with_pairs<C>(in_pairs, [&]<Pairs kPairs>() {
+      Results<kChunk / 8> Z;
+      Values<C::kWide> E(smem.values);
+      if constexpr (C::kDelta) {
+        read_state<C, true, false, kPairs>(Z, Z, S, stage, lanes, in_pairs);
+        form_residual<C>(Z, stage);
+        solve<C>(E, Z, stage, lanes);
+      } else {
+        load_values<C>(E, stage);
+      }
+      update_state<C, kPairs>(S, E, stage, lanes, in_pairs);
+    });
     whole *= arch::exp2(stage.G[kChunk - 1]);
   }
 

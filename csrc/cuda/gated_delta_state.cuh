@@ -255,8 +255,26 @@ __device__ __forceinline__ void copy_chunk_async(Stage<C>& stage, const GatedDel
   }
 }
 
-// (1) Z^T = S^T K^T if kZ, O^T = S^T Q^T if kO. in_pairs: S of the first is a pair.
-template <class C, bool kZ, bool kO>
+// Whether pairs are taken where a chunk reflects (gated_delta.cuh): known when compiled, or asked at every step.
+enum class Pairs { kNever, kAlways, kAsked };
+
+// run.template operator()<...>() for a chunk. One branch for all its steps, where registers allow two bodies: a
+// branch waits for the products before it, and no fragment behind it is loaded ahead.
+template <class C, class Run>
+__device__ __forceinline__ void with_pairs(bool in_pairs, Run&& run) {
+  if constexpr (!C::kDelta) {
+    run.template operator()<Pairs::kNever>();
+  } else if constexpr (C::kWide) {
+    run.template operator()<Pairs::kAsked>();
+  } else if (in_pairs) {
+    run.template operator()<Pairs::kAlways>();
+  } else {
+    run.template operator()<Pairs::kNever>();
+  }
+}
+
+// (1) Z^T = S^T K^T if kZ, O^T = S^T Q^T if kO. In pairs: S of the first is one.
+template <class C, bool kZ, bool kO, Pairs kPairs>
 __device__ __forceinline__ void read_state(Results<kChunk / 8>& Z, Results<kChunk / 8>& O,
                                            const Results<C::kKeyDim / 8>& S, const Stage<C>& stage,
                                            const Lanes<C>& lanes, bool in_pairs) {
@@ -280,8 +298,8 @@ __device__ __forceinline__ void read_state(Results<kChunk / 8>& Z, Results<kChun
         multiply<Element>(O[2 * t], O[2 * t + 1], s, b);
       }
     }
-    if constexpr (kZ) {
-      if (!in_pairs) continue;
+    if constexpr (kZ && kPairs != Pairs::kNever) {
+      if (kPairs == Pairs::kAsked && !in_pairs) continue;
       uint32_t high[4], low[4];
       round_to_pair<Element>(high, low, S[k / 8], S[k / 8 + 1]);
 #pragma unroll
@@ -449,8 +467,8 @@ __device__ __forceinline__ void add_to_state(Results<C::kKeyDim / 8>& S, const u
   }
 }
 
-// (5) S^T = gamma_last S^T + (gamma_last / gamma E)^T K. in_pairs: E is a pair here too.
-template <class C>
+// (5) S^T = gamma_last S^T + (gamma_last / gamma E)^T K. In pairs: E is one here too.
+template <class C, Pairs kPairs>
 __device__ __forceinline__ void update_state(Results<C::kKeyDim / 8>& S, const Values<C::kWide>& E,
                                              const Stage<C>& stage, const Lanes<C>& lanes, bool in_pairs) {
   using Element = typename C::Element;
@@ -468,8 +486,8 @@ __device__ __forceinline__ void update_state(Results<C::kKeyDim / 8>& S, const V
 #pragma unroll
     for (int i = 0; i < 4; ++i) high[i] = arch::pack<Element>(x[i].x, x[i].y);
     add_to_state<C>(S, high, stage, lanes, t);
-    if constexpr (C::kDelta) {
-      if (!in_pairs) continue;
+    if constexpr (kPairs != Pairs::kNever) {
+      if (kPairs == Pairs::kAsked && !in_pairs) continue;
       uint32_t low[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) pack_pair<Element>(high[i], low[i], x[i].x, x[i].y);
