@@ -20,13 +20,16 @@ Status launch_scan(const GatedDeltaFwdParams& params, Stream stream) {
 
 template <class Element, int K, Rule kRule>
 Status choose_and_launch(const GatedDeltaFwdParams& params, const Device& device, Stream stream) {
-  constexpr int kWideWarps = 8, kNarrowWarps = 4, kWideColumns = kWideWarps * kColumns;
+  constexpr int kWideWarps = 8, kNarrowWarps = 4, kSlimWarps = 2;
   using Wide = Config<Element, K, kRule, Pass::kOutput, kWideWarps>;
   using Narrow = Config<Element, K, kRule, Pass::kOutput, kNarrowWarps>;
-  const int64_t wide_blocks = params.num_segments * params.HV * (params.V / kWideColumns);
-  const ScanBlock block = choose_scan(wide_blocks, params.V % kWideColumns == 0, sizeof(ScanSmem<Wide>),
+  const int64_t warps = params.num_segments * params.HV * (params.V / kColumns);
+  const ScanBlock block = choose_scan(warps, params.V % (kWideWarps * kColumns) == 0, sizeof(ScanSmem<Wide>),
                                       sizeof(ScanSmem<Narrow>), device);
   if (block == ScanBlock::kWide) return launch_scan<Wide>(params, stream);
+  if (block == ScanBlock::kSlim) {
+    return launch_scan<Config<Element, K, kRule, Pass::kOutput, kSlimWarps>>(params, stream);
+  }
   if constexpr (K == 128 && kRule == Rule::kDelta) {  // the only one that fits nowhere else in 99 KB
     if (block == ScanBlock::kSingle) {
       return launch_scan<Config<Element, K, kRule, Pass::kOutput, kNarrowWarps, 1>>(params, stream);

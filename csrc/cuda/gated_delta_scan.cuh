@@ -18,8 +18,8 @@
 // S^T [16, K] as results of mma. Everything is computed transposed, so that results, rounded where they lie,
 // are the next product's operand A: S^T of Z^T = S^T K^T and of O^T = S^T Q^T, B^T, made from Z^T in place,
 // of E^T = B^T + B^T L^T, again in place, and E^T of S^T += E^T K and of O^T += E^T P^T. Between the tiles'
-// arrival and the store of O nothing passes through shared memory. Four warps or eight is a question of how
-// many blocks there are; the results are the same bits.
+// arrival and the store of O nothing passes through shared memory. Two warps, four or eight is a question of how
+// many blocks there are (choices.h); the results are the same bits.
 //
 // Shared memory, two stages of (K = 128, eight warps; for four, v is half as large):
 //   k, q           [64, K]      Element   32 KB
