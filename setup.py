@@ -3,7 +3,6 @@
 import glob
 import json
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -17,7 +16,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 X86 = {"baseline": "", "v3": "-march=x86-64-v3", "v4": "-march=x86-64-v4", "v4_bf16": "-march=x86-64-v4 -mavx512bf16"}
-LEVELS = X86 if platform.machine() in ("x86_64", "AMD64") else {"baseline": ""}
+LEVELS = X86 if os.uname().machine in ("x86_64", "AMD64") else {"baseline": ""}
 CXX_FLAGS = shlex.split("-std=c++20 -O3 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -Wall -Wextra")
 NVCC_FLAGS = shlex.split("-std=c++20 -O3 -Xcompiler=-fPIC -Xptxas=-v,--warn-on-spills")
 NVCC_LOG = ">$out.log 2>&1 || { cat $out.log; exit 1; }; grep -i warning $out.log; times >>$out.log"  # from ptxas -v
@@ -108,8 +107,7 @@ class NinjaBuild(build_ext):
         with open(build / "build.ninja", "w") as file:
             writer = ninja.ninja_syntax.Writer(file, width=10**6)
             folder = self.write_ninja(writer, build, python, commands(os.environ, cxx, with_cuda and nvcc, targets))
-        memory_gb = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-        jobs = num_jobs(os.environ, len(os.sched_getaffinity(0)), memory_gb)
+        jobs = num_jobs(os.environ, len(os.sched_getaffinity(0)), os.sysconf("SC_PHYS_PAGES") / 2**18)  # of 4 KB
         if subprocess.run([Path(ninja.BIN_DIR, "ninja"), "-C", build, "-j", str(jobs)]).returncode:
             sys.exit("hypenet: compilation failed, see above" + " (HYPENET_SKIP_CUDA_BUILD=1 omits nvcc)" * with_cuda)
         info = {"compiler": " ".join(cxx), "cuda_targets": targets if with_cuda else None, "cuda": reason}
@@ -144,7 +142,9 @@ class NinjaBuild(build_ext):
 
 if __name__ == "__main__":
     cpu, cuda, rtc = (sorted(glob.glob(f"csrc/{x}", root_dir=ROOT)) for x in ("cpu/*.cpp", "cuda/*.cu", "cuda/*/*.cpp"))
-    modules = [Extension(f"hypenet_kernels._cpu_{n}", cpu, extra_compile_args=f.split()) for n, f in LEVELS.items()]
+    if not LEVELS.keys() >= {*(levels := (os.environ.get("HYPENET_CPU_LEVELS") or ",".join(LEVELS)).split(","))}:
+        sys.exit(f"hypenet: HYPENET_CPU_LEVELS must name some of {','.join(LEVELS)}, got {','.join(levels)}")
+    modules = [Extension(f"hypenet_kernels._cpu_{n}", cpu, extra_compile_args=LEVELS[n].split()) for n in levels]
     modules += [Extension("hypenet_kernels._cuda", cuda), Extension("hypenet_kernels._cuda_rtc", cuda + rtc)]
     modules[-1].extra_compile_args = ["-xc++", "-Wno-unknown-pragmas"]
     setup(ext_modules=modules, cmdclass={"build_ext": NinjaBuild})

@@ -178,6 +178,33 @@ def plot(
 
 
 @app.command()
+def ab(
+    other: Annotated[Path, typer.Argument(help="Another checkout, built in place.")],
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME ...]", help="Ops to measure; default: all.")
+    ] = None,
+    device: DeviceOption = "auto",
+    quick: QuickOption = False,
+) -> None:
+    """Time the kernels of two builds in one process, in turns, and say whether their results are the same bits."""
+    from bench import ab as runner
+    from bench import tables
+
+    device = _device(device)
+    with _progress() as progress:
+        task = progress.add_task("builds", total=None)
+
+        def on_case(index: int, count: int, name: str) -> None:
+            progress.update(task, total=count, completed=index, description=name)
+
+        try:
+            rows = [row.cells() for row in runner.run(other, names or [], device, quick, on_case=on_case)]
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
+    console.print(tables.terminal(runner.HEADER, rows, runner.HEADER[:1], records.device_name(device)))
+
+
+@app.command()
 def compare(old: Path, new: Path) -> None:
     """Print the speedup from OLD to NEW for each case; a change within the spread of both counts as no change."""
     from bench import compare as comparison

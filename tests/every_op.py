@@ -3,6 +3,7 @@
 compute-sanitizer --tool racecheck python tests/every_op.py        # on a GPU
 """
 
+import argparse
 import contextlib
 import functools
 from itertools import product
@@ -150,7 +151,20 @@ def _norms(device, dtype, D):
     _call(kernels.swiglu, [x, x])
 
 
-if __name__ == "__main__":
+def main():
+    global HEAD_DIMS, DTYPES, T
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--head-dims", type=int, nargs="+", default=HEAD_DIMS)
+    parser.add_argument("--tokens", type=int, default=T)
+    parser.add_argument("--once", action="store_true", help="one head dimension and dtype")
+    options = parser.parse_args()
+    HEAD_DIMS, T = options.head_dims, options.tokens
+    if options.once:
+        HEAD_DIMS, DTYPES = HEAD_DIMS[:1], DTYPES[:1]
     run("cuda", functools.partial(print, flush=True))
     torch.cuda.synchronize()
     print("every op ran")
+
+
+if __name__ == "__main__":
+    main()
