@@ -54,7 +54,8 @@ def warmup(
 
 def collect(capability: tuple[int, int], runs: Sequence[Callable[[], None]]) -> list[Kernel]:
     """Return the kernels that functions of ops on tensors in host memory would launch on a GPU, each once."""
-    module, found = _native.runtime_cuda(), {}
+    module = _native.runtime_cuda()
+    found: dict[Kernel, None] = {}
     for num_processors in NUM_PROCESSORS:
         module.start_collecting(num_processors, shared_bytes(capability))
         try:
