@@ -23,7 +23,7 @@ from hypenet_kernels import _native, _nvrtc
 Kernel = tuple[str, str]  # source, expression
 
 TOKENS, SPLIT_TOKENS = 96, 16384  # of a sequence, and of one long enough to be split
-NUM_PROCESSORS = (1, 1024)  # few and many SMs: launchers choose by what fills the GPU
+NUM_PROCESSORS = (1, 3, 6, 1024)  # few and many SMs: launchers choose by what fills the GPU
 BAR = 30  # characters
 
 

@@ -34,7 +34,7 @@ SHARED_OVERHEAD, SHARED_UNIT = 1024, 128
 REGISTERS, REGISTER_UNIT, WARP_SIZE, PARTITIONS = 64 * 1024, 256, 32, 4
 MAX_THREADS, MAX_BLOCKS = 2048, 32
 # Some launchers choose a kernel by the number of SMs, or by the bytes of shared memory that a block can have.
-EMULATED_DEVICES = ((1, 227 * 1024), (132, 227 * 1024), (132, 99 * 1024))
+EMULATED_DEVICES = (*((sms, 227 * 1024) for sms in (1, 3, 6, 132)), (3, 99 * 1024), (132, 99 * 1024))
 
 
 def compile_all():

@@ -22,8 +22,9 @@
 // Mapping: a block owns a (chunk, key head), blocks numbered along x, the key head fastest; it finds its
 // sequence by binary search in the map. Four warps; warp w computes block row w of KK and block row 3 - w of
 // QK, which is the same work for each. Per value head, block barriers between: warp 0 G; warp w the inverse
-// of diagonal block w by forward substitution (a lane per column), and its row of P; warp w block column w of
-// T0, by forward substitution over blocks; all warps L, then the stores.
+// of diagonal block w by forward substitution (a lane per column), and block row w of P; warp w block column w
+// of T0, by forward substitution over blocks (in every second head 3 - w for these two); all warps L, then the
+// stores.
 //
 // Shared memory, for K = 128: 49.5 KB, 4 blocks per processor of 228 KB, 3 of 164 KB; for K = 256 81.5 KB
 //   q, k      [64, K]  Element        32 KB    until (1)
@@ -354,16 +355,19 @@ __global__ void __launch_bounds__(kThreads, 4)
 #pragma unroll 1
   for (int i = 0; i < group; ++i) {
     const int head = static_cast<int>(key_head) * group + i;
+    // Column 0 of T0 takes most of the work and column 3 none, rows of P the other way round. In turns, so that no
+    // scheduler of the SM has the work of all columns 0.
+    const int column = (i + chunk) % 2 == 0 ? warp : kBlocks - 1 - warp;
     // (2)
     if (warp == 0) sum_decays<kDelta>(params, place, head, smem);
     arch::sync_block();
     // (3)
-    scale_and_decay(smem, row, static_cast<float>(params.scale));
+    scale_and_decay(smem, column, static_cast<float>(params.scale));
     // (4)
     if constexpr (kDelta) {
       invert_diagonal_block(smem, warp);
       arch::sync_block();
-      solve_block_column(smem, warp);
+      solve_block_column(smem, column);
       arch::sync_block();
       // (5)
       split_gated_inverse<Element>(smem);

@@ -6,6 +6,7 @@ tests in PYTHONPATH. Prints the numbers of launches and of kernels.
 
 import ctypes
 
+import cuda_resources
 import emulation
 import every_op
 
@@ -51,7 +52,7 @@ def main():
             raise error
 
     emulation.launch = launch_twice
-    for num_processors, shared_bytes in ((132, 99 * 1024), (1, 227 * 1024), (132, 227 * 1024)):
+    for num_processors, shared_bytes in cuda_resources.EMULATED_DEVICES:
         emulated.set_num_processors(num_processors)
         emulated.set_max_shared_bytes(shared_bytes)
         ctypes.c_int.in_dll(driver, "fake_num_processors").value = num_processors
