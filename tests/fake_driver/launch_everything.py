@@ -52,7 +52,8 @@ def main():
             raise error
 
     emulation.launch = launch_twice
-    for num_processors, shared_bytes in cuda_resources.EMULATED_DEVICES:
+    # The least shared memory first: what a kernel was once allowed stays.
+    for num_processors, shared_bytes in sorted(cuda_resources.EMULATED_DEVICES, key=lambda device: device[1]):
         emulated.set_num_processors(num_processors)
         emulated.set_max_shared_bytes(shared_bytes)
         ctypes.c_int.in_dll(driver, "fake_num_processors").value = num_processors
