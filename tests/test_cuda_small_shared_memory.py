@@ -2,8 +2,11 @@
 
 import emulation
 import pytest
+import test_cuda_sequence_split
 import torch
 from compare import assert_matches_reference, assert_within_guarantee
+from recurrence_suite import Shape, bounds, cotangents, make_inputs, raise_some_betas
+from test_cuda_gated_delta_bwd import both, check, results
 
 from hypenet_kernels import (
     chunk_gated_delta_rule,
@@ -14,7 +17,7 @@ from hypenet_kernels import (
 )
 
 D, T = 128, 150
-BF16 = torch.bfloat16
+BF16, FP16 = torch.bfloat16, torch.float16
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +30,8 @@ def small():
     machine.set_max_shared_bytes(227 * 1024)
 
 
-def recurrent_inputs():
-    q, k = (torch.nn.functional.normalize(torch.randn(1, T, 1, D), dim=-1).to(BF16) for _ in range(2))
+def recurrent_inputs(K=D):
+    q, k = (torch.nn.functional.normalize(torch.randn(1, T, 1, K), dim=-1).to(BF16) for _ in range(2))
     return q, k, torch.randn(1, T, 2, D).to(BF16), -torch.rand(1, T, 2), torch.rand(1, T, 2)
 
 
@@ -47,9 +50,61 @@ def test_chunk_forward(small, delta, processors):
     assert_within_guarantee("final_state", state, expected[1])
 
 
-def test_chunk_backward_says_what_is_missing():
-    inputs = [x.requires_grad_() for x in recurrent_inputs()]
+def kernels_of(machine):
+    return {record["name"]: record["shared_bytes"] for record in machine.launches()}
+
+
+@both
+@pytest.mark.parametrize(("K", "V", "dtype"), [(128, 128, BF16), (128, 64, FP16), (64, 192, FP16), (64, 64, BF16)])
+def test_chunk_backward(small, K, V, dtype, delta):
+    """Grouped value heads, some chunks with beta > 1 and some without."""
+    inputs = make_inputs(Shape(1, 200, 1, 2, K, V), delta, dtype)
+    if delta:
+        raise_some_betas(inputs["beta"])
+    check("cpu", inputs)
+    assert {"gated_delta_bwd_scan_kernel", "gated_delta_bwd_chunk_small_kernel"} < kernels_of(small).keys()
+
+
+@both
+def test_chunk_backward_of_packed_sequences(delta):
+    lengths = (5, 0, 64, 1, 65, 0)
+    inputs = make_inputs(Shape(1, sum(lengths), 2, 4, D, 64), delta, BF16, N=len(lengths))
+    if delta:
+        inputs["beta"][:, 5:69] *= 2  # above 1 in the third sequence only
+    check("cpu", inputs, cu_seqlens=bounds(*lengths))
+
+
+@both
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_chunk_backward_of_split_sequences(delta, dtype):
+    inputs = make_inputs(Shape(1, 390, 1, 1, D, 64), delta, dtype)
+    if delta:
+        inputs["beta"][:, 70:300:5] += 1
+    test_cuda_sequence_split.check("cpu", delta, inputs, dtype)
+
+
+@both
+def test_chunk_backward_has_the_bits_of_larger_gpus_in_any_order_of_threads(small, delta):
+    """All but dk, of which the sum has another order."""
+    inputs = make_inputs(Shape(1, 135, 1, 2, D, 128), delta, BF16)
+    if delta:
+        raise_some_betas(inputs["beta"])
+    given, runs = cotangents(inputs), []
+    for kilobytes, seed in ((227, 0), *((99, seed) for seed in emulation.SEEDS)):
+        small.set_max_shared_bytes(kilobytes * 1024)
+        small.set_seed(seed)
+        runs.append(results("cpu", inputs, *given))
+    large, *all_small = runs
+    for name, x in large.items():
+        assert all(run[name].equal(all_small[0][name]) for run in all_small), name
+        assert name == "k" or all_small[0][name].equal(x), name
+
+
+def test_chunk_backward_says_what_is_missing_for_wide_keys(small):
+    inputs = [x.requires_grad_() for x in recurrent_inputs(K=256)]
+    small.set_max_shared_bytes(227 * 1024)  # for the forward
     o, _ = chunk_gated_delta_rule(*inputs)
+    small.set_max_shared_bytes(99 * 1024)
     with pytest.raises(RuntimeError, match=r"101376 bytes of shared memory, got \d+: less shared memory than"):
         o.float().sum().backward()
 

@@ -16,6 +16,7 @@ Status gated_delta_scan(const GatedDeltaFwdParams& params, Stream stream);
 Status gated_delta_fill(const GatedDeltaBwdParams& params, Stream stream);
 Status gated_delta_bwd_scan(const GatedDeltaBwdParams& params, Stream stream);
 Status gated_delta_bwd_chunk(const GatedDeltaBwdParams& params, Stream stream);
+Status gated_delta_bwd_chunk_small(const GatedDeltaBwdParams& params, Stream stream);  // K 64, 128 in 99 KB
 
 // What the segments of split sequences do to the state gradients, from what each does alone (segment_states)
 // and the transfers of the forward.

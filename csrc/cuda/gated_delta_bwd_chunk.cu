@@ -1,3 +1,4 @@
+#include "choices.h"
 #include "dispatch.h"
 #include "gated_delta.h"
 #include "gated_delta_bwd_chunk.cuh"
@@ -20,13 +21,23 @@ Status launch_chunks(const GatedDeltaBwdParams& params, Stream stream) {
   return status;
 }
 
+template <class Element, int K, Rule kRule>
+Status choose_and_launch(const GatedDeltaBwdParams& params, const Device& device, Stream stream) {
+  if constexpr (K <= 128) {
+    if (!fits(sizeof(Smem<Element, K, kRule>), device)) return gated_delta_bwd_chunk_small(params, stream);
+  }
+  return launch_chunks<Element, K, kRule>(params, stream);
+}
+
 }  // namespace
 
 Status gated_delta_bwd_chunk(const GatedDeltaBwdParams& params, Stream stream) {
+  Device device;
+  if (const Status status = find_device(stream.device, device); status != nullptr) return status;
   return dispatch_half_dtype(params.dtype, [&]<class Element>() -> Status {
     return dispatch_key_dim(params.K, [&]<int K>() -> Status {
-      return params.delta ? launch_chunks<Element, K, Rule::kDelta>(params, stream)
-                          : launch_chunks<Element, K, Rule::kGla>(params, stream);
+      return params.delta ? choose_and_launch<Element, K, Rule::kDelta>(params, device, stream)
+                          : choose_and_launch<Element, K, Rule::kGla>(params, device, stream);
     });
   });
 }

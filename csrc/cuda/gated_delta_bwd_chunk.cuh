@@ -78,14 +78,14 @@ __device__ __forceinline__ void add_to_row(float (&sums)[kColWarps][kChunk], con
 }
 
 // Before the first tile of a value head: every sum by the lane that will add to it.
-template <class Smem>
-__device__ __forceinline__ void clear_sums(Smem& sm) {
+template <class Smem, class... Sums>
+__device__ __forceinline__ void clear_sums(Smem& sm, Sums&... sums) {
   const Part part;
   if (lane_idx() == 0) sm.states[warp_idx()] = 0;
   if (lane_idx() % 4 != 0) return;
 #pragma unroll
   for (int row = part.lane_row; row < part.lane_row + 16; row += 8) {
-    sm.dbeta[part.col_warp][row] = sm.dG[part.col_warp][row] = sm.next[part.col_warp][row] = 0;
+    ((sums[part.col_warp][row] = 0), ...);
   }
 }
 
@@ -145,16 +145,17 @@ __device__ __forceinline__ void form_residual(Square& rB, Smem& sm, typename Sme
 
 // (2) B -> E, both as pairs in the same places; afterwards L is free
 template <class Smem, class Tile, class Release>
-__device__ __forceinline__ void form_pseudo_values(Square& rE, Smem& sm, typename Smem::Stage& stage,
-                                                   Tile& low, Release&& release_L) {
+__device__ __forceinline__ void form_pseudo_values(Square& rE, const Tile& L,
+                                                   typename Smem::Stage& stage, Tile& low,
+                                                   Release&& release_L) {
   using Element = typename Smem::Element;
   const Part part;
   const int col = part.column();
 #pragma unroll 2
   for (int k = 0; k <= part.row; k += 16) {
     uint32_t L_high[4], L_low[4], b[2][2];
-    load_a(L_high, sm.L, part.row, k);
-    load_a_transposed(L_low, sm.L, part.row, k);
+    load_a(L_high, L, part.row, k);
+    load_a_transposed(L_low, L, part.row, k);
     if (k == part.row) keep_triangle<true, 2>(L_high), keep_triangle<true, 2>(L_low);
     load_b(b, stage.v, k, col);
 #pragma unroll
@@ -221,10 +222,10 @@ __device__ __forceinline__ void multiply_by_pseudo_values(Square& rX, Square& rd
 
 // (4) total += factor . (from state^T) for the rows of the state from first_row on; dots += rs(x . that), of
 // this lane's part. low: of `from`, or null.
-template <bool kDots, class Smem, class From, class State, class X, class Factor>
+template <bool kDots, class Smem, class From, class State, class X, class Factor, class Dots>
 __device__ __forceinline__ void through_state(Wide<Smem>& total, const From& from, const From* low,
                                               const State& state, int first_row, const X& x, Factor&& factor,
-                                              float (&dots)[kColWarps][kChunk]) {
+                                              Dots& dots) {
   using Element = typename Smem::Element;
   arch::sync_warp();
   const Part part;
@@ -258,14 +259,14 @@ __device__ __forceinline__ void through_state(Wide<Smem>& total, const From& fro
 }
 
 // Adds to this warp's part of <S0, dS1>.
-template <class Smem>
-__device__ __forceinline__ void dot_states(Smem& sm, const typename Smem::Stage& stage) {
+template <class Smem, class State, class PartOfState>
+__device__ __forceinline__ void dot_states(Smem& sm, const State& S0, const PartOfState& dS1) {
   using Element = typename Smem::Element;
   arch::sync_warp();
   float sum = 0;
   for_each_piece<kThreads, Tile<Element, Smem::kOut, kColumns>>(fresh_thread(), [&](int, int row, int col) {
-    const uint4 x = arch::load_16_bytes(stage.S0.at(Smem::kFirst + row, col)),
-                y = arch::load_16_bytes(stage.dS1.at(row, col));
+    const uint4 x = arch::load_16_bytes(S0.at(Smem::kFirst + row, col)),
+                y = arch::load_16_bytes(dS1.at(row, col));
 #pragma unroll
     for (int i = 0; i < kPiece / 2; ++i) {
       const float2 a = arch::unpack<Element>((&x.x)[i]), b = arch::unpack<Element>((&y.x)[i]);
@@ -429,7 +430,7 @@ __device__ __forceinline__ void add_tile(Smem& sm, typename Smem::Stage& stage, 
     Square rE;
     form_residual(rE, sm, stage, next.v, dB_low, G, beta);  // (1)
     arch::sync_block();
-    form_pseudo_values(rE, sm, stage, next.v, release_L);             // (2)
+    form_pseudo_values<Smem>(rE, sm.L, stage, next.v, release_L);     // (2)
     multiply_by_pseudo_values<Smem>(rX, rdA, stage, next.v, dB_low);  // (3)
     if (!reflects) release_next();
   } else {
@@ -449,7 +450,7 @@ __device__ __forceinline__ void add_tile(Smem& sm, typename Smem::Stage& stage, 
   through_state<true, Smem>(
       rdQ, stage.dO, none, stage.S0, Smem::kFirst, sm.q,
       [&](int row) { return sm.place.scale * arch::exp2(G[row]); }, sm.dG);
-  dot_states(sm, stage);
+  dot_states(sm, stage.S0, stage.dS1);
 }
 
 // (6) to (8) of one value head, dN and dM in the tiles of a stage that nobody reads any more
@@ -537,7 +538,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (Smem::kDelta && !reflects) copy_dB_async(next_stage.dB, params.dv, params, place, next);
     }
     if (item.tile == 0) {
-      clear_sums(sm);
+      clear_sums(sm, sm.dbeta, sm.dG, sm.next);
       set_zero(rX), set_zero(rdA);
     }
     const auto copy_next_head = [&] {

@@ -133,29 +133,38 @@ __device__ __forceinline__ int64_t value_offset(const GatedDeltaBwdParams& param
   return place.row * place.value_stride + item.head(place) * params.V + item.column();
 }
 
+template <class Tile>
+__device__ __forceinline__ void copy_L_async(Tile& L, const GatedDeltaBwdParams& params, const Place& place,
+                                             int head) {
+  const int64_t offset = (place.chunk * params.HV + head) * kChunk * kChunk;
+  copy_tile_async<kThreads>(L, static_cast<const typename Tile::Element*>(params.L) + offset, kChunk, kChunk,
+                            fresh_thread());
+}
+
 // L and the gates of the item's value head
 template <class Smem>
 __device__ __forceinline__ void copy_head_async(Smem& sm, const GatedDeltaBwdParams& params,
                                                 const Place& place, const Item& item) {
-  using Element = typename Smem::Element;
   const int head = item.head(place), parity = item.member % 2;
-  if constexpr (Smem::kDelta) {
-    const int64_t offset = (place.chunk * params.HV + head) * kChunk * kChunk;
-    copy_tile_async<kThreads>(sm.L, static_cast<const Element*>(params.L) + offset, kChunk, kChunk,
-                              fresh_thread());
-  }
+  if constexpr (Smem::kDelta) copy_L_async(sm.L, params, place, head);
   copy_gates_async<Smem::kDelta>(sm.G[parity], sm.beta[parity], params, place.chunk, head,
                                  place.sequence.batch, place.token, place.num_tokens);
+}
+
+// The item's columns of v or of dO.
+template <class Tile>
+__device__ __forceinline__ void copy_columns_async(Tile& tile, const View& x, const Place& place,
+                                                   const Item& item) {
+  copy_tile_async<kThreads>(
+      tile,
+      row_of<typename Tile::Element>(x, place.sequence.batch, place.token, item.head(place)) + item.column(),
+      x.token, place.num_tokens, fresh_thread());
 }
 
 template <class Smem>
 __device__ __forceinline__ void copy_v_async(Smem& sm, const GatedDeltaBwdParams& params, const Place& place,
                                              const Item& item) {
-  using Element = typename Smem::Element;
-  copy_tile_async<kThreads>(
-      sm.stages[item.number % 2].v,
-      row_of<Element>(params.v, place.sequence.batch, place.token, item.head(place)) + item.column(),
-      params.v.token, place.num_tokens, fresh_thread());
+  copy_columns_async(sm.stages[item.number % 2].v, params.v, place, item);
 }
 
 // The item's columns of dB or of its low part.

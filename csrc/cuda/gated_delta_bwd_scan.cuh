@@ -55,20 +55,37 @@ constexpr int kColumns = 32;  // of V, per block
 constexpr int kRows = kChunk / kWarps;
 static_assert(kRows == 16);
 
-template <class Element_, int K_, Rule kRule>
-struct Smem {
+// What a chunk needs of the inputs but q. With one stage only k and the gates are there twice, L and dO apart.
+template <class Element, int K, int kStages>
+struct Stage {
+  Tile<Element, kChunk, K> k;
+  Tile<Element, kChunk, kChunk> L;
+  Tile<Element, kChunk, kColumns> dO;
+  float G[kChunk], beta[kChunk];
+};
+template <class Element, int K>
+struct Stage<Element, K, 1> {
+  Tile<Element, kChunk, K> k;
+  float G[kChunk], beta[kChunk];
+};
+
+template <class Element, int kStages>
+struct Apart {};
+template <class Element>
+struct Apart<Element, 1> {
+  Tile<Element, kChunk, kChunk> apart_L;
+  Tile<Element, kChunk, kColumns> apart_dO;
+};
+
+template <class Element_, int K_, Rule kRule, int kStages_>
+struct Smem : Apart<Element_, kStages_> {
   using Element = Element_;
-  static constexpr int K = K_;
+  static constexpr int K = K_, kStages = kStages_;
   static constexpr bool kDelta = kRule == Rule::kDelta;
   static constexpr int kStateRows = K / kWarps;         // of a warp
   static constexpr int kInLine = K < 256 ? K / 16 : 8;  // steps of a sum over K; CUDA 12 spills with 16
 
-  struct Stage {
-    Tile<Element, kChunk, K> k;
-    Tile<Element, kChunk, kChunk> L;
-    Tile<Element, kChunk, kColumns> dO;
-    float G[kChunk], beta[kChunk];
-  };
+  using Stage = scan::Stage<Element, K, kStages>;
   Stage stages[2];
   Tile<Element, kChunk, K> q;
   union {
@@ -77,11 +94,38 @@ struct Smem {
       Tile<Element, kChunk, kColumns> dB, dZ;
     } low;
   };
-  Tile<Element, K, kColumns> dS, dS_low;
+  Tile<Element, K, kColumns> dS;
+  union {
+    Tile<Element, K, kColumns> dS_low;
+    Tile<Element, kChunk, kColumns> apart_dZ;
+  };
   Tile<Element, kChunk, kColumns> scaled_dO, dE, dE_low;
+
+  __device__ auto& L(Stage& stage) {
+    if constexpr (kStages == 2) {
+      return stage.L;
+    } else {
+      return this->apart_L;
+    }
+  }
+  __device__ auto& dO(Stage& stage) {
+    if constexpr (kStages == 2) {
+      return stage.dO;
+    } else {
+      return this->apart_dO;
+    }
+  }
+  __device__ auto& dZ(Stage& stage) {
+    if constexpr (kStages == 2) {
+      return stage.dO;
+    } else {
+      return apart_dZ;
+    }
+  }
 };
 constexpr size_t kSharedOfHopper = 228 * 1024, kReserved = 1024;  // of a processor, and of it per block
-static_assert(2 * (sizeof(Smem<arch::bf16, 128, Rule::kDelta>) + kReserved) <= kSharedOfHopper);
+static_assert(2 * (sizeof(Smem<arch::bf16, 128, Rule::kDelta, 2>) + kReserved) <= kSharedOfHopper);
+static_assert(sizeof(Smem<arch::bf16, 128, Rule::kDelta, 1>) <= 99 * 1024, "a block of 8.6, 8.9 and 12.0");
 
 template <class Smem>
 using State = float[Smem::kStateRows / 16][kColumns / 8][4];
@@ -119,6 +163,26 @@ __device__ __forceinline__ void copy_q_async(Smem& sm, const GatedDeltaBwdParams
 }
 
 template <class Smem>
+__device__ __forceinline__ void copy_dO_async(Smem& sm, const GatedDeltaBwdParams& params, const Place& place,
+                                              int64_t i) {
+  const int64_t token = place.span.start + i * kChunk;
+  copy_tile_async<kThreads>(
+      sm.dO(sm.stages[i % 2]),
+      row_of<typename Smem::Element>(params.do_, place.span.batch, token, place.head) + place.column,
+      params.do_.token, tokens_from(place.span, i * kChunk), arch::thread_idx());
+}
+
+template <class Smem>
+__device__ __forceinline__ void copy_L_async(Smem& sm, const GatedDeltaBwdParams& params, const Place& place,
+                                             int64_t i) {
+  const int64_t offset = (place.chunk(i) * params.HV + place.head) * kChunk * kChunk;
+  copy_tile_async<kThreads>(sm.L(sm.stages[i % 2]),
+                            static_cast<const typename Smem::Element*>(params.L) + offset, kChunk, kChunk,
+                            arch::thread_idx());
+}
+
+// With one stage of L and dO, all but these.
+template <class Smem>
 __device__ __forceinline__ void copy_stage_async(Smem& sm, const GatedDeltaBwdParams& params,
                                                  const Place& place, int64_t i) {
   using Element = typename Smem::Element;
@@ -127,12 +191,9 @@ __device__ __forceinline__ void copy_stage_async(Smem& sm, const GatedDeltaBwdPa
   const int64_t batch = place.span.batch, token = place.span.start + i * kChunk;
   copy_tile_async<kThreads>(stage.k, row_of<Element>(params.k, batch, token, place.key_head), params.k.token,
                             num_tokens, thread);
-  copy_tile_async<kThreads>(stage.dO, row_of<Element>(params.do_, batch, token, place.head) + place.column,
-                            params.do_.token, num_tokens, thread);
-  if constexpr (Smem::kDelta) {
-    const int64_t offset = (place.chunk(i) * params.HV + place.head) * kChunk * kChunk;
-    copy_tile_async<kThreads>(stage.L, static_cast<const Element*>(params.L) + offset, kChunk, kChunk,
-                              thread);
+  if constexpr (Smem::kStages == 2) {
+    copy_dO_async(sm, params, place, i);
+    if constexpr (Smem::kDelta) copy_L_async(sm, params, place, i);
   }
   copy_gates_async<Smem::kDelta>(stage.G, stage.beta, params, place.chunk(i), place.head, batch, token,
                                  num_tokens);
@@ -185,7 +246,7 @@ __device__ __forceinline__ void apply_decays(Smem& sm, typename Smem::Stage& sta
   for_each_element(rP, row, 0, [&](float& x, int i, int j) { x *= scale * decay_between(stage.G, i, j); });
   store_product(sm.P, row, 0, rP);
   if (in_pairs) store_low(sm.dS_low, Smem::kStateRows * warp_idx(), 0, rS);
-  scale_rows<kThreads>(sm.scaled_dO, stage.dO, [&](int i) { return scale * arch::exp2(stage.G[i]); });
+  scale_rows<kThreads>(sm.scaled_dO, sm.dO(stage), [&](int i) { return scale * arch::exp2(stage.G[i]); });
 }
 
 // (2) dE; and of dS0 what does not need it
@@ -206,7 +267,7 @@ __device__ __forceinline__ void output_to_pseudo_values(Product& rdE, Smem& sm, 
   for_each_element(rdE, row, 0, [&](float& x, int i, int) { x *= decay_between(stage.G, kChunk - 1, i); });
   multiply<Element, kChunk>(
       rdE, [&](auto& a, int m, int k) { load_a_transposed(a, sm.P, row + m, k); },
-      [&](auto& b, int k, int n) { load_b(b, stage.dO, k, n); });
+      [&](auto& b, int k, int n) { load_b(b, sm.dO(stage), k, n); });
   store_product(sm.dE, row, 0, rdE);
   if constexpr (Smem::kDelta) store_low(sm.dE_low, row, 0, rdE);
 
@@ -228,14 +289,14 @@ __device__ __forceinline__ void load_inverse(uint32_t (&high)[4], uint32_t (&low
   keep_triangle<false, 1>(low);
 }
 
-// (3) dB, at first dE, in place of s gamma dO, dZ in place of dO
+// (3) dB, at first dE, in place of s gamma dO; dZ
 template <class Smem>
 __device__ __forceinline__ void solve(Product& rdB, Smem& sm, typename Smem::Stage& stage, bool in_pairs) {
   using Element = typename Smem::Element;
   const int row = kRows * warp_idx();
   for (int k = row; k < kChunk; k += 16) {
     uint32_t high[4], low[4];
-    load_inverse(high, low, stage.L, row, k);
+    load_inverse(high, low, sm.L(stage), row, k);
 #pragma unroll
     for (int n = 0; n < kColumns / 8; n += 2) {
       uint32_t b[2][2], b_low[2][2];
@@ -252,14 +313,14 @@ __device__ __forceinline__ void solve(Product& rdB, Smem& sm, typename Smem::Sta
   store_product(sm.scaled_dO, row, 0, rdB);
   if (in_pairs) store_low(sm.low.dB, row, 0, rdB);
   for_each_element(rdB, row, 0, [&](float& x, int i, int) { x *= -arch::exp2(stage.G[i]) * stage.beta[i]; });
-  store_product(stage.dO, row, 0, rdB);
+  store_product(sm.dZ(stage), row, 0, rdB);
   if (in_pairs) store_low(sm.low.dZ, row, 0, rdB);
 }
 
 // (4) dS0 += K^T dZ
 template <class Smem>
-__device__ __forceinline__ void update_state(State<Smem>& rS, const Smem& sm,
-                                             const typename Smem::Stage& stage, bool in_pairs) {
+__device__ __forceinline__ void update_state(State<Smem>& rS, Smem& sm, typename Smem::Stage& stage,
+                                             bool in_pairs) {
   const int row = Smem::kStateRows * warp_idx();
   const auto add = [&](const auto& dZ) {
     multiply<typename Smem::Element, kChunk>(
@@ -267,16 +328,16 @@ __device__ __forceinline__ void update_state(State<Smem>& rS, const Smem& sm,
         [&](auto& b, int k, int n) { load_b(b, dZ, k, n); });
   };
   if (in_pairs) add(sm.low.dZ);
-  add(stage.dO);
+  add(sm.dZ(stage));
 }
 
 // From which gradient of the state after it a segment starts: its own, or, where sequences are split, zero, for what
 // that gives before the segment.
 enum class Start { kGiven, kZero };
 
-template <class Element, int K, Rule kRule, Start kStart>
+template <class Element, int K, Rule kRule, Start kStart, int kStages = 2>
 struct Config {
-  using Smem = scan::Smem<Element, K, kRule>;
+  using Smem = scan::Smem<Element, K, kRule, kStages>;
   static constexpr bool kAlone = kStart == Start::kZero;
 };
 
@@ -285,7 +346,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     gated_delta_bwd_scan_kernel(const __grid_constant__ GatedDeltaBwdParams params) {
   using Smem = typename C::Smem;
   using Element = typename Smem::Element;
-  constexpr bool kAlone = C::kAlone;
+  constexpr bool kAlone = C::kAlone, kSingle = Smem::kStages == 1;
   Smem& sm = arch::shared_memory<Smem>();
   const Place place(params);
   if (place.segment.n < 0 || (kAlone && place.segment.starts())) return;
@@ -296,12 +357,17 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (num_chunks > 0) {
     copy_q_async(sm, params, place, num_chunks - 1);
     copy_stage_async(sm, params, place, num_chunks - 1);
+    if constexpr (kSingle) copy_dO_async(sm, params, place, num_chunks - 1);
     arch::commit_copies();
+    if constexpr (kSingle && Smem::kDelta) {
+      copy_L_async(sm, params, place, num_chunks - 1);
+      arch::commit_copies();
+    }
   }
   for (int64_t i = num_chunks - 1; i >= 0; --i) {
     auto& stage = sm.stages[i % 2];
     store_product(sm.dS, Smem::kStateRows * warp_idx(), 0, rS);  // (0)
-    arch::wait_copies<0>();
+    arch::wait_copies<kSingle && Smem::kDelta>();  // all but L
     arch::sync_block();
     if (i > 0) copy_stage_async(sm, params, place, i - 1);
     if constexpr (!kAlone) {
@@ -314,12 +380,20 @@ __global__ void __launch_bounds__(kThreads, 2)
     arch::sync_block();
     Product product;
     output_to_pseudo_values(product, sm, stage, rS, in_pairs);  // (2)
+    if constexpr (kSingle) arch::wait_copies<0>();
     arch::sync_block();
-    if (i > 0) copy_q_async(sm, params, place, i - 1);
+    if (i > 0) {
+      copy_q_async(sm, params, place, i - 1);
+      if constexpr (kSingle) copy_dO_async(sm, params, place, i - 1);
+    }
     arch::commit_copies();
     if constexpr (Smem::kDelta) {
       solve(product, sm, stage, in_pairs);  // (3)
       arch::sync_block();
+      if constexpr (kSingle) {
+        if (i > 0) copy_L_async(sm, params, place, i - 1);
+        arch::commit_copies();
+      }
       update_state(rS, sm, stage, in_pairs);  // (4)
     }
     if constexpr (kAlone) continue;
