@@ -102,10 +102,22 @@ def runtime_cuda() -> ModuleType:
 
 @functools.cache
 def cuda_for(capability: tuple[int, int]) -> ModuleType:
-    """Return the module to launch from on a GPU: kernels that nvcc compiled for it, else NVRTC, else nvcc's PTX."""
+    """Return the module to launch from on a GPU: kernels that nvcc compiled for it, else NVRTC, else nvcc's PTX.
+
+    Raises:
+        NotImplementedError: If nvcc was newer than the driver, and NVRTC is not installed.
+    """
     built = built_cuda()
-    if built is not None and (runs_on(build_info()["cuda_targets"], capability) or not _nvrtc.is_installed()):
+    if built is None:
+        return runtime_cuda()
+    compiled, driver = (version // 1000 for version in built.versions())
+    if compiled <= driver and (runs_on(build_info()["cuda_targets"], capability) or not _nvrtc.is_installed()):
         return built
+    if not _nvrtc.is_installed():
+        raise NotImplementedError(
+            f"hypenet_kernels: the kernels need a driver of CUDA {compiled}, as nvcc was, got one of CUDA {driver}: "
+            f"update it, or {_nvrtc.INSTALL}"
+        )
     return runtime_cuda()
 
 

@@ -13,6 +13,7 @@ import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import every_op
 import pytest
@@ -214,7 +215,8 @@ def test_machine_code_runs_on_its_own_major(targets, runs, runs_not):
 
 
 def test_kernels_of_nvcc_come_first(monkeypatch):
-    built, runtime = object(), object()
+    versions = [13000, 13020]  # of the runtime and the driver
+    built, runtime = SimpleNamespace(versions=lambda: versions), object()
     monkeypatch.setattr(_native, "built_cuda", lambda: built)
     monkeypatch.setattr(_native, "runtime_cuda", lambda: runtime)
     monkeypatch.setattr(_native, "build_info", lambda: {"cuda_targets": "8.0;9.0a+PTX"})
@@ -222,6 +224,13 @@ def test_kernels_of_nvcc_come_first(monkeypatch):
     assert [choose(x) is built for x in ((8, 0), (8, 9), (9, 0), (10, 0))] == [True, True, True, False]
     monkeypatch.setattr(_nvrtc, "is_installed", lambda: False)
     assert choose((10, 0)) is built  # by its PTX
+    versions[1] = 12080
+    with pytest.raises(
+        NotImplementedError, match=r"need a driver of CUDA 13, .*, got one of CUDA 12: update"
+    ):
+        choose((9, 0))
+    monkeypatch.setattr(_nvrtc, "is_installed", lambda: True)
+    assert choose((9, 0)) is runtime
     monkeypatch.setattr(_native, "built_cuda", lambda: None)
     assert choose((8, 0)) is runtime
 
