@@ -15,7 +15,7 @@ enum class ScanBlock {
   kWide,    // eight warps, which share their tiles and so need half the traffic of four
   kNarrow,  // four
   kSlim,    // two, which share an SM's issue slots and shared memory with fewer others
-  kSingle,  // four, and room for one chunk where there is none for two
+  kSingle,  // four, with space for one chunk where there is none for two
 };
 
 // warps: of a head of all sequences or segments, 16 columns of V each. Eight warps a block are worth it where most SMs

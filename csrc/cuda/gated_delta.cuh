@@ -48,7 +48,7 @@ __device__ __forceinline__ int64_t sequence_of_chunk(const Params& params, int64
   return find_sequence(params.chunk_offsets, params.N, chunk);
 }
 
-// What is gone through chunk by chunk: a sequence, or where sequences are split its `idx`-th segment.
+// What is processed chunk by chunk: a sequence, or where sequences are split its `idx`-th segment.
 struct Segment {
   Sequence sequence;
   int64_t n;              // -1 past the last segment; the rest then means nothing

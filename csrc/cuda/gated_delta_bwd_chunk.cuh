@@ -26,7 +26,7 @@
 // tile, (6) to (8) a value head. dQ and dK stay in fp32 registers all the time, X and dA over the tiles of a
 // head. Blocks past the last chunk leave at once. Warp w owns the (w / 4)-th of four equal parts of the
 // columns of every product, and 16 rows, chosen so that warps of the same w % 4 have different ones: of L, X
-// and dA only the blocks [16, 16] on and below the diagonal are gone through. Of K = 256 a launch makes half
+// and dA only the blocks [16, 16] on and below the diagonal are processed. Of K = 256 a launch makes half
 // of the columns of dq and dk, for which registers and shared memory suffice, and computes what leads there
 // anew; dg is the sum of both (Smem::kPart).
 //
@@ -41,7 +41,7 @@
 //                                       low part of its dB, then copied; at the end low part of dN
 //   sums                          4 K   of rows and columns of one value head: a warp's part each
 //   gates, place                  1 K
-// One block of 16 warps fits a processor of Ampere and of Hopper: registers allow no second one. K = 256
+// One block of 16 warps fits an SM of Ampere and of Hopper: registers allow no second one. K = 256
 // takes 221 KB.
 //
 // Pipeline: copies run one tile ahead, those of a stage's v (and dB) only once the low parts there are done

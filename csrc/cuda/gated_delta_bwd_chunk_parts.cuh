@@ -87,7 +87,7 @@ static_assert(sizeof(Smem<arch::bf16, 128, Rule::kDelta>) <= 163 * 1024, "Ampere
 static_assert(sizeof(Smem<arch::bf16, 256, Rule::kDelta>) <= 227 * 1024, "Hopper's");
 
 // Block row of every warp, two bits each: that of warp w is 3 (w % 4) + 2 (w / 4) in the field of four
-// elements. Warps w, w + 4, w + 8, w + 12 share a quarter of the processor, and columns go by w / 4: of a
+// elements. Warps w, w + 4, w + 8, w + 12 share a quarter of the SM, and columns go by w / 4: of a
 // triangle of blocks no quarter has more than three.
 constexpr uint32_t kBlockRows = 0xc963369c;
 __device__ constexpr int block_row(int warp) { return kBlockRows >> 2 * warp & 3; }

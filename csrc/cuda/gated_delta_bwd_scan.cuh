@@ -28,7 +28,7 @@
 //   dS_low       [K, columns]    8 K   its low part, (1) to (2)
 //   scaled_dO    [C, columns]    4 K   s gamma dO, (1) to (2); after (3) dB
 //   dE, low part [C, columns]  2 x 4 K   (2) to (3)
-// Two blocks fit a processor of Hopper, one of Ampere; of K = 256 (173 KB) one of Hopper.
+// Two blocks fit an SM of Hopper, one of Ampere; of K = 256 (173 KB) one of Hopper.
 //
 // Pipeline: four barriers a chunk, one at the end of each of (0) to (3).
 //
@@ -123,7 +123,7 @@ struct Smem : Apart<Element_, kStages_> {
     }
   }
 };
-constexpr size_t kSharedOfHopper = 228 * 1024, kReserved = 1024;  // of a processor, and of it per block
+constexpr size_t kSharedOfHopper = 228 * 1024, kReserved = 1024;  // of an SM, and of it per block
 static_assert(2 * (sizeof(Smem<arch::bf16, 128, Rule::kDelta, 2>) + kReserved) <= kSharedOfHopper);
 static_assert(sizeof(Smem<arch::bf16, 128, Rule::kDelta, 1>) <= 99 * 1024, "a block of 8.6, 8.9 and 12.0");
 
@@ -206,7 +206,7 @@ __device__ __forceinline__ Float* columns_of(Float* states, int64_t n, const Gat
   return states + (n * params.HV + place.head) * Smem::K * params.V + place.column;
 }
 
-// The gradient of the state after the segment; zeros where it is gone through alone, as is no last one.
+// The gradient of the state after the segment; zeros where it is processed alone, as is no last one.
 template <class Smem, bool kAlone>
 __device__ __forceinline__ void load_state(State<Smem>& rS, const GatedDeltaBwdParams& params,
                                            const Place& place) {

@@ -26,7 +26,7 @@
 // of T0, by forward substitution over blocks (in every second head 3 - w for these two); all warps L, then the
 // stores.
 //
-// Shared memory, for K = 128: 49.5 KB, 4 blocks per processor of 228 KB, 3 of 164 KB; for K = 256 81.5 KB
+// Shared memory, for K = 128: 49.5 KB, 4 blocks per SM of 228 KB, 3 of 164 KB; for K = 256 81.5 KB
 //   q, k      [64, K]  Element        32 KB    until (1)
 //   T         [64, 72] fp32           18 KB    in their place, T0, then the two parts of L; rows 8 banks
 //                                              apart: fragments B do not collide

@@ -9,7 +9,7 @@
 //   (5) S := gamma_last S + K^T (gamma_last / gamma E)
 //
 // Shapes: GatedDeltaFwdParams (params.h); K = 64, 128 or 256, V a multiple of 64. Where the forward keeps h,
-// S is written there, rounded, before each chunk. Where sequences are split, a segment of one is gone through
+// S is written there, rounded, before each chunk. Where sequences are split, a segment of one is processed
 // like a sequence, from the state that gated_delta_segments.cuh found.
 //
 // Mapping: a block owns 16 kWarps columns of V of one (sequence or segment, value head); blocks are numbered
@@ -26,7 +26,7 @@
 //   P | L          [64, 128]    Element   16 KB    P's blocks above the diagonal are never touched
 //   v              [8][64, 16]  Element   16 KB    a tile per warp; (4) leaves O there
 //   G, beta        [64]         fp32     0.5 KB
-// 129 KB: 1 block of 8 warps per processor; 113 KB: 2 blocks of 4 warps where there are 228 KB, else 1. For K
+// 129 KB: 1 block of 8 warps per SM; 113 KB: 2 blocks of 4 warps where there are 228 KB, else 1. For K
 // = 256, where S^T takes half of a warp's registers, E^T waits in 4 KB of shared memory a warp, and (1) makes
 // O when Z has gone: 225 KB, or 193 KB for four warps, which Hopper has.
 //
@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(C::kThreads, kMinBlocks<C>)
     }
   }
 
-  const Slot<C> same(params, num_tiles);  // asked anew: what outlives the loop costs registers in it
+  const Slot<C> same(params, num_tiles);  // recomputed here: keeping it live across the loop would cost registers
   const Segment done = gated_delta::segment(params, same.segment);
   if (!done.ends()) return;
   for_each_of_state(S, static_cast<float*>(params.final_state) + same.state_of_sequence(params, done.n), V,

@@ -1,4 +1,4 @@
-// Where sequences are split into segments that are gone through at the same time, the state before each: a
+// Where sequences are split into segments that are processed at the same time, the state before each: a
 // way to use a whole device for few heads, at about 2.25 times the work. The forward's is here, and the step
 // from segment to segment of the backward (gated_delta_bwd_scan.cuh does the rest of that).
 //
@@ -20,7 +20,7 @@
 // state whole, from where all have just written it.
 //
 // Shared memory: (1) for K = 128 two stages of k [64, K] 16 KB, L [64, 64] 8 KB, v [4][64, 16] 8 KB, G and
-// beta: 65 KB, 2 blocks per processor; 113 KB for K = 256: 2 blocks where there are 228 KB, else 1. (2) none.
+// beta: 65 KB, 2 blocks per SM; 113 KB for K = 256: 2 blocks where there are 228 KB, else 1. (2) none.
 //
 // Numerics: (1) as gated_delta_scan.cuh. (2) fp32 factors split into two tf32 each, three products for one, so
 // that it adds no error of its own (2^-21 a step).
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(C::kThreads, 2)
     whole *= arch::exp2(stage.G[kChunk - 1]);
   }
 
-  // asked anew: what outlives the loop costs registers in it
+  // recomputed here: keeping it live across the loop would cost registers
   const Slot<C> same(params, num_columns / (C::kWarps * kColumns));
   const int64_t head = same.segment * params.HV + same.head;
   if (finds_M) {

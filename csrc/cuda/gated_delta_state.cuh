@@ -1,5 +1,5 @@
 // How the state goes from chunk to chunk: what gated_delta_scan.cuh, which says what is computed and how, and
-// gated_delta_segments.cuh, which goes through segments alone and computes no output, share.
+// gated_delta_segments.cuh, which processes segments alone and computes no output, share.
 #pragma once
 
 #include "arch/sm80.cuh"
@@ -30,7 +30,7 @@ struct Config {
   using Slab = Tile<Element, kChunk, kColumns>;
 };
 
-// What is not needed takes no room: q and P without output, L without delta, values that registers hold.
+// What is not needed takes no memory: q and P without output, L without delta, values that registers hold.
 template <class C, bool kOutput = C::kOutput, bool kDelta = C::kDelta>
 struct StageTiles {
   typename C::Rows k, q;

@@ -25,9 +25,9 @@
 // [kWarps][kLanes] of 12 floats, 1.5 KB. Registers hold the state for all T tokens.
 //
 // Pipeline: all loads of a block's state are under way at once: 128 bytes a thread, 16 KB a block at K = 128.
-// With K = V = 128 (or 64) 5 (10) blocks live on a processor, 96 registers a thread: 80 KB of loads, and
+// With K = V = 128 (or 64) 5 (10) blocks live on an SM, 96 registers a thread: 80 KB of loads, and
 // while some blocks wait for loads, others reduce or store. Little's law asks for 4.3 TB/s x 1 us / 132 = 33
-// KB a processor under way, loads and stores together, and for 54 KB at 8 TB/s and 148 processors. Other
+// KB an SM under way, loads and stores together, and for 54 KB at 8 TB/s and 148 SMs. Other
 // dimensions cost registers for addresses and tails: 64 KB.
 //
 // Numerics: fp32 throughout, inputs widened exactly, o rounded once. Every exponent taken is <= 0 for g <= 0,
@@ -56,7 +56,7 @@ constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 // a constant, and one address serves all of them.
 enum class State { kAny, kSquare };
 
-// Threads of a processor: 96 registers each for a square state, 128 for others. With 64 threads a block CUDA 12 keeps 4
+// Threads of an SM: 96 registers each for a square state, 128 for others. With 64 threads a block CUDA 12 keeps 4
 // bytes of a square state in local memory if it has no more than 96.
 template <int kThreads, State kState>
 constexpr int kMostThreads = kState == State::kSquare ? 640 : 512;

@@ -24,7 +24,7 @@
 //   streamed  [kStages][2][kStreamed, D]  Q and dO', or K and V
 //   terms     [kStages][3][kStreamed]     (2) row_terms of the streamed queries
 //   place     1                           (2) what the block owns, out of the way of the products' registers
-// 130 KB at D = 128 and 256: one block per processor, of 8 or 4 warps. At D = 256, (2) runs for dv, then for
+// 130 KB at D = 128 and 256: one block per SM, of 8 or 4 warps. At D = 256, (2) runs for dv, then for
 // dk.
 //
 // Pipeline: while a tile is multiplied, the next is under way into the other stage; one barrier a tile.

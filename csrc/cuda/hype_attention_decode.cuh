@@ -23,15 +23,15 @@
 //   q      [kRows, D]                       4 KB (2; 8)      the queries, of one unit
 //   ring   [kWarps][kStages][2][kKeys, D]   96 KB (48; 128)  keys and values on their way; at the end of a
 //                                           unit the sums of each warp, [kRows, D + 8] floats
-// Blocks per processor: 2 (4; 1) with 227 KB, 1 (3; 1) with 163 KB.
+// Blocks per SM: 2 (4; 1) with 227 KB, 1 (3; 1) with 163 KB.
 //
 // Pipeline: a warp has kStages steps of kKeys keys in its ring and waits for nobody until the merge. While it
-// computes, kStages - 1 steps are under way: 16 KB a warp, 64 KB a block, 128 KB a processor at D = 128.
-// Needed by Little's law: 4.3 TB/s x 1 us / 132 = 33 KB a processor. A block that merges leaves the bus to
+// computes, kStages - 1 steps are under way: 16 KB a warp, 64 KB a block, 128 KB an SM at D = 128.
+// Needed by Little's law: 4.3 TB/s x 1 us / 132 = 33 KB an SM. A block that merges leaves the bus to
 // its neighbour.
 //
 // Numerics: as in the forward. The length of segments depends on L alone (segment_length): results are
-// bitwise repeatable, and the same in any batch, on any processor, for any capacity, and for one token or
+// bitwise repeatable, and the same in any batch, on any GPU, for any capacity, and for one token or
 // several a call as long as the segments are of one length. A length out of range gives NaN and touches
 // nothing.
 //

@@ -17,7 +17,7 @@
 //   q      [kQueries, D]         the queries; at last each warp's rows of the output
 //   ring   [kStages][kKeys, D]   a stream of pieces: keys, then values of tile 0, of tile 1, ...; then the
 //                                gate
-// 40, 80 and 160 KB at D = 64, 128 and 256: two blocks per processor, which is what registers allow; one at
+// 40, 80 and 160 KB at D = 64, 128 and 256: two blocks per SM, which is what registers allow; one at
 // 256.
 //
 // Pipeline: while piece j is multiplied, j + 1 and j + 2 are under way; j + 2 takes the place of j - 1, with

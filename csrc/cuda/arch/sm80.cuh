@@ -67,7 +67,7 @@ __device__ __forceinline__ bool any(bool value) { return __any_sync(0xffffffffu,
 
 // ---- 16-byte accesses: `address` is a multiple of 16
 
-// Data that nobody else on this processor will ask for: past L1.
+// Data that nobody else on this SM will ask for: past L1.
 __device__ __forceinline__ float4 load_16_bytes_once(const float* address) {
   float4 x;
   asm volatile("ld.global.L1::no_allocate.v4.f32 {%0, %1, %2, %3}, [%4];"
@@ -110,7 +110,7 @@ __device__ __forceinline__ void copy_16_async(void* shared, const void* global, 
                : "memory");
 }
 
-// 4 bytes, both addresses multiples of 4; likewise.
+// 4 bytes, both addresses multiples of 4; as above.
 __device__ __forceinline__ void copy_4_async(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
                :
