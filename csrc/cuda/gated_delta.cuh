@@ -2,6 +2,7 @@
 #pragma once
 
 #include "arch/sm80.cuh"
+#include "numbers.h"
 #include "tile.cuh"
 #include "view.cuh"
 
@@ -99,11 +100,6 @@ __device__ __forceinline__ bool is_skipped(const GatedDeltaFwdParams& params, in
 __device__ __forceinline__ int tokens_from(const Sequence& sequence, int64_t first) {
   const int64_t left = sequence.length - first;
   return left < kChunk ? static_cast<int>(left) : kChunk;
-}
-
-template <class Element>
-__device__ __forceinline__ const Element* row_of(const View& x, int64_t batch, int64_t token, int64_t head) {
-  return static_cast<const Element*>(x.data) + batch * x.batch + token * x.token + head * x.head;
 }
 
 // 2^(G_i - G_j), for i >= j. The sums G may rise by their rounding. 1 for NaN, which gamma passes on.

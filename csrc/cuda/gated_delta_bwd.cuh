@@ -152,16 +152,4 @@ __device__ __forceinline__ float sum_parts(const float (&parts)[kParts][kChunk],
   return sum;
 }
 
-// Sum of x over the lanes below this one.
-__device__ __forceinline__ float sum_of_lanes_below(float x) {
-  float sum = x;
-#pragma unroll
-  for (int delta = 1; delta < arch::kWarpSize; delta *= 2) {
-    const float other = arch::shuffle_up(sum, delta);
-    if (lane_idx() >= delta) sum += other;
-  }
-  const float below = arch::shuffle_up(sum, 1);
-  return lane_idx() == 0 ? 0.0f : below;
-}
-
 }  // namespace hypenet::cuda::gated_delta::bwd

@@ -67,8 +67,6 @@
 
 namespace hypenet::cuda::gated_delta::bwd::chunk {
 
-constexpr float kLowestDecay = -50.0f;
-
 // sums of row lane_row + 8 half += x, of the four lanes that share it. The first of them alone touches the
 // sum.
 __device__ __forceinline__ void add_to_row(float (&sums)[kColWarps][kChunk], const Part& part, int half,
@@ -145,9 +143,8 @@ __device__ __forceinline__ void form_residual(Square& rB, Smem& sm, typename Sme
 
 // (2) B -> E, both as pairs in the same places; afterwards L is free
 template <class Smem, class Tile, class Release>
-__device__ __forceinline__ void form_pseudo_values(Square& rE, const Tile& L,
-                                                   typename Smem::Stage& stage, Tile& low,
-                                                   Release&& release_L) {
+__device__ __forceinline__ void form_pseudo_values(Square& rE, const Tile& L, typename Smem::Stage& stage,
+                                                   Tile& low, Release&& release_L) {
   using Element = typename Smem::Element;
   const Part part;
   const int col = part.column();
@@ -359,10 +356,10 @@ __device__ __forceinline__ void store_gate_gradients(Smem& sm, const GatedDeltaB
   for (int warp = 0; warp < kRowWarps * kColWarps; ++warp) states += sm.states[warp];
   states *= arch::exp2(last_G);
   const float next[2] = {sum_parts(sm.next, early), sum_parts(sm.next, early + 1)};
-  const float from_start = states + sum_of_lanes_below(next[0] + next[1]);
+  const float from_start = states + sum_below_lane(sum_up_to_lane(next[0] + next[1]));
   const float dG[2] = {sum_parts(sm.dG, late) - sum_parts(sm.columns, late),
                        sum_parts(sm.dG, late - 1) - sum_parts(sm.columns, late - 1)};
-  const float from_end = sum_of_lanes_below(dG[0] + dG[1]) + dG[0];
+  const float from_end = sum_below_lane(sum_up_to_lane(dG[0] + dG[1])) + dG[0];
   // token `early` is the second one of lane 31 - lane in the sum from the end
   const float end_of_late = arch::shuffle(from_end, arch::kWarpSize - 1 - lane);
   const float end_of_early = arch::shuffle(from_end + dG[1], arch::kWarpSize - 1 - lane);
@@ -374,7 +371,7 @@ __device__ __forceinline__ void store_gate_gradients(Smem& sm, const GatedDeltaB
     if (row >= place.num_tokens) continue;
     const float g = *row_of<float>(params.g, place.sequence.batch, place.token + row, head);
     float& sum = static_cast<float*>(params.dg)[to + row * params.HV];
-    sum = g < kLowestDecay ? 0.0f : dg[i] + (Smem::kFirstPart ? 0.0f : sum);
+    sum = g < kMinLogDecay ? 0.0f : dg[i] + (Smem::kFirstPart ? 0.0f : sum);
     if constexpr (Smem::kDelta && Smem::kFirstPart) {
       static_cast<float*>(params.dbeta)[to + row * params.HV] = sum_parts(sm.dbeta, row);
     }

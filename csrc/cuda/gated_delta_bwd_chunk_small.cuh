@@ -114,7 +114,7 @@ __device__ __forceinline__ void add_tile(Smem& sm, bool reflects, const GatedDel
     Square rE;
     form_residual(rE, sm, stage, sm.low, dB_low, sm.G, sm.beta);  // (1)
     arch::sync_block();
-    form_pseudo_values<Smem>(rE, sm.L, stage, sm.low, [] {});        // (2)
+    form_pseudo_values<Smem>(rE, sm.L, stage, sm.low, [] {});         // (2)
     multiply_by_pseudo_values<Smem>(rX, rdA, stage, sm.low, dB_low);  // (3)
     arch::sync_block();
     copy_state_async(sm.dS1, params.dstates, params, place, item);
@@ -126,8 +126,8 @@ __device__ __forceinline__ void add_tile(Smem& sm, bool reflects, const GatedDel
     multiply_by_values<Smem>(rX, stage);
   }
   through_state<true, Smem>(
-      rdQ, stage.dO, none, stage.S0, 0, sm.q,
-      [&](int row) { return place.scale * arch::exp2(sm.G[row]); }, sm.dG);
+      rdQ, stage.dO, none, stage.S0, 0, sm.q, [&](int row) { return place.scale * arch::exp2(sm.G[row]); },
+      sm.dG);
   if constexpr (Smem::kDelta) {
     arch::wait_copies<0>();
     arch::sync_block();

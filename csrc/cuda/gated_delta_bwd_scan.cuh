@@ -367,7 +367,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int64_t i = num_chunks - 1; i >= 0; --i) {
     auto& stage = sm.stages[i % 2];
     store_product(sm.dS, Smem::kStateRows * warp_idx(), 0, rS);  // (0)
-    arch::wait_copies<kSingle && Smem::kDelta>();  // all but L
+    arch::wait_copies<kSingle && Smem::kDelta>();                // all but L
     arch::sync_block();
     if (i > 0) copy_stage_async(sm, params, place, i - 1);
     if constexpr (!kAlone) {

@@ -53,8 +53,6 @@ namespace hypenet::cuda::gated_delta::prepare {
 
 constexpr int kThreads = 128;
 constexpr int kBlocks = kChunk / kBlock;  // along a side of the triangle
-constexpr float kMinLogDecay = -50.0f;
-constexpr float kLog2E = 1.44269504088896341f;
 static_assert(kThreads / arch::kWarpSize == kBlocks);
 
 template <class Element_, int K_, Rule kRule>
@@ -150,14 +148,7 @@ __device__ __forceinline__ void sum_decays(const GatedDeltaFwdParams& params, co
     g[i] = kLog2E * (g[i] < kMinLogDecay ? kMinLogDecay : g[i]);  // fmaxf would lose a NaN
     if (kDelta && valid) beta[i] = *row_of<float>(params.beta, place.batch, place.token + t, head);
   }
-  float sum = g[0] + g[1];
-#pragma unroll
-  for (int delta = 1; delta < arch::kWarpSize; delta *= 2) {
-    const float below = arch::shuffle_up(sum, delta);
-    if (lane >= delta) sum += below;
-  }
-  float before = arch::shuffle_up(sum, 1);
-  if (lane == 0) before = 0.0f;
+  const float before = sum_below_lane(sum_up_to_lane(g[0] + g[1]));
   const float2 G = {before + g[0], before + (g[0] + g[1])};
   *reinterpret_cast<float2*>(&smem.G[2 * lane]) = G;
   *reinterpret_cast<float2*>(&smem.beta[2 * lane]) = float2{beta[0], beta[1]};
@@ -400,12 +391,7 @@ static __global__ void __launch_bounds__(kMapThreads, 1)
       const int64_t length = params.cu_seqlens[n + 1] - params.cu_seqlens[n];
       count = chunks ? (length + kChunk - 1) / kChunk : num_segments(length, params.segment_chunks * kChunk);
     }
-    int64_t sum = count;
-#pragma unroll
-    for (int delta = 1; delta < arch::kWarpSize; delta *= 2) {
-      const int64_t below = arch::shuffle_up(sum, delta);
-      if (lane >= delta) sum += below;
-    }
+    int64_t sum = sum_up_to_lane(count);
     if (lane == arch::kWarpSize - 1) smem.sums[warp] = sum;
     arch::sync_block();
     int64_t total = 0;

@@ -235,7 +235,8 @@ __global__ void __launch_bounds__(C::kThreads, kMinBlocks<C>)
     }
   }
 
-  const Slot<C> same(params, num_tiles);  // recomputed here: keeping it live across the loop would cost registers
+  const Slot<C> same(params,
+                     num_tiles);  // recomputed here: keeping it live across the loop would cost registers
   const Segment done = gated_delta::segment(params, same.segment);
   if (!done.ends()) return;
   for_each_of_state(S, static_cast<float*>(params.final_state) + same.state_of_sequence(params, done.n), V,

@@ -43,12 +43,12 @@
 #include <limits>
 
 #include "arch/sm80.cuh"
+#include "numbers.h"
 #include "view.cuh"
 
 namespace hypenet::cuda::gated_delta::step {
 
 constexpr int kVector = 4;  // columns of a thread: 16 bytes of state
-constexpr float kMinLogDecay = -50.0f;
 constexpr float kNormEpsilon = 1e-6f;
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
@@ -129,14 +129,8 @@ struct Place {
 };
 
 template <class Element>
-__device__ __forceinline__ Element* token_row(const View& x, int64_t b, int64_t t, int64_t head) {
-  return static_cast<Element*>(x.data) + b * x.batch + t * x.token + head * x.head;
-}
-
-template <class Element>
 __device__ __forceinline__ float load_gate(const View& x, bool in_dtype, int64_t b, int64_t t, int64_t head) {
-  return in_dtype ? to_float(*token_row<const Element>(x, b, t, head))
-                  : *token_row<const float>(x, b, t, head);
+  return in_dtype ? to_float(*row_of<Element>(x, b, t, head)) : *row_of<float>(x, b, t, head);
 }
 
 // gamma = e^{max(g, -50)}
@@ -166,11 +160,11 @@ __device__ __forceinline__ void bring_token(const GatedDeltaStepParams& params, 
   static_assert(Shape::kColumns == arch::kWarpSize);
   const int i = arch::thread_idx();
   const bool exists = i < params.K;
-  token.q[i] = exists ? to_float(token_row<const Element>(params.q, place.b, t, place.key_head)[i]) : 0.0f;
-  token.k[i] = exists ? to_float(token_row<const Element>(params.k, place.b, t, place.key_head)[i]) : 0.0f;
+  token.q[i] = exists ? to_float(row_of<Element>(params.q, place.b, t, place.key_head)[i]) : 0.0f;
+  token.k[i] = exists ? to_float(row_of<Element>(params.k, place.b, t, place.key_head)[i]) : 0.0f;
   if (place.warp == 0) {
     const int column = place.column - place.lane * kVector + i;
-    const Element* gv = token_row<const Element>(params.v, place.b, t, place.head);
+    const Element* gv = row_of<Element>(params.v, place.b, t, place.head);
     token.v[i] = column < params.V ? to_float(gv[column]) : 0.0f;
   }
   if (i == Shape::kThreads - 1) {

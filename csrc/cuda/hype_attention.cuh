@@ -8,11 +8,12 @@
 #include "../params.h"
 #include "arch/sm80.cuh"
 #include "limits.h"
+#include "numbers.h"
 #include "tile.cuh"
+#include "view.cuh"
 
 namespace hypenet::cuda::attention {
 
-constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
 constexpr int64_t kMaxTokens = std::numeric_limits<int32_t>::max() / 2;  // rows are counted in 32 bits
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -74,15 +75,10 @@ __device__ __forceinline__ Sequence find_tile(const Params& p, unsigned slot, in
 
 // ---- rows of one head
 
-template <class Element>
-__device__ __forceinline__ Element* head_row(const View& x, int64_t batch, int64_t token, int64_t head) {
-  return static_cast<Element*>(x.data) + batch * x.batch + token * x.token + head * x.head;
-}
-
-// The same for a contiguous [B, T, heads, D] tensor.
+// row_of in a contiguous [B, T, heads, D] tensor.
 template <int D, class Element>
-__device__ __forceinline__ Element* head_row(void* x, int64_t T, int64_t heads, int64_t batch, int64_t token,
-                                             int64_t head) {
+__device__ __forceinline__ Element* contiguous_row(void* x, int64_t T, int64_t heads, int64_t batch,
+                                                   int64_t token, int64_t head) {
   return static_cast<Element*>(x) + ((batch * T + token) * heads + head) * D;
 }
 
@@ -91,7 +87,7 @@ template <int kRows, int kThreads, int D, class Element>
 __device__ __forceinline__ void zero_rows(void* x, int64_t T, int64_t heads, int64_t head, int64_t first) {
   constexpr int kPieces = D / kPiece;
   for (int i = arch::thread_idx(); i < kRows * kPieces && first + i / kPieces < T; i += kThreads) {
-    Element* row = head_row<D, Element>(x, T, heads, 0, first + i / kPieces, head);
+    Element* row = contiguous_row<D, Element>(x, T, heads, 0, first + i / kPieces, head);
     arch::store_16_bytes(row + i % kPieces * kPiece, uint4{0, 0, 0, 0});
   }
 }

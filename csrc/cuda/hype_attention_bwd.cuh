@@ -154,9 +154,9 @@ __global__ void __launch_bounds__(Shape::kPrepareThreads, 4)
 
   const bool gated = p.gate.data != nullptr;
   Pack<Element> grad, o, gate{}, grad_ungated, dgate;
-  grad.bytes = arch::load_16_bytes(head_row<const Element>(p.do_, batch, t, head) + col);
+  grad.bytes = arch::load_16_bytes(row_of<Element>(p.do_, batch, t, head) + col);
   o.bytes = arch::load_16_bytes(static_cast<const Element*>(p.o_ungated) + row * D + col);
-  if (gated) gate.bytes = arch::load_16_bytes(head_row<const Element>(p.gate, batch, t, head) + col);
+  if (gated) gate.bytes = arch::load_16_bytes(row_of<Element>(p.gate, batch, t, head) + col);
   float delta = open_gate<Element>(grad, o, gate, gated, grad_ungated, dgate);
 #pragma unroll
   for (int mask = 1; mask < kLanes; mask *= 2) delta += arch::shuffle_xor(delta, mask);
@@ -239,9 +239,9 @@ template <int kThreads, class Tile>
 __device__ __forceinline__ void copy_rows(Tile (&tiles)[2], const View& x, const View& y, const Sequence& s,
                                           int64_t head, int start, int end) {
   using Element = typename Tile::Element;
-  copy_tile_async<kThreads>(tiles[0], head_row<const Element>(x, s.batch, s.first + start, head), x.token,
+  copy_tile_async<kThreads>(tiles[0], row_of<Element>(x, s.batch, s.first + start, head), x.token,
                             end - start, arch::thread_idx());
-  copy_tile_async<kThreads>(tiles[1], head_row<const Element>(y, s.batch, s.first + start, head), y.token,
+  copy_tile_async<kThreads>(tiles[1], row_of<Element>(y, s.batch, s.first + start, head), y.token,
                             end - start, arch::thread_idx());
 }
 
@@ -344,11 +344,11 @@ __global__ void __launch_bounds__(C::Shape::kThreads, 1)
   const int row = s.first + place.begin + m, num_rows = s.S - place.begin - m;
   if constexpr (kWithKeys) {
     scale_by(dk, kLn2);
-    store_rows(head_row<D, Element>(p.dk, p.S, p.HK, s.batch, row, place.key_head), p.HK * D, num_rows,
+    store_rows(contiguous_row<D, Element>(p.dk, p.S, p.HK, s.batch, row, place.key_head), p.HK * D, num_rows,
                smem.owned[0], m, dk);
   }
   if constexpr (kWithValues) {
-    store_rows(head_row<D, Element>(p.dv, p.S, p.HK, s.batch, row, place.key_head), p.HK * D, num_rows,
+    store_rows(contiguous_row<D, Element>(p.dv, p.S, p.HK, s.batch, row, place.key_head), p.HK * D, num_rows,
                smem.owned[1], m, dv);
   }
 }
@@ -414,8 +414,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 
   // (3.5) the output
   scale_by(dq, kLn2);
-  store_rows(head_row<D, Element>(p.dq, p.T, p.H, s.batch, s.first + begin + m, head), p.H * D, num_rows,
-             smem.owned[0], m, dq);
+  store_rows(contiguous_row<D, Element>(p.dq, p.T, p.H, s.batch, s.first + begin + m, head), p.H * D,
+             num_rows, smem.owned[0], m, dq);
 }
 
 }  // namespace hypenet::cuda::attention::bwd

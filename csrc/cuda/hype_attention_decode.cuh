@@ -140,12 +140,8 @@ __device__ __forceinline__ bool find_unit(const DecodeParams& params, int64_t nu
     const int64_t b = window.b + lane;
     const int L = b < p.B ? num_keys(p, b) : 0;
     const int own = num_segments(L);
-    int upto = own;  // segments of this lane's sequence and those before it in the window
-#pragma unroll
-    for (int delta = 1; delta < arch::kWarpSize; delta *= 2) {
-      const int below = arch::shuffle_up(upto, delta);
-      if (lane >= delta) upto += below;
-    }
+    const int upto =
+        sum_up_to_lane(own);  // segments of this lane's sequence and those before it in the window
     const int total = arch::shuffle(upto, arch::kWarpSize - 1);
     if (target < window.before + total) {
       int owner = window.before + upto <= target;  // lanes whose sequences end before the target
@@ -173,8 +169,8 @@ __device__ __forceinline__ bool find_unit(const DecodeParams& params, int64_t nu
 template <class Element>
 __device__ __forceinline__ const Element* key_row(const View& cache, const View& added, const Unit& unit,
                                                   int key) {
-  return key < unit.held ? head_row<const Element>(cache, unit.b, key, unit.key_head)
-                         : head_row<const Element>(added, unit.b, key - unit.held, unit.key_head);
+  return key < unit.held ? row_of<Element>(cache, unit.b, key, unit.key_head)
+                         : row_of<Element>(added, unit.b, key - unit.held, unit.key_head);
 }
 
 // Starts the copies of keys and values [first, first + kKeys), all of them in the cache.
@@ -185,10 +181,8 @@ __device__ __forceinline__ void copy_cached(const HypeAttentionDecodeParams& p, 
   constexpr int kPieces = C::kDim / kPiece, kStep = arch::kWarpSize / kPieces;
   const int row = lane_idx() / kPieces, col = lane_idx() % kPieces * kPiece;
   const bool valid = col < p.D;
-  const Element* k =
-      head_row<const Element>(p.k_cache, unit.b, first + row, unit.key_head) + (valid ? col : 0);
-  const Element* v =
-      head_row<const Element>(p.v_cache, unit.b, first + row, unit.key_head) + (valid ? col : 0);
+  const Element* k = row_of<Element>(p.k_cache, unit.b, first + row, unit.key_head) + (valid ? col : 0);
+  const Element* v = row_of<Element>(p.v_cache, unit.b, first + row, unit.key_head) + (valid ? col : 0);
 #pragma unroll
   for (int i = 0; i < kKeys; i += kStep) {
     arch::copy_16_async(stage.k.at(row + i, col), k, valid);
@@ -236,8 +230,8 @@ __device__ __forceinline__ void append(const DecodeParams& params, const Unit& u
     const Element* k = key_row<Element>(p.k_cache, p.k, unit, key);
     const Element* v = key_row<Element>(p.v_cache, p.v, unit, key);
     for (int d = arch::thread_idx(); d < p.D; d += C::kThreads) {
-      head_row<Element>(p.k_cache, unit.b, key, unit.key_head)[d] = k[d];
-      head_row<Element>(p.v_cache, unit.b, key, unit.key_head)[d] = v[d];
+      row_of<Element>(p.k_cache, unit.b, key, unit.key_head)[d] = k[d];
+      row_of<Element>(p.v_cache, unit.b, key, unit.key_head)[d] = v[d];
     }
   }
 }
@@ -264,7 +258,7 @@ __device__ __forceinline__ void load_queries(const DecodeParams& params, const U
     const QueryRow row(params, unit, i / C::kDim);
     const int d = i % C::kDim;
     Element x{};
-    if (row.exists && d < params.p.D) x = head_row<const Element>(params.p.q, unit.b, row.t, row.head)[d];
+    if (row.exists && d < params.p.D) x = row_of<Element>(params.p.q, unit.b, row.t, row.head)[d];
     *smem.q.at(i / C::kDim, d) = x;
   }
 }
@@ -490,7 +484,7 @@ __global__ void __launch_bounds__(kCombineThreads, 4)
 #pragma unroll
     for (int warp = 1; warp < kCombineWarps; ++warp) x += smem.o[warp][d];
     x /= sum;  // 0 / 0 where there is no segment: the length is out of range
-    if (p.gate.data != nullptr) x *= sigmoid(to_float(head_row<const Element>(p.gate, b, t, head)[d]));
+    if (p.gate.data != nullptr) x *= sigmoid(to_float(row_of<Element>(p.gate, b, t, head)[d]));
     from_float(o[d], x);
   }
 }

@@ -105,9 +105,9 @@ struct Pieces {
       : num_tiles(place.num_tiles), num_keys(place.sequence.S), num_gates(place.sequence.T - place.begin) {
     const Sequence& s = place.sequence;
     const int key_head = place.head / static_cast<int>(p.H / p.HK);
-    k = head_row<const Element>(p.k, s.batch, s.first, key_head);
-    v = head_row<const Element>(p.v, s.batch, s.first, key_head);
-    gate = head_row<const Element>(p.gate, s.batch, s.first + place.begin, place.head);
+    k = row_of<Element>(p.k, s.batch, s.first, key_head);
+    v = row_of<Element>(p.v, s.batch, s.first, key_head);
+    gate = row_of<Element>(p.gate, s.batch, s.first + place.begin, place.head);
     if (p.gate.data == nullptr) num_gates = 0;
   }
 
@@ -261,8 +261,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerProcessor)
   if (place.num_tiles == 0) return;
 
   // (1) the queries and the first two pieces; c_p of this thread's rows
-  copy_tile_async<Shape::kThreads>(smem.q,
-                                   head_row<const Element>(p.q, s.batch, s.first + place.begin, place.head),
+  copy_tile_async<Shape::kThreads>(smem.q, row_of<Element>(p.q, s.batch, s.first + place.begin, place.head),
                                    p.q.token, s.T - place.begin, arch::thread_idx());
   const Pieces<Shape, Element> pieces(p, place);
   pieces.copy(smem.ring[0], p, 0);
@@ -316,7 +315,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerProcessor)
   auto* lse = static_cast<float*>(p.lse) + (s.batch * p.H + place.head) * p.T + row;
   normalize(o, rows, lse, num_rows);
   const auto store = [&](void* to) {
-    store_rows(head_row<D, Element>(to, p.T, p.H, s.batch, row, place.head), p.H * D, num_rows, smem.q, m, o);
+    store_rows(contiguous_row<D, Element>(to, p.T, p.H, s.batch, row, place.head), p.H * D, num_rows, smem.q,
+               m, o);
   };
   if (p.gate.data != nullptr) {
     if (p.o_ungated != nullptr) store(p.o_ungated);
