@@ -29,6 +29,7 @@ QUICK = (  # the kernel of each file that compiles soonest, or nearly so
     r"causal_conv1d_sum_kernel",
     r"commit_states_kernel<unsigned int>",
     r"gated_delta_bwd_chunk_kernel<.*bf16, 64, \(.*Rule\)1",
+    r"gated_delta_bwd_chunk_small_kernel<.*bf16, 64, \(.*Rule\)1",
     r"gated_delta_bwd_scan_kernel<.*bf16, 64, \(.*Rule\)1.*Start\)0",
     r"gated_delta_fill_kernel<.*FwdParams",
     r"gated_delta_map_kernel",
@@ -301,9 +302,21 @@ def test_launches_are_those_of_the_emulated_module(fake_driver):
 
 
 @pytest.mark.parametrize(
-    ("capability", "stages"), [((8, 0), "8, 2>"), ((9, 0), "8, 2>"), ((8, 6), "4, 1>"), ((12, 0), "4, 1>")]
+    ("capability", "scan", "bwd_scan", "bwd_chunk"),
+    [
+        ((8, 0), "8, 2>", "0, 2>", "bwd_chunk_kernel"),
+        ((9, 0), "8, 2>", "0, 2>", "bwd_chunk_kernel"),
+        ((8, 6), "4, 1>", "0, 1>", "bwd_chunk_small_kernel"),
+        ((12, 0), "4, 1>", "0, 1>", "bwd_chunk_small_kernel"),
+    ],
 )
-def test_which_scan_is_chosen_by_shared_memory(capability, stages):
-    inputs = every_op._recurrent_inputs("cpu", torch.bfloat16, 128, 70)
-    kernels = _warmup.collect(capability, [lambda: hypenet_kernels.chunk_gated_delta_rule(*inputs)])
-    assert any("gated_delta_scan_kernel" in name and stages in name for _, name in kernels), kernels
+def test_which_kernels_are_chosen_by_shared_memory(capability, scan, bwd_scan, bwd_chunk):
+    inputs = [x.requires_grad_() for x in every_op._recurrent_inputs("cpu", torch.bfloat16, 128, 70)]
+
+    def run():
+        hypenet_kernels.chunk_gated_delta_rule(*inputs)[0].float().sum().backward()
+
+    names = [name for _, name in _warmup.collect(capability, [run])]
+    for kernel, kind in (("_scan_kernel", scan), ("bwd_scan_kernel", bwd_scan), ("bwd_chunk", bwd_chunk)):
+        assert any(kernel in name and kind in name for name in names), names
+    assert sum("bwd_chunk" in name for name in names) == sum("bwd_scan" in name for name in names) == 1

@@ -41,8 +41,8 @@
 //                                       low part of its dB, then copied; at the end low part of dN
 //   sums                          4 K   of rows and columns of one value head: a warp's part each
 //   gates, place                  1 K
-// One block of 16 warps fits an SM of Ampere and of Hopper: registers allow no second one. K = 256
-// takes 221 KB.
+// 157 KB; K = 64: 109 KB, K = 256: 221 KB. One block of 16 warps per SM of compute capability 8.0, 9.0 or
+// 10.0: registers allow no second one. gated_delta_bwd_chunk_small.cuh is for blocks that have 99 KB.
 //
 // Pipeline: copies run one tile ahead, those of a stage's v (and dB) only once the low parts there are done
 // with. Barriers: five a tile (before (1), after (1), around the store of E, after the last use of the low

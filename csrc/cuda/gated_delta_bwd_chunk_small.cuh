@@ -5,10 +5,10 @@
 //   q, k          [C, K]     2 x 16 K   the block; at the end dq, dk
 //   S0            [K, columns]   16 K   a tile
 //   v, dO, dB     [C, columns] 3 x 8 K  a tile; at the end of a value head dN, dM + dM^T, low part of dN
-//   low           [C, columns]    8 K   low part of B, then of E; at the end of a value head two of its sums
-//   L | dB_low                   16 K   (1) to (3), dB_low only with beta > 1
-//     dS1         [K, columns]          the same 16 K, after (3)
-//   sums                          2 K   of rows and columns of one value head, one part per warp
+//   low           [C, columns]    8 K   low part of B, then of E; at the end of a value head sums of columns
+//   early.L, dB_low              16 K   (1) to (3), dB_low only with beta > 1
+//     dS1         [K, columns]          the same 16 K, after (3); at the end of a value head rs(K . dK_S1)
+//   sums                          2 K   of rows of one value head, one part per warp
 //   gates, place                  1 K
 // 98.8 KB: one block of 16 warps per SM.
 //
@@ -36,16 +36,15 @@ struct SmallSmem {
   Stage stage;
   union {
     Tile<Element, kChunk, kColumns> low;
-    struct {
-      float next[kColWarps][kChunk], columns[kRowWarps][kChunk];
-    };
+    float columns[kRowWarps][kChunk];
   };
   union {
     struct {
       Tile<Element, kChunk, kChunk> L;
       Tile<Element, kChunk, kColumns> dB_low;
-    };
+    } early;
     Tile<Element, K, kColumns> dS1;
+    float next[kColWarps][kChunk];
   };
   float G[kChunk], beta[kChunk];
   float dbeta[kColWarps][kChunk], dG[kColWarps][kChunk];  // (7), across warps
@@ -91,7 +90,7 @@ __device__ __forceinline__ void copy_item_async(Smem& sm, const GatedDeltaBwdPar
   copy_columns_async(sm.stage.dO, params.do_, place, item);
   if constexpr (Smem::kDelta) {
     copy_dB_async(sm.stage.dB, params.dv, params, place, item);
-    copy_L_async(sm.L, params, place, head);
+    copy_L_async(sm.early.L, params, place, head);
   } else {
     copy_state_async(sm.dS1, params.dstates, params, place, item);
   }
@@ -108,13 +107,13 @@ __device__ __forceinline__ void add_tile(Smem& sm, bool reflects, const GatedDel
                                          Wide<Smem>& rdQ, Wide<Smem>& rdK, RowSums& next) {
   using Values = Tile<typename Smem::Element, kChunk, kColumns>;
   auto& stage = sm.stage;
-  const Values *E_low = reflects ? &sm.low : nullptr, *none = nullptr;
+  const Values* none = nullptr;
   if constexpr (Smem::kDelta) {
-    const Values* dB_low = reflects ? &sm.dB_low : nullptr;
+    const Values* dB_low = reflects ? &sm.early.dB_low : nullptr;
     Square rE;
     form_residual(rE, sm, stage, sm.low, dB_low, sm.G, sm.beta);  // (1)
     arch::sync_block();
-    form_pseudo_values<Smem>(rE, sm.L, stage, sm.low, [] {});         // (2)
+    form_pseudo_values<Smem>(rE, sm.early.L, stage, sm.low, [] {});   // (2)
     multiply_by_pseudo_values<Smem>(rX, rdA, stage, sm.low, dB_low);  // (3)
     arch::sync_block();
     copy_state_async(sm.dS1, params.dstates, params, place, item);
@@ -132,6 +131,7 @@ __device__ __forceinline__ void add_tile(Smem& sm, bool reflects, const GatedDel
     arch::wait_copies<0>();
     arch::sync_block();
   }
+  const Values* E_low = Smem::kDelta && gated_delta::reflects(sm.beta) ? &sm.low : nullptr;
   through_state<true, Smem>(
       rdK, stage.v, E_low, sm.dS1, 0, sm.k, [&](int row) { return decay_between(sm.G, kChunk - 1, row); },
       next);
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     arch::sync_block();
     const bool reflects = Smem::kDelta && gated_delta::reflects(sm.beta);
     if (reflects) {
-      copy_dB_async(sm.dB_low, params.dB_low, params, place, item);
+      copy_dB_async(sm.early.dB_low, params.dB_low, params, place, item);
       arch::commit_copies();
     }
     if (item.tile == 0) {
@@ -172,7 +172,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (item.ends_head(place)) {
       arch::sync_block();
       share_rows(sm.next, next);
-      finish_head(sm, sm.stage, reflects, params, place, item.head(place), sm.G, sm.beta, rX, rdA, rdQ, rdK);
+      finish_head(sm, sm.stage, Smem::kDelta && gated_delta::reflects(sm.beta), params, place,
+                  item.head(place), sm.G, sm.beta, rX, rdA, rdQ, rdK);
     }
   }
   store_key_head(sm, params, place, rdQ, rdK);

@@ -44,7 +44,8 @@ Status gated_delta_bwd_scan(const GatedDeltaBwdParams& params, Stream stream) {
   Device device;
   if (const Status status = find_device(stream.device, device); status != nullptr) return status;
   if (params.segment_chunks != 0) {
-    if (const Status status = launch_scan<Start::kZero>(params, device, stream); status != nullptr) return status;
+    if (const Status status = launch_scan<Start::kZero>(params, device, stream); status != nullptr)
+      return status;
     if (const Status status = gated_delta_chain(params, stream); status != nullptr) return status;
   }
   return launch_scan<Start::kGiven>(params, device, stream);

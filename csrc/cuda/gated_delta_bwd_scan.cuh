@@ -28,9 +28,12 @@
 //   dS_low       [K, columns]    8 K   its low part, (1) to (2)
 //   scaled_dO    [C, columns]    4 K   s gamma dO, (1) to (2); after (3) dB
 //   dE, low part [C, columns]  2 x 4 K   (2) to (3)
-// Two blocks fit an SM of Hopper, one of Ampere; of K = 256 (173 KB) one of Hopper.
+// 109 KB: two blocks per SM of compute capability 9.0 and 10.0, one of 8.0; K = 256 (173 KB) fits 9.0 and 10.0 only.
+// Where a block has 99 KB (8.6, 8.9, 12.0), K = 128 has one buffer of L and dO instead of two, and dZ is stored in
+// dS_low, which nobody reads after (2): 97 KB (kStages = 1).
 //
-// Pipeline: four barriers a chunk, one at the end of each of (0) to (3).
+// Pipeline: four barriers a chunk, one at the end of each of (0) to (3). With kStages = 1 the copies of dO start with
+// those of q, after (2), and those of L after (3), in a group of their own, for which the next (2) waits.
 //
 // Numerics: fp32 accumulation; rounded to dtype are dS1, P, s gamma dO, dZ and dB, each once. In L^T dE both
 // factors are pairs; where some beta of the chunk exceeds 1, dZ, dB, and dS1 in K dS1 are pairs too. Every

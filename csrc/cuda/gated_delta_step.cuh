@@ -66,7 +66,7 @@ constexpr int kMostThreads<64, State::kSquare> = 512;
 #endif
 
 template <int Threads, State kState>
-struct Shape {
+struct Config {
   static constexpr int kThreads = Threads;
   static constexpr bool kSquare = kState == State::kSquare;
   static constexpr int kWarps = kThreads / arch::kWarpSize;
@@ -92,37 +92,37 @@ struct alignas(16) Sums {
 };
 
 // A token as fp32: q and k whole, zero past K; the block's columns of v; gamma; beta.
-template <class Shape>
+template <class C>
 struct alignas(16) Token {
-  float q[Shape::kKeyDim], k[Shape::kKeyDim], v[Shape::kColumns];
+  float q[C::kKeyDim], k[C::kKeyDim], v[C::kColumns];
   float gamma, beta;
 };
 
-template <class Shape>
+template <class C>
 struct Smem {
-  Token<Shape> tokens[2];
-  Sums sums[Shape::kWarps][Shape::kLanes];
+  Token<C> tokens[2];
+  Sums sums[C::kWarps][C::kLanes];
 };
-static_assert(sizeof(Smem<Shape<128, State::kSquare>>) == 3872);
+static_assert(sizeof(Smem<Config<128, State::kSquare>>) == 3872);
 
 // Where a thread stands. Offsets are in elements.
-template <class Shape>
+template <class C>
 struct Place {
   int64_t b, slot;
   int head, key_head, column, row, warp, lane;
 
   __device__ explicit Place(const GatedDeltaStepParams& params) {
-    const auto num_tiles = static_cast<unsigned>((params.V + Shape::kColumns - 1) / Shape::kColumns);
+    const auto num_tiles = static_cast<unsigned>((params.V + C::kColumns - 1) / C::kColumns);
     const auto HV = static_cast<unsigned>(params.HV);
     const unsigned block = arch::block_idx(), tile = block % num_tiles, thread = arch::thread_idx();
     head = static_cast<int>(block / num_tiles % HV);
     key_head = head / static_cast<int>(HV / static_cast<unsigned>(params.H));
     b = block / num_tiles / HV;
     slot = slot_of(params, b);
-    lane = static_cast<int>(thread % Shape::kLanes);
-    row = static_cast<int>(thread / Shape::kLanes) * Shape::kRows;
+    lane = static_cast<int>(thread % C::kLanes);
+    row = static_cast<int>(thread / C::kLanes) * C::kRows;
     warp = static_cast<int>(thread / arch::kWarpSize);
-    column = static_cast<int>(tile * Shape::kColumns) + lane * kVector;
+    column = static_cast<int>(tile * C::kColumns) + lane * kVector;
   }
 
   __device__ bool writes_output() const { return row == 0; }
@@ -154,10 +154,10 @@ __device__ __forceinline__ float write_strength(const GatedDeltaStepParams& para
 
 // The thread's share of a token, to shared memory: its element of q and k; the first warp v; one thread the
 // gates.
-template <class Shape, class Element>
-__device__ __forceinline__ void bring_token(const GatedDeltaStepParams& params, const Place<Shape>& place,
-                                            int64_t t, Token<Shape>& token) {
-  static_assert(Shape::kColumns == arch::kWarpSize);
+template <class C, class Element>
+__device__ __forceinline__ void bring_token(const GatedDeltaStepParams& params, const Place<C>& place,
+                                            int64_t t, Token<C>& token) {
+  static_assert(C::kColumns == arch::kWarpSize);
   const int i = arch::thread_idx();
   const bool exists = i < params.K;
   token.q[i] = exists ? to_float(row_of<Element>(params.q, place.b, t, place.key_head)[i]) : 0.0f;
@@ -167,14 +167,14 @@ __device__ __forceinline__ void bring_token(const GatedDeltaStepParams& params, 
     const Element* gv = row_of<Element>(params.v, place.b, t, place.head);
     token.v[i] = column < params.V ? to_float(gv[column]) : 0.0f;
   }
-  if (i == Shape::kThreads - 1) {
+  if (i == C::kThreads - 1) {
     token.gamma = decay<Element>(params, place.b, t, place.head);
     token.beta = params.delta ? write_strength<Element>(params, place.b, t, place.head) : 0.0f;
   }
 }
 
 // A thread's part of the state: rows from `row` on, of K; four columns from `column` on, of V.
-template <class Shape>
+template <class C>
 struct StateTile {
   float* first;
   int64_t stride;
@@ -182,17 +182,17 @@ struct StateTile {
   bool vectors;       // whole 16-byte pieces
 
   // state: [HV, K, V]
-  __device__ StateTile(const GatedDeltaStepParams& params, const Place<Shape>& place, float* state)
+  __device__ StateTile(const GatedDeltaStepParams& params, const Place<C>& place, float* state)
       : first(state + (place.head * params.K + place.row) * params.V + place.column),
-        stride(Shape::kSquare ? Shape::kThreads : params.V),
-        rows(Shape::kSquare ? Shape::kRows : static_cast<int>(params.K) - place.row),
-        columns(Shape::kSquare ? kVector : static_cast<int>(params.V - place.column)),
-        vectors(Shape::kSquare || whole_vectors(params)) {}
+        stride(C::kSquare ? C::kThreads : params.V),
+        rows(C::kSquare ? C::kRows : static_cast<int>(params.K) - place.row),
+        columns(C::kSquare ? kVector : static_cast<int>(params.V - place.column)),
+        vectors(C::kSquare || whole_vectors(params)) {}
 
   // Zero where there is nothing.
-  __device__ __forceinline__ void load(float (&rS)[Shape::kRows][kVector]) const {
+  __device__ __forceinline__ void load(float (&rS)[C::kRows][kVector]) const {
 #pragma unroll
-    for (int i = 0; i < Shape::kRows; ++i) {
+    for (int i = 0; i < C::kRows; ++i) {
       const float* from = first + i * stride;
       float4 x{};
       if (vectors) {
@@ -205,9 +205,9 @@ struct StateTile {
     }
   }
 
-  __device__ __forceinline__ void store(const float (&rS)[Shape::kRows][kVector]) const {
+  __device__ __forceinline__ void store(const float (&rS)[C::kRows][kVector]) const {
 #pragma unroll
-    for (int i = 0; i < Shape::kRows; ++i) {
+    for (int i = 0; i < C::kRows; ++i) {
       float* to = first + i * stride;
       if (vectors) {
         if (i < rows && columns > 0) arch::store_16_bytes(to, float4{rS[i][0], rS[i][1], rS[i][2], rS[i][3]});
@@ -222,32 +222,32 @@ struct StateTile {
 };
 
 // The thread's part of states[b, t].
-template <class Shape>
-__device__ __forceinline__ StateTile<Shape> state_after(const GatedDeltaStepParams& params,
-                                                        const Place<Shape>& place, int64_t t) {
+template <class C>
+__device__ __forceinline__ StateTile<C> state_after(const GatedDeltaStepParams& params, const Place<C>& place,
+                                                    int64_t t) {
   const int64_t size = params.HV * params.K * params.V;
   return {params, place, static_cast<float*>(params.states) + (place.b * params.T + t) * size};
 }
 
 // The thread's rows of a [kKeyDim] vector in shared memory.
-template <class Shape>
-__device__ __forceinline__ void load_rows(const float* vector, int row, float (&x)[Shape::kRows]) {
+template <class C>
+__device__ __forceinline__ void load_rows(const float* vector, int row, float (&x)[C::kRows]) {
 #pragma unroll
-  for (int i = 0; i < Shape::kRows; i += kVector) {
+  for (int i = 0; i < C::kRows; i += kVector) {
     const float4 four = *reinterpret_cast<const float4*>(vector + row + i);
     x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
   }
 }
 
-template <class Shape>
-__device__ __forceinline__ Sums sum_own_rows(const Token<Shape>& token, int row,
-                                             const float (&rS)[Shape::kRows][kVector]) {
-  float rq[Shape::kRows], rk[Shape::kRows];
-  load_rows<Shape>(token.q, row, rq);
-  load_rows<Shape>(token.k, row, rk);
+template <class C>
+__device__ __forceinline__ Sums sum_own_rows(const Token<C>& token, int row,
+                                             const float (&rS)[C::kRows][kVector]) {
+  float rq[C::kRows], rk[C::kRows];
+  load_rows<C>(token.q, row, rq);
+  load_rows<C>(token.k, row, rk);
   Sums sums{};
 #pragma unroll
-  for (int i = 0; i < Shape::kRows; ++i) {
+  for (int i = 0; i < C::kRows; ++i) {
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
       sums.qS[j] += rq[i] * rS[i][j];
@@ -268,11 +268,11 @@ __device__ __forceinline__ void add(Sums& to, const Sums& from) {
 
 // The rows of all threads of the block that share these columns: across the warp by shuffles, across warps
 // through shared memory.
-template <class Shape>
-__device__ __forceinline__ Sums sum_over_block(Sums own, Sums (&shared)[Shape::kWarps][Shape::kLanes],
-                                               const Place<Shape>& place) {
+template <class C>
+__device__ __forceinline__ Sums sum_over_block(Sums own, Sums (&shared)[C::kWarps][C::kLanes],
+                                               const Place<C>& place) {
 #pragma unroll
-  for (int mask = Shape::kLanes; mask < arch::kWarpSize; mask *= 2) {
+  for (int mask = C::kLanes; mask < arch::kWarpSize; mask *= 2) {
     Sums other;
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
@@ -284,12 +284,12 @@ __device__ __forceinline__ Sums sum_over_block(Sums own, Sums (&shared)[Shape::k
     other.kk = arch::shuffle_xor(own.kk, mask);
     add(own, other);
   }
-  const bool first_row_of_warp = place.row % (arch::kWarpSize / Shape::kLanes * Shape::kRows) == 0;
+  const bool first_row_of_warp = place.row % (arch::kWarpSize / C::kLanes * C::kRows) == 0;
   if (first_row_of_warp) shared[place.warp][place.lane] = own;
   arch::sync_block();
   Sums all = shared[0][place.lane];
 #pragma unroll 1
-  for (int warp = 1; warp < Shape::kWarps; ++warp) add(all, shared[warp][place.lane]);
+  for (int warp = 1; warp < C::kWarps; ++warp) add(all, shared[warp][place.lane]);
   return all;
 }
 
@@ -299,8 +299,8 @@ __device__ __forceinline__ void normalize(Sums& sums, float q_norm, float k_norm
   sums.qk *= q_norm * k_norm;
 }
 
-template <class Shape, class Element>
-__device__ __forceinline__ void store_output(const GatedDeltaStepParams& params, const Place<Shape>& place,
+template <class C, class Element>
+__device__ __forceinline__ void store_output(const GatedDeltaStepParams& params, const Place<C>& place,
                                              int64_t t, const float (&x)[kVector]) {
   auto* o = static_cast<Element*>(params.o) + ((place.b * params.T + t) * params.HV + place.head) * params.V;
 #pragma unroll
@@ -309,40 +309,40 @@ __device__ __forceinline__ void store_output(const GatedDeltaStepParams& params,
   }
 }
 
-template <class Shape, class Element>
-__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerProcessor)
+template <class C, class Element>
+__global__ void __launch_bounds__(C::kThreads, C::kBlocksPerProcessor)
     gated_delta_step_kernel(const __grid_constant__ GatedDeltaStepParams params) {
-  const Place<Shape> place(params);
-  auto& smem = arch::shared_memory<Smem<Shape>>();
+  const Place<C> place(params);
+  auto& smem = arch::shared_memory<Smem<C>>();
 
   // (1) the state's tile; nothing to do without a state
   if (place.slot < 0 || place.slot >= params.num_slots) {
     const float value = place.slot < 0 ? 0.0f : kNaN;
-    float rS[Shape::kRows][kVector];
+    float rS[C::kRows][kVector];
 #pragma unroll
-    for (int i = 0; i < Shape::kRows; ++i) {
+    for (int i = 0; i < C::kRows; ++i) {
 #pragma unroll
       for (int j = 0; j < kVector; ++j) rS[i][j] = value;
     }
     for (int64_t t = 0; t < params.T; ++t) {
-      if (place.writes_output()) store_output<Shape, Element>(params, place, t, rS[0]);
+      if (place.writes_output()) store_output<C, Element>(params, place, t, rS[0]);
       if (params.states != nullptr) state_after(params, place, t).store(rS);
     }
     return;
   }
-  const StateTile<Shape> tile(params, place,
-                              static_cast<float*>(params.state) + place.slot * slot_stride(params));
-  float rS[Shape::kRows][kVector];
+  const StateTile<C> tile(params, place,
+                          static_cast<float*>(params.state) + place.slot * slot_stride(params));
+  float rS[C::kRows][kVector];
   tile.load(rS);
 
   for (int64_t t = 0; t < params.T; ++t) {
     // (2) the token
-    Token<Shape>& token = smem.tokens[t % 2];
-    bring_token<Shape, Element>(params, place, t, token);
+    Token<C>& token = smem.tokens[t % 2];
+    bring_token<C, Element>(params, place, t, token);
     arch::sync_block();
 
     // (3) sums over K of the old state
-    Sums sums = sum_own_rows<Shape>(token, place.row, rS);
+    Sums sums = sum_own_rows<C>(token, place.row, rS);
     sums = sum_over_block(sums, smem.sums, place);
     const float q_norm = params.use_qk_l2norm ? rsqrtf(sums.qq + kNormEpsilon) : 1.0f;
     const float k_norm = params.use_qk_l2norm ? rsqrtf(sums.kk + kNormEpsilon) : 1.0f;
@@ -363,14 +363,14 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerProcessor)
       float o[kVector];
 #pragma unroll
       for (int j = 0; j < kVector; ++j) o[j] = scale * (gamma * sums.qS[j] + sums.qk * e[j]);
-      store_output<Shape, Element>(params, place, t, o);
+      store_output<C, Element>(params, place, t, o);
     }
 
     // (6) S <- gamma S + k e^T
-    float rk[Shape::kRows];
-    load_rows<Shape>(token.k, place.row, rk);
+    float rk[C::kRows];
+    load_rows<C>(token.k, place.row, rk);
 #pragma unroll
-    for (int i = 0; i < Shape::kRows; ++i) {
+    for (int i = 0; i < C::kRows; ++i) {
 #pragma unroll
       for (int j = 0; j < kVector; ++j) rS[i][j] = gamma * rS[i][j] + (k_norm * rk[i]) * e[j];
     }

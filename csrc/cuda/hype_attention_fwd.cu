@@ -13,13 +13,13 @@ namespace {
 using namespace attention;
 using namespace attention::fwd;
 
-template <class Shape, class Element>
+template <class C, class Element>
 Status launch_forward(const Params& p, Stream stream) {
-  const int64_t slots = num_slots<Shape::kQueries>(p, p.T);
+  const int64_t slots = num_slots<C::kQueries>(p, p.T);
   const Arguments arguments{p, logit_scale(std::max(std::abs(p.scale), kMinScale), p.logit_scale_base),
                             p.scale < 0, static_cast<unsigned>(slots)};
-  return launch(KERNEL(attention::fwd::hype_attention_fwd_kernel, Shape, Element), slots * p.H,
-                Shape::kThreads, sizeof(Smem<Element, Shape>), stream, arguments);
+  return launch(KERNEL(attention::fwd::hype_attention_fwd_kernel, C, Element), slots * p.H, C::kThreads,
+                sizeof(Smem<Element, C>), stream, arguments);
 }
 
 }  // namespace
@@ -29,7 +29,7 @@ Status hype_attention_fwd(const Params& params, Stream stream) {
   if (params.S > kMaxTokens) return "S is larger than what is built for CUDA";
   return dispatch_half_dtype(params.dtype, [&]<class Element>() -> Status {
     return dispatch_head_dim(params.D,
-                             [&]<int D>() { return launch_forward<Shape<D>, Element>(params, stream); });
+                             [&]<int D>() { return launch_forward<Config<D>, Element>(params, stream); });
   });
 }
 

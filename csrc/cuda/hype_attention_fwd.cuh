@@ -44,7 +44,7 @@ namespace hypenet::cuda::attention::fwd {
 constexpr double kMinScale = 1e-30;  // stands for a scale of 0, so that -inf times it is -inf
 
 template <int D_>
-struct Shape {
+struct Config {
   static constexpr int D = D_;
   static constexpr int kQueries = 128;
   static constexpr int kKeys = 64;
@@ -57,14 +57,14 @@ struct Shape {
   static_assert(kQueries / kKeys < kStages && kKeys % kWarpRows == 0);
 };
 
-template <class Element, class Shape>
+template <class Element, class C>
 struct Smem {
-  Tile<Element, Shape::kQueries, Shape::D> q;
-  Tile<Element, Shape::kKeys, Shape::D> ring[Shape::kStages];
+  Tile<Element, C::kQueries, C::D> q;
+  Tile<Element, C::kKeys, C::D> ring[C::kStages];
 };
-static_assert(sizeof(Smem<arch::bf16, Shape<64>>) == 40 * 1024);
-static_assert(sizeof(Smem<arch::bf16, Shape<128>>) == 80 * 1024);
-static_assert(sizeof(Smem<arch::bf16, Shape<256>>) == 160 * 1024);
+static_assert(sizeof(Smem<arch::bf16, Config<64>>) == 40 * 1024);
+static_assert(sizeof(Smem<arch::bf16, Config<128>>) == 80 * 1024);
+static_assert(sizeof(Smem<arch::bf16, Config<256>>) == 160 * 1024);
 
 using Params = HypeAttentionFwdParams;
 
@@ -81,22 +81,22 @@ struct Place {
   int begin, head, num_tiles;
 };
 
-template <class Shape>
+template <class C>
 __device__ __forceinline__ Place find_place(const Params& p, unsigned num_slots) {
   const auto H = static_cast<unsigned>(p.H);
   Place place;
   place.head = static_cast<int>(arch::block_idx() % H);
   const unsigned slot = num_slots - 1 - arch::block_idx() / H;
-  place.sequence = find_tile<Shape::kQueries>(p, slot, place.begin);
+  place.sequence = find_tile<C::kQueries>(p, slot, place.begin);
   const Sequence& s = place.sequence;
-  const int end = place.begin + Shape::kQueries < s.T ? place.begin + Shape::kQueries : s.T;
-  place.num_tiles = place.begin < s.T ? (s.offset + end - 1) / Shape::kKeys + 1 : 0;
+  const int end = place.begin + C::kQueries < s.T ? place.begin + C::kQueries : s.T;
+  place.num_tiles = place.begin < s.T ? (s.offset + end - 1) / C::kKeys + 1 : 0;
   return place;
 }
 
 // The stream of pieces of a block: keys and values from row 0 of the sequence on, the gate from its first
 // query on.
-template <class Shape, class Element>
+template <class C, class Element>
 struct Pieces {
   const Element *k, *v, *gate;
   int num_tiles, num_keys, num_gates;
@@ -114,16 +114,16 @@ struct Pieces {
   // Starts the copy of piece number `piece`; past the end there is nothing to copy.
   template <class Tile>
   __device__ __forceinline__ void copy(Tile& tile, const Params& p, int piece) const {
-    const int gate_start = (piece - 2 * num_tiles) * Shape::kKeys;
+    const int gate_start = (piece - 2 * num_tiles) * C::kKeys;
     if (gate_start < 0) {
       const bool is_key = piece % 2 == 0;
       const int64_t stride = is_key ? p.k.token : p.v.token;
-      const int start = piece / 2 * Shape::kKeys;
-      copy_tile_async<Shape::kThreads>(tile, (is_key ? k : v) + start * stride, stride, num_keys - start,
-                                       arch::thread_idx());
+      const int start = piece / 2 * C::kKeys;
+      copy_tile_async<C::kThreads>(tile, (is_key ? k : v) + start * stride, stride, num_keys - start,
+                                   arch::thread_idx());
     } else if (gate_start < num_gates) {
-      copy_tile_async<Shape::kThreads>(tile, gate + gate_start * p.gate.token, p.gate.token,
-                                       num_gates - gate_start, arch::thread_idx());
+      copy_tile_async<C::kThreads>(tile, gate + gate_start * p.gate.token, p.gate.token,
+                                   num_gates - gate_start, arch::thread_idx());
     }
     arch::commit_copies();
   }
@@ -239,9 +239,9 @@ __device__ __forceinline__ void apply_gate(float (&o)[kBlocks][kColumnsO][4], co
 }
 
 // The outputs of rows that belong to no sequence.
-template <class Shape, class Element>
+template <class C, class Element>
 __device__ __forceinline__ void zero_tail(const Params& p, int64_t first, int head) {
-  constexpr int kRows = Shape::kQueries, kThreads = Shape::kThreads, D = Shape::D;
+  constexpr int kRows = C::kQueries, kThreads = C::kThreads, D = C::D;
   zero_rows<kRows, kThreads, D, Element>(p.o, p.T, p.H, head, first);
   if (p.o_ungated != nullptr) zero_rows<kRows, kThreads, D, Element>(p.o_ungated, p.T, p.H, head, first);
   for (int i = arch::thread_idx(); i < kRows && first + i < p.T; i += kThreads) {
@@ -249,24 +249,24 @@ __device__ __forceinline__ void zero_tail(const Params& p, int64_t first, int he
   }
 }
 
-template <class Shape, class Element>
-__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerProcessor)
+template <class C, class Element>
+__global__ void __launch_bounds__(C::kThreads, C::kBlocksPerProcessor)
     hype_attention_fwd_kernel(const __grid_constant__ Arguments arguments) {
-  constexpr int D = Shape::D, kKeys = Shape::kKeys, kBlocks = Shape::kBlocks, kStages = Shape::kStages;
-  auto& smem = arch::shared_memory<Smem<Element, Shape>>();
+  constexpr int D = C::D, kKeys = C::kKeys, kBlocks = C::kBlocks, kStages = C::kStages;
+  auto& smem = arch::shared_memory<Smem<Element, C>>();
   const Params& p = arguments.params;
-  const Place place = find_place<Shape>(p, arguments.num_slots);
+  const Place place = find_place<C>(p, arguments.num_slots);
   const Sequence& s = place.sequence;
-  if (s.is_tail) return zero_tail<Shape, Element>(p, s.first + place.begin, place.head);
+  if (s.is_tail) return zero_tail<C, Element>(p, s.first + place.begin, place.head);
   if (place.num_tiles == 0) return;
 
   // (1) the queries and the first two pieces; c_p of this thread's rows
-  copy_tile_async<Shape::kThreads>(smem.q, row_of<Element>(p.q, s.batch, s.first + place.begin, place.head),
-                                   p.q.token, s.T - place.begin, arch::thread_idx());
-  const Pieces<Shape, Element> pieces(p, place);
+  copy_tile_async<C::kThreads>(smem.q, row_of<Element>(p.q, s.batch, s.first + place.begin, place.head),
+                               p.q.token, s.T - place.begin, arch::thread_idx());
+  const Pieces<C, Element> pieces(p, place);
   pieces.copy(smem.ring[0], p, 0);
   pieces.copy(smem.ring[1], p, 1);
-  const int m = warp_idx() * Shape::kWarpRows, position = s.offset + place.begin + m;
+  const int m = warp_idx() * C::kWarpRows, position = s.offset + place.begin + m;
   const int num_rows = s.T - place.begin - m;
   Rows<kBlocks> rows;
 #pragma unroll
@@ -291,7 +291,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerProcessor)
   };
   for (int tile = 0; tile < place.num_tiles; ++tile) {
     const int visible = position + 1 - tile * kKeys;
-    const bool seen = visible + Shape::kWarpRows > 1 && num_rows > 0;
+    const bool seen = visible + C::kWarpRows > 1 && num_rows > 0;
 
     // (2) S = Q K^T; the future is masked where it reaches into the tile
     float S[kBlocks][kKeys / 8][4] = {};
