@@ -503,8 +503,7 @@ __device__ __forceinline__ void store_key_head(Smem& sm, const GatedDeltaBwdPara
 }
 
 template <class Smem>
-__global__ void __launch_bounds__(kThreads, 1)
-    gated_delta_bwd_chunk_kernel(const __grid_constant__ GatedDeltaBwdParams params) {
+__device__ __forceinline__ void differentiate_chunk(const GatedDeltaBwdParams& params) {
   Smem& sm = arch::shared_memory<Smem>();
   if (arch::thread_idx() == 0) sm.place.find(params);
   arch::sync_block();
@@ -561,6 +560,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   }
   store_key_head(sm, params, place, rdQ, rdK);
+}
+
+// Empty where no GPU that runs this code has the shared memory.
+template <class Smem>
+__global__ void __launch_bounds__(kThreads, 1)
+    gated_delta_bwd_chunk_kernel(const __grid_constant__ GatedDeltaBwdParams params) {
+  if constexpr (sizeof(Smem) <= arch::kMaxSharedBytes) differentiate_chunk<Smem>(params);
 }
 
 }  // namespace hypenet::cuda::gated_delta::bwd::chunk

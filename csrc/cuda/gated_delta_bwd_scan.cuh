@@ -345,8 +345,7 @@ struct Config {
 };
 
 template <class C>
-__global__ void __launch_bounds__(kThreads, 2)
-    gated_delta_bwd_scan_kernel(const __grid_constant__ GatedDeltaBwdParams params) {
+__device__ __forceinline__ void scan(const GatedDeltaBwdParams& params) {
   using Smem = typename C::Smem;
   using Element = typename Smem::Element;
   constexpr bool kAlone = C::kAlone, kSingle = Smem::kStages == 1;
@@ -411,6 +410,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   if (!kAlone && !place.segment.starts()) return;  // found already
   store_state<Smem>(rS, params, place);
+}
+
+// Empty where no GPU that runs this code has the shared memory.
+template <class C>
+__global__ void __launch_bounds__(kThreads, 2)
+    gated_delta_bwd_scan_kernel(const __grid_constant__ GatedDeltaBwdParams params) {
+  if constexpr (sizeof(typename C::Smem) <= arch::kMaxSharedBytes) scan<C>(params);
 }
 
 }  // namespace hypenet::cuda::gated_delta::bwd::scan

@@ -27,8 +27,10 @@ Status choose_and_launch(const GatedDeltaFwdParams& params, const Device& device
   const ScanBlock block = choose_scan(warps, params.V % (kWideWarps * kColumns) == 0, sizeof(ScanSmem<Wide>),
                                       sizeof(ScanSmem<Narrow>), device);
   if (block == ScanBlock::kWide) return launch_scan<Wide>(params, stream);
-  if (block == ScanBlock::kSlim) {
-    return launch_scan<Config<Element, K, kRule, Pass::kOutput, kSlimWarps>>(params, stream);
+  if constexpr (K <= 128) {  // of K = 256 two warps would spill registers
+    if (block == ScanBlock::kSlim) {
+      return launch_scan<Config<Element, K, kRule, Pass::kOutput, kSlimWarps>>(params, stream);
+    }
   }
   if constexpr (K == 128 && kRule == Rule::kDelta) {  // the only one that fits nowhere else in 99 KB
     if (block == ScanBlock::kSingle) {

@@ -165,8 +165,7 @@ template <class C>
 constexpr int kMinBlocks = C::kKeyDim == 64 && !C::kDelta && C::kWarps == 4 ? 3 : 1;
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads, kMinBlocks<C>)
-    gated_delta_scan_kernel(const __grid_constant__ GatedDeltaFwdParams params) {
+__device__ __forceinline__ void scan(const GatedDeltaFwdParams& params) {
   using Element = typename C::Element;
   auto& smem = arch::shared_memory<ScanSmem<C>>();
   const auto num_tiles = static_cast<unsigned>(params.V / (C::kWarps * kColumns));
@@ -241,6 +240,13 @@ __global__ void __launch_bounds__(C::kThreads, kMinBlocks<C>)
   if (!done.ends()) return;
   for_each_of_state(S, static_cast<float*>(params.final_state) + same.state_of_sequence(params, done.n), V,
                     [](float* to, float x) { *to = x; });
+}
+
+// Empty where no GPU that runs this code has the shared memory.
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, kMinBlocks<C>)
+    gated_delta_scan_kernel(const __grid_constant__ GatedDeltaFwdParams params) {
+  if constexpr (sizeof(ScanSmem<C>) <= arch::kMaxSharedBytes) scan<C>(params);
 }
 
 }  // namespace hypenet::cuda::gated_delta::scan

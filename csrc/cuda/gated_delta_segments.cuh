@@ -95,9 +95,9 @@ __global__ void __launch_bounds__(C::kThreads, 2)
 
     const bool in_pairs = C::kDelta && reflects(stage.beta);
     with_pairs<C>(in_pairs, [&]<Pairs kPairs>() {
-      Results<kChunk / 8> Z;
       Values<C::kWide> E(smem.values);
       if constexpr (C::kDelta) {
+        Results<kChunk / 8> Z;
         read_state<C, true, false, kPairs>(Z, Z, S, stage, lanes, in_pairs);
         form_residual<C>(Z, stage);
         solve<C>(E, Z, stage, lanes);

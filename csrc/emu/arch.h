@@ -24,6 +24,8 @@ inline unsigned block_idx() { return emu::block_idx(); }
 
 // ---- shared memory and barriers
 
+constexpr size_t kMaxSharedBytes = 227 * 1024;
+
 template <class Smem>
 Smem& shared_memory() {
   return *static_cast<Smem*>(emu::shared_memory(sizeof(Smem), alignof(Smem)));

@@ -26,6 +26,14 @@ __device__ __forceinline__ unsigned block_idx() { return blockIdx.x; }
 
 // ---- shared memory and barriers
 
+// The most that a block can have where this code runs: of compute capability 8.0, and of later ones up to 8.9, which
+// share its code, at most as much.
+#if __CUDA_ARCH__ >= 900
+constexpr size_t kMaxSharedBytes = 227 * 1024;
+#else
+constexpr size_t kMaxSharedBytes = 163 * 1024;
+#endif
+
 // The block's dynamic shared memory, as the plain struct that describes it.
 template <class Smem>
 __device__ __forceinline__ Smem& shared_memory() {
