@@ -123,7 +123,7 @@ __device__ __forceinline__ void store_low(Tile& tile, int row, int col, const fl
 #pragma unroll
       for (int i = 0; i < 4; i += 2) {
         uint32_t high, low;
-        pack_pair<Element>(high, low, d[m][n][i], d[m][n][i + 1]);
+        pack_hi_lo<Element>(high, low, d[m][n][i], d[m][n][i + 1]);
         const int to_row = row + 16 * m + lane_idx() / 4 + 4 * i, to_col = col + 8 * n + lane_idx() % 4 * 2;
         *reinterpret_cast<uint32_t*>(tile.at(to_row, to_col)) = low;
       }

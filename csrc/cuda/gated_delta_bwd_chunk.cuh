@@ -15,10 +15,10 @@
 //   dQ = sum of dQ_S + dN K        dK = sum of dK_S + dK_S1 + dN^T Q + (dM + dM^T) K               (8)
 // where the sums run over the value heads of the key head. dA so written is what -(I + L)^T (dE B^T) (I +
 // L)^T would be, without its two products; dg's form never takes a small difference of large sums of
-// different kinds. A chunk reflects where some beta of it exceeds 1 (gated_delta.cuh).
+// different kinds. A chunk is compensated where some beta of it exceeds 1 (gated_delta.cuh).
 //
 // Shapes: as in GatedDeltaBwdParams (params.h). Reads everything that the first kernel wrote, of dB_low only
-// what belongs to chunks that reflect; dv holds dB and is overwritten in place, by the block that alone reads
+// what belongs to compensated chunks; dv holds dB and is overwritten in place, by the block that alone reads
 // it. Writes dq, dk, dv, dg, dbeta.
 //
 // Mapping: a block owns one (chunk, key head), blocks numbered along x with the head fastest, and goes
@@ -37,7 +37,7 @@
 //   stage[2].dO   [C, columns]    8 K   likewise; at the end of a value head dM + dM^T
 //   stage[2].v    [C, columns]    8 K   (1) to (3) of the tile before: low part of its B, then of its E; then
 //                                       copied; V, high part of B, of E; at the end of a value head dN
-//   stage[2].dB   [C, columns]    8 K   copied as dO. Where the chunk reflects: (1) to (3) of the tile before
+//   stage[2].dB   [C, columns]    8 K   copied as dO. Where the chunk is compensated: (1) to (3) of the tile before
 //                                       low part of its dB, then copied; at the end low part of dN
 //   sums                          4 K   of rows and columns of one value head: a warp's part each
 //   gates, place                  1 K
@@ -46,19 +46,19 @@
 //
 // Pipeline: copies run one tile ahead, those of a stage's v (and dB) only once the low parts there are done
 // with. Barriers: five a tile (before (1), after (1), around the store of E, after the last use of the low
-// parts), six where the chunk reflects (the low part of dB has come), one without delta; two a value head.
+// parts), six where the chunk is compensated (the low part of dB has come), one without delta; two a value head.
 // The registers are all taken: steps compute their addresses anew (Part), and sync_warp between steps keeps
 // the compiler from running them into each other.
 //
-// Numerics: fp32 accumulation. L, B and E are pairs, in E = B + L B, to which B comes in fp32, and in dA;
-// where the chunk reflects, so are E in X and dK_S1, dB but in dK_S (no gain) and dV, and dN in dQ. Rounded
+// Numerics: fp32 accumulation. L, B and E are hi/lo pairs, in E = B + L B, to which B comes in fp32, and in dA;
+// where the chunk is compensated, so are E in X and dK_S1, dB but in dK_S (no gain) and dV, and dN in dQ. Rounded
 // to dtype are all other uses, dM, and the outputs; R is rounded only as B. All factors gamma and beta of (4)
 // multiply fp32 sums. Every exponent taken is <= 0. Sums in a fixed order: results are bitwise repeatable and
 // do not depend on the batch. Tokens past the end are zero in q, k, v, dO, dB and beta.
 //
 // Cost per token and value head: 2 (4 K V + C (15 V + 17 K) / 4) FLOPs, 2 (K V + C (5 V + 4 K) / 4) more
-// where the chunk reflects; without delta 2 (2 K V + C (5 V + 21 K) / 8). Bytes from and to memory: 2 (4 V +
-// C) + 4 K V / C per token and value head, 2 V more where the chunk reflects; 8 K per token and key head.
+// where the chunk is compensated; without delta 2 (2 K V + C (5 V + 21 K) / 8). Bytes from and to memory: 2 (4 V +
+// C) + 4 K V / C per token and value head, 2 V more where the chunk is compensated; 8 K per token and key head.
 //
 // Limits: as of the first kernel.
 #pragma once
@@ -93,7 +93,7 @@ __device__ __forceinline__ float2 load_two(const Tile& tile, int row, int col) {
   return arch::unpack<typename Tile::Element>(*reinterpret_cast<const uint32_t*>(tile.at(row, col)));
 }
 
-// (1) Z, R; B, and as a pair in place of V and in B_low. dB_low: on its way where dB is a pair, else null.
+// (1) Z, R; B, and as a hi/lo pair in place of V and in B_low. dB_low: on its way where dB is a hi/lo pair, else null.
 template <class Smem, class Tile>
 __device__ __forceinline__ void form_residual(Square& rB, Smem& sm, typename Smem::Stage& stage, Tile& B_low,
                                               const Tile* dB_low, const float (&G)[kChunk],
@@ -141,7 +141,7 @@ __device__ __forceinline__ void form_residual(Square& rB, Smem& sm, typename Sme
   store_low(B_low, part.row, col, rB);
 }
 
-// (2) B -> E, both as pairs in the same places; afterwards L is free
+// (2) B -> E, both as hi/lo pairs in the same places; afterwards L is free
 template <class Smem, class Tile, class Release>
 __device__ __forceinline__ void form_pseudo_values(Square& rE, const Tile& L, typename Smem::Stage& stage,
                                                    Tile& low, Release&& release_L) {
@@ -182,7 +182,7 @@ __device__ __forceinline__ void multiply_by_values(Square& rX, const typename Sm
       [&](auto& b, int k, int n) { load_b_transposed(b, stage.v, k, part.column() + n); });
 }
 
-// (3) X += dO E^T, dA += dB E^T, on and below the diagonal; E is a pair for dA, and for X where dB is one
+// (3) X += dO E^T, dA += dB E^T, on and below the diagonal; E is a hi/lo pair for dA, and for X where dB is one
 // too.
 template <class Smem, class Tile>
 __device__ __forceinline__ void multiply_by_pseudo_values(Square& rX, Square& rdA,
@@ -415,13 +415,14 @@ __device__ __forceinline__ void through_key_head(Smem& sm, const Tile& dN, const
 }
 
 // (1) to (4) of one column tile. next: the other stage, whose v holds the low parts of B and E, and dB that
-// of dB where the chunk reflects, until release_next().
+// of dB where the chunk is compensated, until release_next().
 template <class Smem, class ReleaseL, class ReleaseNext>
 __device__ __forceinline__ void add_tile(Smem& sm, typename Smem::Stage& stage, typename Smem::Stage& next,
-                                         bool reflects, const float (&G)[kChunk], const float (&beta)[kChunk],
-                                         Square& rX, Square& rdA, Wide<Smem>& rdQ, Wide<Smem>& rdK,
-                                         ReleaseL&& release_L, ReleaseNext&& release_next) {
-  const auto *E_low = reflects ? &next.v : nullptr, *dB_low = reflects ? &next.dB : nullptr;
+                                         bool compensated, const float (&G)[kChunk],
+                                         const float (&beta)[kChunk], Square& rX, Square& rdA,
+                                         Wide<Smem>& rdQ, Wide<Smem>& rdK, ReleaseL&& release_L,
+                                         ReleaseNext&& release_next) {
+  const auto *E_low = compensated ? &next.v : nullptr, *dB_low = compensated ? &next.dB : nullptr;
   const decltype(E_low) none = nullptr;
   if constexpr (Smem::kDelta) {
     Square rE;
@@ -429,7 +430,7 @@ __device__ __forceinline__ void add_tile(Smem& sm, typename Smem::Stage& stage, 
     arch::sync_block();
     form_pseudo_values<Smem>(rE, sm.L, stage, next.v, release_L);     // (2)
     multiply_by_pseudo_values<Smem>(rX, rdA, stage, next.v, dB_low);  // (3)
-    if (!reflects) release_next();
+    if (!compensated) release_next();
   } else {
     release_L();
     multiply_by_values<Smem>(rX, stage);
@@ -439,7 +440,7 @@ __device__ __forceinline__ void add_tile(Smem& sm, typename Smem::Stage& stage, 
       rdK, stage.v, E_low, stage.dS1, 0, sm.k, [&](int row) { return decay_between(G, kChunk - 1, row); },
       sm.next);  // (4)
   if constexpr (Smem::kDelta) {
-    if (reflects) release_next();
+    if (compensated) release_next();
     through_state<false, Smem>(
         rdK, stage.dB, none, stage.S0, Smem::kFirst, sm.k,
         [&](int row) { return -arch::exp2(G[row]) * beta[row]; }, sm.dG);
@@ -452,12 +453,12 @@ __device__ __forceinline__ void add_tile(Smem& sm, typename Smem::Stage& stage, 
 
 // (6) to (8) of one value head, dN and dM in the tiles of a stage that nobody reads any more
 template <class Smem>
-__device__ __forceinline__ void finish_head(Smem& sm, typename Smem::Stage& stage, bool reflects,
+__device__ __forceinline__ void finish_head(Smem& sm, typename Smem::Stage& stage, bool compensated,
                                             const GatedDeltaBwdParams& params, const Place& place, int head,
                                             const float (&G)[kChunk], const float (&beta)[kChunk], Square& rX,
                                             Square& rdA, Wide<Smem>& rdQ, Wide<Smem>& rdK) {
   auto &dN = stage.v, &dM = stage.dO;
-  auto* dN_low = reflects ? &stage.dB : nullptr;
+  auto* dN_low = compensated ? &stage.dB : nullptr;
   float columns[kChunkPart / 8][2] = {};
   through_product<true>(
       rX, sm.q, sm, G, [&](int) { return place.scale; },
@@ -523,15 +524,15 @@ __device__ __forceinline__ void differentiate_chunk(const GatedDeltaBwdParams& p
     const auto &G = sm.G[item.member % 2], &beta = sm.beta[item.member % 2];
     arch::wait_copies<0>();
     arch::sync_block();
-    const bool reflects = Smem::kDelta && gated_delta::reflects(beta);
-    if (reflects) {
+    const bool compensated = Smem::kDelta && gated_delta::beta_exceeds_one(beta);
+    if (compensated) {
       copy_dB_async(next_stage.dB, params.dB_low, params, place, item);
       arch::commit_copies();
     }
     if (const Item next = item.next(place); next.member < place.group) {
       copy_stage_async(sm, params, place, next);
       if constexpr (!Smem::kDelta) copy_v_async(sm, params, place, next);
-      if (Smem::kDelta && !reflects) copy_dB_async(next_stage.dB, params.dv, params, place, next);
+      if (Smem::kDelta && !compensated) copy_dB_async(next_stage.dB, params.dv, params, place, next);
     }
     if (item.tile == 0) {
       clear_sums(sm, sm.dbeta, sm.dG, sm.next);
@@ -547,16 +548,17 @@ __device__ __forceinline__ void differentiate_chunk(const GatedDeltaBwdParams& p
         const Item next = item.next(place);
         if (next.member < place.group) {
           copy_v_async(sm, params, place, next);
-          if (reflects) copy_dB_async(next_stage.dB, params.dv, params, place, next);
+          if (compensated) copy_dB_async(next_stage.dB, params.dv, params, place, next);
         }
       }
       arch::commit_copies();
     };
-    add_tile(sm, stage, next_stage, reflects, G, beta, rX, rdA, rdQ, rdK, copy_next_head, copy_rest_of_next);
+    add_tile(sm, stage, next_stage, compensated, G, beta, rX, rdA, rdQ, rdK, copy_next_head,
+             copy_rest_of_next);
     if constexpr (Smem::kDelta && Smem::kLastPart) store_dv<Smem>(stage, params, place, item, beta);  // (5)
     if (item.ends_head(place)) {
       arch::sync_block();
-      finish_head(sm, stage, reflects, params, place, item.head(place), G, beta, rX, rdA, rdQ, rdK);
+      finish_head(sm, stage, compensated, params, place, item.head(place), G, beta, rX, rdA, rdQ, rdK);
     }
   }
   store_key_head(sm, params, place, rdQ, rdK);

@@ -102,14 +102,14 @@ __device__ __forceinline__ void copy_item_async(Smem& sm, const GatedDeltaBwdPar
 
 // (1) to (4) of one column tile. dB_low is on its way if the chunk has beta > 1.
 template <class Smem>
-__device__ __forceinline__ void add_tile(Smem& sm, bool reflects, const GatedDeltaBwdParams& params,
+__device__ __forceinline__ void add_tile(Smem& sm, bool compensated, const GatedDeltaBwdParams& params,
                                          const Place& place, const Item& item, Square& rX, Square& rdA,
                                          Wide<Smem>& rdQ, Wide<Smem>& rdK, RowSums& next) {
   using Values = Tile<typename Smem::Element, kChunk, kColumns>;
   auto& stage = sm.stage;
   const Values* none = nullptr;
   if constexpr (Smem::kDelta) {
-    const Values* dB_low = reflects ? &sm.early.dB_low : nullptr;
+    const Values* dB_low = compensated ? &sm.early.dB_low : nullptr;
     Square rE;
     form_residual(rE, sm, stage, sm.low, dB_low, sm.G, sm.beta);  // (1)
     arch::sync_block();
@@ -131,7 +131,7 @@ __device__ __forceinline__ void add_tile(Smem& sm, bool reflects, const GatedDel
     arch::wait_copies<0>();
     arch::sync_block();
   }
-  const Values* E_low = Smem::kDelta && gated_delta::reflects(sm.beta) ? &sm.low : nullptr;
+  const Values* E_low = Smem::kDelta && gated_delta::beta_exceeds_one(sm.beta) ? &sm.low : nullptr;
   through_state<true, Smem>(
       rdK, stage.v, E_low, sm.dS1, 0, sm.k, [&](int row) { return decay_between(sm.G, kChunk - 1, row); },
       next);
@@ -157,8 +157,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     arch::commit_copies();
     arch::wait_copies<0>();
     arch::sync_block();
-    const bool reflects = Smem::kDelta && gated_delta::reflects(sm.beta);
-    if (reflects) {
+    const bool compensated = Smem::kDelta && gated_delta::beta_exceeds_one(sm.beta);
+    if (compensated) {
       copy_dB_async(sm.early.dB_low, params.dB_low, params, place, item);
       arch::commit_copies();
     }
@@ -167,12 +167,12 @@ __global__ void __launch_bounds__(kThreads, 1)
       next = {};
       set_zero(rX), set_zero(rdA);
     }
-    add_tile(sm, reflects, params, place, item, rX, rdA, rdQ, rdK, next);
+    add_tile(sm, compensated, params, place, item, rX, rdA, rdQ, rdK, next);
     if constexpr (Smem::kDelta) store_dv<Smem>(sm.stage, params, place, item, sm.beta);  // (5)
     if (item.ends_head(place)) {
       arch::sync_block();
       share_rows(sm.next, next);
-      finish_head(sm, sm.stage, Smem::kDelta && gated_delta::reflects(sm.beta), params, place,
+      finish_head(sm, sm.stage, Smem::kDelta && gated_delta::beta_exceeds_one(sm.beta), params, place,
                   item.head(place), sm.G, sm.beta, rX, rdA, rdQ, rdK);
     }
   }

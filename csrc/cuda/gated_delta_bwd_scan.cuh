@@ -36,7 +36,7 @@
 // those of q, after (2), and those of L after (3), in a group of their own, for which the next (2) waits.
 //
 // Numerics: fp32 accumulation; rounded to dtype are dS1, P, s gamma dO, dZ and dB, each once. In L^T dE both
-// factors are pairs; where some beta of the chunk exceeds 1, dZ, dB, and dS1 in K dS1 are pairs too. Every
+// factors are hi/lo pairs; where some beta of the chunk exceeds 1, dZ, dB, and dS1 in K dS1 are hi/lo pairs too. Every
 // exponent taken is <= 0. Sums run in a fixed order, which depends on nothing but the shapes of one sequence.
 // Tokens past the end are zero in k, q, dO and beta, and contribute nothing; their memory is not read.
 //
@@ -238,7 +238,7 @@ __device__ __forceinline__ void store_state(State<Smem>& rS, const GatedDeltaBwd
 // (1) P, s gamma dO; dS_low
 template <class Smem>
 __device__ __forceinline__ void apply_decays(Smem& sm, typename Smem::Stage& stage, const State<Smem>& rS,
-                                             float scale, bool in_pairs) {
+                                             float scale, bool compensated) {
   using Element = typename Smem::Element;
   const int row = kRows * warp_idx();
   float rP[1][kChunk / 8][4];
@@ -248,14 +248,14 @@ __device__ __forceinline__ void apply_decays(Smem& sm, typename Smem::Stage& sta
       [&](auto& b, int k, int n) { load_b_transposed(b, stage.k, k, n); });
   for_each_element(rP, row, 0, [&](float& x, int i, int j) { x *= scale * decay_between(stage.G, i, j); });
   store_product(sm.P, row, 0, rP);
-  if (in_pairs) store_low(sm.dS_low, Smem::kStateRows * warp_idx(), 0, rS);
+  if (compensated) store_low(sm.dS_low, Smem::kStateRows * warp_idx(), 0, rS);
   scale_rows<kThreads>(sm.scaled_dO, sm.dO(stage), [&](int i) { return scale * arch::exp2(stage.G[i]); });
 }
 
 // (2) dE; and of dS0 what does not need it
 template <class Smem>
 __device__ __forceinline__ void output_to_pseudo_values(Product& rdE, Smem& sm, typename Smem::Stage& stage,
-                                                        State<Smem>& rS, bool in_pairs) {
+                                                        State<Smem>& rS, bool compensated) {
   using Element = typename Smem::Element;
   const int row = kRows * warp_idx(), state_row = Smem::kStateRows * warp_idx();
   const float last = stage.G[kChunk - 1];
@@ -265,7 +265,7 @@ __device__ __forceinline__ void output_to_pseudo_values(Product& rdE, Smem& sm, 
         rdE, [&](auto& a, int m, int k) { load_a(a, stage.k, row + m, k); },
         [&](auto& b, int k, int n) { load_b(b, dS, k, n); });
   };
-  if (in_pairs) add(sm.dS_low);
+  if (compensated) add(sm.dS_low);
   add(sm.dS);
   for_each_element(rdE, row, 0, [&](float& x, int i, int) { x *= decay_between(stage.G, kChunk - 1, i); });
   multiply<Element, kChunk>(
@@ -294,7 +294,7 @@ __device__ __forceinline__ void load_inverse(uint32_t (&high)[4], uint32_t (&low
 
 // (3) dB, at first dE, in place of s gamma dO; dZ
 template <class Smem>
-__device__ __forceinline__ void solve(Product& rdB, Smem& sm, typename Smem::Stage& stage, bool in_pairs) {
+__device__ __forceinline__ void solve(Product& rdB, Smem& sm, typename Smem::Stage& stage, bool compensated) {
   using Element = typename Smem::Element;
   const int row = kRows * warp_idx();
   for (int k = row; k < kChunk; k += 16) {
@@ -314,23 +314,23 @@ __device__ __forceinline__ void solve(Product& rdB, Smem& sm, typename Smem::Sta
     }
   }
   store_product(sm.scaled_dO, row, 0, rdB);
-  if (in_pairs) store_low(sm.low.dB, row, 0, rdB);
+  if (compensated) store_low(sm.low.dB, row, 0, rdB);
   for_each_element(rdB, row, 0, [&](float& x, int i, int) { x *= -arch::exp2(stage.G[i]) * stage.beta[i]; });
   store_product(sm.dZ(stage), row, 0, rdB);
-  if (in_pairs) store_low(sm.low.dZ, row, 0, rdB);
+  if (compensated) store_low(sm.low.dZ, row, 0, rdB);
 }
 
 // (4) dS0 += K^T dZ
 template <class Smem>
 __device__ __forceinline__ void update_state(State<Smem>& rS, Smem& sm, typename Smem::Stage& stage,
-                                             bool in_pairs) {
+                                             bool compensated) {
   const int row = Smem::kStateRows * warp_idx();
   const auto add = [&](const auto& dZ) {
     multiply<typename Smem::Element, kChunk>(
         rS, [&](auto& a, int m, int k) { load_a_transposed(a, stage.k, row + m, k); },
         [&](auto& b, int k, int n) { load_b(b, dZ, k, n); });
   };
-  if (in_pairs) add(sm.low.dZ);
+  if (compensated) add(sm.low.dZ);
   add(sm.dZ(stage));
 }
 
@@ -377,11 +377,11 @@ __device__ __forceinline__ void scan(const GatedDeltaBwdParams& params) {
           columns_of<Smem>(static_cast<Element*>(params.dstates), place.chunk(i), params, place), params.V,
           Smem::K, sm.dS, thread);
     }
-    const bool in_pairs = Smem::kDelta && reflects(stage.beta);
-    apply_decays(sm, stage, rS, static_cast<float>(params.scale), in_pairs);  // (1)
+    const bool compensated = Smem::kDelta && beta_exceeds_one(stage.beta);
+    apply_decays(sm, stage, rS, static_cast<float>(params.scale), compensated);  // (1)
     arch::sync_block();
     Product product;
-    output_to_pseudo_values(product, sm, stage, rS, in_pairs);  // (2)
+    output_to_pseudo_values(product, sm, stage, rS, compensated);  // (2)
     if constexpr (kSingle) arch::wait_copies<0>();
     arch::sync_block();
     if (i > 0) {
@@ -390,13 +390,13 @@ __device__ __forceinline__ void scan(const GatedDeltaBwdParams& params) {
     }
     arch::commit_copies();
     if constexpr (Smem::kDelta) {
-      solve(product, sm, stage, in_pairs);  // (3)
+      solve(product, sm, stage, compensated);  // (3)
       arch::sync_block();
       if constexpr (kSingle) {
         if (i > 0) copy_L_async(sm, params, place, i - 1);
         arch::commit_copies();
       }
-      update_state(rS, sm, stage, in_pairs);  // (4)
+      update_state(rS, sm, stage, compensated);  // (4)
     }
     if constexpr (kAlone) continue;
     const int64_t token = place.span.start + i * kChunk, stride = params.HV * params.V;
@@ -404,7 +404,7 @@ __device__ __forceinline__ void scan(const GatedDeltaBwdParams& params) {
     const int num_tokens = tokens_from(place.span, i * kChunk);
     store_tile<kThreads>(static_cast<Element*>(params.dv) + to, stride, num_tokens,
                          Smem::kDelta ? sm.scaled_dO : sm.dE, thread);
-    if (in_pairs) {
+    if (compensated) {
       store_tile<kThreads>(static_cast<Element*>(params.dB_low) + to, stride, num_tokens, sm.low.dB, thread);
     }
   }

@@ -16,7 +16,7 @@
 // and the scan is left without a product of C x C x K. L is what the backward needs too.
 //
 // Shapes: GatedDeltaFwdParams (params.h). Of P only the ten blocks [16, 16] on and below the diagonal exist;
-// L is a pair (gated_delta.cuh). Tokens past a sequence's end act as k = q = v = beta = g = 0: rows and
+// L is a hi/lo pair (gated_delta.cuh). Tokens past a sequence's end act as k = q = v = beta = g = 0: rows and
 // columns of zeros in L, G goes on with its last value.
 //
 // Mapping: a block owns a (chunk, key head), blocks numbered along x, the key head fastest; it finds its

@@ -34,9 +34,9 @@
 // barrier (the chunk is here, and all warps have left the other stage), start the copies of the next.
 //
 // Numerics: S, Z, B, E and O are fp32. Rounded to Element are S as an operand, P, E to the chunk's end, and
-// O. Keys that repeat make E a small difference of large B, so that B, L, and E in (4) are pairs: twice the
+// O. Keys that repeat make E a small difference of large B, so that B, L, and E in (4) are hi/lo pairs: twice the
 // digits for three products of (3) instead of one, and two of (4). Where some beta of the chunk exceeds 1, S
-// in K S and E to the chunk's end are pairs too.
+// in K S and E to the chunk's end are hi/lo pairs too.
 //
 // Cost per chunk and 16 columns, K = 128: 292 mma (420 with some beta > 1, 148 without delta) behind 130
 // ldmatrix (194, 78), and 33 exponentials a lane. Per chunk and block 45 KB of tiles besides v (37 KB without
@@ -210,11 +210,11 @@ __device__ __forceinline__ void scan(const GatedDeltaFwdParams& params) {
     }
 
     const auto scale = static_cast<float>(params.scale);
-    const bool in_pairs = C::kDelta && reflects(stage.beta);
-    with_pairs<C>(in_pairs, [&]<Pairs kPairs>() {
+    const bool compensated = C::kDelta && beta_exceeds_one(stage.beta);
+    with_compensation<C>(compensated, [&]<Compensation kCompensation>() {
       Results<kChunk / 8> Z, O;
       Values<C::kWide> E(smem.values);
-      read_state<C, C::kDelta, !C::kWide, kPairs>(Z, O, S, stage, lanes, in_pairs);  // (1)
+      read_state<C, C::kDelta, !C::kWide, kCompensation>(Z, O, S, stage, lanes, compensated);  // (1)
       if constexpr (C::kDelta) {
         form_residual<C>(Z, stage);    // (2)
         solve<C>(E, Z, stage, lanes);  // (3)
@@ -223,7 +223,7 @@ __device__ __forceinline__ void scan(const GatedDeltaFwdParams& params) {
       }
       if constexpr (C::kWide) read_output<C>(O, S, scale, stage, lanes);  // (1)
       compute_output<C>(stage, O, E, C::kWide ? 1.0f : scale, lanes);     // (4)
-      update_state<C, kPairs>(S, E, stage, lanes, in_pairs);              // (5)
+      update_state<C, kCompensation>(S, E, stage, lanes, compensated);    // (5)
     });
     store_output<C>(o, o_stride, num_tokens, stage.v[warp_idx()]);
     if (params.checkpoint_every != 0 && num_tokens >= kChunk) store_checkpoint<C>(S, params, num_tiles, c);

@@ -93,18 +93,18 @@ __global__ void __launch_bounds__(C::kThreads, 2)
     }
     arch::commit_copies();
 
-    const bool in_pairs = C::kDelta && reflects(stage.beta);
-    with_pairs<C>(in_pairs, [&]<Pairs kPairs>() {
+    const bool compensated = C::kDelta && beta_exceeds_one(stage.beta);
+    with_compensation<C>(compensated, [&]<Compensation kCompensation>() {
       Values<C::kWide> E(smem.values);
       if constexpr (C::kDelta) {
         Results<kChunk / 8> Z;
-        read_state<C, true, false, kPairs>(Z, Z, S, stage, lanes, in_pairs);
+        read_state<C, true, false, kCompensation>(Z, Z, S, stage, lanes, compensated);
         form_residual<C>(Z, stage);
         solve<C>(E, Z, stage, lanes);
       } else {
         load_values<C>(E, stage);
       }
-      update_state<C, kPairs>(S, E, stage, lanes, in_pairs);
+      update_state<C, kCompensation>(S, E, stage, lanes, compensated);
     });
     whole *= arch::exp2(stage.G[kChunk - 1]);
   }

@@ -255,29 +255,29 @@ __device__ __forceinline__ void copy_chunk_async(Stage<C>& stage, const GatedDel
   }
 }
 
-// Whether pairs are taken where a chunk reflects (gated_delta.cuh): known when compiled, or asked at every step.
-enum class Pairs { kNever, kAlways, kAsked };
+// Whether a chunk is compensated (gated_delta.cuh): known when compiled, or asked at every step.
+enum class Compensation { kNever, kAlways, kAtRunTime };
 
 // run.template operator()<...>() for a chunk. One branch for all its steps, where registers allow two bodies: a
 // branch waits for the products before it, and no fragment behind it is loaded ahead.
 template <class C, class Run>
-__device__ __forceinline__ void with_pairs(bool in_pairs, Run&& run) {
+__device__ __forceinline__ void with_compensation(bool compensated, Run&& run) {
   if constexpr (!C::kDelta) {
-    run.template operator()<Pairs::kNever>();
+    run.template operator()<Compensation::kNever>();
   } else if constexpr (C::kWide) {
-    run.template operator()<Pairs::kAsked>();
-  } else if (in_pairs) {
-    run.template operator()<Pairs::kAlways>();
+    run.template operator()<Compensation::kAtRunTime>();
+  } else if (compensated) {
+    run.template operator()<Compensation::kAlways>();
   } else {
-    run.template operator()<Pairs::kNever>();
+    run.template operator()<Compensation::kNever>();
   }
 }
 
-// (1) Z^T = S^T K^T if kZ, O^T = S^T Q^T if kO. In pairs: S of the first is one.
-template <class C, bool kZ, bool kO, Pairs kPairs>
+// (1) Z^T = S^T K^T if kZ, O^T = S^T Q^T if kO. Compensated: S of the first is one.
+template <class C, bool kZ, bool kO, Compensation kCompensation>
 __device__ __forceinline__ void read_state(Results<kChunk / 8>& Z, Results<kChunk / 8>& O,
                                            const Results<C::kKeyDim / 8>& S, const Stage<C>& stage,
-                                           const Lanes<C>& lanes, bool in_pairs) {
+                                           const Lanes<C>& lanes, bool compensated) {
   using Element = typename C::Element;
   if constexpr (kZ) set_zero(Z);
   if constexpr (kO) set_zero(O);
@@ -298,10 +298,10 @@ __device__ __forceinline__ void read_state(Results<kChunk / 8>& Z, Results<kChun
         multiply<Element>(O[2 * t], O[2 * t + 1], s, b);
       }
     }
-    if constexpr (kZ && kPairs != Pairs::kNever) {
-      if (kPairs == Pairs::kAsked && !in_pairs) continue;
+    if constexpr (kZ && kCompensation != Compensation::kNever) {
+      if (kCompensation == Compensation::kAtRunTime && !compensated) continue;
       uint32_t high[4], low[4];
-      round_to_pair<Element>(high, low, S[k / 8], S[k / 8 + 1]);
+      split_hi_lo<Element>(high, low, S[k / 8], S[k / 8 + 1]);
 #pragma unroll
       for (int t = 0; t < kSteps; ++t) {
         uint32_t b[4];
@@ -358,7 +358,7 @@ __device__ __forceinline__ void load_inverse(uint32_t (&high)[4], uint32_t (&low
   keep_triangle<true, 1>(low);
 }
 
-// E^T, of which output and state take a step of 16 tokens at a time as a pair, without delta as it is.
+// E^T, of which output and state take a step of 16 tokens at a time as a hi/lo pair, without delta as it is.
 template <bool kInSmem>
 struct Values;
 
@@ -405,7 +405,7 @@ __device__ __forceinline__ void solve(Values<C::kWide>& E, Results<kChunk / 8>& 
 #pragma unroll
   for (int t = kSteps - 1; t >= 0; --t) {  // from the last: what goes into B_i is from B_t, t <= i
     uint32_t b_high[4], b_low[4];
-    round_to_pair<Element>(b_high, b_low, B[2 * t], B[2 * t + 1]);
+    split_hi_lo<Element>(b_high, b_low, B[2 * t], B[2 * t + 1]);
 #pragma unroll
     for (int i = t; i < kSteps; ++i) {
       uint32_t high[4], low[4];
@@ -418,7 +418,7 @@ __device__ __forceinline__ void solve(Values<C::kWide>& E, Results<kChunk / 8>& 
 #pragma unroll
   for (int t = 0; t < kSteps; ++t) {
     uint32_t high[4], low[4];
-    round_to_pair<Element>(high, low, B[2 * t], B[2 * t + 1]);
+    split_hi_lo<Element>(high, low, B[2 * t], B[2 * t + 1]);
     E.template set<kHigh>(t, high);
     E.template set<kLow>(t, low);
   }
@@ -467,10 +467,10 @@ __device__ __forceinline__ void add_to_state(Results<C::kKeyDim / 8>& S, const u
   }
 }
 
-// (5) S^T = gamma_last S^T + (gamma_last / gamma E)^T K. In pairs: E is one here too.
-template <class C, Pairs kPairs>
+// (5) S^T = gamma_last S^T + (gamma_last / gamma E)^T K. Compensated: E is one here too.
+template <class C, Compensation kCompensation>
 __device__ __forceinline__ void update_state(Results<C::kKeyDim / 8>& S, const Values<C::kWide>& E,
-                                             const Stage<C>& stage, const Lanes<C>& lanes, bool in_pairs) {
+                                             const Stage<C>& stage, const Lanes<C>& lanes, bool compensated) {
   using Element = typename C::Element;
   const float whole = arch::exp2(stage.G[kChunk - 1]);
 #pragma unroll
@@ -486,11 +486,11 @@ __device__ __forceinline__ void update_state(Results<C::kKeyDim / 8>& S, const V
 #pragma unroll
     for (int i = 0; i < 4; ++i) high[i] = arch::pack<Element>(x[i].x, x[i].y);
     add_to_state<C>(S, high, stage, lanes, t);
-    if constexpr (kPairs != Pairs::kNever) {
-      if (kPairs == Pairs::kAsked && !in_pairs) continue;
+    if constexpr (kCompensation != Compensation::kNever) {
+      if (kCompensation == Compensation::kAtRunTime && !compensated) continue;
       uint32_t low[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) pack_pair<Element>(high[i], low[i], x[i].x, x[i].y);
+      for (int i = 0; i < 4; ++i) pack_hi_lo<Element>(high[i], low[i], x[i].x, x[i].y);
       add_to_state<C>(S, low, stage, lanes, t);
     }
   }

@@ -4,9 +4,9 @@
 //   launch(KERNEL(gated_delta::fill::gated_delta_fill_kernel, Params), num_blocks, num_threads, shared_bytes, stream,
 //          params)
 //
-// KERNEL names a kernel from namespace hypenet::cuda on, and then its template arguments, which are types. It is used in
-// x.cu for the kernels of x.cuh. All blocks lie along x, so that the number of sequences is bounded by 2^31 - 1 blocks
-// alone.
+// KERNEL names a kernel from namespace hypenet::cuda on, and then its template arguments, which are types. It is used
+// in x.cu for the kernels of x.cuh. All blocks lie along x, so that the number of sequences is bounded by 2^31 - 1
+// blocks alone.
 #pragma once
 
 #include <cstddef>
