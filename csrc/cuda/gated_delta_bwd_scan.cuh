@@ -85,7 +85,7 @@ struct Smem : Apart<Element_, kStages_> {
   using Element = Element_;
   static constexpr int K = K_, kStages = kStages_;
   static constexpr bool kDelta = kRule == Rule::kDelta;
-  static constexpr int kStateRows = K / kWarps;         // of a warp
+  static constexpr int kStateRows = K / kWarps;  // of a warp
   // Steps of a sum over K in line. CUDA 12 spills with 16, and for 12.0 with 8 and one stage.
   static constexpr int kInLine = kStages == 1 ? 4 : K < 256 ? K / 16 : 8;
 
