@@ -172,7 +172,7 @@ __device__ __forceinline__ Place find_place(const CausalConv1dSequences& p, int6
       }
     }
     if (low == 0 || low > p.N) return {-1, 0};
-    const int64_t first = index_at(p.cu_seqlens, low - 1);
+    const int64_t bound = index_at(p.cu_seqlens, low - 1), first = bound < 0 ? 0 : bound;
     return {static_cast<int>(low - 1), t - first < W - 1 ? static_cast<int>(t - first) : W - 1};
   }
   if (p.seq_idx.data == nullptr) return {static_cast<int>(b), t < W - 1 ? static_cast<int>(t) : W - 1};

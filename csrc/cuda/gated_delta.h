@@ -5,9 +5,16 @@
 
 namespace hypenet::cuda {
 
+// The same with bounds of sequences that gated_delta_map has made sure to be legal.
+template <class Params>
+Params with_legal_bounds(Params params) {
+  if (params.cu_seqlens != nullptr) params.cu_seqlens = params.chunk_offsets + params.N + 1;
+  return params;
+}
+
 // forward; segments and the chain over them only where sequences are split
-Status gated_delta_fill(const GatedDeltaFwdParams& params, Stream stream);
 Status gated_delta_map(const GatedDeltaFwdParams& params, Stream stream);
+Status gated_delta_fill(const GatedDeltaFwdParams& params, Stream stream);
 Status gated_delta_prepare(const GatedDeltaFwdParams& params, Stream stream);
 Status gated_delta_segments(const GatedDeltaFwdParams& params, Stream stream);
 Status gated_delta_scan(const GatedDeltaFwdParams& params, Stream stream);

@@ -53,9 +53,10 @@ Status gated_delta_bwd_scan(const GatedDeltaBwdParams& params, Stream stream) {
 
 Status gated_delta_chunk_bwd(const GatedDeltaBwdParams& params, Stream stream) {
   if (params.V % 64 != 0) return "V must be a multiple of 64";
-  if (const Status status = gated_delta_fill(params, stream); status != nullptr) return status;
-  const Status status = gated_delta_bwd_scan(params, stream);
-  return status == nullptr ? gated_delta_bwd_chunk(params, stream) : status;
+  const GatedDeltaBwdParams legal = with_legal_bounds(params);
+  if (const Status status = gated_delta_fill(legal, stream); status != nullptr) return status;
+  const Status status = gated_delta_bwd_scan(legal, stream);
+  return status == nullptr ? gated_delta_bwd_chunk(legal, stream) : status;
 }
 
 }  // namespace hypenet::cuda

@@ -85,8 +85,9 @@ struct Smem : Apart<Element_, kStages_> {
   using Element = Element_;
   static constexpr int K = K_, kStages = kStages_;
   static constexpr bool kDelta = kRule == Rule::kDelta;
-  static constexpr int kStateRows = K / kWarps;         // of a warp
-  static constexpr int kInLine = K < 256 ? K / 16 : 8;  // steps of a sum over K; CUDA 12 spills with 16
+  static constexpr int kStateRows = K / kWarps;  // of a warp
+  // Steps of a sum over K in line. CUDA 12 spills with 16, and for 12.0 with 8 and one stage.
+  static constexpr int kInLine = kStages == 1 ? 4 : K < 256 ? K / 16 : 8;
 
   using Stage = scan::Stage<Element, K, kStages>;
   Stage stages[2];

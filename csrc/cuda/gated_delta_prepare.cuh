@@ -8,8 +8,8 @@
 //   (3) P  = s QK . Gamma
 //   (4) T0 = (I + stril(diag(beta) KK))^-1                  not gated: no exponential inside the inverse
 //   (5) L  = stril(T0 . Gamma)                              I + L = (I + stril(diag(beta) KK . Gamma))^-1
-// Simple GLA needs (2) and (3) only. A second, small kernel writes the map of chunks (and of
-// segments) for cu_seqlens.
+// Simple GLA needs (2) and (3) only. A second, small kernel, which runs first, writes the map of chunks (and of
+// segments) for cu_seqlens, and bounds within [0, T] that the others read instead of cu_seqlens.
 //
 // Why P and L are made here and not in the scan: there every tile of value columns would make them again, on
 // the one path that is serial in T. Here they cost one write and one read of 13 KB per chunk and value head,
@@ -372,23 +372,49 @@ __global__ void __launch_bounds__(kThreads, 4)
 constexpr int kMapThreads = 256;
 
 struct MapSmem {
-  int64_t sums[kMapThreads / arch::kWarpSize];
+  int64_t ends[kMapThreads / arch::kWarpSize], sums[kMapThreads / arch::kWarpSize];
 };
 
-// chunk_offsets[n] = chunks of the sequences before n, by block 0; segment_offsets likewise, by block 1 where
-// sequences are split. kMapThreads sequences a turn.
+__device__ __forceinline__ int64_t larger(int64_t x, int64_t y) { return x > y ? x : y; }
+
+// Bound n of the sequences, at least 0 and at most T whatever cu_seqlens holds.
+__device__ __forceinline__ int64_t bound(const GatedDeltaFwdParams& params, int64_t n) {
+  const int64_t bound = larger(params.cu_seqlens[n], 0);
+  return bound < params.T ? bound : params.T;
+}
+
+// chunk_offsets[0][n] = chunks of the sequences before n, and chunk_offsets[1] = cu_seqlens, raised where it falls and
+// kept within [0, T], by block 0; segment_offsets like the former, by block 1 where sequences are split. The other
+// kernels read these bounds, with which no sequence leaves its tensors. kMapThreads sequences a turn.
 static __global__ void __launch_bounds__(kMapThreads, 1)
     gated_delta_map_kernel(const __grid_constant__ GatedDeltaFwdParams params) {
   auto& smem = arch::shared_memory<MapSmem>();
   const int thread = arch::thread_idx(), lane = lane_idx(), warp = warp_idx();
   const bool chunks = arch::block_idx() == 0;
   int64_t* offsets = chunks ? params.chunk_offsets : params.segment_offsets;
-  int64_t before = 0;  // of the turns so far
+  int64_t* bounds = params.chunk_offsets + params.N + 1;
+  int64_t before = 0, reached = bound(params, 0);  // in the turns so far
+  if (chunks && thread == 0) bounds[0] = reached;
   for (int64_t first = 0; first < params.N; first += kMapThreads) {
     const int64_t n = first + thread;
+    int64_t stop = n < params.N ? bound(params, n + 1) : 0;
+#pragma unroll
+    for (int delta = 1; delta < arch::kWarpSize; delta *= 2) {
+      const int64_t below = arch::shuffle_up(stop, delta);
+      if (lane >= delta) stop = larger(stop, below);
+    }
+    int64_t start = arch::shuffle_up(stop, 1);
+    if (lane == 0) start = 0;
+    if (lane == arch::kWarpSize - 1) smem.ends[warp] = stop;
+    arch::sync_block();
+    for (int w = 0; w < kMapThreads / arch::kWarpSize; ++w) {
+      if (w == warp) start = larger(start, reached), stop = larger(stop, reached);
+      reached = larger(reached, smem.ends[w]);
+    }
     int64_t count = 0;
     if (n < params.N) {
-      const int64_t length = params.cu_seqlens[n + 1] - params.cu_seqlens[n];
+      if (chunks) bounds[n + 1] = stop;
+      const int64_t length = stop - start;
       count = chunks ? (length + kChunk - 1) / kChunk : num_segments(length, params.segment_chunks * kChunk);
     }
     int64_t sum = sum_up_to_lane(count);

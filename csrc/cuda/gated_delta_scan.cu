@@ -55,9 +55,11 @@ Status gated_delta_scan(const GatedDeltaFwdParams& params, Stream stream) {
 }
 
 Status gated_delta_chunk_fwd(const GatedDeltaFwdParams& params, Stream stream) {
-  if (const Status status = gated_delta_fill(params, stream); status != nullptr) return status;
-  for (const auto run : {gated_delta_map, gated_delta_prepare, gated_delta_segments, gated_delta_scan}) {
-    if (const Status status = run(params, stream); status != nullptr) return status;
+  if (const Status status = gated_delta_map(params, stream); status != nullptr) return status;
+  const GatedDeltaFwdParams legal = with_legal_bounds(params);
+  if (const Status status = gated_delta_fill(legal, stream); status != nullptr) return status;
+  for (const auto run : {gated_delta_prepare, gated_delta_segments, gated_delta_scan}) {
+    if (const Status status = run(legal, stream); status != nullptr) return status;
   }
   return nullptr;
 }

@@ -54,6 +54,13 @@ __device__ __forceinline__ int64_t last_at_most(int64_t N, int64_t x, Start&& st
   return low;
 }
 
+// Bound n of packed sequences, within [0, T] whatever cu_seqlens holds, so that no tile leaves its tensors.
+template <class Params>
+__device__ __forceinline__ int bound(const Params& p, int64_t n) {
+  const int64_t bound = p.cu_seqlens[n];
+  return bound < 0 ? 0 : static_cast<int>(bound < p.T ? bound : p.T);
+}
+
 // Sets `begin` to the tile's first row in its sequence; it may lie past the end. Tiles rise with `slot`.
 template <int kRows, class Params>
 __device__ __forceinline__ Sequence find_tile(const Params& p, unsigned slot, int& begin) {
@@ -63,13 +70,13 @@ __device__ __forceinline__ Sequence find_tile(const Params& p, unsigned slot, in
     return {static_cast<int>(slot % B), 0, static_cast<int>(p.T), static_cast<int>(p.S),
             static_cast<int>(p.query_offset)};
   }
-  const int64_t* bounds = p.cu_seqlens;
-  const auto first_slot = [&](int64_t n) { return bounds[n] / kRows + n; };
+  const auto first_slot = [&](int64_t n) { return bound(p, n) / kRows + n; };
   const int64_t n = last_at_most(p.N + 1, slot, first_slot);
-  begin = static_cast<int>(slot - first_slot(n)) * kRows;
-  const int first = static_cast<int>(bounds[n]);
+  const int first = bound(p, n), tile = static_cast<int>(slot - first_slot(n));
+  begin = tile < 0 ? 0 : tile * kRows;
+  if (tile < 0) return {0, first, 0, 0, 0};  // rows of no sequence
   if (n == p.N) return {0, first, 0, 0, 0, true};
-  const int length = static_cast<int>(bounds[n + 1]) - first;
+  const int length = bound(p, n + 1) - first;
   return {0, first, length, length, 0};
 }
 

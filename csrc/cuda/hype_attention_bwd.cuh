@@ -109,8 +109,8 @@ __device__ __forceinline__ float* row_terms(const Params& p, int term, int64_t b
 
 __device__ __forceinline__ int position_of(const Params& p, int64_t t) {
   if (p.cu_seqlens == nullptr) return static_cast<int>(p.query_offset + t);
-  const int64_t n = last_at_most(p.N, t, [&](int64_t i) { return p.cu_seqlens[i]; });
-  return static_cast<int>(t - p.cu_seqlens[n]);
+  const int64_t n = last_at_most(p.N, t, [&](int64_t i) { return bound(p, i); });
+  return static_cast<int>(t) - bound(p, n);
 }
 
 template <class Element>
