@@ -45,20 +45,27 @@ class Follower:
     def __init__(self, program: Sequence[Instruction], launch: Launch) -> None:
         bank = bytearray(PARAMS) + launch.params + bytes(8)
         struct.pack_into("<6I", bank, BLOCK_DIM, launch.num_threads, 1, 1, launch.num_blocks, 1, 1)
-        self._bank, self._memory = bytes(bank), launch.memory
+        self._bank, self._memory, self._num_warps = bytes(bank), launch.memory, launch.num_threads // 32
         self._special: dict[str, int] = {}
+        self._shared: dict[int, Any] = {}
         self._index = {instruction.address: i for i, instruction in enumerate(program)}
         self._steps = [self._compile(instruction) for instruction in program]
 
-    def trace(self, block: int, warp: int) -> list[int]:
-        """Return the indices of the instructions that a warp issues, up to its exit.
+    def traces(self, block: int) -> list[list[int]]:
+        """Return for every warp of a block the indices of the instructions that it issues, up to its exit.
+
+        Warps run one after another, so that what one leaves in shared memory is there for those of a larger index.
 
         Raises:
-            CannotFollow: if a branch depends on an unknown value, or the warp does not end.
+            CannotFollow: if a branch depends on an unknown value, or a warp does not end.
         """
+        self._shared.clear()
+        return [self._trace(block, warp) for warp in range(self._num_warps)]
+
+    def _trace(self, block: int, warp: int) -> list[int]:
         self._special |= {"SR_CTAID.X": block, "SR_TID.X": 32 * warp}
-        r: Registers = [None] * _COUNT
-        r[_RZ] = r[_URZ] = 0
+        # ptxas collects flags in a register that it never clears as a whole: any initial value will do.
+        r: Registers = [0] * _P + [False] * (_COUNT - _P)
         r[_PT] = r[_UPT] = True
         issued, i = list[int](), 0
         while i >= 0:
@@ -84,6 +91,8 @@ class Follower:
             reads = [self._source(name, wide=kind == "LDC" and ".64" in x.opcode) for name in sources]
         if kind in _LOADS:
             evaluate = self._load(x, len(registers))
+        elif x.base == "STS":
+            evaluate = self._store(x)
         elif kind in COMPUTE and _is_understood(x):
             evaluate = _computation(x, COMPUTE[kind], reads)
         elif x.base in ("CALL", "RET", "BRX", "JMP"):
@@ -125,15 +134,27 @@ class Follower:
         return step
 
     def _load(self, x: Instruction, count: int) -> Read:
-        """Words of `launch.memory`, zero elsewhere."""
-        if x.base != "LDG" or not self._memory:
-            return lambda r: (0, ())
+        """Words that were stored in shared memory or are given by `launch.memory`, zero elsewhere."""
         address = self._sum(x.operands[-1].rpartition("[")[2].rstrip("]"))
+        words: Mapping[int, Any] = self._memory if x.base == "LDG" else self._shared
 
         def evaluate(r: Registers) -> tuple[int, tuple[()]] | None:
             if (first := address(r)) is None:
                 return None
-            return sum(self._memory.get(first % WORD**2 + 4 * i, 0) << 32 * i for i in range(count)), ()
+            values = [words.get(first % WORD**2 + 4 * i, 0) for i in range(count)]
+            return None if None in values else (sum(value << 32 * i for i, value in enumerate(values)), ())
+
+        return evaluate
+
+    def _store(self, x: Instruction) -> Read:
+        address = self._sum(x.operands[0].strip("[]"))
+        register, count = _register(x.operands[1]), _num_words(x)
+        assert register is not None
+
+        def evaluate(r: Registers) -> None:
+            if (first := address(r)) is not None:
+                for i in range(count):
+                    self._shared[first + 4 * i] = 0 if register == _RZ else r[register + i]
 
         return evaluate
 
@@ -248,6 +269,6 @@ def _num_words(x: Instruction) -> int:
         return int(modifiers[-1]) if modifiers[-1] in ("2", "4") else 1
     if x.base == "CS2R":
         return 1 if "32" in modifiers else 2
-    if "WIDE" in modifiers or (x.base in ("LDC", "ULDC", *_LOADS) and "64" in modifiers) or modifiers[1:2] == ["F64"]:
+    if "WIDE" in modifiers or (x.base in ("LDC", "ULDC", "STS", *_LOADS) and "64" in modifiers) or modifiers[1:2] == ["F64"]:
         return 2
     return 4 if "128" in modifiers else 1
