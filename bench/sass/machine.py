@@ -8,7 +8,6 @@ the partitions; the shared-memory pipe is one for the SM. Not modelled: caches, 
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from bench.sass.listing import NO_BARRIER, Instruction
 
@@ -66,41 +65,22 @@ class _Cost:
         self.pending = int(x.operands[1], 16) if x.base == "DEPBAR" else None  # groups of copies that may be in flight
 
 
-@dataclass(frozen=True)
-class Work:
-    """What `warps` traces ask of an SM, as cycles if each resource were the only one."""
-
-    issue: float
-    tensor: float
-    shared: float
-    mufu: float
-    alu: float
-    imad: float
-
-    def largest(self) -> tuple[str, float]:
-        """Return the resource that takes the most cycles, and the cycles."""
-        names = {"issue": self.issue, "tensor cores": self.tensor, "shared memory": self.shared, "MUFU": self.mufu}
-        names |= {"ALU": self.alu, "IMAD": self.imad}
-        return max(names.items(), key=lambda item: item[1])
-
-
-def work(program: Sequence[Instruction], counts: Counter[int]) -> Work:
-    """Return the work of instructions, given how often each (by index) is issued on the SM."""
-    pipes: Counter[int] = Counter()
+def work(program: Sequence[Instruction], counts: Counter[int]) -> dict[str, float]:
+    """Return the cycles that each resource of an SM needs for instructions, of which each (by index) is issued so often."""
+    issued: Counter[int] = Counter()
     shared = 0
     for i, count in counts.items():
         pipe = _PIPES.get(program[i].base, _ALU)
-        pipes[pipe] += count
+        issued[pipe] += count
         shared += count * shared_cycles(program[i]) if pipe == _SHARED else 0
-    each = {pipe: pipes[pipe] / PARTITIONS for pipe in range(7)}
-    return Work(
-        issue=counts.total() / PARTITIONS,
-        tensor=each[_TENSOR] * TENSOR_CYCLES,
-        shared=shared,
-        mufu=each[_MUFU] * MUFU_CYCLES,
-        alu=each[_ALU] * HALF_RATE_CYCLES,
-        imad=each[_IMAD] * HALF_RATE_CYCLES,
-    )
+    return {
+        "issue": counts.total() / PARTITIONS,
+        "tensor cores": issued[_TENSOR] * TENSOR_CYCLES / PARTITIONS,
+        "shared memory": shared,
+        "MUFU": issued[_MUFU] * MUFU_CYCLES / PARTITIONS,
+        "ALU": issued[_ALU] * HALF_RATE_CYCLES / PARTITIONS,
+        "IMAD": issued[_IMAD] * HALF_RATE_CYCLES / PARTITIONS,
+    }
 
 
 class _Warp:
