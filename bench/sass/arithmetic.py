@@ -92,7 +92,7 @@ def _shf(op: list[str], low: int, shift: int, high: int) -> Result:
 
 
 def _setp(op: list[str], a: float, b: float, first: bool, second: bool | None = None) -> Result:
-    """Compare, with the lower words' result if .EX, and combine with a predicate; the other destination: of the contrary."""
+    """Compare (.EX: upper words, after the lower ones) and combine with a predicate; the contrary likewise."""
     holds = _COMPARE[op[1]](a, b)
     if "EX" in op:
         assert second is not None

@@ -179,7 +179,9 @@ class Follower:
             return lambda r: self._special.get(name, 0)
         if name.startswith("c[0x0]["):
             offset, num_bytes = self._sum(name[7:-1]), 8 if wide else 4
-            return lambda r: None if (at := offset(r)) is None else int.from_bytes(self._bank[at:][:num_bytes], "little")
+            return lambda r: (
+                None if (at := offset(r)) is None else int.from_bytes(self._bank[at:][:num_bytes], "little")
+            )
         value = _literal(name)
         return lambda r: value
 
@@ -269,6 +271,10 @@ def _num_words(x: Instruction) -> int:
         return int(modifiers[-1]) if modifiers[-1] in ("2", "4") else 1
     if x.base == "CS2R":
         return 1 if "32" in modifiers else 2
-    if "WIDE" in modifiers or (x.base in ("LDC", "ULDC", "STS", *_LOADS) and "64" in modifiers) or modifiers[1:2] == ["F64"]:
+    if (
+        "WIDE" in modifiers
+        or (x.base in ("LDC", "ULDC", "STS", *_LOADS) and "64" in modifiers)
+        or modifiers[1:2] == ["F64"]
+    ):
         return 2
     return 4 if "128" in modifiers else 1

@@ -53,6 +53,11 @@ class Kernel:
     causal: bool = False
 
     @property
+    def name(self) -> str:
+        """The name of the function without what all share."""
+        return self.function.removesuffix("_kernel")
+
+    @property
     def backward(self) -> bool:
         """Whether it belongs to the backward pass."""
         return "_bwd_" in self.function
@@ -63,7 +68,7 @@ def _chunks(case: Case) -> int:
 
 
 def _rows(case: Case, *, keys: int = 0, values: int = 0, matrices: int = 0, states: int = 0) -> float:
-    """Return the bytes of tensors of H K or HV V elements a token, of matrices of HV C and of states of HV K V a chunk."""
+    """Return the bytes of so many tensors of H K, HV V and HV C elements a token, and HV K V elements a chunk."""
     a_token = case.H * K * keys + case.HV * V * values + case.HV * CHUNK * matrices + case.HV * K * V * states / CHUNK
     return DTYPE.itemsize * case.B * case.T * a_token
 

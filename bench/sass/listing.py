@@ -48,9 +48,9 @@ class Instruction:
 def parse(listing: str) -> list[Instruction]:
     """Return the instructions of a listing of one kernel by `nvdisasm -hex`.
 
-    The control code is in bits 41 to 57 of the upper half of an instruction's 128 bits: stall (4 bits), yield (1), write
-    barrier (3), read barrier (3), wait mask (6). Source: Jia et al., "Dissecting the NVIDIA Volta GPU architecture via
-    microbenchmarking", arXiv 1804.06826, 2.1; unchanged up to sm_90.
+    The control code is in bits 41 to 57 of the upper half of an instruction's 128 bits: stall (4 bits), yield (1),
+    write barrier (3), read barrier (3), wait mask (6). Source: Jia et al., "Dissecting the NVIDIA Volta GPU
+    architecture via microbenchmarking", arXiv 1804.06826, 2.1; unchanged up to sm_90.
     """
     labels: dict[str, int] = {}
     found: list[tuple[int, str, int]] = []

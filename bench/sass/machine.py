@@ -1,8 +1,8 @@
 """A model of one SM of an H100 that replays ptxas's control codes: in-order issue, pipes, scoreboards, barriers.
 
 Every cycle each of four partitions issues one instruction of one of its warps: the first, from the one that issued last
-on, whose stall count has passed, whose scoreboards are released, and whose pipe is free. Warps of a block are spread over
-the partitions; the shared-memory pipe is one for the SM. Not modelled: caches, DRAM, bank conflicts, instruction fetch.
+on, whose stall count has passed, whose scoreboards are released, and whose pipe is free. Warps of a block are spread
+over the partitions, which share the pipe to shared memory. Not modelled: caches, DRAM, bank conflicts, fetching.
 """
 
 import math
@@ -66,7 +66,7 @@ class _Cost:
 
 
 def work(program: Sequence[Instruction], counts: Counter[int]) -> dict[str, float]:
-    """Return the cycles that each resource of an SM needs for instructions, of which each (by index) is issued so often."""
+    """Return the cycles that each resource of an SM needs; `counts`: how often an instruction, by index, is issued."""
     issued: Counter[int] = Counter()
     shared = 0
     for i, count in counts.items():
@@ -147,7 +147,8 @@ def simulate(
                 shared_free = read = max(shared_free, cycle) + c.cycles
                 end = shared_free + c.latency - c.cycles
             elif c.pipe == _TENSOR:
-                pipes[_TENSOR] = max(pipes[_TENSOR], cycle) + TENSOR_CYCLES
+                busy = pipes[_TENSOR] > cycle - 1  # up to within this cycle
+                pipes[_TENSOR] = (pipes[_TENSOR] if busy else cycle) + TENSOR_CYCLES
             elif c.pipe in (_ALU, _IMAD):
                 pipes[c.pipe] = cycle + HALF_RATE_CYCLES
             elif c.pipe == _MUFU:

@@ -14,11 +14,13 @@ from bench.sass.occupancy import blocks_per_sm
 from hypenet_kernels import _nvrtc, _warmup
 from hypenet_kernels._warmup import Launch
 
+RECORD = records.RESULTS / "sass.json"
 TARGET, NUM_SMS, SHARED_BYTES = "sm_90a", 132, 227 * 1024
 BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12}  # bytes a second (NVIDIA's data sheets)
 REACHABLE = 0.9  # of the bandwidth
 CLOCK, IDLE_CLOCK = 1.755e9, 1.9e9  # Hz, with all SMs busy, and with fewer blocks than SMs
 LIMITING = 2 / 3  # a resource that is busy for this part of the cycles limits the kernel, else latency does
+RULES = {"chunk_gated_delta_rule": ", delta rule", "chunk_simple_gla": ", simple GLA"}
 ROUNDS = 4  # that a block measured as a whole is replaced
 
 
@@ -28,8 +30,8 @@ Program = Sequence[listing.Instruction]
 class KernelRow(TypedDict):
     """A kernel with `resident` blocks on an SM.
 
-    `cycles`: per unit. Instructions: per unit and warp. `resources`: cycles of an SM per unit that each would take if it
-    were the only one. `limiter`: the one that takes most of the cycles, or latency.
+    `cycles`: per unit. Instructions: per unit and warp. `resources`: the cycles per unit that each would take alone.
+    `limiter`: the one that takes most of the cycles, or latency.
     """
 
     kernel: str
@@ -103,7 +105,7 @@ class Model:
             cycles = _makespan(_block_cycles(case, kernel, launch, loop), NUM_SMS * loop.row["resident"])
             seconds = cycles / (IDLE_CLOCK if launch.num_blocks < NUM_SMS else CLOCK)
             num_bytes = kernel.num_bytes(case)
-            parts[kernel.function.removesuffix("_kernel")] = {
+            parts[kernel.name] = {
                 gpu: 1e3 * max(seconds, num_bytes / (REACHABLE * rate)) for gpu, rate in BANDWIDTH.items()
             }
         ms = {gpu: sum(part[gpu] for part in parts.values()) for gpu in BANDWIDTH}
@@ -113,7 +115,8 @@ class Model:
         program, registers = self._program(launch)
         most = blocks_per_sm(TARGET, registers, launch.num_threads, launch.shared_bytes)
         resident = min(most, -(-launch.num_blocks // NUM_SMS))
-        name = f"{_nvrtc.short_name(launch.expression)}, {resident} per SM"
+        rule = RULES.get(case.op, "")
+        name = f"{kernel.name}{rule}, {resident} x {launch.num_threads // 32} warps"
         if name not in self._loops:
             if kernel.lengths is None:
                 self._loops[name] = _whole_block(name, program, kernel, launch, words, resident)
@@ -167,7 +170,9 @@ def _kernel(launch: Launch) -> Kernel | None:
 
 def _traces(program: Program, launch: Launch, words: dict[int, int]) -> list[list[int]]:
     """Return the traces of the warps of the first block; causal kernels begin with the longest."""
-    return follow.Follower(program, follow.Launch(launch.num_blocks, launch.num_threads, launch.params, words)).traces(0)
+    return follow.Follower(program, follow.Launch(launch.num_blocks, launch.num_threads, launch.params, words)).traces(
+        0
+    )
 
 
 def _whole_block(
