@@ -79,7 +79,10 @@ def kernel_cells(row: "KernelRow") -> list[str]:
 
 def predicted_cells(row: "CaseRow") -> list[str]:
     """Return the cells of PREDICTED_HEADER for an op of sass.json."""
-    parts = ", ".join(f"{name} {_in_units(ms['H100'])}" for name, ms in row["kernels"].items())
+    parts = ", ".join(
+        f"{name} {_in_units(ms['H100'])}{' (memory)' if ms['H100'] != ms['H200'] else ''}"
+        for name, ms in row["kernels"].items()
+    )
     peers = ", ".join(f"{name} {_in_units(ms)}" for name, ms in row["peers"].items())
     return [row["case"], _in_units(row["ms"]["H100"]), _in_units(row["ms"]["H200"]), parts, peers]
 

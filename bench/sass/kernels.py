@@ -127,7 +127,8 @@ KERNELS = (
 )
 
 # Published times. Gated delta rule: FlashQLA's README, H200, against FlashInfer 0.6.13 (without sequence split) and fla
-# 0.5.1. Attention: FlashAttention-3 (arXiv 2407.08608), H100, from TFLOP/s at head dimension 128, causal.
+# 0.5.1. Attention: FlashAttention-3 (arXiv 2407.08608), H100, converted from TFLOP/s at head dimension 128, causal; those
+# of the backward are read off a figure.
 CASES = (
     Case(
         "GDN fwd 4 x 8192",

@@ -18,7 +18,7 @@ RECORD = records.RESULTS / "sass.json"
 TARGET, NUM_SMS, SHARED_BYTES = "sm_90a", 132, 227 * 1024
 BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12}  # bytes a second (NVIDIA's data sheets)
 REACHABLE = 0.9  # of the bandwidth
-CLOCK, IDLE_CLOCK = 1.755e9, 1.9e9  # Hz, with all SMs busy, and with fewer blocks than SMs
+CLOCK, IDLE_CLOCK = 1.755e9, 1.9e9  # Hz, with most SMs busy, and with fewer blocks than three for four SMs
 LIMITING = 2 / 3  # a resource that is busy for this part of the cycles limits the kernel, else latency does
 RULES = {"chunk_gated_delta_rule": ", delta rule", "chunk_simple_gla": ", simple GLA"}
 ROUNDS = 4  # that a block measured as a whole is replaced
@@ -103,7 +103,7 @@ class Model:
         parts: dict[str, dict[str, float]] = {}
         for kernel, launch, loop in self.loops(case):
             cycles = _makespan(_block_cycles(case, kernel, launch, loop), NUM_SMS * loop.row["resident"])
-            seconds = cycles / (IDLE_CLOCK if launch.num_blocks < NUM_SMS else CLOCK)
+            seconds = cycles / (IDLE_CLOCK if 4 * launch.num_blocks < 3 * NUM_SMS else CLOCK)
             num_bytes = kernel.num_bytes(case)
             parts[kernel.name] = {
                 gpu: 1e3 * max(seconds, num_bytes / (REACHABLE * rate)) for gpu, rate in BANDWIDTH.items()
