@@ -68,8 +68,8 @@ def _sass(record: SassRecord) -> list[str]:
         "**No hardware was involved: nothing here is a measurement.** `python -m bench sass` replays the machine code "
         "of every kernel, with the compiler's own control codes, in a model of one SM (`bench/sass/machine.py`), for "
         "K = V = D = 128 and bfloat16. Caches, contention for DRAM and launch overhead are not modelled, and small "
-        "kernels are left out. The model's one check: HyPE's forward has the design of FlashAttention-2. It is predicted "
-        f"at {tflops['predicted']:.0f} TFLOP/s; FlashAttention-2 was measured at {tflops['measured']:.0f} "
+        "kernels are left out. The model's one check: HyPE's forward has the design of FlashAttention-2. It is "
+        f"predicted at {tflops['predicted']:.0f} TFLOP/s; FlashAttention-2 was measured at {tflops['measured']:.0f} "
         "(arXiv 2407.08608: H100, causal, D = 128, 8k tokens). Expect errors of 20 %.",
         "Cycles of an SM per iteration of a kernel's loop, or per round of whole blocks; instructions per warp. The "
         "limiter is the resource that is busy for more than two thirds of the cycles, else latency.",

@@ -107,6 +107,15 @@ def test_a_branch_on_a_float_is_an_error():
         traces(code)
 
 
+def test_an_unknown_instruction_makes_its_result_unknown():
+    code = program("BRA.DIV UR4, 0x0", "NEW.OP UR5, UR6", "ISETP.EQ.AND P0, PT, RZ, UR4, PT", "@P0 BRA 0x50", "EXIT")
+    code += [Instruction(0x50, "", "MOV", ("R1", "UR5"), 1), Instruction(0x60, "", "EXIT", (), 1)]
+    assert traces(code) == [[0, 1, 2, 3, 5, 6]]
+    code[2] = Instruction(0x20, "", "ISETP.EQ.AND", ("P0", "PT", "RZ", "UR5", "PT"), 1)
+    with pytest.raises(CannotFollow, match="BRA at 0x30"):
+        traces(code)
+
+
 @pytest.mark.parametrize(
     ("opcode", "sources", "expected"),
     [

@@ -22,7 +22,7 @@ Read = Callable[[Registers], Any]
 _RZ, _UR, _URZ, _P, _PT, _UP, _UPT, _COUNT = 255, 256, 319, 320, 327, 328, 335, 336
 _CONSTANTS = {"RZ": _RZ, "URZ": _URZ, "PT": _PT, "UPT": _UPT}
 _LOADS = ("LDG", "LDS", "LDSM")
-_SPLIT_WARPS = ("BRA.DIV", "WARPSYNC.COLLECTIVE")
+_NO_RESULT = ("BAR", "BRA", "BREAK", "BSSY", "BSYNC", "CALL", "DEPBAR", "EXIT", "NANOSLEEP", "NOP", "RET", "WARPSYNC")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Follower:
 
     def _compile(self, x: Instruction) -> Callable[[Registers], int | None]:
         """Return a function that executes an instruction; it returns the next one's index, None for the one behind."""
-        if x.base in ("BRA", "EXIT") and x.opcode not in _SPLIT_WARPS:
+        if x.base in ("BRA", "EXIT") and x.opcode != "BRA.DIV":  # which only warps take that have diverged
             return self._jump(x)
         guard = self._source(x.guard or "PT")
         predicates, register, sources = _split(x)
@@ -240,6 +240,8 @@ def _register(name: str) -> int | None:
 
 def _split(x: Instruction) -> tuple[list[int], int | None, tuple[str, ...]]:
     """Return destination predicates, destination register and sources."""
+    if x.base in _NO_RESULT:
+        return [], None, x.operands
     indices = [_register(name) for name in x.operands]
     kind = _kind(x)
     predicates, count = list[int](), 0

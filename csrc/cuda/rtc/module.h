@@ -48,12 +48,13 @@ inline void bind_compiler(py::module_& m) {
         py::list launches;
         for (const Launch& launch : stop_collecting().launches) {
           const auto& [kernel, size, params] = launch;
-          launches.append(py::make_tuple(kernel->source, kernel->expression, size.num_blocks, size.num_threads,
-                                         size.shared_bytes, py::bytes(params)));
+          launches.append(py::make_tuple(kernel->source, kernel->expression, size.num_blocks,
+                                         size.num_threads, size.shared_bytes, py::bytes(params)));
         }
         return launches;
       },
-      "Launch again; return the launches since start_collecting, as (source, expression, blocks, threads, bytes of "
+      "Launch again; return the launches since start_collecting, as (source, expression, blocks, threads, "
+      "bytes of "
       "shared memory, bytes of the params) each.");
 }
 
