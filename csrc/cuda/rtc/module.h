@@ -53,9 +53,8 @@ inline void bind_compiler(py::module_& m) {
         }
         return launches;
       },
-      "Launch again; return the launches since start_collecting, as (source, expression, blocks, threads, "
-      "bytes of "
-      "shared memory, bytes of the params) each.");
+      "Launch again; return the launches since start_collecting: (source, expression, blocks, threads, "
+      "bytes of shared memory, params) each.");
 }
 
 }  // namespace hypenet::cuda::rtc
