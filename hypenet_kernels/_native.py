@@ -21,12 +21,8 @@ DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 
 LEVELS = {"AVX512": "v4", "AVX2": "v3"}  # torch's name of the CPU's instruction set -> ours; all else: baseline
 HALF = (torch.bfloat16, torch.float16)
 TRITON = importlib.util.find_spec("triton") is not None
-TRITON_OPS = (
-    "rms_norm_rope",
-    "rms_norm_gated",
-    "add_rms_norm",
-    "swiglu",
-)  # their CUDA kernels are not of the CUDA module
+# whose CUDA kernels are not of the CUDA module
+TRITON_OPS = ("rms_norm_rope", "rms_norm_gated", "add_rms_norm", "swiglu")
 CUDA_OPS = {  # the ops that have a CUDA kernel, and for which dtypes
     "chunk_gated_delta_rule": HALF,
     "fused_recurrent_gated_delta_rule": (torch.float32, *HALF),

@@ -101,7 +101,11 @@ def shared_bytes(capability: tuple[int, int]) -> int:
 def _on_host_memory(module: ModuleType) -> Iterator[None]:
     """Within the context, ops on tensors in host memory call the CUDA module."""
 
+    on_host = _native.kernel
+
     def kernel(op: str, name: str, device: torch.device) -> Callable[[dict[str, Any]], None]:
+        if op.removesuffix("_bwd") in _native.TRITON_OPS:
+            return on_host(op, name, device)
         return lambda fields: getattr(module, name)(fields, (0, 0))
 
     replaced = {"kernel": kernel, "cuda": lambda: module, "on_cuda": lambda x: True}
