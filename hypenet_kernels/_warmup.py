@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import product
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,18 @@ import hypenet_kernels as kernels
 from hypenet_kernels import _native, _nvrtc
 
 Kernel = tuple[str, str]  # source, expression
+
+
+class Launch(NamedTuple):
+    """A kernel, its grid and block along x, and the bytes of its params."""
+
+    source: str
+    expression: str
+    num_blocks: int
+    num_threads: int
+    shared_bytes: int
+    params: bytes
+
 
 TOKENS, SPLIT_TOKENS = 96, 16384  # of a sequence, and of one long enough to be split
 NUM_PROCESSORS = (1, 3, 6, 1024)  # few and many SMs: launchers choose by what fills the GPU
@@ -54,17 +66,28 @@ def warmup(
 
 def collect(capability: tuple[int, int], runs: Sequence[Callable[[], None]]) -> list[Kernel]:
     """Return the kernels that functions of ops on tensors in host memory would launch on a GPU, each once."""
-    module = _native.runtime_cuda()
     found: dict[Kernel, None] = {}
-    for num_processors in NUM_PROCESSORS:
-        module.start_collecting(num_processors, shared_bytes(capability))
-        try:
-            with _on_host_memory(module):
-                for run in runs:
-                    run()
-        finally:
-            found |= dict.fromkeys(module.stop_collecting())
+    for num_processors, run in product(NUM_PROCESSORS, runs):
+        found |= dict.fromkeys(launch[:2] for launch in launches(num_processors, shared_bytes(capability), run))
     return list(found)
+
+
+def launches(num_processors: int, shared_bytes: int, run: Callable[[], None]) -> list[Launch]:
+    """Return what a function of ops on tensors in host memory would launch on a GPU, which need not be there.
+
+    Args:
+        num_processors: SMs of the GPU.
+        shared_bytes: of shared memory that a block can have.
+        run: calls the ops.
+    """
+    module = _native.runtime_cuda()
+    module.start_collecting(num_processors, shared_bytes)
+    try:
+        with _on_host_memory(module):
+            run()
+    finally:
+        found = module.stop_collecting()
+    return [Launch(*launch) for launch in found]
 
 
 def shared_bytes(capability: tuple[int, int]) -> int:

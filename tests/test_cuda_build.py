@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_install import setup
 
+from bench.sass.occupancy import blocks_per_sm
 from hypenet_kernels import _native
 
 REGISTERS_TO_SPARE = 8  # tolerance for other compiler versions
@@ -99,7 +100,7 @@ def test_whole_cuda_build_takes_less_than_four_minutes_on_two_cores():
 )
 def test_blocks_per_sm(target, registers, threads, shared, blocks):
     """Values of NVIDIA's occupancy calculator."""
-    assert cuda_resources.blocks_per_sm(target, registers, threads, shared) == blocks
+    assert blocks_per_sm(target, registers, threads, shared) == blocks
 
 
 @needs_module

@@ -20,10 +20,17 @@ using Compile = Cubin (*)(const std::string& source, const std::string& expressi
 // Set once, when the module is imported.
 extern Compile compile;
 
-// While something collects, launches do nothing but say which kernels they would start, on a device like this.
+// A kernel and what it would be started with.
+struct Launch {
+  const KernelState* kernel;
+  Size size;
+  std::string params;  // the bytes of its struct
+};
+
+// While something collects, launches do nothing but say what they would start, on a device like this.
 struct Collection {
   Device device;
-  std::vector<const KernelState*> kernels;  // each once
+  std::vector<Launch> launches;
 };
 void start_collecting(const Device& device);
 Collection stop_collecting();

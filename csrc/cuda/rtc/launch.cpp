@@ -1,6 +1,5 @@
 #include <cxxabi.h>
 
-#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <optional>
@@ -139,14 +138,14 @@ Status KernelState::load(const Size& size, int index) {
   return nullptr;
 }
 
-Status KernelState::start(const Size& size, Stream stream, const void* params) {
+Status KernelState::start(const Size& size, Stream stream, const void* params, size_t params_bytes) {
   if (rtc::collecting) {
     const std::lock_guard lock(rtc::collection_mutex);
     if (rtc::collection) {
       const int most = rtc::collection->device.max_shared_bytes;
       if (size.shared_bytes > static_cast<size_t>(most)) return too_much_shared_memory(qualified, size, most);
-      auto& kernels = rtc::collection->kernels;
-      if (std::ranges::find(kernels, this) == kernels.end()) kernels.push_back(this);
+      rtc::collection->launches.push_back(
+          {this, size, std::string(static_cast<const char*>(params), params_bytes)});
       return nullptr;
     }
   }

@@ -15,7 +15,7 @@ class KernelState {
   // file: that of the launcher; qualified: from namespace hypenet::cuda on; arguments: the type TypeList<...>.
   KernelState(const char* file, const char* qualified, const std::type_info& arguments);
 
-  Status start(const Size& size, Stream stream, const void* params);
+  Status start(const Size& size, Stream stream, const void* params, size_t params_bytes);
 
   const char* const qualified;
   const std::string source;      // the header that defines it: "gated_delta_scan.cuh"
@@ -59,7 +59,7 @@ Status find_device(int index, Device& device);
 
 template <class Params>
 Status start(const Kernel<Params>& kernel, const Size& size, Stream stream, const Params& params) {
-  return kernel.state.start(size, stream, &params);
+  return kernel.state.start(size, stream, &params, sizeof(Params));
 }
 
 }  // namespace hypenet::cuda

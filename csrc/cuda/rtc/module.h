@@ -41,17 +41,20 @@ inline void bind_compiler(py::module_& m) {
   m.def(
       "start_collecting",
       [](int num_processors, int max_shared_bytes) { start_collecting({num_processors, max_shared_bytes}); },
-      "From here on launch nothing, and remember which kernels a device like this would start.");
+      "From here on launch nothing, and record what a device like this would start.");
   m.def(
       "stop_collecting",
       [] {
-        py::list kernels;
-        for (const KernelState* kernel : stop_collecting().kernels) {
-          kernels.append(py::make_tuple(kernel->source, kernel->expression));
+        py::list launches;
+        for (const Launch& launch : stop_collecting().launches) {
+          const auto& [kernel, size, params] = launch;
+          launches.append(py::make_tuple(kernel->source, kernel->expression, size.num_blocks,
+                                         size.num_threads, size.shared_bytes, py::bytes(params)));
         }
-        return kernels;
+        return launches;
       },
-      "Launch again; return the kernels since start_collecting, as (source, expression) each.");
+      "Launch again; return the launches since start_collecting: (source, expression, blocks, threads, "
+      "bytes of shared memory, params) each.");
 }
 
 }  // namespace hypenet::cuda::rtc
