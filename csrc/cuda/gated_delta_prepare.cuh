@@ -21,18 +21,17 @@
 //
 // Mapping: a block owns a (chunk, key head), blocks numbered along x, the key head fastest; it finds its
 // sequence by binary search in the map. Four warps; warp w computes block row w of KK and block row 3 - w of
-// QK, which is the same work for each. Per value head, block barriers between: warp 0 G; warp w the inverse
-// of diagonal block w by forward substitution (a lane per column), and block row w of P; warp w block column w
-// of T0, by forward substitution over blocks (in every second head 3 - w for these two); all warps L, then the
-// stores.
+// QK, which is the same work for each, and (2) of the w-th value head (then of the w + 4-th, ...). Per value head,
+// block barriers between: warp w the inverse of diagonal block w by forward substitution (a lane per column), and
+// block row w of P; all warps the rest of T0 in three steps; L; the stores.
 //
-// Shared memory, for K = 128: 49.5 KB, 4 blocks per SM of 228 KB, 3 of 164 KB; for K = 256 81.5 KB
+// Shared memory, for K = 128: 51 KB, 4 blocks per SM of 228 KB, 3 of 164 KB; for K = 256 83 KB
 //   q, k      [64, K]  Element        32 KB    until (1)
 //   T         [64, 72] fp32           18 KB    in their place, T0, then the two parts of L; rows 8 banks
 //                                              apart: fragments B do not collide
 //   P         [64, 64] Element         8 KB    in their place
 //   products  [64, 68] fp32           17 KB    KK below the diagonal; QK, transposed, on and above it
-//   G, beta   [64]     fp32          0.5 KB
+//   gates     [4] of G, beta [64] fp32 2 KB    of four value heads
 //
 // Numerics: KK and QK accumulate exact products in fp32. T0 is fp32 throughout: its block products are taken
 // of factors split into two tf32 each, three products for one (an error of 2^-21 instead of 2^-11), so that
@@ -62,6 +61,10 @@ struct Config {
   static constexpr bool kDelta = kRule == Rule::kDelta;
 };
 
+struct Gates {
+  float G[kChunk], beta[kChunk];
+};
+
 template <class Element, int K>
 struct Smem {
   union {
@@ -74,9 +77,9 @@ struct Smem {
     } out;
   };
   float products[kChunk][68];
-  float G[kChunk], beta[kChunk];
+  Gates gates[kBlocks];  // of as many value heads
 };
-static_assert(sizeof(Smem<arch::bf16, 128>) == 99 * 512);
+static_assert(sizeof(Smem<arch::bf16, 128>) == 102 * 512);
 
 // One block row of Q K^T or K K^T in a warp's registers: column blocks of two results [16, 8].
 using BlockRow = float[kBlocks][2][4];
@@ -135,9 +138,9 @@ __device__ __forceinline__ void store_fp32(float (&to)[kChunk][kStride], int row
 }
 
 // (2) One warp: G by a scan over the lanes, two tokens each; beta, zero past the end.
-template <bool kDelta, class Smem>
+template <bool kDelta>
 __device__ __forceinline__ void sum_decays(const GatedDeltaFwdParams& params, const Place& place, int head,
-                                           Smem& smem) {
+                                           Gates& gates) {
   const int lane = lane_idx();
   float g[2], beta[2] = {};
 #pragma unroll
@@ -150,17 +153,17 @@ __device__ __forceinline__ void sum_decays(const GatedDeltaFwdParams& params, co
   }
   const float before = sum_below_lane(sum_up_to_lane(g[0] + g[1]));
   const float2 G = {before + g[0], before + (g[0] + g[1])};
-  *reinterpret_cast<float2*>(&smem.G[2 * lane]) = G;
-  *reinterpret_cast<float2*>(&smem.beta[2 * lane]) = float2{beta[0], beta[1]};
+  *reinterpret_cast<float2*>(&gates.G[2 * lane]) = G;
+  *reinterpret_cast<float2*>(&gates.beta[2 * lane]) = float2{beta[0], beta[1]};
   float* to = params.G + (place.chunk * params.HV + head) * kChunk;
   *reinterpret_cast<float2*>(&to[2 * lane]) = G;
 }
 
 // (3) Block row `row` of P, by one warp.
 template <class Smem>
-__device__ __forceinline__ void scale_and_decay(Smem& smem, int row, float scale) {
+__device__ __forceinline__ void scale_and_decay(Smem& smem, const Gates& gates, int row, float scale) {
   const int r = row * kBlock + lane_idx() / 4;
-  const float G[2] = {smem.G[r], smem.G[r + 8]};
+  const float G[2] = {gates.G[r], gates.G[r + 8]};
 #pragma unroll 1
   for (int n = 0; n < 2 * row + 2; ++n) {
     const int c = n * 8 + lane_idx() % 4 * 2;
@@ -168,7 +171,7 @@ __device__ __forceinline__ void scale_and_decay(Smem& smem, int row, float scale
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int i = r + e / 2 * 8, j = c + e % 2;
-      p[e] = j <= i ? scale * smem.products[j][i] * decay_between(G[e / 2], smem.G[j]) : 0.0f;
+      p[e] = j <= i ? scale * smem.products[j][i] * decay_between(G[e / 2], gates.G[j]) : 0.0f;
     }
     store_d(smem.out.P, row * kBlock, n * 8, p);
   }
@@ -177,7 +180,7 @@ __device__ __forceinline__ void scale_and_decay(Smem& smem, int row, float scale
 // (4) Inverse of a diagonal block, I + stril(diag(beta) KK), a column per lane (lanes 16 to 31 repeat them):
 // x_i = e_i - beta_i sum_{j < i} KK_ij x_j.
 template <class Smem>
-__device__ __forceinline__ void invert_diagonal_block(Smem& smem, int block) {
+__device__ __forceinline__ void invert_diagonal_block(Smem& smem, const Gates& gates, int block) {
   const int lane = lane_idx(), column = lane % kBlock, first = block * kBlock;
   float x[kBlock];
 #pragma unroll
@@ -191,7 +194,7 @@ __device__ __forceinline__ void invert_diagonal_block(Smem& smem, int block) {
       if (j + 2 < i) sum += kk.z * x[j + 2];
       if (j + 3 < i) sum += kk.w * x[j + 3];
     }
-    x[i] = (i == column ? 1.0f : 0.0f) - smem.beta[first + i] * sum;
+    x[i] = (i == column ? 1.0f : 0.0f) - gates.beta[first + i] * sum;
   }
   if (lane < kBlock) {
 #pragma unroll
@@ -233,29 +236,60 @@ __device__ __forceinline__ void multiply_blocks(float (&d)[2][4], const float (&
   }
 }
 
-// (4) The blocks of T0 below diagonal block `column`, by one warp:
-// T_ij = -T_ii sum_{j <= k < i} diag(beta_i) KK_ik T_kj.
+// (4) T0 below the diagonal, from the inverses T_ii of the diagonal blocks, by all warps; N = diag(beta) KK. Of
+// [[A, 0], [N, B]], where A and B are two blocks wide, the inverse is [[A^-1, 0], [-B^-1 N A^-1, B^-1]], and so for A and
+// B: a chain of five products of blocks instead of nine.
+//   first                         then                        then
+//   warp 0   T10 = -T11 N10 T00   T21 = -T22 M21              T20 = -T22 M20
+//   warp 1   T32 = -T33 N32 T22                               T30 = -T32 M20 - T33 M30
+//   warp 2   M21 = N21 T11        M20 = N20 T00 + N21 T10     T31 = -T32 M21 - T33 M31
+//   warp 3   M31 = N31 T11        M30 = N30 T00 + N31 T10
+// M_ij lies above the diagonal, where T0 is zero, in block (j, i).
 template <class Smem>
-__device__ __forceinline__ void solve_block_column(Smem& smem, int column) {
-  const int r = lane_idx() / 4;
+__device__ __forceinline__ void solve(Smem& smem, const Gates& gates, int warp) {
+  using Block = float[2][4];
+  auto& T = smem.out.T;
+  const auto add_N_T = [&](Block& d, int i, int k, int column) {  // d += N_ik T_k,column
+    const int row = i * kBlock + lane_idx() / 4;
+    multiply_blocks(d, smem.products, i * kBlock, k * kBlock, {gates.beta[row], gates.beta[row + 8]}, T,
+                    k * kBlock, column * kBlock);
+  };
+  const auto add_T_M = [&](Block& d, int i, int k, int column) {  // d += T_ik M_k,column
+    multiply_blocks(d, T, i * kBlock, k * kBlock, {1.0f, 1.0f}, T, column * kBlock, k * kBlock);
+  };
+  const auto store = [&](int row, int col, const Block& d, float sign) {
+    store_fp32(T, row * kBlock, col * kBlock, d[0], sign);
+    store_fp32(T, row * kBlock, col * kBlock + 8, d[1], sign);
+  };
+
+  Block d = {}, M = {};
+  const int i = warp == 2 ? 2 : warp == 0 ? 1 : 3, k = warp == 0 ? 0 : warp == 1 ? 2 : 1;
+  add_N_T(d, i, k, k);
+  store(k, i, d, 1.0f);
+  if (warp < 2) {
+    arch::sync_warp();
+    Block product = {};
+    add_T_M(product, i, i, k);
+    store(i, k, product, -1.0f);
+  } else {
+    add_N_T(M, warp, 0, 0);
+  }
+  arch::sync_block();
+  if (warp >= 2) {
+    add_N_T(M, warp, 1, 0);
+    store(0, warp, M, 1.0f);
+  } else if (warp == 0) {
+    Block product = {};
+    add_T_M(product, 2, 2, 1);
+    store(2, 1, product, -1.0f);
+  }
+  arch::sync_block();
+  if (warp < 3) {
+    const int row = warp == 0 ? 2 : 3, column = warp == 2 ? 1 : 0;
+    Block product = {};
 #pragma unroll 1
-  for (int i = column + 1; i < kBlocks; ++i) {
-    const int row = i * kBlock, col = column * kBlock;
-    const float beta[2] = {smem.beta[row + r], smem.beta[row + r + 8]};
-    float sum[2][4] = {};
-#pragma unroll 1
-    for (int k = column; k < i; ++k) {
-      multiply_blocks(sum, smem.products, row, k * kBlock, beta, smem.out.T, k * kBlock, col);
-    }
-    store_fp32(smem.out.T, row, col, sum[0], 1.0f);
-    store_fp32(smem.out.T, row, col + 8, sum[1], 1.0f);
-    arch::sync_warp();
-    float product[2][4] = {};
-    multiply_blocks(product, smem.out.T, row, row, {1.0f, 1.0f}, smem.out.T, row, col);
-    arch::sync_warp();
-    store_fp32(smem.out.T, row, col, product[0], -1.0f);
-    store_fp32(smem.out.T, row, col + 8, product[1], -1.0f);
-    arch::sync_warp();
+    for (int n = 2; n <= row; ++n) add_T_M(product, row, n, column);
+    store(row, column, product, -1.0f);
   }
 }
 
@@ -268,7 +302,7 @@ __device__ __forceinline__ uint4 pack_piece(const float (&x)[kPiece]) {
 // (5) The two parts of L in place of T0: rounded, and transposed what the rounding left off. A warp takes
 // patches of four rows and eight columns, which keeps the banks of the transposed elements two at a time.
 template <class Element, class Smem>
-__device__ __forceinline__ void split_gated_inverse(Smem& smem) {
+__device__ __forceinline__ void split_gated_inverse(Smem& smem, const Gates& gates) {
   constexpr int kRows = 4, kCols = arch::kWarpSize / kRows;
   const int lane = lane_idx();
 #pragma unroll 1
@@ -277,7 +311,7 @@ __device__ __forceinline__ void split_gated_inverse(Smem& smem) {
     for (int col = 0; col < row + kRows - 1; col += kCols) {
       const int i = row + lane / kCols, j = col + lane % kCols;
       if (j >= i) continue;
-      const float x = smem.out.T[i][j] * decay_between(smem.G[i], smem.G[j]);
+      const float x = smem.out.T[i][j] * decay_between(gates.G[i], gates.G[j]);
       Element rounded;
       arch::from_float(rounded, x);
       smem.out.T[i][j] = arch::to_float(rounded);
@@ -328,6 +362,13 @@ __global__ void __launch_bounds__(kThreads, 4)
   copy_tile_async<kThreads>(smem.in.q, row_of<Element>(params.q, place.batch, place.token, key_head),
                             params.q.token, place.num_tokens, thread);
   arch::commit_copies();
+  // (2), a value head a warp
+  const int group = static_cast<int>(params.HV / params.H);
+  const auto sum_decays_of_heads = [&](int i) {
+    if (i + warp >= group) return;
+    sum_decays<kDelta>(params, place, static_cast<int>(key_head) * group + i + warp, smem.gates[warp]);
+  };
+  sum_decays_of_heads(0);
   arch::wait_copies<0>();
   arch::sync_block();
   const int row = kBlocks - 1 - warp;
@@ -342,26 +383,20 @@ __global__ void __launch_bounds__(kThreads, 4)
   multiply_rows(qk, smem.in.q, smem.in.k, row);
   for_each_below_diagonal(qk, row, [&](int i, int j, float x) { smem.products[j][i] = x; });
 
-  const int group = static_cast<int>(params.HV / params.H);
 #pragma unroll 1
   for (int i = 0; i < group; ++i) {
-    const int head = static_cast<int>(key_head) * group + i;
-    // Column 0 of T0 takes most of the work and column 3 none, rows of P the other way round. In turns, so that no
-    // scheduler of the SM has the work of all columns 0.
-    const int column = (i + chunk) % 2 == 0 ? warp : kBlocks - 1 - warp;
-    // (2)
-    if (warp == 0) sum_decays<kDelta>(params, place, head, smem);
-    arch::sync_block();
-    // (3)
-    scale_and_decay(smem, column, static_cast<float>(params.scale));
+    if (i != 0 && i % kBlocks == 0) sum_decays_of_heads(i);
+    if (i % kBlocks == 0) arch::sync_block();
+    const Gates& gates = smem.gates[i % kBlocks];
+    const int64_t head = key_head * group + i;
+    scale_and_decay(smem, gates, warp, static_cast<float>(params.scale));  // (3)
     // (4)
     if constexpr (kDelta) {
-      invert_diagonal_block(smem, warp);
+      invert_diagonal_block(smem, gates, warp);
       arch::sync_block();
-      solve_block_column(smem, column);
+      solve(smem, gates, warp);
       arch::sync_block();
-      // (5)
-      split_gated_inverse<Element>(smem);
+      split_gated_inverse<Element>(smem, gates);  // (5)
     }
     arch::sync_block();
     store_matrices<Element, kDelta>(params, smem, (chunk * params.HV + head) * kChunk * kChunk);
