@@ -226,9 +226,7 @@ def test_kernels_of_nvcc_come_first(monkeypatch):
     monkeypatch.setattr(_nvrtc, "is_installed", lambda: False)
     assert choose((10, 0)) is built  # by its PTX
     versions[1] = 12080
-    with pytest.raises(
-        NotImplementedError, match=r"need a driver of CUDA 13, .*, got one of CUDA 12: update"
-    ):
+    with pytest.raises(NotImplementedError, match=r"need a driver of CUDA 13, .*, got one of CUDA 12: update"):
         choose((9, 0))
     monkeypatch.setattr(_nvrtc, "is_installed", lambda: True)
     assert choose((9, 0)) is runtime
