@@ -167,6 +167,39 @@ def conversion(
 
 
 @app.command()
+def sass(
+    out: Annotated[Path | None, typer.Option(help="JSON file to write; default: bench/results/sass.json.")] = None,
+) -> None:
+    """Predict the CUDA kernels' cycles and times from their machine code, by a model: needs NVRTC, but no GPU."""
+    from bench import tables
+    from bench.sass import predict
+
+    with _progress() as progress:
+        task = progress.add_task("kernels", total=None)
+
+        def on_case(index: int, count: int, name: str) -> None:
+            progress.update(task, total=count, completed=index, description=name)
+
+        try:
+            record = predict.run(on_case)
+        except (NotImplementedError, RuntimeError) as error:
+            raise SystemExit(str(error)) from None
+    for header, rows, title in (
+        (tables.KERNEL_HEADER, [tables.kernel_cells(row) for row in record["kernels"]], "predicted cycles"),
+        (tables.PREDICTED_HEADER, [tables.predicted_cells(row) for row in record["cases"]], "predicted times"),
+    ):
+        console.print(tables.terminal(header, rows, (header[0], header[-1]), f"{title}: a model, no hardware"))
+    tflops = record["tflops"]
+    console.print(
+        f"HyPE forward: {tflops['predicted']:.0f} TFLOP/s predicted; FlashAttention-2, the same design: "
+        f"{tflops['measured']:.0f} measured"
+    )
+    path = out or predict.RECORD
+    records.save(path, record)
+    console.print(f"written to {path}")
+
+
+@app.command()
 def plot(
     folder: Annotated[Path, typer.Argument(help="Folder with the records of one device.")],
 ) -> None:
@@ -175,6 +208,33 @@ def plot(
 
     for path in draw(folder):
         console.print(str(path))
+
+
+@app.command()
+def ab(
+    other: Annotated[Path, typer.Argument(help="Another checkout, built in place.")],
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME ...]", help="Ops to measure; default: all.")
+    ] = None,
+    device: DeviceOption = "auto",
+    quick: QuickOption = False,
+) -> None:
+    """Time the kernels of two builds in one process, in turns, and say whether their results are the same bits."""
+    from bench import ab as runner
+    from bench import tables
+
+    device = _device(device)
+    with _progress() as progress:
+        task = progress.add_task("builds", total=None)
+
+        def on_case(index: int, count: int, name: str) -> None:
+            progress.update(task, total=count, completed=index, description=name)
+
+        try:
+            rows = [row.cells() for row in runner.run(other, names or [], device, quick, on_case=on_case)]
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
+    console.print(tables.terminal(runner.HEADER, rows, runner.HEADER[:1], records.device_name(device)))
 
 
 @app.command()

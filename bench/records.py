@@ -42,6 +42,7 @@ class Times(TypedDict):
     rounds: int
     latency: float | None
     note: str | None
+    gpu: NotRequired[dict[str, Any] | None]
 
 
 class PeerTimes(Times, total=False):

@@ -6,6 +6,7 @@ from typing import Any
 
 from bench import plot, records, tables, targets
 from bench.records import FamiliesRecord, ModelRecord, OpsRecord, Stamp
+from bench.sass.predict import SassRecord
 
 OUT = records.ROOT / "RESULTS.md"
 INTRODUCTION = """# Results
@@ -28,6 +29,8 @@ def write(results: Path | None = None, out: Path = OUT) -> Path:
     sections = [INTRODUCTION]
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         sections += _device(folder, out.parent)
+    if (results / "sass.json").is_file():
+        sections += _sass(records.load(results / "sass.json"))
     sections += _conversions(results / "conversions")
     facts = results / "facts.md"
     if facts.is_file():
@@ -55,6 +58,27 @@ def _device(folder: Path, root: Path) -> list[str]:
         title, write_section = kinds[record["kind"]]
         sections += [f"### {title}", _stamp(record["stamp"]), write_section(record)]
     return [*sections, *(f"![{path.stem}]({path.relative_to(root)})" for path in pictures)]
+
+
+def _sass(record: SassRecord) -> list[str]:
+    tflops = record["tflops"]
+    return [
+        "## CUDA kernels: PREDICTION of a model",
+        f"{_stamp(record['stamp'])} Kernels compiled by {record['compiler']} for sm_90a.",
+        "**No hardware was involved: nothing here is a measurement.** `python -m bench sass` replays the machine code "
+        "of every kernel, with the compiler's own control codes, in a model of one SM (`bench/sass/machine.py`), for "
+        "K = V = D = 128 and bfloat16. Caches, contention for DRAM and launch overhead are not modelled, and small "
+        "kernels are left out. The model's one check: HyPE's forward has the design of FlashAttention-2. It is "
+        f"predicted at {tflops['predicted']:.0f} TFLOP/s; FlashAttention-2 was measured at {tflops['measured']:.0f} "
+        "(arXiv 2407.08608: H100, causal, D = 128, 8k tokens). Expect errors of 20 %.",
+        "Cycles of an SM per iteration of a kernel's loop, or per round of whole blocks; instructions per warp. The "
+        "limiter is the resource that is busy for more than two thirds of the cycles, else latency.",
+        tables.markdown(tables.KERNEL_HEADER, [tables.kernel_cells(row) for row in record["kernels"]]),
+        "Times follow from cycles and grid, or from 90 % of the memory bandwidth where that takes longer; the backward "
+        "is without the forward. Times of others are as published: of the gated delta rule on an H200, of attention on "
+        "an H100 (sources: `bench/sass/kernels.py`).",
+        tables.markdown(tables.PREDICTED_HEADER, [tables.predicted_cells(row) for row in record["cases"]]),
+    ]
 
 
 def _conversions(folder: Path) -> list[str]:

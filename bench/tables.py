@@ -13,10 +13,13 @@ if TYPE_CHECKING:  # records.py needs the built modules, and a table on its own 
     from rich.table import Table
 
     from bench.records import FamiliesRecord, FamilyRow, ModelRow, PeerTimes, Row
+    from bench.sass.predict import CaseRow, KernelRow
 
 OPS_HEADER = ["case", "time", "spread", "rate", "roof", "speedup over peers"]
 MODEL_HEADER = ["model", "context", "prefill tokens/s", "decode ms", "cache MB", "peak MB"]
 FAMILY_HEADER = ["family", "dtype", "phase", "part", "transformers", "patched", "speedup"]
+KERNEL_HEADER = ["kernel, blocks x warps of an SM", "per", "instructions", "HMMA", "LDSM", "cycles", "limiter"]
+PREDICTED_HEADER = ["op", "H100", "H200", "made of (H100)", "published for others"]
 SPEEDUP_HEADER = ["family", "dtype", "prefill", "prefill: recurrence", "decode", "decode: recurrence"]
 
 
@@ -63,6 +66,25 @@ def speedup_cells(record: "FamiliesRecord") -> list[list[str]]:
             found.setdefault((row["family"], row["dtype"]), {})[row["phase"], part] = ratio
     places = [(phase, part) for phase in ("prefill", "decode") for part in ("model", "recurrence")]
     return [[*key, *(ratios.get(place, "") for place in places)] for key, ratios in found.items()]
+
+
+def kernel_cells(row: "KernelRow") -> list[str]:
+    """Return the cells of KERNEL_HEADER for a kernel of sass.json."""
+    counts = [f"{row['instructions']:.0f}", f"{row['hmma']:.0f}", f"{row['ldsm']:.0f}"]
+    most = max(row["resources"], key=lambda name: row["resources"][name])
+    used = f"{most} {100 * row['resources'][most] / row['cycles']:.0f} %"
+    limiter = used if row["limiter"] == most else f"{row['limiter']} ({used})"
+    return [row["kernel"], row["unit"], *counts, f"{row['cycles']:.0f}", limiter]
+
+
+def predicted_cells(row: "CaseRow") -> list[str]:
+    """Return the cells of PREDICTED_HEADER for an op of sass.json."""
+    parts = ", ".join(
+        f"{name} {_in_units(ms['H100'])}{' (memory)' if ms['H100'] != ms['H200'] else ''}"
+        for name, ms in row["kernels"].items()
+    )
+    peers = ", ".join(f"{name} {_in_units(ms)}" for name, ms in row["peers"].items())
+    return [row["case"], _in_units(row["ms"]["H100"]), _in_units(row["ms"]["H200"]), parts, peers]
 
 
 def time_of(timing: Mapping[str, Any]) -> str:

@@ -13,11 +13,14 @@ from typing import Any, cast
 
 import torch
 
+from bench import gpu_state
+from bench.gpu_state import State
 from bench.records import Times, one_line
 
 MIN_ROUNDS, MAX_ROUNDS = 7, 200
 SHORTEST_SAMPLE = 2e-4  # seconds; shorter calls are timed several at once
-GRAPH_BELOW_MS = 0.05  # on CUDA: below this a launch costs as much as the kernel
+GRAPH_BELOW_MS = 1.0  # on CUDA: shorter calls are replayed from a graph, if they can be captured
+HOLD = 1.5  # times the host's time for a call: for so long the GPU is kept busy before a timed call begins
 GRAPH_MS = 1.0  # of calls per CUDA graph: the copies that a case rotates through then exceed the L2
 GRAPH_ROUNDS = 50
 FLUSH_BYTES = 256 * 2**20  # at least twice the L2 of any GPU
@@ -30,8 +33,9 @@ Function = Callable[[], Any]
 class Timing:
     """Milliseconds per call: median and quartiles over `rounds` samples.
 
-    On CUDA, `latency` is the time until the caller has the result, and `note` says why a short call could not be
-    captured in a graph, so that its time includes the launch.
+    On CUDA, `latency` is the time until the caller has the result, `note` says why a short call could not be captured
+    in a graph, so that its time includes the gaps between its launches, and `gpu` is the GPU's state while it was timed
+    (gpu_state.State).
     """
 
     median: float
@@ -40,6 +44,7 @@ class Timing:
     rounds: int
     latency: float | None = None
     note: str | None = None
+    gpu: State | None = None
 
     def asdict(self) -> Times:
         return cast(Times, asdict(self))
@@ -97,12 +102,14 @@ def summary(samples: list[float]) -> Timing:
 
 
 def _on_cuda(function: Function, seconds: float) -> Timing:
-    """Time a kernel from a cold L2, and its latency; calls shorter than a launch are replayed from a CUDA graph."""
+    """Time a kernel from a cold L2, and its latency; replay short calls from a CUDA graph if they can be captured."""
     for _ in range(3):
         function()
     latency = statistics.median(_latency_ms(function) for _ in range(5))
-    rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, round(1e3 * seconds / (latency + 0.1))))
-    taken = replace(summary(_event_ms(function, rounds)), latency=latency)
+    host = statistics.median(_host_ms(function) for _ in range(5))
+    rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, round(1e3 * seconds / (latency + HOLD * host + 0.1))))
+    samples, state = _event_ms(function, rounds, HOLD * host)
+    taken = replace(summary(samples), latency=latency, gpu=state)
     return taken if taken.median >= GRAPH_BELOW_MS else _replayed(function, taken)
 
 
@@ -117,8 +124,8 @@ def _replayed(function: Function, taken: Timing) -> Timing:
             error = error.__context__
         _latency_ms(function)  # raises if the failed capture left the device in an error state
         return replace(taken, note=f"failed in capture: {one_line(error)}")
-    replays = summary([ms / calls for ms in _event_ms(graph.replay, GRAPH_ROUNDS)])
-    return replace(replays, latency=taken.latency)
+    samples, state = _event_ms(graph.replay, GRAPH_ROUNDS, HOLD * _host_ms(graph.replay))
+    return replace(summary([ms / calls for ms in samples]), latency=taken.latency, gpu=state)
 
 
 def _capture(function: Function, calls: int) -> torch.cuda.CUDAGraph:
@@ -132,21 +139,49 @@ def _capture(function: Function, calls: int) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _event_ms(function: Function, rounds: int) -> list[float]:
-    """Time calls with CUDA events, each after the L2 was flushed.
+def _event_ms(function: Function, rounds: int, hold_ms: float) -> tuple[list[float], State | None]:
+    """Time calls with CUDA events, each after the L2 was flushed; also return the GPU's state meanwhile.
 
-    The flush is a read: a write would leave dirty lines that the timed kernel has to write back. It also keeps the GPU
-    busy while the call is prepared on the host.
+    The flush is a read: a write would leave dirty lines that the timed kernel has to write back. Then the GPU waits for
+    `hold_ms`, in which the host prepares the call: otherwise the start event would pass before the first kernel is
+    launched, and Python's time would be charged to the kernel, more to implementations with more Python.
     """
     flush = torch.ones(FLUSH_BYTES // 4, device="cuda")
+    cycles = round(hold_ms * _cycles_per_ms())
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
     for start, end in pairs:
         flush.sum()
+        torch.cuda._sleep(cycles)
         start.record()
         function()
         end.record()
+    state = gpu_state.read()  # while the last calls run
     torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in pairs]
+    return [start.elapsed_time(end) for start, end in pairs], state
+
+
+@functools.cache
+def _cycles_per_ms() -> float:
+    """Return how many of torch.cuda._sleep's cycles take a millisecond."""
+    cycles, samples = 2_000_000, []
+    for _ in range(3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        torch.cuda._sleep(cycles)
+        end.record()
+        torch.cuda.synchronize()
+        samples.append(start.elapsed_time(end))
+    return cycles / min(samples)
+
+
+def _host_ms(function: Function) -> float:
+    """Return the milliseconds for which the call keeps the host, which then need not wait for the GPU."""
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    function()
+    taken = time.perf_counter() - started
+    torch.cuda.synchronize()
+    return 1e3 * taken
 
 
 def _latency_ms(function: Function) -> float:

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "cuda/kernels.h"
 #include "params.h"
 
 namespace hypenet {
@@ -110,22 +111,19 @@ Params params_from(const py::dict& values, const Fields<Params>& fields, const s
   return params;
 }
 
-template <class>
-using Address = uintptr_t;
-
-// Stream: empty for a CPU kernel. A CUDA kernel's function takes the cudaStream_t, as an integer, after the
-// dict.
-template <class Params, class... Stream>
-void def_kernel(py::module_& module, const char* name, Status (*kernel)(const Params&, Stream*...),
+// Queue: empty for a CPU kernel. A CUDA kernel's function takes after the dict what its device is and the stream, as a
+// tuple (device, cudaStream_t) of integers.
+template <class Params, class... Queue>
+void def_kernel(py::module_& module, const char* name, Status (*kernel)(const Params&, Queue...),
                 Fields<Params> fields = fields_of<Params>()) {
   const std::string doc = doc_of(fields);
   auto call = [kernel, fields = std::move(fields), op = std::string(name)](const py::dict& values,
-                                                                           Address<Stream>... stream) {
+                                                                           Queue... queue) {
     const Params params = params_from(values, fields, op);
     Status status;
     {
       py::gil_scoped_release release;
-      status = kernel(params, reinterpret_cast<Stream*>(stream)...);
+      status = kernel(params, queue...);
     }
     if (status != nullptr) throw std::runtime_error(op + ": " + status);
   };
@@ -133,3 +131,17 @@ void def_kernel(py::module_& module, const char* name, Status (*kernel)(const Pa
 }
 
 }  // namespace hypenet
+
+template <>
+struct pybind11::detail::type_caster<hypenet::cuda::Stream> {
+  PYBIND11_TYPE_CASTER(hypenet::cuda::Stream, const_name("tuple[int, int]"));
+
+  bool load(handle source, bool) {
+    if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) != 2) return false;
+    value.device = static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(source.ptr(), 0)));
+    hypenet::from_python(PyTuple_GET_ITEM(source.ptr(), 1), value.handle);
+    if (PyErr_Occurred() == nullptr) return true;
+    PyErr_Clear();
+    return false;
+  }
+};

@@ -1,11 +1,14 @@
 // The table of everything that the native code can run: one row per kernel. A row is a function of a dict of the
-// fields of its params struct (fields.h), and on CUDA of a stream. HYPENET_CUDA chooses the device of the module.
+// fields of its params struct (fields.h), and on CUDA of a stream. HYPENET_CUDA chooses the device of the module, HYPENET_RTC
+// CUDA kernels that are compiled when they are first used.
 #include "bind.h"
 #include "cpu/kernels.h"
 #include "cuda/kernels.h"
 #include "fields.h"
 #if HYPENET_EMULATED
 #include "emu/module.h"
+#elif HYPENET_RTC
+#include "cuda/rtc/module.h"
 #endif
 
 namespace hypenet {
@@ -58,13 +61,41 @@ void bind_limits(py::module_& m) {
 }  // namespace
 }  // namespace hypenet
 
+#if HYPENET_CUDA && !HYPENET_EMULATED && !HYPENET_RTC
+// Of the CUDA runtime, which is linked into this module.
+extern "C" int cudaRuntimeGetVersion(int* version);
+extern "C" int cudaDriverGetVersion(int* version);
+
+namespace hypenet {
+namespace {
+
+void bind_versions(py::module_& m) {
+  m.def(
+      "versions",
+      [] {
+        int runtime = 0, driver = 0;
+        cudaRuntimeGetVersion(&runtime);
+        cudaDriverGetVersion(&driver);
+        return py::make_tuple(runtime, driver);
+      },
+      "The newest CUDA of this module's runtime and of the driver (0: none), each as 1000 major + 10 minor.");
+}
+
+}  // namespace
+}  // namespace hypenet
+#endif
+
 // This object is linked into every module of its kind; each is entered by its own name.
 #if HYPENET_CUDA
 #if HYPENET_EMULATED
 PYBIND11_MODULE(_emulated, m) {
   hypenet::emu::bind_machine(m);
+#elif HYPENET_RTC
+PYBIND11_MODULE(_cuda_rtc, m) {
+  hypenet::cuda::rtc::bind_compiler(m);
 #else
 PYBIND11_MODULE(_cuda, m) {
+  hypenet::bind_versions(m);
 #endif
   hypenet::bind_kernels(m);
   hypenet::bind_limits(m);

@@ -72,7 +72,7 @@ struct GatedDeltaFwdParams : GatedDeltaOperands {
   float* transfers;        // [NS, HV, K, K], [NS, HV] without delta: factor of the state; saved for backward
   float* segment_states;   // [NS, HV, K, V] workspace: the state before the segment
   // workspace on CUDA
-  int64_t* chunk_offsets;    // [N + 1] chunks before each sequence, null without cu_seqlens
+  int64_t* chunk_offsets;  // [2, N + 1] chunks before each sequence, and legal cu_seqlens; null without these
   int64_t* segment_offsets;  // [N + 1] segments before each sequence, null without cu_seqlens or split
   void* P;                   // [NT, HV, 64, 64] dtype, scale (Q K^T) . Gamma
 };
@@ -87,7 +87,7 @@ struct GatedDeltaBwdParams : GatedDeltaOperands {
   const void* dfinal_state;  // [N, HV, K, V] acc, or null
   // saved by the forward on CUDA, null on the CPU: NT chunks of 64 tokens
   int64_t num_chunks;            // NT; with cu_seqlens an upper bound
-  const int64_t* chunk_offsets;  // [N + 1] chunks before each sequence, or null without cu_seqlens
+  const int64_t* chunk_offsets;  // [2, N + 1] as in the forward
   const float* G;                // [NT, HV, 64]
   const void* L;                 // [NT, HV, 64, 64] dtype, null without delta
   const void* h;                 // [NT, HV, K, V] dtype, the state before the chunk

@@ -1,15 +1,50 @@
-"""python -m hypenet_kernels: what was built, what each op uses here, and a test of every op against its reference."""
+"""python -m hypenet_kernels: what was built, what each op uses here, and a test of every op against its reference.
 
+python -m hypenet_kernels warmup: compile the CUDA kernels of a model with NVRTC, before anything waits for them.
+"""
+
+import argparse
 import sys
+from collections.abc import Sequence
+
+import torch
 
 import hypenet_kernels as kernels
-from hypenet_kernels import _native, _selftest
+from hypenet_kernels import _native, _selftest, _warmup
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def main() -> int:
+def main(arguments: Sequence[str] = ()) -> int:
+    parser = argparse.ArgumentParser(prog="python -m hypenet_kernels", description=__doc__)
+    warmup = parser.add_subparsers(dest="command").add_parser("warmup", help="compile the CUDA kernels with NVRTC")
+    warmup.add_argument("--head-dims", type=int, nargs="+", default=[128], metavar="D", help="of the model's mixers")
+    warmup.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"], help="of the model")
+    warmup.add_argument("--capability", metavar="9.0", help="compute capability; default: that of the current GPU")
+    warmup.add_argument("--threads", type=int, help="that compile; default: as many as processors")
+    options = parser.parse_args(arguments)
+    return _run_warmup(options) if options.command == "warmup" else _run_selftest()
+
+
+def _run_warmup(options: argparse.Namespace) -> int:
+    if options.capability is None and not torch.cuda.is_available():
+        sys.exit("warmup: no GPU is visible: name its compute capability, like --capability 9.0")
+    major, _, minor = (options.capability or "{}.{}".format(*torch.cuda.get_device_capability())).partition(".")
+    if not (major.isdecimal() and minor.isdecimal()):
+        sys.exit(f"warmup: --capability must be two numbers like 9.0, got {options.capability}")
+    dtypes = [DTYPES[name] for name in options.dtypes]
+    try:
+        _warmup.warmup((int(major), int(minor)), options.head_dims, dtypes, options.threads)
+    except (NotImplementedError, RuntimeError) as error:
+        sys.exit(f"warmup: {error}")
+    return 0
+
+
+def _run_selftest() -> int:
     kernels.show_config()
     facts = kernels.report()
-    devices = ["cpu", *(["cuda"] if facts["gpus"] and facts["modules"]["_cuda"] else [])]
+    usable = any(choice["cuda"]["implementation"] for choice in facts["ops"].values())
+    devices = ["cpu", *(["cuda"] if facts["gpus"] and usable else [])]
     try:
         _native.cpu()
     except ImportError as error:
@@ -17,10 +52,10 @@ def main() -> int:
     print("\nself test (relative RMS error against the float64 reference)")
     failed = [passed for device in devices for passed in _selftest.run(device) if not passed]
     if "cuda" not in devices:
-        print("  CUDA kernels: not run, " + ("no GPU visible" if facts["modules"]["_cuda"] else "not built"))
+        print("  CUDA kernels: not run, " + ("no GPU visible" if usable else "not built"))
     print(f"  {len(failed)} failed" if failed else "  all passed")
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

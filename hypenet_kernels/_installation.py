@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hypenet_kernels import _native
+from hypenet_kernels import _native, _nvrtc
 
 
 def _version() -> str:
@@ -25,7 +25,8 @@ def report() -> dict[str, Any]:
     """Return facts about this installation, as a dict of plain data; `show_config` prints it.
 
     Keys: version, folder, python, torch, threads, processor, level, modules (name -> built?), compiler, cuda_targets
-    (None without CUDA), cuda (nvcc, or why there is no CUDA module), gpus, openmp (runtimes in this process) and ops:
+    (None without nvcc), cuda (nvcc, or why its module was left out), nvrtc (version, None where it cannot be used),
+    cubins (the folder of kernels that NVRTC compiled), gpus, openmp (runtimes in this process) and ops:
     op -> device -> {"implementation": str or None where the op raises, "why": str}.
     """
     info = _native.build_info()
@@ -37,10 +38,15 @@ def report() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processor": _processor(),
         "level": _native.level(),
-        "modules": {name: _is_built(name) for name in ("_cpu_baseline", "_cpu_v3", "_cpu_v4", "_cpu_v4_bf16", "_cuda")},
+        "modules": {
+            name: _is_built(name)
+            for name in ("_cpu_baseline", "_cpu_v3", "_cpu_v4", "_cpu_v4_bf16", "_cuda", "_cuda_rtc")
+        },
         "compiler": info["compiler"],
         "cuda_targets": info["cuda_targets"],
         "cuda": info["cuda"],
+        "nvrtc": _nvrtc_version()[0],
+        "cubins": str(_nvrtc.cache_folder()),
         "gpus": _gpus(),
         "openmp": _openmp_runtimes(),
         "ops": {op: {"cpu": _on_cpu(), "cuda": _on_cuda(op)} for op in _native.CUDA_OPS},
@@ -57,6 +63,7 @@ def show_config() -> None:
     print(f"  processor  {facts['processor']}: level {facts['level']}")
     print(f"  built      {built} ({facts['compiler']})")
     print(f"  CUDA       {cuda}")
+    print(f"  NVRTC      {_nvrtc_version()[1]}")
     print(f"  GPU        {', '.join(facts['gpus']) or 'none visible'}")
     print("\nops")
     for op, devices in facts["ops"].items():
@@ -73,14 +80,31 @@ def _on_cpu() -> dict[str, str | None]:
 
 
 def _on_cuda(op: str) -> dict[str, str | None]:
+    """What the current GPU runs; without one, what one for which nvcc compiled the kernels would run."""
+    info, gpus = _native.build_info(), _gpus()
+    seen = ", ".join(gpus) or "no GPU visible"
     if op in _native.TRITON_OPS:
         if _native.TRITON:
-            return {"implementation": "Triton", "why": f"Triton is installed; {_gpus() or 'no GPU visible'}"}
+            return {"implementation": "Triton", "why": f"Triton is installed; {seen}"}
         return {"implementation": "torch", "why": "Triton is not installed"}
-    info = _native.build_info()
-    if not _is_built("_cuda"):
-        return {"implementation": None, "why": info["cuda"]}
-    return {"implementation": "CUDA (_cuda)", "why": f"built for {info['cuda_targets']}; {_gpus() or 'no GPU visible'}"}
+    capability = torch.cuda.get_device_capability() if gpus else None
+    if _is_built("_cuda") and (capability is None or _native.runs_on(info["cuda_targets"], capability)):
+        return {"implementation": "CUDA (_cuda)", "why": f"built for {info['cuda_targets']}; {seen}"}
+    version, why = _nvrtc_version()
+    if _is_built("_cuda_rtc") and version is not None:
+        return {"implementation": "CUDA (_cuda_rtc)", "why": f"NVRTC {why}; {seen}"}
+    if _is_built("_cuda"):
+        return {"implementation": "CUDA (_cuda)", "why": f"PTX of {info['cuda_targets']}; {seen}; NVRTC: {why}"}
+    return {"implementation": None, "why": f"{info['cuda']}; NVRTC: {why}"}
+
+
+def _nvrtc_version() -> tuple[str | None, str]:
+    """Return (version or None, version and cache, or what is missing)."""
+    try:
+        version = "{}.{}".format(*_nvrtc.version())
+    except NotImplementedError as error:
+        return None, str(error).removeprefix("hypenet_kernels: ")
+    return version, f"{version}, kernels kept in {_nvrtc.cache_folder() or 'no folder'}"
 
 
 def _is_built(module: str) -> bool:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -14,16 +15,14 @@ from typing import Any
 import torch  # before any native module, so that both share torch's OpenMP runtime
 from torch import Tensor
 
+from hypenet_kernels import _nvrtc
+
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/params.h, DType
 LEVELS = {"AVX512": "v4", "AVX2": "v3"}  # torch's name of the CPU's instruction set -> ours; all else: baseline
 HALF = (torch.bfloat16, torch.float16)
 TRITON = importlib.util.find_spec("triton") is not None
-TRITON_OPS = (
-    "rms_norm_rope",
-    "rms_norm_gated",
-    "add_rms_norm",
-    "swiglu",
-)  # their CUDA kernels are not of the CUDA module
+# whose CUDA kernels are not of the CUDA module
+TRITON_OPS = ("rms_norm_rope", "rms_norm_gated", "add_rms_norm", "swiglu")
 CUDA_OPS = {  # the ops that have a CUDA kernel, and for which dtypes
     "chunk_gated_delta_rule": HALF,
     "fused_recurrent_gated_delta_rule": (torch.float32, *HALF),
@@ -74,13 +73,62 @@ def cpu() -> ModuleType:
 
 @functools.cache
 def cuda() -> ModuleType:
-    """Return the CUDA module. Importing it needs no driver."""
+    """Return a CUDA module, to read the limits of the kernels. Importing it needs no driver."""
+    return built_cuda() or runtime_cuda()
+
+
+@functools.cache
+def built_cuda() -> ModuleType | None:
+    """Return the module with kernels that nvcc compiled, None if the build left them out."""
     try:
         return importlib.import_module("hypenet_kernels._cuda")
+    except ModuleNotFoundError:
+        return None
+
+
+@functools.cache
+def runtime_cuda() -> ModuleType:
+    """Return the module whose kernels NVRTC compiles at their first launch."""
+    left_out = f"hypenet_kernels: the CUDA kernels were left out of the build: {build_info()['cuda']}"
+    if not _nvrtc.is_installed():
+        raise NotImplementedError(f"{left_out}. To compile them when they are used: {_nvrtc.INSTALL}")
+    try:
+        module = importlib.import_module("hypenet_kernels._cuda_rtc")
     except ModuleNotFoundError as error:
+        raise NotImplementedError(left_out) from error
+    module.set_compiler(_nvrtc.compile_kernel)
+    return module
+
+
+@functools.cache
+def cuda_for(capability: tuple[int, int]) -> ModuleType:
+    """Return the module to launch from on a GPU: kernels that nvcc compiled for it, else NVRTC, else nvcc's PTX.
+
+    Raises:
+        NotImplementedError: If nvcc was newer than the driver, and NVRTC is not installed.
+    """
+    built = built_cuda()
+    if built is None:
+        return runtime_cuda()
+    compiled, driver = (version // 1000 for version in built.versions())
+    if compiled <= driver and (runs_on(build_info()["cuda_targets"], capability) or not _nvrtc.is_installed()):
+        return built
+    if not _nvrtc.is_installed():
         raise NotImplementedError(
-            f"hypenet_kernels: the CUDA kernels were left out of the build: {build_info()['cuda']}"
-        ) from error
+            f"hypenet_kernels: the kernels need a driver of CUDA {compiled}, as nvcc was, got one of CUDA {driver}: "
+            f"update it, or {_nvrtc.INSTALL}"
+        )
+    return runtime_cuda()
+
+
+def runs_on(targets: str, capability: tuple[int, int]) -> bool:
+    """Whether machine code for one of these targets, like "8.0;9.0a+PTX", runs on a GPU of this compute capability."""
+    for major, minor, kind in re.findall(r"(\d+)\.(\d)([af]?)", targets):
+        oldest = int(major), int(minor)
+        same_major = oldest[0] == capability[0] and oldest <= capability
+        if oldest == capability or (same_major and kind != "a"):
+            return True
+    return False
 
 
 @functools.cache
@@ -100,14 +148,14 @@ def kernel(op: str, name: str, device: torch.device) -> Callable[[dict[str, Any]
         logger.info("%s: C++ (_cpu_%s)", op, level())
         run: Callable[[dict[str, Any]], None] = getattr(cpu(), name)
         return run
-    launch = getattr(cuda(), name)
-    logger.info("%s: CUDA (_cuda) on %s", op, device)
-    return functools.partial(_on_current_stream, launch, device)
+    module = cuda_for(torch.cuda.get_device_capability(device))
+    logger.info("%s: CUDA (%s) on %s", op, module.__name__.rpartition(".")[2], device)
+    return functools.partial(_on_current_stream, getattr(module, name), device)
 
 
 def _on_current_stream(launch: Callable[..., None], device: torch.device, fields: dict[str, Any]) -> None:
     with torch.cuda.device(device):
-        launch(fields, torch.cuda.current_stream().cuda_stream)
+        launch(fields, (device.index, torch.cuda.current_stream().cuda_stream))
 
 
 def launch(op: str, name: str, x: Tensor, fields: dict[str, Any]) -> None:

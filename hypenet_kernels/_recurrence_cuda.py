@@ -29,7 +29,7 @@ class Saved(NamedTuple):
     G: Tensor  # [NT, HV, 64] float32, sum of max(g, -50) log2(e) from the chunk's start to each token
     L: Tensor  # [NT, HV, 64, 64], stril((I + stril(diag(beta) K K^T . Gamma))^-1), hi/lo split (gated_delta.cuh)
     h: Tensor | None  # [NT, HV, K, V], the state before every chunk, rounded; None in inference
-    chunk_offsets: Tensor  # [N + 1] int64, chunks before every sequence; empty without cu_seqlens
+    chunk_offsets: Tensor  # [2, N + 1] int64, chunks before every sequence, and cu_seqlens within [0, T]; or empty
     transfers: Tensor  # [NS, HV, K, K] ([NS, HV] without beta) float32: a segment multiplies a state by it; or empty
     segment_offsets: Tensor  # [N + 1] int64, segments before every sequence; empty without cu_seqlens or split
 
@@ -91,7 +91,7 @@ def saved_tensors(x: "Inputs", K: int, V: int, save: bool = True) -> Saved:
         G=new(NT, HV, CHUNK, dtype=torch.float32),
         L=new(0) if x.beta is None else new(NT, HV, CHUNK, CHUNK),
         h=new(NT, HV, K, V) if save else None,
-        chunk_offsets=new(offsets, dtype=torch.int64),
+        chunk_offsets=new(2, offsets, dtype=torch.int64),
         transfers=new((max_segments(x), HV, *transfer) if x.segment_chunks else (0,), dtype=torch.float32),
         segment_offsets=new(offsets if x.segment_chunks else 0, dtype=torch.int64),
     )

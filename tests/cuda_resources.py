@@ -22,19 +22,17 @@ import every_op
 from test_install import only_builder, setup
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # for bench, where this file is run as a script
+from bench.sass.occupancy import blocks_per_sm  # noqa: E402
+
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 BUILD = ROOT / "build" / sys.implementation.cache_tag
 TABLE = Path(__file__).with_suffix(".json")
 REWRITE = f"python {Path(__file__).relative_to(ROOT)}"
 COMMITTED = ("registers", "shared", "threads", "blocks", "tensor_cores")
 TENSOR_CORES, LOCAL_MEMORY = re.compile(r"(?<![\w.])[HGI]+MMA\b"), re.compile(r"\b(?:LDL|STL)\b")
-# Limits of an SM. Every block takes 1 KB of shared memory in addition to its own.
-SHARED_PER_SM = {"sm_80": 164 * 1024, "sm_90a": 228 * 1024}
-SHARED_OVERHEAD, SHARED_UNIT = 1024, 128
-REGISTERS, REGISTER_UNIT, WARP_SIZE, PARTITIONS = 64 * 1024, 256, 32, 4
-MAX_THREADS, MAX_BLOCKS = 2048, 32
-EMULATED_SMS = (1, 132)  # some launchers choose a kernel by the number of SMs
-ELEMENTS = {"__half": "fp16", "__nv_bfloat16": "bf16", "emu::": "", "arch::": ""}
+# Some launchers choose a kernel by the number of SMs, or by the bytes of shared memory that a block can have.
+EMULATED_DEVICES = (*((sms, 227 * 1024) for sms in (1, 3, 6, 132)), (3, 99 * 1024), (132, 99 * 1024))
 
 
 def compile_all():
@@ -70,17 +68,14 @@ def seconds(log):
 
 
 def demangled(names):
-    """Return kernel names as in the source, without namespaces and parameters, with short names of element types."""
+    """Return kernel names as in the source, without namespaces and parameters."""
     ran = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
     return [_short(name) for name in ran.stdout.splitlines()]
 
 
 def _short(name):
-    name = name.removeprefix("void ").replace("(anonymous namespace)::", "").replace("hypenet::", "")
-    name = name.replace("cuda::", "")
-    for long, element in ELEMENTS.items():
-        name = name.replace(long, element)
-    return name.rsplit("(", 1)[0]
+    name, template, _ = name.removeprefix("void ").partition(">(")  # of a template; else "(" begins the parameters
+    return re.sub(r"\w+::", "", f"{name}>" if template else name.partition("(")[0])
 
 
 def from_ptxas(log):
@@ -139,27 +134,19 @@ def launches():
     lines = subprocess.run(["nm", emulated.__file__], capture_output=True, text=True, check=True).stdout.splitlines()
     symbols = {int(words[0], 16): words[-1] for words in map(str.split, lines) if len(words) == 3}
     emulated.forget_launches()
-    for sms in EMULATED_SMS:
+    for sms, shared_bytes in EMULATED_DEVICES:
         emulated.set_num_processors(sms)
+        emulated.set_max_shared_bytes(shared_bytes)
         with emulation.emulated():
-            every_op.run("cpu")
+            every_op.run("cpu", small=shared_bytes < every_op.LARGE)
     emulated.set_num_processors(4)
+    emulated.set_max_shared_bytes(227 * 1024)
     records = emulated.launches()
     names = demangled([symbols[record["kernel"]] for record in records])
     found = defaultdict(lambda: (0, 0))
     for name, record in zip(names, records, strict=True):
         found[name] = max(found[name], (record["num_threads"], record["shared_bytes"]))
     return dict(found)
-
-
-def blocks_per_sm(target, registers, threads, shared):
-    """Return the number of resident blocks per SM: the least that registers, shared memory and threads allow."""
-    warps = -(-threads // WARP_SIZE)
-    registers_of_warp = -(-max(registers, 1) * WARP_SIZE // REGISTER_UNIT) * REGISTER_UNIT
-    by_registers = REGISTERS // PARTITIONS // registers_of_warp * PARTITIONS // warps
-    shared_of_block = -(-(shared + SHARED_OVERHEAD) // SHARED_UNIT) * SHARED_UNIT
-    by_shared = SHARED_PER_SM[target] // shared_of_block
-    return min(by_registers, by_shared, MAX_THREADS // (warps * WARP_SIZE), MAX_BLOCKS)
 
 
 @functools.cache

@@ -112,7 +112,7 @@ def launch(module, kernel, tensors, **fields):
         ]
     )
     try:
-        kernel(fields, 0)
+        kernel(fields, (0, 0))
     except RuntimeError as error:
         raise RuntimeError(f"{error}{''.join(f'{NEW_LINE}  at {place}' for place in _call_chain(module))}") from None
     finally:

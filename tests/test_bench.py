@@ -313,69 +313,6 @@ def test_shrunk_case_keeps_head_dimensions_groups_and_options(device):
                 assert ratios[0] == ratios[1]
 
 
-@pytest.fixture
-def graphs(monkeypatch):
-    """Fakes of torch.cuda's graphs and events that log their calls; the first entry names the current stream."""
-    log = ["default"]
-
-    class Graph:
-        def replay(self):
-            log.append("replay")
-
-    class Capture:
-        def __init__(self, graph):
-            pass
-
-        def __enter__(self):
-            log[0] = "capturing"
-
-        def __exit__(self, kind, *_):
-            if kind is not None:  # torch raises here too, before it restores the stream
-                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
-            log[0] = "default"
-
-    class Event:
-        def __init__(self, enable_timing):
-            pass
-
-        def record(self):
-            log.append("event")
-
-        def elapsed_time(self, end):
-            return 1.0
-
-    class Buffer:
-        def sum(self):
-            log.append("read")
-
-    fakes = {"CUDAGraph": Graph, "graph": Capture, "Event": Event, "synchronize": lambda: None}
-    fakes |= {"current_stream": lambda: log[0], "set_stream": lambda stream: log.__setitem__(0, stream)}
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(timing.torch, "ones", lambda *size, device: Buffer())
-    return log
-
-
-def test_short_calls_are_replayed_from_a_graph_after_flushing_the_l2(graphs):
-    calls = []
-    taken = timing._replayed(lambda: calls.append(1), timing.Timing(0.01, 0.01, 0.01, 7, latency=0.02))
-    assert len(calls) == 100 and taken.rounds == timing.GRAPH_ROUNDS
-    assert taken.median == 0.01 and taken.latency == 0.02 and taken.note is None
-    assert graphs == ["default"] + timing.GRAPH_ROUNDS * ["read", "event", "replay", "event"]
-
-
-def test_failed_capture_is_noted_and_restores_the_stream(graphs):
-    def synchronizes():
-        if graphs[0] == "capturing":
-            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
-
-    eager = timing.Timing(0.01, 0.01, 0.01, 7, latency=0.02)
-    taken = timing._replayed(synchronizes, eager)
-    assert graphs == ["default"] and taken.median == eager.median
-    note = "failed in capture: RuntimeError: CUDA error: operation not permitted when stream is capturing"
-    assert taken.note == note and note in tables.peer_text("peer", vars(taken) | {"ratio": 2.0})
-
-
 @pytest.mark.parametrize(
     ("chunk", "delta", "backward", "thousands"),
     [(16, True, 0, 106), (32, True, 0, 115), (64, True, 0, 131), (64, False, 0, 82), (64, True, 1, 131 + 320)],

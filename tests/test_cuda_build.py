@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_install import setup
 
+from bench.sass.occupancy import blocks_per_sm
 from hypenet_kernels import _native
 
 REGISTERS_TO_SPARE = 8  # tolerance for other compiler versions
@@ -17,11 +18,11 @@ WITHOUT_TENSOR_CORES = (  # name prefixes of kernels without matrix products
     "causal_conv1d_",
     "commit_states_kernel",
     "gated_delta_step_kernel",
-    "gated_delta::gated_delta_fill_kernel",
-    "gated_delta::gated_delta_map_kernel",
-    "gated_delta::gated_delta_chain_kernel<128, false,",  # simple GLA
-    "gated_delta::gated_delta_chain_kernel<256, false,",
-    "gated_delta::gated_delta_chain_kernel<64, false,",
+    "gated_delta_fill_kernel",
+    "gated_delta_map_kernel",
+    "gated_delta_chain_kernel<Chain<128, (Rule)1,",  # simple GLA
+    "gated_delta_chain_kernel<Chain<256, (Rule)1,",
+    "gated_delta_chain_kernel<Chain<64, (Rule)1,",
     "hype_attention_bwd_prepare_kernel",
     "hype_attention_decode_combine_kernel",
 )
@@ -99,7 +100,7 @@ def test_whole_cuda_build_takes_less_than_four_minutes_on_two_cores():
 )
 def test_blocks_per_sm(target, registers, threads, shared, blocks):
     """Values of NVIDIA's occupancy calculator."""
-    assert cuda_resources.blocks_per_sm(target, registers, threads, shared) == blocks
+    assert blocks_per_sm(target, registers, threads, shared) == blocks
 
 
 @needs_module
@@ -127,11 +128,11 @@ def test_launch_without_a_gpu_is_an_error_with_the_ops_name():
     fields |= {"beta_limit": 0.0, "A_log": 0, "dt_bias": 0, "state_indices": (0, False), "state": 0, "o": 0}
     fields |= {name: _native.ABSENT for name in ("q", "k", "v", "g", "beta")}
     with pytest.raises(RuntimeError, match=r"gated_delta_step: .*(CUDA|device)"):
-        _native.cuda().gated_delta_step(fields, 0)
-    assert _native.cuda().gated_delta_step(fields | {"B": 0}, 0) is None
+        _native.cuda().gated_delta_step(fields, (0, 0))
+    assert _native.cuda().gated_delta_step(fields | {"B": 0}, (0, 0)) is None
     with pytest.raises(TypeError, match=r"gated_delta_step\(\): incompatible function arguments"):
         _native.cuda().gated_delta_step(fields)
     with pytest.raises(RuntimeError, match="gated_delta_step: dtype is not built for CUDA"):
-        _native.cuda().gated_delta_step(fields | {"dtype": 0}, 0)
+        _native.cuda().gated_delta_step(fields | {"dtype": 0}, (0, 0))
     with pytest.raises(RuntimeError, match="gated_delta_step: K is larger"):
-        _native.cuda().gated_delta_step(fields | {"K": _native.cuda().STEP_MAX_KEY_DIM + 1}, 0)
+        _native.cuda().gated_delta_step(fields | {"K": _native.cuda().STEP_MAX_KEY_DIM + 1}, (0, 0))

@@ -10,14 +10,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "bench" / "gpu_check.sh"
 TESTS = sorted(path.stem.removeprefix("test_cuda_") for path in (ROOT / "tests").glob("test_cuda_*.py"))
-TESTS.remove("build")  # needs no GPU
+TESTS = [name for name in TESTS if name not in ("build", "rtc", "small_shared_memory")]  # need no GPU
 FIRST = ["device", "build", "self-test", "timing-first"]
-LAST = ["timing", "memcheck", "synccheck", "racecheck"]
+LAST = ["profile", "timing", "synccheck", "memcheck", "racecheck"]
 TOTAL = 570  # seconds
 PYTHON = """#!/bin/sh
 case "$*" in
     -) cat >/dev/null; printf '%s' "$FAKE_FACTS" ;;
-    setup.py*) echo "built for $TORCH_CUDA_ARCH_LIST" ;;
+    setup.py*) echo "built for $TORCH_CUDA_ARCH_LIST and $HYPENET_CPU_LEVELS" ;;
     "-m pytest"*step.py) echo "1 failed, 3 passed"; exit 1 ;;
     "-m pytest"*) echo "4 passed" ;;
     "-m bench.supervise"*--quick) echo first >"$4"; echo timed ;;
@@ -37,12 +37,13 @@ def machine(tmp_path):
     for name, text in {
         "python": PYTHON,
         "compute-sanitizer": SANITIZER,
+        "ncu": "#!/bin/sh\necho ncu ran\n",
         "nvidia-smi": "#!/bin/sh\necho NVIDIA H200\n",
         "nvcc": "#!/bin/sh\necho release 13.0\n",
     }.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    facts = {"FAKE_FACTS": f"9.0a\n{tmp_path}/results\n", "FAKE_SECONDS": "0"}
+    facts = {"FAKE_FACTS": f"9.0a\nv4\n{tmp_path}/results\n", "FAKE_SECONDS": "0"}
     return os.environ | facts | {"PYTHON": f"{tmp_path}/python", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
 
 
@@ -64,7 +65,7 @@ def test_a_failing_stage_does_not_stop_the_others(machine, tmp_path):
     assert sorted(found.keys() - {*FIRST, *LAST}) == TESTS
     assert found.pop("step") == ("failed (1)", "1 failed, 3 passed")
     assert {result for result, _ in found.values()} == {"passed"}
-    assert found["build"][1] == "built for 9.0a" and found["racecheck"][1].startswith("checked by racecheck")
+    assert found["build"][1] == "built for 9.0a and v4" and found["racecheck"][1].startswith("checked by racecheck")
     summary = (tmp_path / "results" / "gpu_check.md").read_text()
     assert "NVIDIA H200" in summary and 'table of {"rows": []}' in summary
     log = (tmp_path / "results" / "gpu_check.log").read_text()
@@ -105,7 +106,7 @@ def test_dry_run_prints_every_stage_and_runs_none(machine, tmp_path):
     limits = {name: int(seconds) for name, seconds in re.findall(r"^(\S+) +at most +(\d+) s", ran.stdout, re.MULTILINE)}
     assert limits.keys() == {*FIRST, *TESTS, *LAST}
     assert sum(limits[name] for name in (*FIRST, *TESTS)) < TOTAL and sum(limits.values()) < 1.6 * TOTAL
-    assert all(f"--tool {tool}" in ran.stdout for tool in LAST[1:])
+    assert all(f"--tool {tool}" in ran.stdout for tool in LAST[2:])
 
 
 def test_help_prints_the_header_of_the_script():

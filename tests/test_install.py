@@ -31,6 +31,7 @@ PyMODINIT_FUNC PyInit__cpu_v3() { return make(); }
 PyMODINIT_FUNC PyInit__cpu_v4() { return make(); }
 PyMODINIT_FUNC PyInit__cpu_v4_bf16() { return make(); }
 PyMODINIT_FUNC PyInit__cuda() { return make(); }
+PyMODINIT_FUNC PyInit__cuda_rtc() { return make(); }
 """
 
 
@@ -155,6 +156,11 @@ def test_wheel_builds_without_torch_and_runs_from_anywhere(tmp_path):
     assert not [name for name in names if name.split("/")[0] in ("tests", "bench", "csrc")]
     assert {f"halo/configs/{path.name}" for path in (ROOT / "halo" / "configs").glob("*.yaml")} <= set(names)
     assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
+    for folder in ("", "arch/", "rtc/include/"):  # what NVRTC reads
+        packed = {Path(name).name for name in names if name.startswith(f"hypenet_kernels/csrc/cuda/{folder}")}
+        needed = (path.name for path in (ROOT / "csrc" / "cuda" / folder).iterdir() if path.is_file())
+        assert {name for name in needed if not name.endswith(".cu")} <= packed
+    assert "hypenet_kernels/csrc/params.h" in names
     entry_points = next((tmp_path / "with space").glob("*/entry_points.txt")).read_text()
     assert "hypenet = halo.__main__:hypenet" in entry_points and "halo = halo.__main__:main" in entry_points
     metadata = next((tmp_path / "with space").glob("*/METADATA")).read_text()
@@ -184,9 +190,8 @@ def test_builds_in_a_folder_with_spaces(tmp_path, monkeypatch):
     first = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert first.returncode == 0, first.stdout + first.stderr
     modules = {path.name.split(".")[0] for path in (root / "hypenet_kernels").glob("*.so")}
-    assert modules == {f"_cpu_{level}" for level in setup.LEVELS} | (
-        {"_cuda"} if setup.find_nvcc(os.environ) else set()
-    )
+    cuda = {"_cuda", "_cuda_rtc"} if setup.find_nvcc(os.environ) else {"_cuda_rtc"}
+    assert modules == {f"_cpu_{level}" for level in setup.LEVELS} | cuda
     show = "import hypenet_kernels._cpu_baseline as b; print(b.__file__)"
     subprocess.run([sys.executable, "-c", show], cwd=root, check=True, capture_output=True)
     (root / "csrc" / "number.h").write_text("int number();  // changed\n")

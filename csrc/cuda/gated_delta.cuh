@@ -1,12 +1,15 @@
-// What the kernels of the gated delta rule share: chunks, where sequences and their segments lie, and pairs.
+// What the kernels of the gated delta rule share: chunks, where sequences and their segments lie, hi/lo pairs.
 #pragma once
 
 #include "arch/sm80.cuh"
-#include "kernels.h"
+#include "numbers.h"
 #include "tile.cuh"
 #include "view.cuh"
 
 namespace hypenet::cuda::gated_delta {
+
+// What a token adds to the state: k (v - S^T k)^T times beta, or k v^T, which has neither beta nor L.
+enum class Rule { kDelta, kGla };
 
 constexpr int kChunk = 64;  // tokens
 constexpr int kBlock = 16;  // rows and columns of the blocks of a chunk's triangle
@@ -46,7 +49,7 @@ __device__ __forceinline__ int64_t sequence_of_chunk(const Params& params, int64
   return find_sequence(params.chunk_offsets, params.N, chunk);
 }
 
-// What is gone through chunk by chunk: a sequence, or where sequences are split its `idx`-th segment.
+// What is processed chunk by chunk: a sequence, or where sequences are split its `idx`-th segment.
 struct Segment {
   Sequence sequence;
   int64_t n;              // -1 past the last segment; the rest then means nothing
@@ -99,53 +102,33 @@ __device__ __forceinline__ int tokens_from(const Sequence& sequence, int64_t fir
   return left < kChunk ? static_cast<int>(left) : kChunk;
 }
 
-template <class Element>
-__device__ __forceinline__ const Element* row_of(const View& x, int64_t batch, int64_t token, int64_t head) {
-  return static_cast<const Element*>(x.data) + batch * x.batch + token * x.token + head * x.head;
-}
-
-// Calls run.template operator()<K>() for a K that is built.
-template <class Run>
-Status dispatch_key_dim(int64_t K, Run&& run) {
-  switch (K) {
-    case 64:
-      return run.template operator()<64>();
-    case 128:
-      return run.template operator()<128>();
-    case 256:
-      return run.template operator()<256>();
-    default:
-      return "K must be 64, 128 or 256";
-  }
-}
-
 // 2^(G_i - G_j), for i >= j. The sums G may rise by their rounding. 1 for NaN, which gamma passes on.
 __device__ __forceinline__ float decay_between(float G_i, float G_j) {
   return arch::exp2(fminf(G_i - G_j, 0.0f));
 }
 
-// ---- pairs: numbers as the sum of two of the operands' type, for products whose errors would add up. Of a
-// product of pairs that of the two low parts is left out.
+// ---- hi/lo pairs: numbers as the sum of two of the operands' type (split bf16), for products whose errors would add
+// up. Of the four products of two pairs, that of the two low parts is left out.
 //
-// L = stril((I + stril(diag(beta) K K^T . Gamma))^-1) is kept as a pair in one [64, 64]: the high part below
+// L = stril((I + stril(diag(beta) K K^T . Gamma))^-1) is kept as a hi/lo pair in one [64, 64]: the high part below
 // the diagonal, the low part, transposed, above it. What lies on the diagonal means nothing.
 
 // x, y = high + low
 template <class Element>
-__device__ __forceinline__ void pack_pair(uint32_t& high, uint32_t& low, float x, float y) {
+__device__ __forceinline__ void pack_hi_lo(uint32_t& high, uint32_t& low, float x, float y) {
   high = arch::pack<Element>(x, y);
   const float2 rounded = arch::unpack<Element>(high);
   low = arch::pack<Element>(x - rounded.x, y - rounded.y);
 }
 
-// Two results [16, 8] as a pair of operands A [16, 16].
+// Two results [16, 8] as a hi/lo pair of operands A [16, 16].
 template <class Element>
-__device__ __forceinline__ void round_to_pair(uint32_t (&high)[4], uint32_t (&low)[4], const float (&left)[4],
-                                              const float (&right)[4]) {
-  pack_pair<Element>(high[0], low[0], left[0], left[1]);
-  pack_pair<Element>(high[1], low[1], left[2], left[3]);
-  pack_pair<Element>(high[2], low[2], right[0], right[1]);
-  pack_pair<Element>(high[3], low[3], right[2], right[3]);
+__device__ __forceinline__ void split_hi_lo(uint32_t (&high)[4], uint32_t (&low)[4], const float (&left)[4],
+                                            const float (&right)[4]) {
+  pack_hi_lo<Element>(high[0], low[0], left[0], left[1]);
+  pack_hi_lo<Element>(high[1], low[1], left[2], left[3]);
+  pack_hi_lo<Element>(high[2], low[2], right[0], right[1]);
+  pack_hi_lo<Element>(high[3], low[3], right[2], right[3]);
 }
 
 // Of a fragment [16, 16] on the diagonal what lies strictly below it, or above; the four matrices [8, 8] of
@@ -160,9 +143,10 @@ __device__ __forceinline__ void keep_triangle(uint32_t (&fragment)[4]) {
   fragment[3] &= kept;
 }
 
-// Whether some beta of the chunk exceeds 1, by a warp. Then I - beta k k^T may reflect, errors last instead
-// of fading from token to token, and what crosses from chunk to chunk is taken in pairs as well.
-__device__ __forceinline__ bool reflects(const float (&beta)[kChunk]) {
+// Whether some beta of the chunk exceeds 1, by a warp. Then I - beta k k^T may reflect, and errors last instead of
+// fading from token to token: such a chunk is compensated, that is, what crosses from chunk to chunk is taken as hi/lo
+// pairs as well.
+__device__ __forceinline__ bool beta_exceeds_one(const float (&beta)[kChunk]) {
   static_assert(kChunk == 2 * arch::kWarpSize);
   return arch::any(beta[lane_idx()] > 1.0f || beta[arch::kWarpSize + lane_idx()] > 1.0f);
 }
@@ -172,18 +156,5 @@ __device__ __forceinline__ void split_tf32(uint32_t& high, uint32_t& low, float 
   high = arch::to_tf32(x);
   low = arch::to_tf32(x - __builtin_bit_cast(float, high));
 }
-
-// The kernels of the forward, in this order; the fourth only where sequences are split.
-Status fill_unused_rows(const GatedDeltaFwdParams& params, Stream stream);
-Status map_sequences(const GatedDeltaFwdParams& params, Stream stream);
-Status prepare(const GatedDeltaFwdParams& params, Stream stream);
-Status find_segment_states(const GatedDeltaFwdParams& params, Stream stream);
-Status scan(const GatedDeltaFwdParams& params, Stream stream);
-
-Status fill_unused_rows(const GatedDeltaBwdParams& params, Stream stream);
-
-// What the segments of split sequences do to the state gradients, from what each does alone (segment_states)
-// and the transfers of the forward.
-Status chain_backward(const GatedDeltaBwdParams& params, Stream stream);
 
 }  // namespace hypenet::cuda::gated_delta

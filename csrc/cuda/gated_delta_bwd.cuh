@@ -4,16 +4,9 @@
 
 #include "arch/sm80.cuh"
 #include "gated_delta.cuh"
-#include "kernels.h"
 #include "tile.cuh"
 
-namespace hypenet::cuda::gated_delta_bwd {
-
-using namespace gated_delta;
-
-// The kernels of the backward, in this order.
-Status scan(const GatedDeltaBwdParams& params, Stream stream);
-Status finish(const GatedDeltaBwdParams& params, Stream stream);
+namespace hypenet::cuda::gated_delta::bwd {
 
 // This thread's number, from which nothing is known to follow: addresses that outlive a step cost more
 // registers than there are.
@@ -130,7 +123,7 @@ __device__ __forceinline__ void store_low(Tile& tile, int row, int col, const fl
 #pragma unroll
       for (int i = 0; i < 4; i += 2) {
         uint32_t high, low;
-        pack_pair<Element>(high, low, d[m][n][i], d[m][n][i + 1]);
+        pack_hi_lo<Element>(high, low, d[m][n][i], d[m][n][i + 1]);
         const int to_row = row + 16 * m + lane_idx() / 4 + 4 * i, to_col = col + 8 * n + lane_idx() % 4 * 2;
         *reinterpret_cast<uint32_t*>(tile.at(to_row, to_col)) = low;
       }
@@ -159,16 +152,4 @@ __device__ __forceinline__ float sum_parts(const float (&parts)[kParts][kChunk],
   return sum;
 }
 
-// Sum of x over the lanes below this one.
-__device__ __forceinline__ float sum_of_lanes_below(float x) {
-  float sum = x;
-#pragma unroll
-  for (int delta = 1; delta < arch::kWarpSize; delta *= 2) {
-    const float other = arch::shuffle_up(sum, delta);
-    if (lane_idx() >= delta) sum += other;
-  }
-  const float below = arch::shuffle_up(sum, 1);
-  return lane_idx() == 0 ? 0.0f : below;
-}
-
-}  // namespace hypenet::cuda::gated_delta_bwd
+}  // namespace hypenet::cuda::gated_delta::bwd

@@ -1,460 +1,252 @@
-// How the state goes from chunk to chunk: what gated_delta_scan.cu, which says what is computed and how, and
-// gated_delta_segments.cu, which goes through segments alone and computes no output, share.
+// The part of the chunk forward of the gated delta rule and simple GLA that is serial in T: the state goes
+// from chunk to chunk. What does not need the state is in workspace already (gated_delta_prepare.cuh).
+//
+// Math, per chunk of 64 tokens, S the state before it; G, L and P from workspace, gamma = 2^G, s the scale:
+//   (1) Z = K S                      O = Q S
+//   (2) B = beta (V - gamma Z)
+//   (3) E = B + L B                  simple GLA: E = V, and neither (2) nor Z
+//   (4) O = s gamma O + P E
+//   (5) S := gamma_last S + K^T (gamma_last / gamma E)
+//
+// Shapes: GatedDeltaFwdParams (params.h); K = 64, 128 or 256, V a multiple of 64. Where the forward keeps h,
+// S is written there, rounded, before each chunk. Where sequences are split, a segment of one is processed
+// like a sequence, from the state that gated_delta_segments.cuh found.
+//
+// Mapping: a block owns 16 kWarps columns of V of one (sequence or segment, value head); blocks are numbered
+// along x, the column tile fastest. Every warp owns 16 columns from the first chunk to the last and shares
+// nothing with the others but the tiles that they read, so that a chunk costs one block barrier. A warp holds
+// S^T [16, K] as results of mma. Everything is computed transposed, so that results, rounded where they lie,
+// are the next product's operand A: S^T of Z^T = S^T K^T and of O^T = S^T Q^T, B^T, made from Z^T in place,
+// of E^T = B^T + B^T L^T, again in place, and E^T of S^T += E^T K and of O^T += E^T P^T. Between the tiles'
+// arrival and the store of O nothing passes through shared memory. Two warps, four or eight is a question of how
+// many blocks there are (choices.h); the results are the same bits.
+//
+// Shared memory, two stages of (K = 128, eight warps; for four, v is half as large):
+//   k, q           [64, K]      Element   32 KB
+//   P | L          [64, 128]    Element   16 KB    P's blocks above the diagonal are never touched
+//   v              [8][64, 16]  Element   16 KB    a tile per warp; (4) leaves O there
+//   G, beta        [64]         fp32     0.5 KB
+// 129 KB: 1 block of 8 warps per SM; 113 KB: 2 blocks of 4 warps where there are 228 KB, else 1. For K
+// = 256, where S^T takes half of a warp's registers, E^T waits in 4 KB of shared memory a warp, and (1) makes
+// O when Z has gone: 225 KB, or 193 KB for four warps, which Hopper has.
+//
+// Pipeline: while a chunk is computed, the copies of the next one run. Top of a chunk: wait for own copies,
+// barrier (the chunk is here, and all warps have left the other stage), start the copies of the next.
+//
+// Numerics: S, Z, B, E and O are fp32. Rounded to Element are S as an operand, P, E to the chunk's end, and
+// O. Keys that repeat make E a small difference of large B, so that B, L, and E in (4) are hi/lo pairs: twice the
+// digits for three products of (3) instead of one, and two of (4). Where some beta of the chunk exceeds 1, S
+// in K S and E to the chunk's end are hi/lo pairs too.
+//
+// Cost per chunk and 16 columns, K = 128: 292 mma (420 with some beta > 1, 148 without delta) behind 130
+// ldmatrix (194, 78), and 33 exponentials a lane. Per chunk and block 45 KB of tiles besides v (37 KB without
+// delta), which the blocks of one head share in L2. Bound by the latency of a chunk where there are few
+// heads, else by mma.
+//
+// Limits: bf16, fp16; fewer than 2^31 tokens in a sequence; 2^31 - 1 blocks.
 #pragma once
 
 #include "arch/sm80.cuh"
-#include "gated_delta.cuh"
-#include "kernels.h"
-#include "tile.cuh"
+#include "gated_delta_state.cuh"
 
-namespace hypenet::cuda::gated_delta {
+namespace hypenet::cuda::gated_delta::scan {
 
-constexpr int kColumns = 16;             // of V, per warp
-constexpr int kSteps = kChunk / kBlock;  // fragments along the tokens of a chunk
+static_assert(sizeof(ScanSmem<Config<arch::bf16, 128, Rule::kDelta, Pass::kOutput, 8>>) == 129 * 1024);
+static_assert(2 * (sizeof(ScanSmem<Config<arch::bf16, 128, Rule::kDelta, Pass::kOutput, 4>>) + 1024) <=
+              228 * 1024);
 
-// kOutput: whether O is computed, for which a pass needs q and P.
-template <class Element_, int K_, bool Delta_, bool Output_, int Warps_>
-struct Config {
-  using Element = Element_;
-  static constexpr int kKeyDim = K_, kWarps = Warps_, kThreads = kWarps * arch::kWarpSize;
-  static constexpr bool kDelta = Delta_, kOutput = Output_;
-  static constexpr int kLColumn = kOutput ? kChunk : 0;  // of L beside P
-  // S fills half of the registers: E waits in shared memory, and (1) makes O when Z has gone.
-  static constexpr bool kWide = kKeyDim > 128;
-  using Rows = Tile<Element, kChunk, kKeyDim>;
-  using Matrices = Tile<Element, kChunk, kChunk*(int{kDelta} + int{kOutput})>;
-  using Slab = Tile<Element, kChunk, kColumns>;
-};
-
-// What is not needed has no rows or columns, and takes no room.
-template <class C>
-struct Stage {
-  typename C::Rows k;
-  Tile<typename C::Element, C::kOutput ? kChunk : 0, C::kKeyDim> q;
-  typename C::Matrices matrices;  // P, and L on its right
-  typename C::Slab v[C::kWarps];
-  float G[kChunk], beta[kChunk];
-};
-
-// E^T of a warp as operands, every lane's part: the high parts of its four steps, then the low parts.
-using ValuesSmem = uint4[2][kSteps][arch::kWarpSize];
-
-template <class C>
-struct ScanSmem {
-  Stage<C> stages[2];
-  ValuesSmem values[C::kWide ? C::kWarps : 0];
-};
-
-// Results of mma along a row of a warp: [16, 8 n].
-template <int n>
-using Results = float[n][4];
-// The same, rounded, as operands A [16, 16].
-template <int n>
-using Operands = uint32_t[n][4];
-
-// A warp's place: 16 columns of a head of a sequence or segment, whose tokens an int can count.
-struct Place {
-  int64_t batch, token, chunk;  // token, chunk: the first
-  unsigned head, key_head, column;
-  int num_tokens;
-};
-
-__device__ __forceinline__ Place place_in(const GatedDeltaFwdParams& params, const Segment& segment,
-                                          unsigned head, unsigned column) {
-  return {.batch = segment.sequence.batch,
-          .token = segment.sequence.start + segment.first,
-          .chunk = segment.sequence.first_chunk + segment.first / kChunk,
-          .head = head,
-          .key_head = head / static_cast<unsigned>(params.HV / params.H),
-          .column = column,
-          .num_tokens = static_cast<int>(segment.length)};
-}
-
-// What a block's number says: its segment, and this warp's columns of a value head.
-template <class C>
-struct Slot {
-  int64_t segment;
-  unsigned head, column;
-
-  // num_tiles: in which a head's columns are cut.
-  __device__ Slot(const GatedDeltaFwdParams& params, unsigned num_tiles) {
-    const auto HV = static_cast<unsigned>(params.HV);
-    const unsigned block = arch::block_idx();
-    segment = block / num_tiles / HV;
-    head = block / num_tiles % HV;
-    column = (block % num_tiles * C::kWarps + warp_idx()) * kColumns;
-  }
-  // Where the warp's columns of the head's state n lie in [n, HV, K, V].
-  __device__ int64_t state(const GatedDeltaFwdParams& params, int64_t n) const {
-    return (n * params.HV + head) * C::kKeyDim * params.V + column;
-  }
-  // The same of sequence n in initial_state and final_state.
-  __device__ int64_t state_of_sequence(const GatedDeltaFwdParams& params, int64_t n) const {
-    return slot_of(params, n) * slot_stride(params) + head * C::kKeyDim * params.V + column;
-  }
-};
-
-// What a thread reads next: its rows of the coming chunk.
-template <class C>
-struct Cursor {
-  const typename C::Element *k, *q, *v;
-  const float* beta;
-  int64_t matrix;  // (chunk, head) among all
-  int num_tokens;  // from the chunk on
-
-  __device__ Cursor(const GatedDeltaFwdParams& params, const Place& place) {
-    using Element = typename C::Element;
-    const unsigned thread = arch::thread_idx(), lane = lane_idx();
-    constexpr unsigned kRowPieces = C::Rows::kPieces, kSlabPieces = C::Slab::kPieces;
-    const int row = thread / kRowPieces, col = thread % kRowPieces * kPiece;
-    k = row_of<Element>(params.k, place.batch, place.token + row, place.key_head) + col;
-    q = row_of<Element>(params.q, place.batch, place.token + row, place.key_head) + col;
-    v = row_of<Element>(params.v, place.batch, place.token + lane / kSlabPieces, place.head) + place.column +
-        lane % kSlabPieces * kPiece;
-    if constexpr (C::kDelta) {
-      beta = row_of<float>(params.beta, place.batch, place.token + thread, place.head);
-    }
-    matrix = place.chunk * params.HV + place.head;
-    num_tokens = place.num_tokens;
-  }
-
-  __device__ void advance(const GatedDeltaFwdParams& params) {
-    k += kChunk * params.k.token, q += kChunk * params.q.token, v += kChunk * params.v.token;
-    if constexpr (C::kDelta) beta += kChunk * params.beta.token;
-    matrix += params.HV;
-    num_tokens -= kChunk;
-  }
-};
-
-template <int n>
-__device__ __forceinline__ void set_zero(Results<n>& x) {
+// S, rounded, to columns of a matrix [K, V].
+template <class Element, int n>
+__device__ __forceinline__ void store_state(Element* to, unsigned V, unsigned column, const Results<n>& S) {
+  to += column + (lane_idx() / 4 * V + lane_idx() % 4 * 2);
 #pragma unroll
-  for (int i = 0; i < n; ++i) x[i][0] = x[i][1] = x[i][2] = x[i][3] = 0.0f;
+  for (int i = 0; i < n; ++i, to += 8 * V) {
+    const uint32_t top = arch::pack<Element>(S[i][0], S[i][1]),
+                   bottom = arch::pack<Element>(S[i][2], S[i][3]);
+    *reinterpret_cast<uint32_t*>(to) = arch::transpose_8x8(top);
+    *reinterpret_cast<uint32_t*>(to + 8) = arch::transpose_8x8(bottom);
+  }
 }
 
-// d [16, 16] += a b
-template <class Element>
-__device__ __forceinline__ void multiply(float (&left)[4], float (&right)[4], const uint32_t (&a)[4],
-                                         const uint32_t (&b)[4]) {
-  arch::mma_16x8x16<Element>(left, a, {b[0], b[1]});
-  arch::mma_16x8x16<Element>(right, a, {b[2], b[3]});
-}
-
-// Where a lane's rows of fragments lie, in bytes from the fragment's first row and column 0. A fragment's
-// column then flips bits of it: three registers stand for the addresses of all fragments.
+// (1) O^T = (s S)^T Q^T. The scale is here so that S is rounded anew: the compiler would keep what it rounded
+// for Z, in a quarter of the registers.
 template <class C>
-struct Lanes {
-  int rows, rows_transposed;  // B of k [tokens, K], and of its and q's transpose
-  int matrices_transposed;    // B of the transposes of P and of L's high part
-  int matrices;               // B of the transpose of L's low part, as that is how it lies
-
-  __device__ Lanes() {
-    const int lane = lane_idx(), row = lane % 8 + lane / 16 * 8, col = lane / 8 % 2 * kPiece;
-    rows = C::Rows::offset(lane % 16, lane / 16 * kPiece) * 2;
-    rows_transposed = C::Rows::offset(row, col) * 2;
-    matrices_transposed = C::Matrices::offset(row, col) * 2;
-    matrices = C::Matrices::offset(lane % 16, lane / 16 * kPiece) * 2;
-  }
-};
-
-// This lane's row of the fragment at (row, col).
-template <class Tile>
-__device__ __forceinline__ const void* fragment_row(const Tile& tile, int lane_offset, int row, int col) {
-  constexpr int kRowBytes = Tile::kCols * 2;
-  constexpr int kSwizzled = 8 * kPiece * 2;  // bytes of a row within which a key moves its pieces
-  static_assert(kRowBytes % kSwizzled == 0);
-  const int flips = col * 2 % kSwizzled, ahead = col * 2 / kSwizzled * kSwizzled;
-  return reinterpret_cast<const char*>(tile.data) + (lane_offset ^ flips) + ahead + row * kRowBytes;
-}
-
-// run(address in columns of a matrix [K, V], element) for the elements of S^T that a lane holds. One address
-// is kept and moved on, here and below: registers are scarce.
-template <int n, class Float, class Run>
-__device__ __forceinline__ void for_each_of_state(Results<n>& S, Float* matrix, int64_t V, Run&& run) {
-  matrix += lane_idx() % 4 * 2 * V + lane_idx() / 4;
-#pragma unroll
-  for (int i = 0; i < n; ++i, matrix += 8 * V) {
-    run(matrix, S[i][0]);
-    run(matrix + V, S[i][1]);
-    run(matrix + 8, S[i][2]);
-    run(matrix + V + 8, S[i][3]);
-  }
-}
-
-// Starts the copy of rows [0, num_rows) of a tile; the other rows become zero. `global`: this thread's first
-// piece.
-template <int kThreads, class Tile>
-__device__ __forceinline__ void copy_rows_async(Tile& tile, const typename Tile::Element* global,
-                                                int64_t stride, int num_rows, unsigned thread) {
-  constexpr int kRowsAtOnce = kThreads / Tile::kPieces;
-  static_assert(kThreads % Tile::kPieces == 0 && Tile::kRows % kRowsAtOnce == 0);
-  const int first = thread / Tile::kPieces, col = thread % Tile::kPieces * kPiece;
-#pragma unroll
-  for (int i = 0; i < Tile::kRows; i += kRowsAtOnce, global += kRowsAtOnce * stride) {
-    arch::copy_16_async(tile.at(first + i, col), global, first + i < num_rows);
-  }
-}
-
-// Starts the copy of a matrix [64, 64] to a tile's columns from `to` on; if kTriangle, of its blocks on and
-// below the diagonal.
-template <int kThreads, bool kTriangle, class Tile>
-__device__ __forceinline__ void copy_matrix_async(Tile& tile, int to, const void* matrices, int64_t idx,
-                                                  unsigned thread) {
-  using Element = typename Tile::Element;
-  constexpr int kPieces = kChunk / kPiece, kRowsAtOnce = kThreads / kPieces;
-  const int first = thread / kPieces, col = thread % kPieces * kPiece;
-  const Element* global = static_cast<const Element*>(matrices) + idx * kChunk * kChunk + thread * kPiece;
-#pragma unroll
-  for (int i = 0; i < kChunk; i += kRowsAtOnce, global += kThreads * kPiece) {
-    const int row = first + i;
-    if (!kTriangle || col < row / kBlock * kBlock + kBlock) {
-      arch::copy_16_async(tile.at(row, to + col), global, true);
-    }
-  }
-}
-
-// Starts the copies of the chunk at the cursor; of v, of num_values tokens.
-template <class C>
-__device__ __forceinline__ void copy_chunk_async(Stage<C>& stage, const GatedDeltaFwdParams& params,
-                                                 const Cursor<C>& at, int num_values) {
-  const unsigned thread = arch::thread_idx();
-  copy_rows_async<C::kThreads>(stage.k, at.k, params.k.token, at.num_tokens, thread);
-  copy_rows_async<arch::kWarpSize>(stage.v[warp_idx()], at.v, params.v.token, num_values, lane_idx());
-  if constexpr (C::kOutput) {
-    copy_rows_async<C::kThreads>(stage.q, at.q, params.q.token, at.num_tokens, thread);
-    copy_matrix_async<C::kThreads, true>(stage.matrices, 0, params.P, at.matrix, thread);
-  }
-  if constexpr (C::kDelta) {
-    copy_matrix_async<C::kThreads, false>(stage.matrices, C::kLColumn, params.L, at.matrix, thread);
-  }
-  if (thread >= kChunk) return;
-  arch::copy_4_async(&stage.G[thread], params.G + at.matrix * kChunk + thread, true);
-  if constexpr (C::kDelta) {
-    arch::copy_4_async(&stage.beta[thread], at.beta, static_cast<int>(thread) < at.num_tokens);
-  }
-}
-
-// (1) Z^T = S^T K^T if kZ, O^T = S^T Q^T if kO. in_pairs: S of the first is a pair.
-template <class C, bool kZ, bool kO>
-__device__ __forceinline__ void read_state(Results<kChunk / 8>& Z, Results<kChunk / 8>& O,
-                                           const Results<C::kKeyDim / 8>& S, const Stage<C>& stage,
-                                           const Lanes<C>& lanes, bool in_pairs) {
+__device__ __forceinline__ void read_output(Results<kChunk / 8>& O, const Results<C::kKeyDim / 8>& S,
+                                            float scale, const Stage<C>& stage, const Lanes<C>& lanes) {
   using Element = typename C::Element;
-  if constexpr (kZ) set_zero(Z);
-  if constexpr (kO) set_zero(O);
+  set_zero(O);
 #pragma unroll
   for (int k = 0; k < C::kKeyDim; k += 16) {
+    Results<2> scaled;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) scaled[i / 4][i % 4] = scale * S[k / 8 + i / 4][i % 4];
     uint32_t s[4];
-    round_to_a<Element>(s, S[k / 8], S[k / 8 + 1]);
+    round_to_a<Element>(s, scaled[0], scaled[1]);
 #pragma unroll
     for (int t = 0; t < kSteps; ++t) {
-      if constexpr (kZ) {
-        uint32_t b[4];
-        arch::ldmatrix_x4(b, fragment_row(stage.k, lanes.rows_transposed, 16 * t, k));
-        multiply<Element>(Z[2 * t], Z[2 * t + 1], s, b);
-      }
-      if constexpr (kO) {
-        uint32_t b[4];
-        arch::ldmatrix_x4(b, fragment_row(stage.q, lanes.rows_transposed, 16 * t, k));
-        multiply<Element>(O[2 * t], O[2 * t + 1], s, b);
-      }
-    }
-    if constexpr (kZ) {
-      if (!in_pairs) continue;
-      uint32_t high[4], low[4];
-      round_to_pair<Element>(high, low, S[k / 8], S[k / 8 + 1]);
-#pragma unroll
-      for (int t = 0; t < kSteps; ++t) {
-        uint32_t b[4];
-        arch::ldmatrix_x4(b, fragment_row(stage.k, lanes.rows_transposed, 16 * t, k));
-        multiply<Element>(Z[2 * t], Z[2 * t + 1], low, b);
-      }
+      uint32_t b[4];
+      arch::ldmatrix_x4(b, fragment_row(stage.q, lanes.rows_transposed, 16 * t, k));
+      multiply<Element>(O[2 * t], O[2 * t + 1], s, b);
     }
   }
 }
 
-// Of a vector over the chunk, what belongs to pair i of an operand A whose columns are the 16 tokens from 16
-// t on.
-__device__ __forceinline__ float2 load_pair(const float (&x)[kChunk], int t, int i) {
-  return *reinterpret_cast<const float2*>(&x[16 * t + i / 2 * 8 + lane_idx() % 4 * 2]);
-}
-
-// The decay from the chunk's start to such a pair of tokens, and from it to the chunk's end.
-__device__ __forceinline__ float2 decay_from_start(const float (&G)[kChunk], int t, int i) {
-  const float2 x = load_pair(G, t, i);
-  return {arch::exp2(x.x), arch::exp2(x.y)};
-}
-__device__ __forceinline__ float2 decay_to_end(const float (&G)[kChunk], int t, int i) {
-  const float2 x = load_pair(G, t, i);
-  return {decay_between(G[kChunk - 1], x.x), decay_between(G[kChunk - 1], x.y)};
-}
-
-// (2) B^T = beta (V^T - gamma Z^T), in the place of Z^T.
+// (4) O^T = scale gamma O^T + E^T P^T; rounded and transposed to the warp's tile of v.
 template <class C>
-__device__ __forceinline__ void form_residual(Results<kChunk / 8>& Z, const Stage<C>& stage) {
-#pragma unroll
-  for (int t = 0; t < kSteps; ++t) {
-    uint32_t values[4];
-    load_a_transposed(values, stage.v[warp_idx()], 0, 16 * t);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 gamma = decay_from_start(stage.G, t, i), beta = load_pair(stage.beta, t, i);
-      const float2 v = arch::unpack<typename C::Element>(values[i]);
-      float* z = &Z[2 * t + i / 2][i % 2 * 2];
-      z[0] = beta.x * (v.x - gamma.x * z[0]);
-      z[1] = beta.y * (v.y - gamma.y * z[1]);
-    }
-  }
-}
-
-// Block (i, t) of L, i >= t, as operand B of its transpose.
-template <class C>
-__device__ __forceinline__ void load_inverse(uint32_t (&high)[4], uint32_t (&low)[4], const Stage<C>& stage,
-                                             const Lanes<C>& lanes, int i, int t) {
-  constexpr int kColumn = C::kLColumn;
-  arch::ldmatrix_x4(high, fragment_row(stage.matrices, lanes.matrices_transposed, 16 * i, kColumn + 16 * t));
-  arch::ldmatrix_x4_trans(low, fragment_row(stage.matrices, lanes.matrices, 16 * t, kColumn + 16 * i));
-  if (i != t) return;
-  keep_triangle<true, 1>(high);
-  keep_triangle<true, 1>(low);
-}
-
-// E^T, of which output and state take a step of 16 tokens at a time as a pair, without delta as it is.
-template <bool kInSmem>
-struct Values;
-
-template <>
-struct Values<false> {
-  Operands<kSteps> parts[2];
-
-  __device__ explicit Values(const ValuesSmem*) {}
-  template <int part>
-  __device__ void set(int t, const uint32_t (&a)[4]) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) parts[part][t][i] = a[i];
-  }
-  template <int part>
-  __device__ void get(uint32_t (&a)[4], int t) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) a[i] = parts[part][t][i];
-  }
-};
-
-template <>
-struct Values<true> {
-  uint4 (*parts)[kSteps][arch::kWarpSize];
-
-  __device__ explicit Values(ValuesSmem* smem) : parts(smem[warp_idx()]) {}
-  template <int part>
-  __device__ void set(int t, const uint32_t (&a)[4]) {
-    parts[part][t][lane_idx()] = {a[0], a[1], a[2], a[3]};
-  }
-  template <int part>
-  __device__ void get(uint32_t (&a)[4], int t) const {
-    const uint4 x = parts[part][t][lane_idx()];
-    a[0] = x.x, a[1] = x.y, a[2] = x.z, a[3] = x.w;
-  }
-};
-
-constexpr int kHigh = 0, kLow = 1;
-
-// (3) E^T = B^T + B^T L^T; B^T is overwritten.
-template <class C>
-__device__ __forceinline__ void solve(Values<C::kWide>& E, Results<kChunk / 8>& B, const Stage<C>& stage,
-                                      const Lanes<C>& lanes) {
+__device__ __forceinline__ void compute_output(Stage<C>& stage, Results<kChunk / 8>& O,
+                                               const Values<C::kWide>& E, float scale,
+                                               const Lanes<C>& lanes) {
   using Element = typename C::Element;
 #pragma unroll
-  for (int t = kSteps - 1; t >= 0; --t) {  // from the last: what goes into B_i is from B_t, t <= i
-    uint32_t b_high[4], b_low[4];
-    round_to_pair<Element>(b_high, b_low, B[2 * t], B[2 * t + 1]);
-#pragma unroll
-    for (int i = t; i < kSteps; ++i) {
-      uint32_t high[4], low[4];
-      load_inverse<C>(high, low, stage, lanes, i, t);
-      multiply<Element>(B[2 * i], B[2 * i + 1], b_low, high);
-      multiply<Element>(B[2 * i], B[2 * i + 1], b_high, low);
-      multiply<Element>(B[2 * i], B[2 * i + 1], b_high, high);
-    }
+  for (int t = 0; t < kChunk / 8; ++t) {
+    const float2 gamma = decay_from_start(stage.G, t / 2, t % 2 * 2);
+    O[t][0] *= scale * gamma.x, O[t][1] *= scale * gamma.y;
+    O[t][2] *= scale * gamma.x, O[t][3] *= scale * gamma.y;
   }
 #pragma unroll
   for (int t = 0; t < kSteps; ++t) {
     uint32_t high[4], low[4];
-    round_to_pair<Element>(high, low, B[2 * t], B[2 * t + 1]);
-    E.template set<kHigh>(t, high);
-    E.template set<kLow>(t, low);
-  }
-}
-
-// Without delta E is V.
-template <class C>
-__device__ __forceinline__ void load_values(Values<C::kWide>& E, const Stage<C>& stage) {
+    E.template get<kHigh>(high, t);
+    if constexpr (C::kDelta) E.template get<kLow>(low, t);
 #pragma unroll
-  for (int t = 0; t < kSteps; ++t) {
-    uint32_t v[4];
-    load_a_transposed(v, stage.v[warp_idx()], 0, 16 * t);
-    E.template set<kHigh>(t, v);
-  }
-}
-
-// Step t of (gamma_last / gamma E)^T.
-template <class C>
-__device__ __forceinline__ void decay_values(float2 (&x)[4], const Values<C::kWide>& E, const Stage<C>& stage,
-                                             int t) {
-  using Element = typename C::Element;
-  uint32_t high[4], low[4];
-  E.template get<kHigh>(high, t);
-  if constexpr (C::kDelta) E.template get<kLow>(low, t);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    x[i] = arch::unpack<Element>(high[i]);
-    if constexpr (C::kDelta) {
-      const float2 rest = arch::unpack<Element>(low[i]);
-      x[i].x += rest.x, x[i].y += rest.y;
-    }
-    const float2 decay = decay_to_end(stage.G, t, i);
-    x[i].x *= decay.x, x[i].y *= decay.y;
-  }
-}
-
-// S^T += e K for step t of the chunk.
-template <class C>
-__device__ __forceinline__ void add_to_state(Results<C::kKeyDim / 8>& S, const uint32_t (&e)[4],
-                                             const Stage<C>& stage, const Lanes<C>& lanes, int t) {
-#pragma unroll
-  for (int k = 0; k < C::kKeyDim; k += 16) {
-    uint32_t b[4];
-    arch::ldmatrix_x4_trans(b, fragment_row(stage.k, lanes.rows, 16 * t, k));
-    multiply<typename C::Element>(S[k / 8], S[k / 8 + 1], e, b);
-  }
-}
-
-// (5) S^T = gamma_last S^T + (gamma_last / gamma E)^T K. in_pairs: E is a pair here too.
-template <class C>
-__device__ __forceinline__ void update_state(Results<C::kKeyDim / 8>& S, const Values<C::kWide>& E,
-                                             const Stage<C>& stage, const Lanes<C>& lanes, bool in_pairs) {
-  using Element = typename C::Element;
-  const float whole = arch::exp2(stage.G[kChunk - 1]);
-#pragma unroll
-  for (int k = 0; k < C::kKeyDim / 8; ++k) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) S[k][i] *= whole;
-  }
-#pragma unroll
-  for (int t = 0; t < kSteps; ++t) {
-    float2 x[4];
-    decay_values<C>(x, E, stage, t);
-    uint32_t high[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) high[i] = arch::pack<Element>(x[i].x, x[i].y);
-    add_to_state<C>(S, high, stage, lanes, t);
-    if constexpr (C::kDelta) {
-      if (!in_pairs) continue;
-      uint32_t low[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) pack_pair<Element>(high[i], low[i], x[i].x, x[i].y);
-      add_to_state<C>(S, low, stage, lanes, t);
+    for (int i = t; i < kSteps; ++i) {
+      uint32_t p[4];
+      arch::ldmatrix_x4(p, fragment_row(stage.matrices, lanes.matrices_transposed, 16 * i, 16 * t));
+      if constexpr (C::kDelta) multiply<Element>(O[2 * i], O[2 * i + 1], low, p);
+      multiply<Element>(O[2 * i], O[2 * i + 1], high, p);
     }
   }
+  typename C::Slab& slab = stage.v[warp_idx()];
+  arch::sync_warp();
+#pragma unroll
+  for (int t = 0; t < kChunk / 8; ++t) {
+    const int row = 8 * t + lane_idx() / 4, col = lane_idx() % 4 * 2;
+    const uint32_t left = arch::pack<Element>(O[t][0], O[t][1]),
+                   right = arch::pack<Element>(O[t][2], O[t][3]);
+    *reinterpret_cast<uint32_t*>(slab.at(row, col)) = arch::transpose_8x8(left);
+    *reinterpret_cast<uint32_t*>(slab.at(row, col + 8)) = arch::transpose_8x8(right);
+  }
+  arch::sync_warp();
 }
 
-}  // namespace hypenet::cuda::gated_delta
+// Stores rows [0, num_tokens) of the warp's tile of O; `o`: this lane's first piece, moved on to the next
+// chunk's.
+template <class C>
+__device__ __forceinline__ void store_output(typename C::Element*& o, unsigned stride, int num_tokens,
+                                             const typename C::Slab& slab) {
+  constexpr int kRowsAtOnce = arch::kWarpSize / C::Slab::kPieces;
+  const int first = lane_idx() / C::Slab::kPieces, col = lane_idx() % C::Slab::kPieces * kPiece;
+#pragma unroll
+  for (int i = 0; i < kChunk; i += kRowsAtOnce, o += kRowsAtOnce * stride) {
+    if (first + i < num_tokens) arch::store_16_bytes(o, arch::load_16_bytes(slab.at(first + i, col)));
+  }
+}
+
+// Stores S as a checkpoint if one is due after chunk `c` of the block's segment. Positions are counted in
+// chunks, which fit in 32 bits.
+template <class C>
+__device__ __forceinline__ void store_checkpoint(Results<C::kKeyDim / 8>& S,
+                                                 const GatedDeltaFwdParams& params, unsigned num_tiles,
+                                                 int c) {
+  const Slot<C> slot(params, num_tiles);  // recomputed: values that outlive the loop cost registers in it
+  const Segment segment = gated_delta::segment(params, slot.segment);
+  const auto every = static_cast<unsigned>(params.checkpoint_every / kChunk);
+  const unsigned chunks = static_cast<unsigned>(segment.first / kChunk) + c + 1;
+  if (chunks % every != 0) return;
+  const int64_t of_batch = static_cast<unsigned>(params.T / kChunk) / every;
+  const unsigned of_sequence = static_cast<unsigned>(segment.sequence.start / kChunk) / every;
+  const int64_t row = segment.sequence.batch * of_batch + of_sequence + chunks / every - 1;
+  for_each_of_state(S, static_cast<float*>(params.checkpoints) + slot.state(params, row), params.V,
+                    [](float* to, float x) { *to = x; });
+}
+
+// With K = 64, no delta and four warps, the shared memory of a Hopper SM holds 3 blocks: so must registers.
+template <class C>
+constexpr int kMinBlocks = C::kKeyDim == 64 && !C::kDelta && C::kWarps == 4 ? 3 : 1;
+
+template <class C>
+__device__ __forceinline__ void scan(const GatedDeltaFwdParams& params) {
+  using Element = typename C::Element;
+  auto& smem = arch::shared_memory<ScanSmem<C>>();
+  const auto num_tiles = static_cast<unsigned>(params.V / (C::kWarps * kColumns));
+  const Slot<C> slot(params, num_tiles);
+  const Segment segment = gated_delta::segment(params, slot.segment);
+  if (segment.n < 0 || is_skipped(params, segment.n)) return;
+  const Place place = place_in(params, segment, slot.head, slot.column);
+  const Lanes<C> lanes;
+  const int64_t V = params.V;
+  const auto o_stride = static_cast<unsigned>(params.HV * V);
+  Cursor<C> next(params, place);
+  if (next.num_tokens > 0) copy_chunk_async(smem.stages[0], params, next, next.num_tokens);
+  arch::commit_copies();
+
+  Results<C::kKeyDim / 8> S;
+  // Of several segments, the first has its state in segment_states too: the last one may write to its slot.
+  const bool whole = segment.starts() && segment.ends();
+  const auto* states = whole ? static_cast<const float*>(params.initial_state) : params.segment_states;
+  if (states == nullptr) {
+    set_zero(S);
+  } else {
+    states += whole ? slot.state_of_sequence(params, segment.n) : slot.state(params, slot.segment);
+    for_each_of_state(S, states, V, [](const float* from, float& x) { x = *from; });
+  }
+  constexpr unsigned kSlabPieces = C::Slab::kPieces;
+  auto* o = static_cast<Element*>(params.o) +
+            (place.batch * params.T + place.token + lane_idx() / kSlabPieces) * params.HV * V +
+            place.head * V + place.column + lane_idx() % kSlabPieces * kPiece;
+
+  for (int c = 0; next.num_tokens > 0; ++c) {
+    Stage<C>& stage = smem.stages[c % C::kStages];
+    const int num_tokens = next.num_tokens;
+    arch::wait_copies<0>();
+    arch::sync_block();
+    if (params.h != nullptr) {
+      store_state(static_cast<Element*>(params.h) + next.matrix * C::kKeyDim * V, V, place.column, S);
+    }
+    next.advance(params);
+    if constexpr (C::kStages > 1) {
+      if (next.num_tokens > 0) copy_chunk_async(smem.stages[(c + 1) % 2], params, next, next.num_tokens);
+      arch::commit_copies();
+    }
+
+    const auto scale = static_cast<float>(params.scale);
+    const bool compensated = C::kDelta && beta_exceeds_one(stage.beta);
+    with_compensation<C>(compensated, [&]<Compensation kCompensation>() {
+      Results<kChunk / 8> Z, O;
+      Values<C::kWide> E(smem.values);
+      read_state<C, C::kDelta, !C::kWide, kCompensation>(Z, O, S, stage, lanes, compensated);  // (1)
+      if constexpr (C::kDelta) {
+        form_residual<C>(Z, stage);    // (2)
+        solve<C>(E, Z, stage, lanes);  // (3)
+      } else {
+        load_values<C>(E, stage);
+      }
+      if constexpr (C::kWide) read_output<C>(O, S, scale, stage, lanes);  // (1)
+      compute_output<C>(stage, O, E, C::kWide ? 1.0f : scale, lanes);     // (4)
+      update_state<C, kCompensation>(S, E, stage, lanes, compensated);    // (5)
+    });
+    store_output<C>(o, o_stride, num_tokens, stage.v[warp_idx()]);
+    if (params.checkpoint_every != 0 && num_tokens >= kChunk) store_checkpoint<C>(S, params, num_tiles, c);
+    if constexpr (C::kStages == 1) {
+      arch::sync_block();
+      if (next.num_tokens > 0) copy_chunk_async(smem.stages[0], params, next, next.num_tokens);
+      arch::commit_copies();
+    }
+  }
+
+  const Slot<C> same(params,
+                     num_tiles);  // recomputed here: keeping it live across the loop would cost registers
+  const Segment done = gated_delta::segment(params, same.segment);
+  if (!done.ends()) return;
+  for_each_of_state(S, static_cast<float*>(params.final_state) + same.state_of_sequence(params, done.n), V,
+                    [](float* to, float x) { *to = x; });
+}
+
+// Empty where no GPU that runs this code has the shared memory.
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, kMinBlocks<C>)
+    gated_delta_scan_kernel(const __grid_constant__ GatedDeltaFwdParams params) {
+  if constexpr (sizeof(ScanSmem<C>) <= arch::kMaxSharedBytes) scan<C>(params);
+}
+
+}  // namespace hypenet::cuda::gated_delta::scan

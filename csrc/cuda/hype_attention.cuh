@@ -2,18 +2,18 @@
 // that a warp takes of tiles in shared memory.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
-#include <iterator>
 #include <limits>
 
-#include "dtype.cuh"
-#include "kernels.h"
+#include "../params.h"
+#include "arch/sm80.cuh"
+#include "limits.h"
+#include "numbers.h"
 #include "tile.cuh"
+#include "view.cuh"
 
 namespace hypenet::cuda::attention {
 
-constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
 constexpr int64_t kMaxTokens = std::numeric_limits<int32_t>::max() / 2;  // rows are counted in 32 bits
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -22,27 +22,11 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 struct LogitScale {
   float scale_log2, inverse_base, inverse_log2_base;
 
-  // base = 0: s_t = 1.
-  LogitScale(double scale, double base)
-      : scale_log2(static_cast<float>(scale * static_cast<double>(kLog2E))),
-        inverse_base(base == 0 ? 0.0f : static_cast<float>(1 / base)),
-        inverse_log2_base(base == 0 ? 0.0f : static_cast<float>(1 / std::log2(base))) {}
-
   __device__ float operator()(int position) const {
     const float ratio = static_cast<float>(position) * inverse_base;
     return scale_log2 * (1.0f + log2f(1.0f + ratio) * inverse_log2_base);
   }
 };
-
-// Calls run.template operator()<D>() for a head dimension that is built.
-template <class Run>
-Status dispatch_head_dim(int64_t D, Run&& run) {
-  if (D == kAttentionHeadDims[0]) return run.template operator()<kAttentionHeadDims[0]>();
-  if (D == kAttentionHeadDims[1]) return run.template operator()<kAttentionHeadDims[1]>();
-  if (D == kAttentionHeadDims[2]) return run.template operator()<kAttentionHeadDims[2]>();
-  static_assert(std::size(kAttentionHeadDims) == 3);
-  return "D is not built for CUDA";
-}
 
 // T queries from row `first` of `batch` on, at positions offset ..., against S keys from the same row on. The tail is
 // the rows after packed sequences, without queries or keys.
@@ -54,11 +38,6 @@ struct Sequence {
 // ---- tiles of kRows rows, numbered over all sequences without a table: sequence n of a packed batch has the
 // slots from cu_seqlens[n] / kRows + n on, which are at least ceil(length / kRows) and at most one too many. The tail
 // is sequence N.
-
-template <int kRows, class Params>
-int64_t num_slots(const Params& p, int64_t rows) {
-  return p.cu_seqlens == nullptr ? p.B * ((rows + kRows - 1) / kRows) : rows / kRows + p.N + 1;
-}
 
 // The last n in [0, N) for which start(n), which never falls, is at most x.
 template <class Start>
@@ -75,6 +54,13 @@ __device__ __forceinline__ int64_t last_at_most(int64_t N, int64_t x, Start&& st
   return low;
 }
 
+// Bound n of packed sequences, within [0, T] whatever cu_seqlens holds, so that no tile leaves its tensors.
+template <class Params>
+__device__ __forceinline__ int bound(const Params& p, int64_t n) {
+  const int64_t bound = p.cu_seqlens[n];
+  return bound < 0 ? 0 : static_cast<int>(bound < p.T ? bound : p.T);
+}
+
 // Sets `begin` to the tile's first row in its sequence; it may lie past the end. Tiles rise with `slot`.
 template <int kRows, class Params>
 __device__ __forceinline__ Sequence find_tile(const Params& p, unsigned slot, int& begin) {
@@ -84,27 +70,22 @@ __device__ __forceinline__ Sequence find_tile(const Params& p, unsigned slot, in
     return {static_cast<int>(slot % B), 0, static_cast<int>(p.T), static_cast<int>(p.S),
             static_cast<int>(p.query_offset)};
   }
-  const int64_t* bounds = p.cu_seqlens;
-  const auto first_slot = [&](int64_t n) { return bounds[n] / kRows + n; };
+  const auto first_slot = [&](int64_t n) { return bound(p, n) / kRows + n; };
   const int64_t n = last_at_most(p.N + 1, slot, first_slot);
-  begin = static_cast<int>(slot - first_slot(n)) * kRows;
-  const int first = static_cast<int>(bounds[n]);
+  const int first = bound(p, n), tile = static_cast<int>(slot - first_slot(n));
+  begin = tile < 0 ? 0 : tile * kRows;
+  if (tile < 0) return {0, first, 0, 0, 0};  // rows of no sequence
   if (n == p.N) return {0, first, 0, 0, 0, true};
-  const int length = static_cast<int>(bounds[n + 1]) - first;
+  const int length = bound(p, n + 1) - first;
   return {0, first, length, length, 0};
 }
 
 // ---- rows of one head
 
-template <class Element>
-__device__ __forceinline__ Element* head_row(const View& x, int64_t batch, int64_t token, int64_t head) {
-  return static_cast<Element*>(x.data) + batch * x.batch + token * x.token + head * x.head;
-}
-
-// The same for a contiguous [B, T, heads, D] tensor.
+// row_of in a contiguous [B, T, heads, D] tensor.
 template <int D, class Element>
-__device__ __forceinline__ Element* head_row(void* x, int64_t T, int64_t heads, int64_t batch, int64_t token,
-                                             int64_t head) {
+__device__ __forceinline__ Element* contiguous_row(void* x, int64_t T, int64_t heads, int64_t batch,
+                                                   int64_t token, int64_t head) {
   return static_cast<Element*>(x) + ((batch * T + token) * heads + head) * D;
 }
 
@@ -113,7 +94,7 @@ template <int kRows, int kThreads, int D, class Element>
 __device__ __forceinline__ void zero_rows(void* x, int64_t T, int64_t heads, int64_t head, int64_t first) {
   constexpr int kPieces = D / kPiece;
   for (int i = arch::thread_idx(); i < kRows * kPieces && first + i / kPieces < T; i += kThreads) {
-    Element* row = head_row<D, Element>(x, T, heads, 0, first + i / kPieces, head);
+    Element* row = contiguous_row<D, Element>(x, T, heads, 0, first + i / kPieces, head);
     arch::store_16_bytes(row + i % kPieces * kPiece, uint4{0, 0, 0, 0});
   }
 }

@@ -1,19 +1,19 @@
-// The CUDA kernels. Each enqueues its work on `stream` of the current device and returns at once; none waits.
+// The CUDA kernels. Each enqueues its work on a stream and returns at once; none waits.
 #pragma once
 
 #include "../params.h"
+#include "limits.h"
 
 struct CUstream_st;
 
 namespace hypenet::cuda {
 
-using Stream = CUstream_st*;
-
-// The largest K of gated_delta_step.
-constexpr int64_t kStepMaxKeyDim = 256;
-
-// The head dimensions of hype_attention_fwd and hype_attention_bwd.
-constexpr int64_t kAttentionHeadDims[] = {64, 128, 256};
+// A stream of a device. The default stream has handle 0 on every device, so that the handle alone does not say where a
+// launch goes.
+struct Stream {
+  int device;
+  CUstream_st* handle;
+};
 
 Status gated_delta_chunk_fwd(const GatedDeltaFwdParams& params, Stream stream);
 Status gated_delta_chunk_bwd(const GatedDeltaBwdParams& params, Stream stream);
@@ -22,11 +22,6 @@ Status commit_states(const CommitStatesParams& params, Stream stream);
 
 Status hype_attention_fwd(const HypeAttentionFwdParams& params, Stream stream);
 Status hype_attention_bwd(const HypeAttentionBwdParams& params, Stream stream);
-
-// hype_attention_decode: the largest D; the least length of a segment of keys, and the most segments of a
-// sequence.
-constexpr int kDecodeMaxDim = 256, kDecodeSegment = 256, kDecodeMaxSegments = 256;
-
 Status hype_attention_decode(const HypeAttentionDecodeParams& params, Stream stream);
 
 Status causal_conv1d_fwd(const CausalConv1dFwdParams& params, Stream stream);

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "arch/sm80.cuh"
+#include "warp.cuh"
 
 namespace hypenet::cuda {
 
@@ -28,13 +29,6 @@ struct alignas(128) Tile {
   __device__ Element* at(int row, int col) { return data + offset(row, col); }
   __device__ const Element* at(int row, int col) const { return data + offset(row, col); }
 };
-
-__device__ __forceinline__ int lane_idx() {
-  return static_cast<unsigned>(arch::thread_idx()) % arch::kWarpSize;
-}
-__device__ __forceinline__ int warp_idx() {
-  return static_cast<unsigned>(arch::thread_idx()) / arch::kWarpSize;
-}
 
 // ---- fragments. The letters name the operand's own rows and columns; `tile` holds it as it is or
 // transposed.

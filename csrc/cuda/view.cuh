@@ -6,6 +6,15 @@
 
 namespace hypenet::cuda {
 
+using arch::from_float;
+using arch::to_float;
+
+// The row of a token and head in a [B, T, heads, dim] tensor, or the element of a [B, T, heads] one.
+template <class Element>
+__device__ __forceinline__ Element* row_of(const View& x, int64_t batch, int64_t token, int64_t head) {
+  return static_cast<Element*>(x.data) + batch * x.batch + token * x.token + head * x.head;
+}
+
 __device__ __forceinline__ int64_t index_at(const Indices& x, int64_t i) {
   return x.is_int32 ? static_cast<const int32_t*>(x.data)[i] : static_cast<const int64_t*>(x.data)[i];
 }

@@ -1,27 +1,30 @@
-// cuda/arch on the host: the same functions, executed by the emulated machine. They are documented there.
+// cuda/arch on the host: the same functions, executed by the emulated machine. They are documented there. Without
+// HYPENET_EMULATED they are only declared, for launchers of kernels that somebody else compiles.
 #pragma once
 
 #include <cstddef>
 
+#if HYPENET_EMULATED
 // Copies made by calls are checked like other accesses (access.cpp).
 extern "C" {
 void* memcpy(void*, const void*, size_t) noexcept __asm__("hypenet_emu_memcpy");
 void* memmove(void*, const void*, size_t) noexcept __asm__("hypenet_emu_memmove");
 void* memset(void*, int, size_t) noexcept __asm__("hypenet_emu_memset");
 }
+#endif
 
 #include "machine.h"
 
 namespace hypenet::cuda::arch {
 
-using emu::bf16;
-using emu::fp16;
 using emu::kWarpSize;
 
 inline int thread_idx() { return emu::thread_idx(); }
 inline unsigned block_idx() { return emu::block_idx(); }
 
 // ---- shared memory and barriers
+
+constexpr size_t kMaxSharedBytes = 227 * 1024;
 
 template <class Smem>
 Smem& shared_memory() {

@@ -1,21 +1,25 @@
-// cuda/launch.cuh on the host: the same functions, executed by the emulated machine.
+// cuda/launch.h on the host: the kernels are executed by the emulated machine.
 #pragma once
-
-#include <cstddef>
-#include <cstdint>
-#include <limits>
 
 #include "machine.h"
 
 namespace hypenet::cuda {
 
-inline Status num_processors(int& count) {
-  count = emu::num_processors();
-  return nullptr;
+template <class Params>
+struct Kernel {
+  const char* name;
+  void (*entry)(Params);
+};
+
+template <class Params>
+Kernel<Params> make_kernel(const char* name, void (*entry)(Params)) {
+  return {name, entry};
 }
 
-inline Status max_shared_bytes(int& bytes) {
-  bytes = emu::max_shared_bytes();
+#define KERNEL(name, ...) make_kernel(#name, &name __VA_OPT__(<__VA_ARGS__>))
+
+inline Status find_device(int, Device& device) {
+  device = {emu::num_processors(), emu::max_shared_bytes()};
   return nullptr;
 }
 
@@ -27,12 +31,9 @@ template <class Params>
 }
 
 template <class Params>
-Status launch(const char* name, void (*kernel)(Params), int64_t num_blocks, int num_threads,
-              size_t shared_bytes, Stream, const Params& params) {
-  if (num_blocks == 0) return nullptr;
-  if (num_blocks > std::numeric_limits<int32_t>::max()) return "too many blocks for one launch";
-  return emu::run({name, reinterpret_cast<const void*>(kernel), call_kernel<Params>, &params, num_blocks,
-                   num_threads, shared_bytes});
+Status start(const Kernel<Params>& kernel, const Size& size, Stream, const Params& params) {
+  return emu::run({last_name(kernel.name), reinterpret_cast<const void*>(kernel.entry), call_kernel<Params>,
+                   &params, sizeof(Params), size.num_blocks, size.num_threads, size.shared_bytes});
 }
 
 }  // namespace hypenet::cuda

@@ -250,7 +250,8 @@ std::string reason_not_to_run(const Launch& launch) {
   }
   if (launch.shared_bytes > static_cast<size_t>(machine.max_shared_bytes)) {
     return "a block has at most " + std::to_string(machine.max_shared_bytes) +
-           " bytes of shared memory, got " + std::to_string(launch.shared_bytes);
+           " bytes of shared memory, got " + std::to_string(launch.shared_bytes) +
+           ": less shared memory than the kernel needs";
   }
   return "";
 }
@@ -352,9 +353,12 @@ Status run(const Launch& launch) {
   m.call_chain.clear();
   m.error = reason_not_to_run(launch);
   if (!m.error.empty()) m.error = std::string("kernel ") + launch.name + ": " + m.error;
-  if (m.error.empty()) run_blocks();
-  m.records.push_back({launch.name, file_offset(launch.kernel), launch.num_blocks, launch.num_threads,
-                       launch.shared_bytes, m.ldmatrix});
+  if (m.error.empty()) {
+    if (!m.only_records) run_blocks();
+    m.records.push_back(
+        {launch.name, file_offset(launch.kernel), launch.num_blocks, launch.num_threads, launch.shared_bytes,
+         std::string(static_cast<const char*>(launch.params), launch.params_bytes), m.ldmatrix});
+  }
   const BankUse& use = m.ldmatrix;
   if (m.error.empty() && use.accesses >= kBankStormAccesses &&
       static_cast<double>(use.ways) > kBankStorm * static_cast<double>(use.accesses)) {

@@ -55,6 +55,7 @@ struct Launch {
   const void* kernel;
   void (*call)(const void* kernel, const void* params);
   const void* params;
+  size_t params_bytes;
   int64_t num_blocks;
   int num_threads;
   size_t shared_bytes;

@@ -32,6 +32,7 @@ inline py::dict dict_of(const Record& record) {
   d["num_blocks"] = record.num_blocks;
   d["num_threads"] = record.num_threads;
   d["shared_bytes"] = record.shared_bytes;
+  d["params"] = py::bytes(record.params);
   d["ldmatrix_accesses"] = record.ldmatrix.accesses;
   d["ldmatrix_ways"] = record.ldmatrix.ways;
   return d;
@@ -41,6 +42,7 @@ inline void bind_machine(py::module_& m) {
   m.def("set_seed", [](uint64_t seed) { machine.seed = seed; });
   m.def("set_num_processors", [](int count) { machine.num_processors = count; });
   m.def("set_max_shared_bytes", [](int bytes) { machine.max_shared_bytes = bytes; });
+  m.def("set_only_records", [](bool only) { machine.only_records = only; }, "Launches then run nothing.");
   m.def(
       "set_tensors",
       [](const py::list& items) {

@@ -64,6 +64,7 @@ struct Record {
   int64_t num_blocks;
   int num_threads;
   size_t shared_bytes;
+  std::string params;  // its bytes
   BankUse ldmatrix;
 };
 
@@ -72,6 +73,7 @@ struct Machine {
   uint64_t seed = 0;
   int num_processors = 4;
   int max_shared_bytes = 227 * 1024;
+  bool only_records = false;
 
   // the launch
   const Launch* launch = nullptr;

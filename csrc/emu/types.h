@@ -11,6 +11,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "../cuda/arch/float16.h"
+
 #define __global__
 #define __device__
 #define __host__
@@ -40,12 +42,8 @@ inline float flushed(float x) {
   return std::abs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x;
 }
 
-struct bf16 {
-  uint16_t bits;
-};
-struct fp16 {
-  uint16_t bits;
-};
+using cuda::arch::bf16;
+using cuda::arch::fp16;
 
 inline float widen(bf16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 

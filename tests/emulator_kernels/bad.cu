@@ -2,7 +2,7 @@
 #include <cstring>
 
 #include "cuda/arch/sm80.cuh"
-#include "cuda/launch.cuh"
+#include "cuda/launch.h"
 #include "cuda/tile.cuh"
 #include "kernels.h"
 
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kNumThreads, 1) kernel(const __grid_constant__
 
 template <void (*body)(const Operands&), int kNumThreads = kThreads, size_t kShared = sizeof(Smem)>
 Status start(const Operands& p, Stream stream) {
-  return launch("bad", kernel<body, kNumThreads>, p.num_blocks, kNumThreads, kShared, stream, p);
+  return launch(make_kernel("bad", kernel<body, kNumThreads>), p.num_blocks, kNumThreads, kShared, stream, p);
 }
 
 // ---- races

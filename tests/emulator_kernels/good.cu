@@ -1,6 +1,6 @@
 // Correct kernels that together use every function of cuda/arch and of tile.cuh.
 #include "cuda/arch/sm80.cuh"
-#include "cuda/launch.cuh"
+#include "cuda/launch.h"
 #include "cuda/tile.cuh"
 #include "kernels.h"
 
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_kernel(const __grid_constant
 
 template <class Element, bool kTransposedA, bool kTransposedB>
 Status gemm(const Operands& p, Stream stream) {
-  return launch("gemm", gemm_kernel<Element, kTransposedA, kTransposedB>, p.num_blocks, kThreads,
+  return launch(make_kernel("gemm", gemm_kernel<Element, kTransposedA, kTransposedB>), p.num_blocks, kThreads,
                 sizeof(GemmSmem<Element, kTransposedA, kTransposedB>), stream, p);
 }
 
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(32, 1) tf32_kernel(const __grid_constant__ Ope
 }
 
 Status tf32(const Operands& p, Stream stream) {
-  return launch("tf32", tf32_kernel, p.num_blocks, 32, 0, stream, p);
+  return launch(make_kernel("tf32", tf32_kernel), p.num_blocks, 32, 0, stream, p);
 }
 
 // c[0] = a permuted by xor 5, c[1] = a of lane 7, c[2] = a of 3 lanes below; in double, float and integers.
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(64, 1) shuffles_kernel(const __grid_constant__
 
 template <class T>
 Status shuffles(const Operands& p, Stream stream) {
-  return launch("shuffles", shuffles_kernel<T>, p.num_blocks, 64, 0, stream, p);
+  return launch(make_kernel("shuffles", shuffles_kernel<T>), p.num_blocks, 64, 0, stream, p);
 }
 
 // One group of warps fills a ring of two slots, the other reads and doubles the values. The barrier of a round
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 1) ring_kernel(const __grid_constant
 }
 
 Status ring(const Operands& p, Stream stream) {
-  return launch("ring", ring_kernel, p.num_blocks, kThreads, sizeof(Slots), stream, p);
+  return launch(make_kernel("ring", ring_kernel), p.num_blocks, kThreads, sizeof(Slots), stream, p);
 }
 
 // c [128] = the sums of the columns of a [n, 128], four rows a stage, three stages in flight.
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, 1) pipeline_kernel(const __grid_cons
 }
 
 Status pipeline(const Operands& p, Stream stream) {
-  return launch("pipeline", pipeline_kernel, p.num_blocks, kThreads, sizeof(Stages), stream, p);
+  return launch(make_kernel("pipeline", pipeline_kernel), p.num_blocks, kThreads, sizeof(Stages), stream, p);
 }
 
 // Threads may exit if no barrier follows.
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, 1) early_exit_kernel(const __grid_co
 }
 
 Status early_exit(const Operands& p, Stream stream) {
-  return launch("early_exit", early_exit_kernel, p.num_blocks, kThreads, 0, stream, p);
+  return launch(make_kernel("early_exit", early_exit_kernel), p.num_blocks, kThreads, 0, stream, p);
 }
 
 // c = a as Element and back; each element by one thread.
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kThreads, 1) round_trip_kernel(const __grid_co
 
 template <class Element>
 Status round_trip(const Operands& p, Stream stream) {
-  return launch("round_trip", round_trip_kernel<Element>, p.num_blocks, kThreads, 0, stream, p);
+  return launch(make_kernel("round_trip", round_trip_kernel<Element>), p.num_blocks, kThreads, 0, stream, p);
 }
 
 // c [4, n]: 2^a, 1 / a, 1 / sqrt(a), a rounded to tf32.
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kThreads, 1) arithmetic_kernel(const __grid_co
 }
 
 Status arithmetic(const Operands& p, Stream stream) {
-  return launch("arithmetic", arithmetic_kernel, p.num_blocks, kThreads, 0, stream, p);
+  return launch(make_kernel("arithmetic", arithmetic_kernel), p.num_blocks, kThreads, 0, stream, p);
 }
 
 }  // namespace

@@ -8,20 +8,16 @@
 //   d[4] of D [16, 8]    (row, c), (row, c + 1), (row + 8, c), (row + 8, c + 1), fp32
 #pragma once
 
-#ifdef HYPENET_EMULATED
+#ifndef __CUDACC__
 #include "../../emu/arch.h"
 #else
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include <cstdint>
 #include <type_traits>
 
-namespace hypenet::cuda::arch {
+#include "float16.h"
 
-using bf16 = __nv_bfloat16;
-using fp16 = __half;
+namespace hypenet::cuda::arch {
 
 constexpr int kWarpSize = 32;
 
@@ -29,6 +25,14 @@ __device__ __forceinline__ int thread_idx() { return static_cast<int>(threadIdx.
 __device__ __forceinline__ unsigned block_idx() { return blockIdx.x; }
 
 // ---- shared memory and barriers
+
+// The most that a block can have where this code runs: of compute capability 8.0, and of later ones up to 8.9, which
+// share its code, at most as much.
+#if __CUDA_ARCH__ >= 900
+constexpr size_t kMaxSharedBytes = 227 * 1024;
+#else
+constexpr size_t kMaxSharedBytes = 163 * 1024;
+#endif
 
 // The block's dynamic shared memory, as the plain struct that describes it.
 template <class Smem>
@@ -71,7 +75,7 @@ __device__ __forceinline__ bool any(bool value) { return __any_sync(0xffffffffu,
 
 // ---- 16-byte accesses: `address` is a multiple of 16
 
-// Data that nobody else on this processor will ask for: past L1.
+// Data that nobody else on this SM will ask for: past L1.
 __device__ __forceinline__ float4 load_16_bytes_once(const float* address) {
   float4 x;
   asm volatile("ld.global.L1::no_allocate.v4.f32 {%0, %1, %2, %3}, [%4];"
@@ -114,7 +118,7 @@ __device__ __forceinline__ void copy_16_async(void* shared, const void* global, 
                : "memory");
 }
 
-// 4 bytes, both addresses multiples of 4; likewise.
+// 4 bytes, both addresses multiples of 4; as above.
 __device__ __forceinline__ void copy_4_async(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
                :
@@ -220,34 +224,54 @@ __device__ __forceinline__ float reciprocal(float x) {
 // Two floats rounded to nearest even, `low` in the low half: the first element of a pair.
 template <class Element>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
+  uint32_t pair;
   if constexpr (std::is_same_v<Element, bf16>) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
+    asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(pair) : "f"(low), "f"(high));
   } else {
     static_assert(std::is_same_v<Element, fp16>);
-    const __half2 pair = __floats2half2_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
+    asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(pair) : "f"(low), "f"(high));
   }
-}
-
-template <class Element>
-__device__ __forceinline__ float2 unpack(uint32_t pair) {
-  if constexpr (std::is_same_v<Element, bf16>) {
-    return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
-  } else {
-    static_assert(std::is_same_v<Element, fp16>);
-    return __half22float2(reinterpret_cast<const __half2&>(pair));
-  }
+  return pair;
 }
 
 __device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_float(fp16 x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(bf16 x) {
+  float y;
+#if __CUDA_ARCH__ >= 900
+  asm("cvt.f32.bf16 %0, %1;" : "=f"(y) : "h"(x.bits));
+#else
+  asm("mov.b32 %0, {0, %1};" : "=f"(y) : "h"(x.bits));
+#endif
+  return y;
+}
+__device__ __forceinline__ float to_float(fp16 x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+}
+
+// By a shift and a mask: to move the halves apart, ptxas would need two PRMT more for each pair that was just packed.
+template <class Element>
+__device__ __forceinline__ float2 unpack(uint32_t pair) {
+  if constexpr (std::is_same_v<Element, bf16>) {
+    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+  } else {
+    static_assert(std::is_same_v<Element, fp16>);
+    float2 x;
+    asm("{.reg .f16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, low;}" : "=f"(x.x) : "r"(pair));
+    asm("{.reg .f16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, high;}" : "=f"(x.y) : "r"(pair));
+    return x;
+  }
+}
 
 // Rounds to nearest even.
 __device__ __forceinline__ void from_float(float& to, float x) { to = x; }
-__device__ __forceinline__ void from_float(bf16& to, float x) { to = __float2bfloat16_rn(x); }
-__device__ __forceinline__ void from_float(fp16& to, float x) { to = __float2half_rn(x); }
+__device__ __forceinline__ void from_float(bf16& to, float x) {
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
+}
+__device__ __forceinline__ void from_float(fp16& to, float x) {
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
+}
 
 }  // namespace hypenet::cuda::arch
 

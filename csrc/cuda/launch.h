@@ -1,0 +1,84 @@
+// The one way by which a kernel is started, and what the host knows of a device. Three modules share the launchers:
+// one is linked with kernels that nvcc compiled, one compiles them at first use (rtc/), one emulates them (../emu).
+//
+//   launch(KERNEL(gated_delta::fill::gated_delta_fill_kernel, Params), num_blocks, num_threads, shared_bytes, stream,
+//          params)
+//
+// KERNEL names a kernel from namespace hypenet::cuda on, and then its template arguments, which are types. It is used
+// in x.cu for the kernels of x.cuh. All blocks lie along x, so that the number of sequences is bounded by 2^31 - 1
+// blocks alone.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <string>
+
+#include "../params.h"
+#include "kernels.h"
+
+namespace hypenet::cuda {
+
+// The size of a launch.
+struct Size {
+  int64_t num_blocks;
+  int num_threads;
+  size_t shared_bytes;  // of a block
+};
+
+// What launchers ask about a device.
+struct Device {
+  int num_processors;    // SMs
+  int max_shared_bytes;  // that a block can ask for
+};
+
+constexpr int kMaxDevices = 64;
+
+// "gated_delta_fill_kernel" from "gated_delta::fill::gated_delta_fill_kernel"
+constexpr const char* last_name(const char* qualified) {
+  const char* name = qualified;
+  for (const char* c = qualified; *c != 0; ++c) {
+    if (*c == ':') name = c + 1;
+  }
+  return name;
+}
+
+// The message that a kernel of this name could not be launched; it stays as it is until the thread's next one.
+inline Status launch_error(const char* qualified, const Size& size, const std::string& why) {
+  static thread_local std::string message;
+  message = std::string(last_name(qualified)) + ": " + why + " (" + std::to_string(size.num_blocks) +
+            " blocks of " + std::to_string(size.num_threads) + " threads and " +
+            std::to_string(size.shared_bytes) + " bytes of shared memory)";
+  return message.c_str();
+}
+
+inline Status too_much_shared_memory(const char* qualified, const Size& size, int most) {
+  return launch_error(qualified, size,
+                      "a block of this GPU has " + std::to_string(most) +
+                          " bytes of shared memory, less shared memory than the kernel needs");
+}
+
+}  // namespace hypenet::cuda
+
+#if HYPENET_EMULATED
+#include "../emu/launch.h"
+#elif defined(__CUDACC__)
+#include "launch_ahead.h"
+#else
+#include "rtc/launch.h"
+#endif
+
+namespace hypenet::cuda {
+
+template <class Params>
+Status launch(const Kernel<Params>& kernel, int64_t num_blocks, int num_threads, size_t shared_bytes,
+              Stream stream, const Params& params) {
+  if (num_blocks == 0) return nullptr;
+  const Size size{num_blocks, num_threads, shared_bytes};
+  if (num_blocks > std::numeric_limits<int32_t>::max()) {
+    return launch_error(kernel.name, size, "too many blocks for one launch");
+  }
+  return start(kernel, size, stream, params);
+}
+
+}  // namespace hypenet::cuda
