@@ -71,7 +71,8 @@ def test_resources_are_those_of_the_table(measured):
 
 def test_products_run_on_tensor_cores():
     table = cuda_resources.read_table()
-    without = {name for (_, name), row in table.items() if not row["tensor_cores"]}
+    # Without a block on any SM of the target, the kernel is compiled empty.
+    without = {name for (_, name), row in table.items() if row["blocks"] and not row["tensor_cores"]}
     assert not {name for name in without if not name.startswith(WITHOUT_TENSOR_CORES)}
 
 

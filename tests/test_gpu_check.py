@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "bench" / "gpu_check.sh"
 TESTS = sorted(path.stem.removeprefix("test_cuda_") for path in (ROOT / "tests").glob("test_cuda_*.py"))
-TESTS = [name for name in TESTS if name not in ("build", "rtc", "small_shared_memory")]  # need no GPU
+WITHOUT_GPU = {"build", "cycles", "hostile_bounds", "rtc", "rtc_versions", "small_shared_memory"}
+TESTS = [name for name in TESTS if name not in WITHOUT_GPU]
 FIRST = ["device", "build", "self-test", "timing-first"]
 LAST = ["profile", "timing", "synccheck", "memcheck", "racecheck"]
 TOTAL = 570  # seconds

@@ -105,9 +105,11 @@ def test_commands_quote_and_take_the_usual_variables():
     env = {"CXXFLAGS": "-g '-DX=a b'", "LDFLAGS": "-s", "NVCC_THREADS": "2"}
     commands = setup.commands(env, ["ccache", "g++"], "/opt/my cuda/bin/nvcc", "9.0a")
     assert "-g '-DX=a b'" in commands["cxx"] and commands["cxx"].startswith("ccache g++ ")
-    assert commands["link"].endswith("-s $in -o $out")
+    assert commands["link"].endswith("-s $in -o $out -ldl")
     assert commands["nvcc"].startswith("'/opt/my cuda/bin/nvcc' -ccbin=g++ --threads=2 ")
-    assert "--warn-on-spills,--warning-as-error" in commands["nvcc"] and "fast_math" not in commands["nvcc"]
+    # Another version of nvcc may spill: a warning for users, a failure of test_cuda_build.py.
+    assert "--warn-on-spills" in commands["nvcc"] and "warning-as-error" not in commands["nvcc"]
+    assert "fast_math" not in commands["nvcc"]
     assert "-cudart=static" in commands["nvlink"]
     assert set(setup.commands(env, ["g++"], None, "9.0a")) == {"cxx", "link"}
 
