@@ -87,14 +87,18 @@ def _on_cuda(op: str) -> dict[str, str | None]:
         if _native.TRITON:
             return {"implementation": "Triton", "why": f"Triton is installed; {seen}"}
         return {"implementation": "torch", "why": "Triton is not installed"}
-    capability = torch.cuda.get_device_capability() if gpus else None
-    if _is_built("_cuda") and (capability is None or _native.runs_on(info["cuda_targets"], capability)):
-        return {"implementation": "CUDA (_cuda)", "why": f"built for {info['cuda_targets']}; {seen}"}
     version, why = _nvrtc_version()
+    if gpus:
+        try:
+            chosen = _native.cuda_for(torch.cuda.get_device_capability()).__name__.rpartition(".")[2]
+        except NotImplementedError as error:
+            return {"implementation": None, "why": str(error).removeprefix("hypenet_kernels: ")}
+        source = f"built for {info['cuda_targets']}" if chosen == "_cuda" else f"NVRTC {why}"
+        return {"implementation": f"CUDA ({chosen})", "why": f"{source}; {seen}"}
+    if _is_built("_cuda"):
+        return {"implementation": "CUDA (_cuda)", "why": f"built for {info['cuda_targets']}; {seen}"}
     if _is_built("_cuda_rtc") and version is not None:
         return {"implementation": "CUDA (_cuda_rtc)", "why": f"NVRTC {why}; {seen}"}
-    if _is_built("_cuda"):
-        return {"implementation": "CUDA (_cuda)", "why": f"PTX of {info['cuda_targets']}; {seen}; NVRTC: {why}"}
     return {"implementation": None, "why": f"{info['cuda']}; NVRTC: {why}"}
 
 

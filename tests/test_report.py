@@ -5,13 +5,14 @@ import logging
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import hypenet_kernels
 from hypenet_kernels import __main__ as command
-from hypenet_kernels import _native, _selftest
+from hypenet_kernels import _installation, _native, _selftest
 
 OPS = set(_native.CUDA_OPS)
 CAPABILITIES = {"default": "baseline", "avx2": "v3", "avx512": "v4"}  # ATEN_CPU_CAPABILITY -> level
@@ -31,6 +32,22 @@ def test_report_covers_every_op():
     assert all(choice["why"] for devices in facts["ops"].values() for choice in devices.values())
     assert facts["threads"] == torch.get_num_threads() and facts["modules"][f"_cpu_{facts['level']}"]
     assert json.loads(json.dumps(facts)) == facts
+
+
+@pytest.mark.parametrize("module", ["_cuda", "_cuda_rtc", None])
+def test_report_names_the_module_that_a_gpu_would_use(monkeypatch, module):
+    def choose(capability):
+        assert capability == (9, 0)
+        if module is None:
+            raise NotImplementedError("hypenet_kernels: the kernels need a driver of CUDA 13")
+        return SimpleNamespace(__name__=f"hypenet_kernels.{module}")
+
+    monkeypatch.setattr(_installation, "_gpus", lambda: ["H100"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(_native, "cuda_for", choose)
+    found = _installation._on_cuda("hype_attention")
+    assert found["implementation"] == (module and f"CUDA ({module})")
+    assert found["why"].endswith("H100") if module else found["why"] == "the kernels need a driver of CUDA 13"
 
 
 def test_first_use_of_an_op_is_logged_once(caplog):
