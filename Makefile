@@ -4,8 +4,8 @@ VENV := .venv
 PYTHON_IN_VENV := $(VENV)/bin/python
 PIP := $(PYTHON_IN_VENV) -m pip --disable-pip-version-check --quiet
 INSTALLED := $(VENV)/installed
-SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
-CXX_FILES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/emulator_kernels/*)
+SOURCES := setup.py pyproject.toml constraints.txt $(filter-out %.md,$(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*))
+CXX_FILES := $(filter-out %.md,$(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/emulator_kernels/*))
 KERNEL_TESTS := tests/test_memory.py tests/test_causal_conv1d.py tests/test_fused_ops.py tests/test_serving.py $(wildcard tests/test_gated_delta*.py tests/test_simple_gla*.py tests/test_hype_attention*.py)
 
 .PHONY: demo test test-asan bench lint clean
