@@ -129,16 +129,18 @@ def disassembled():
 
 
 def launches():
-    """Return kernel -> (threads, dynamic shared memory), the largest of all launches of every op on the emulator."""
+    """Return kernel -> (threads, dynamic shared memory), the largest of all launches of every op; nothing runs."""
     emulated = emulation.module()
     lines = subprocess.run(["nm", emulated.__file__], capture_output=True, text=True, check=True).stdout.splitlines()
     symbols = {int(words[0], 16): words[-1] for words in map(str.split, lines) if len(words) == 3}
     emulated.forget_launches()
+    emulated.set_only_records(True)
     for sms, shared_bytes in EMULATED_DEVICES:
         emulated.set_num_processors(sms)
         emulated.set_max_shared_bytes(shared_bytes)
         with emulation.emulated():
             every_op.run("cpu", small=shared_bytes < every_op.LARGE)
+    emulated.set_only_records(False)
     emulated.set_num_processors(4)
     emulated.set_max_shared_bytes(227 * 1024)
     records = emulated.launches()
