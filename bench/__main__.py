@@ -1,6 +1,8 @@
 """`python -m bench`: measure ops and models, plot, compare two records, write RESULTS.md."""
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -45,12 +47,7 @@ def ops(
 
     device = _device(device)
     path = out or records.folder(device) / ("quick.json" if quick else "ops.json")
-    with _progress() as progress:
-        task = progress.add_task("checks and roofs", total=None)
-
-        def on_case(index: int, count: int, name: str) -> None:
-            progress.update(task, total=count, completed=index, description=name)
-
+    with _progress("checks and roofs") as on_case:
         try:
             # Saved after every change: a run that is stopped keeps what it has measured.
             save, seconds = partial(records.save, path), runner.QUICK_SECONDS if quick else runner.SECONDS
@@ -85,13 +82,8 @@ def model(
     from bench import tables
 
     device = _device(device)
-    with _progress() as progress:
-        task = progress.add_task("weights", total=None)
-
-        def on_length(index: int, count: int, name: str) -> None:
-            progress.update(task, total=count, completed=index, description=name)
-
-        record = runner.run(device, quick, layers, on_length)
+    with _progress("weights") as on_case:
+        record = runner.run(device, quick, layers, on_case)
     rows = [tables.model_cells(row) for row in record["rows"]]
     title = f"{record['stamp']['device']}, {record['layers']} layers"
     console.print(tables.terminal(tables.MODEL_HEADER, rows, tables.MODEL_HEADER[:1], title))
@@ -113,12 +105,7 @@ def families(
     from bench import tables
 
     device = _device(device)
-    with _progress() as progress:
-        task = progress.add_task("weights", total=None)
-
-        def on_case(index: int, count: int, name: str) -> None:
-            progress.update(task, total=count, completed=index, description=name)
-
+    with _progress("weights") as on_case:
         try:
             record = runner.run(device, names or [], quick, 0.5 if quick else seconds, on_case)
         except ValueError as error:
@@ -174,12 +161,7 @@ def sass(
     from bench import tables
     from bench.sass import predict
 
-    with _progress() as progress:
-        task = progress.add_task("kernels", total=None)
-
-        def on_case(index: int, count: int, name: str) -> None:
-            progress.update(task, total=count, completed=index, description=name)
-
+    with _progress("kernels") as on_case:
         try:
             record = predict.run(on_case)
         except (NotImplementedError, RuntimeError) as error:
@@ -224,12 +206,7 @@ def ab(
     from bench import tables
 
     device = _device(device)
-    with _progress() as progress:
-        task = progress.add_task("builds", total=None)
-
-        def on_case(index: int, count: int, name: str) -> None:
-            progress.update(task, total=count, completed=index, description=name)
-
+    with _progress("builds") as on_case:
         try:
             rows = [row.cells() for row in runner.run(other, names or [], device, quick, on_case=on_case)]
         except ValueError as error:
@@ -265,9 +242,17 @@ def _device(name: str) -> str:
     return name
 
 
-def _progress() -> Progress:
+@contextmanager
+def _progress(begin: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Show a progress bar, and yield the function on_case(index, count, name) that moves it on."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True)
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(begin, total=None)
+
+        def on_case(index: int, count: int, name: str) -> None:
+            progress.update(task, total=count, completed=index, description=name)
+
+        yield on_case
 
 
 if __name__ == "__main__":

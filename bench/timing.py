@@ -157,7 +157,8 @@ def _event_ms(function: Function, rounds: int, hold_ms: float) -> tuple[list[flo
         end.record()
     state = gpu_state.read()  # while the last calls run
     torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in pairs], state
+    samples = [start.elapsed_time(end) for start, end in pairs]
+    return samples, state
 
 
 @functools.cache

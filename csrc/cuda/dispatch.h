@@ -9,22 +9,7 @@
 
 namespace hypenet::cuda {
 
-// Calls run.template operator()<Element>() for the element type of `dtype`.
-template <class Run>
-Status dispatch_dtype(DType dtype, Run&& run) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return run.template operator()<float>();
-    case DType::kBFloat16:
-      return run.template operator()<arch::bf16>();
-    case DType::kFloat16:
-      return run.template operator()<arch::fp16>();
-    default:
-      return "dtype is not built for CUDA";
-  }
-}
-
-// The same for kernels that multiply on tensor cores.
+// Calls run.template operator()<Element>() for the element type of `dtype`, one that tensor cores multiply.
 template <class Run>
 Status dispatch_half_dtype(DType dtype, Run&& run) {
   switch (dtype) {
@@ -35,6 +20,12 @@ Status dispatch_half_dtype(DType dtype, Run&& run) {
     default:
       return "dtype is not built for CUDA";
   }
+}
+
+// The same for kernels that take float32 too.
+template <class Run>
+Status dispatch_dtype(DType dtype, Run&& run) {
+  return dtype == DType::kFloat32 ? run.template operator()<float>() : dispatch_half_dtype(dtype, run);
 }
 
 // Calls run.template operator()<K>() for a K of the chunk kernels.

@@ -1,4 +1,4 @@
-// What the kernels of the gated delta rule share: chunks, where sequences and their segments lie, hi/lo pairs.
+// Shared by the kernels of the gated delta rule: chunks, positions of sequences and segments, hi/lo pairs.
 #pragma once
 
 #include "arch/sm80.cuh"
@@ -8,7 +8,7 @@
 
 namespace hypenet::cuda::gated_delta {
 
-// What a token adds to the state: k (v - S^T k)^T times beta, or k v^T, which has neither beta nor L.
+// The update that a token makes to the state: k (v - S^T k)^T times beta, or k v^T, which has neither beta nor L.
 enum class Rule { kDelta, kGla };
 
 constexpr int kChunk = 64;  // tokens
@@ -49,7 +49,7 @@ __device__ __forceinline__ int64_t sequence_of_chunk(const Params& params, int64
   return find_sequence(params.chunk_offsets, params.N, chunk);
 }
 
-// What is processed chunk by chunk: a sequence, or where sequences are split its `idx`-th segment.
+// The unit that is processed chunk by chunk: a sequence, or where sequences are split its `idx`-th segment.
 struct Segment {
   Sequence sequence;
   int64_t n;              // -1 past the last segment; the rest then means nothing

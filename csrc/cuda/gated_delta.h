@@ -5,7 +5,7 @@
 
 namespace hypenet::cuda {
 
-// The same with bounds of sequences that gated_delta_map has made sure to be legal.
+// Params that read the bounds which gated_delta_map clamped to [0, T], not the caller's.
 template <class Params>
 Params with_legal_bounds(Params params) {
   if (params.cu_seqlens != nullptr) params.cu_seqlens = params.chunk_offsets + params.N + 1;
@@ -25,7 +25,7 @@ Status gated_delta_bwd_scan(const GatedDeltaBwdParams& params, Stream stream);
 Status gated_delta_bwd_chunk(const GatedDeltaBwdParams& params, Stream stream);
 Status gated_delta_bwd_chunk_small(const GatedDeltaBwdParams& params, Stream stream);  // K 64, 128 in 99 KB
 
-// What the segments of split sequences do to the state gradients, from what each does alone (segment_states)
+// Chains the state gradients over the segments of split sequences, from those of each segment alone (segment_states)
 // and the transfers of the forward.
 Status gated_delta_chain(const GatedDeltaBwdParams& params, Stream stream);
 

@@ -1,4 +1,4 @@
-// What the steps of the backward's chunk kernel work on: a block's place, its shared memory and the copies
+// Data of the backward's chunk kernel: a block's place, its shared memory and the copies
 // into it, and which part of a product a warp has. gated_delta_bwd_chunk.cuh says what for.
 #pragma once
 
@@ -16,7 +16,7 @@ using Square = float[1][kChunkPart / 8][4];  // a warp's part of a product [C, C
 template <class Smem>
 using Wide = float[1][Smem::kOut / kColWarps / 8][4];  // of a product [C, kOut]
 
-// What a block works on.
+// The chunk and key head of a block.
 struct Place {
   Sequence sequence;
   int64_t chunk, token, row;  // first token: in the batch row, and in the outputs

@@ -58,7 +58,7 @@ constexpr int kColumns = 32;  // of V, per block
 constexpr int kRows = kChunk / kWarps;
 static_assert(kRows == 16);
 
-// What a chunk needs of the inputs but q. With one stage only k and the gates are there twice, L and dO apart.
+// The inputs of a chunk, without q. With one stage only k and the gates are there twice, L and dO apart.
 template <class Element, int K, int kStages>
 struct Stage {
   Tile<Element, kChunk, K> k;
@@ -135,7 +135,7 @@ template <class Smem>
 using State = float[Smem::kStateRows / 16][kColumns / 8][4];
 using Product = float[1][kColumns / 8][4];
 
-// What a block works on.
+// The sequence or segment, head and columns of a block.
 struct Place {
   Segment segment;
   Sequence span;  // the segment's tokens and chunks

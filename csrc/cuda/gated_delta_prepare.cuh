@@ -1,4 +1,4 @@
-// What the chunk forward of the gated delta rule and simple GLA computes before it knows a state: everything
+// The part of the chunk forward of the gated delta rule and simple GLA that needs no state: everything
 // about a chunk of 64 tokens that needs no other chunk.
 //
 // Math, per chunk and value head; G_i = sum of max(g, -50) log2(e) up to token i of the chunk, gamma = 2^G,

@@ -30,7 +30,7 @@ struct Config {
   using Slab = Tile<Element, kChunk, kColumns>;
 };
 
-// What is not needed takes no memory: q and P without output, L without delta, values that registers hold.
+// Unused tiles take no memory: q and P without output, L without delta, values that registers hold.
 template <class C, bool kOutput = C::kOutput, bool kDelta = C::kDelta>
 struct StageTiles {
   typename C::Rows k, q;
@@ -91,7 +91,7 @@ __device__ __forceinline__ Place place_in(const GatedDeltaFwdParams& params, con
           .num_tokens = static_cast<int>(segment.length)};
 }
 
-// What a block's number says: its segment, and this warp's columns of a value head.
+// The place that follows from a block's number: its segment, and this warp's columns of a value head.
 template <class C>
 struct Slot {
   int64_t segment;
@@ -115,7 +115,7 @@ struct Slot {
   }
 };
 
-// What a thread reads next: its rows of the coming chunk.
+// The next reads of a thread: its rows of the coming chunk.
 template <class C>
 struct Cursor {
   const typename C::Element *k, *q, *v;

@@ -85,7 +85,7 @@ __host__ __device__ __forceinline__ bool whole_vectors(const GatedDeltaStepParam
   return params.V % kVector == 0 && params.slot_stride % kVector == 0 && addresses % 16 == 0;
 }
 
-// What a column group of a state needs of one token: sums over K.
+// The sums over K that a column group of a state needs for one token.
 struct alignas(16) Sums {
   float qS[kVector], kS[kVector];
   float qk, qq, kk, unused;

@@ -1,4 +1,4 @@
-// What the launchers of the attention kernels share.
+// Shared by the launchers of the attention kernels.
 #pragma once
 
 #include <cmath>

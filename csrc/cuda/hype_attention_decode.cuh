@@ -83,7 +83,7 @@ struct Smem {
   float max[C::kWarps][kRows], sum[C::kWarps][kRows];
 };
 
-// What the kernels get: the caller's struct, and what the launcher decides.
+// The params of the kernels: the caller's struct, and what the launcher decides.
 struct DecodeParams {
   HypeAttentionDecodeParams p;
   LogitScale logit_scale;
@@ -263,7 +263,7 @@ __device__ __forceinline__ void load_queries(const DecodeParams& params, const U
   }
 }
 
-// What a warp knows of its keys so far. A lane has rows lane / 4 and lane / 4 + 8 of the queries.
+// A warp's running result for its keys so far. A lane has rows lane / 4 and lane / 4 + 8 of the queries.
 template <class C>
 struct State {
   float factor[2];       // log2(e) scale s_t

@@ -75,7 +75,7 @@ struct Arguments {
   unsigned num_slots;      // tiles of queries per head
 };
 
-// What a block owns. `begin` is its first query's row in the sequence.
+// The tile of queries of a block. `begin` is its first query's row in the sequence.
 struct Place {
   Sequence sequence;
   int begin, head, num_tiles;

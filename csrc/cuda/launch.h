@@ -26,7 +26,7 @@ struct Size {
   size_t shared_bytes;  // of a block
 };
 
-// What launchers ask about a device.
+// Properties of a device that launchers choose by.
 struct Device {
   int num_processors;    // SMs
   int max_shared_bytes;  // that a block can ask for

@@ -1,4 +1,4 @@
-// What the CUDA kernels are built for.
+// The limits of the CUDA kernels.
 #pragma once
 
 #include <cstdint>

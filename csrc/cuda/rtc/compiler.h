@@ -1,4 +1,4 @@
-// What rtc/launch.cpp asks of whoever compiles: module.h passes it on to Python.
+// The interface of rtc/launch.cpp to the compiler, which is in Python (module.h).
 #pragma once
 
 #include <string>
