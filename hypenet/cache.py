@@ -5,100 +5,13 @@ not depend on the other sequences in the batch. B batch, HK key-value heads, D h
 columns.
 """
 
-from typing import Any, NoReturn
+from collections.abc import Iterator
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import Cache
 
+from hypenet.cache_layers import CHECKPOINT_UNIT, RecurrentCacheLayer, SoftmaxCacheLayer
 from hypenet.configuration_hypenet import SOFTMAX, HypeNetConfig
-
-
-class SoftmaxCacheLayer(CacheLayerMixin):
-    """Keys and values [B, capacity, HK, D] of one layer; a full buffer at least doubles its capacity."""
-
-    is_sliding = False
-    is_croppable = True
-    supports_early_init = False
-
-    keys: torch.Tensor | None
-    values: torch.Tensor | None
-
-    def reserve(self, k: torch.Tensor, batch: int, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the buffers, grown to `capacity` tokens per sequence, with the heads and dtype of k [..., HK, D]."""
-        present = 0 if self.keys is None else self.keys.shape[1]
-        if self.keys is not None and self.values is not None and present >= capacity:
-            return self.keys, self.values
-        capacity = max(capacity, 2 * present)
-        keys, values = (k.new_empty(batch, capacity, *k.shape[-2:]) for _ in range(2))
-        if self.keys is not None and self.values is not None:
-            keys[:, :present], values[:, :present] = self.keys, self.values
-        self.keys, self.values = keys, values
-        self.is_initialized = True
-        return keys, values
-
-    def resize_batch(self, index: torch.Tensor, length: int) -> None:
-        """Replace row b by the former row index[b]; only the first `length` tokens are in use."""
-        if self.keys is None or self.values is None:
-            return
-        if index.shape[0] == self.keys.shape[0]:
-            self.keys[:, :length] = self.keys[:, :length].index_select(0, index)
-            self.values[:, :length] = self.values[:, :length].index_select(0, index)
-        else:
-            self.keys, self.values = self.keys.index_select(0, index), self.values.index_select(0, index)
-
-    def reset(self) -> None:
-        """Do nothing: once the cache's lengths are zero, the old content cannot be reached."""
-
-    # The methods below serve caches whose layers are updated one by one; here the HypeNetCache updates them.
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self._reject("lazy_initialization")
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> NoReturn:
-        self._reject("update")
-
-    def get_mask_sizes(self, query_length: int) -> NoReturn:
-        self._reject("get_mask_sizes")
-
-    def get_seq_length(self) -> NoReturn:
-        self._reject("get_seq_length")
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def _reject(self, method: str) -> NoReturn:
-        raise NotImplementedError(f"{type(self).__name__}: {method} is not available for one layer, use HypeNetCache")
-
-
-class RecurrentCacheLayer(LinearAttentionLayer):
-    """One state [B, H, K, V] in the accumulation type; its address stays the same while decoding.
-
-    transformers considers a linear layer filled once its convolution state is written. These layers have no
-    convolution, so writing the recurrent state marks them as filled.
-    """
-
-    device: torch.device | None  # type: ignore[assignment]  # the base class sets None
-
-    @property
-    def state(self) -> torch.Tensor | None:
-        """Return the state, or None before the first token."""
-        return self.recurrent_states[0] if self.has_previous_state[0] else None
-
-    def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs: Any) -> torch.Tensor:
-        """Copy `recurrent_states` [B, H, K, V] into the state and return it, without autograd history."""
-        self.device = recurrent_states.device
-        self.has_previous_state[state_idx] = True
-        return super().update_recurrent_state(recurrent_states.detach(), state_idx, **kwargs)
-
-    def resize_batch(self, index: torch.Tensor, length: int) -> None:
-        """Replace row b by the former row index[b], in place if the batch size stays the same."""
-        if self.state is None:
-            return
-        rows = self.state.index_select(0, index)
-        if rows.shape == self.state.shape:
-            self.state.copy_(rows)
-        else:
-            self.recurrent_states[0] = rows
 
 
 class HypeNetCache(Cache):
@@ -106,14 +19,24 @@ class HypeNetCache(Cache):
 
     `generate` creates one; to continue a sequence yourself, create one and pass it as `past_key_values`.
 
+    Keys and values can be cut off anywhere. A recurrence has one state, so that going back (`crop`, `fork`) needs
+    earlier ones: those at `snapshot_every` tokens and at calls of `snapshot`, and, after `activate_past_recording`, all
+    of the last 64 tokens, which is what assisted generation uses.
+
     Args:
         config: The model's configuration, which names the kind of every layer.
-        capacity: Tokens per sequence to allocate at the first call; the buffers grow when it is exceeded.
+        capacity: Tokens per sequence to allocate at the first call. Beyond it the buffers grow by 256 tokens at a time.
+        fixed: Whether `capacity` must not be exceeded, so that no buffer ever moves.
+        snapshot_every: Keep the states of recurrent layers after about every so many tokens, a multiple of 64; within
+            one call exactly, from its start. 0: keep none.
 
     Attributes:
         lengths (int32 [B] on the model's device): Real tokens stored for each sequence; None before the first call.
         max_length (int): An upper bound of `lengths` that needs no device synchronisation.
         ragged (bool): Whether the lengths may differ between sequences.
+
+    Raises:
+        ValueError: If `snapshot_every` is not a multiple of 64, or `fixed` comes without a capacity.
 
     Example:
         >>> import torch
@@ -125,17 +48,31 @@ class HypeNetCache(Cache):
         ...     logits = model(input_ids=torch.tensor([tokens]), past_key_values=cache).logits
         >>> cache.lengths.tolist(), cache.get_seq_length()
         ([5], 5)
+        >>> cache.snapshot()
+        >>> logits = model(input_ids=torch.tensor([[9, 2]]), past_key_values=cache).logits
+        >>> cache.crop(5)  # as if the last call had not been
+        >>> cache.get_seq_length()
+        5
     """
 
     layers: list[SoftmaxCacheLayer | RecurrentCacheLayer]  # type: ignore[assignment]  # narrower than in Cache
 
-    def __init__(self, config: HypeNetConfig, capacity: int = 0) -> None:
+    def __init__(
+        self, config: HypeNetConfig, capacity: int = 0, *, fixed: bool = False, snapshot_every: int = 0
+    ) -> None:
+        if snapshot_every < 0 or snapshot_every % CHECKPOINT_UNIT:
+            raise ValueError(
+                f"HypeNetCache: snapshot_every must be a multiple of {CHECKPOINT_UNIT}, or 0, got {snapshot_every}"
+            )
+        if fixed and capacity <= 0:
+            raise ValueError(f"HypeNetCache: capacity must be positive with fixed=True, got {capacity}")
         super().__init__(layers=[SoftmaxCacheLayer() if x == SOFTMAX else RecurrentCacheLayer() for x in config.mixers])
-        self.capacity = capacity
+        self.capacity, self.fixed, self.snapshot_every = capacity, fixed, snapshot_every
         self.lengths: torch.Tensor | None = None
         self.max_length = 0
         self.ragged = False
         self._columns = 0
+        self._padded_columns = 0  # up to which some sequence has padding
 
     def prepare(self, batch: int, device: torch.device) -> None:
         """Check, before the layers run, that the batch has as many sequences as the cache.
@@ -151,20 +88,35 @@ class HypeNetCache(Cache):
                 f"got {batch}"
             )
 
-    def advance(self, columns: int, tokens: torch.Tensor | int, longest: int, ragged: bool) -> None:
+    def check_space(self, new_tokens: int) -> None:
+        """Check, before the layers run, that a fixed capacity holds `new_tokens` more tokens per sequence.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        if self.fixed and self.max_length + new_tokens > self.capacity:
+            raise ValueError(
+                f"HypeNetCache: capacity must hold {self.max_length} + {new_tokens} tokens (fixed=True), got "
+                f"{self.capacity}"
+            )
+
+    def advance(self, columns: int, tokens: torch.Tensor | int, longest: int, padded: bool) -> None:
         """Count new tokens, after the layers have run.
 
         Args:
             columns: Input positions per sequence, padding included.
             tokens: Real tokens per sequence: an int, or int32 [B].
             longest: The largest of `tokens`.
-            ragged: Whether `tokens` may differ between sequences.
+            padded: Whether there may be padding among the new positions.
         """
         assert self.lengths is not None, "prepare() comes first"
         self.lengths += tokens
         self.max_length += longest
-        self.ragged |= ragged
         self._columns += columns
+        if padded:
+            self.ragged, self._padded_columns = True, self._columns
+        if self.snapshot_every and self._columns - self._last_snapshot() >= self.snapshot_every:
+            self.snapshot()
 
     def reserve(self, layer_idx: int, k: torch.Tensor, new_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the buffers of a softmax layer, with space for `new_tokens` more per sequence.
@@ -180,19 +132,13 @@ class HypeNetCache(Cache):
         layer = self.layers[layer_idx]
         assert isinstance(layer, SoftmaxCacheLayer)
         capacity = max(self.max_length + new_tokens, self.capacity if layer.keys is None else 0)
-        return layer.reserve(k, self.batch_size, capacity)
+        return layer.reserve(k, self.batch_size, capacity, self.max_length)
 
-    def state(self, layer_idx: int) -> torch.Tensor | None:
-        """Return the state [B, H, K, V] of a recurrent layer, or None before the first token."""
+    def recurrent(self, layer_idx: int) -> RecurrentCacheLayer:
+        """Return what recurrent layer `layer_idx` keeps."""
         layer = self.layers[layer_idx]
         assert isinstance(layer, RecurrentCacheLayer)
-        return layer.state
-
-    def store_state(self, layer_idx: int, state: torch.Tensor) -> None:
-        """Store the state [B, H, K, V] of a recurrent layer."""
-        layer = self.layers[layer_idx]
-        assert isinstance(layer, RecurrentCacheLayer)
-        layer.update_recurrent_state(state)
+        return layer
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of input positions seen, padding included, which transformers calls the cache's length."""
@@ -203,10 +149,10 @@ class HypeNetCache(Cache):
         return self._columns + query_length, 0
 
     def nbytes(self) -> int:
-        """Return the bytes of all buffers, unused capacity included."""
-        tensors = [self.lengths]
+        """Return the bytes of all buffers, unused capacity and earlier states included."""
+        tensors: list[torch.Tensor | None] = [self.lengths]
         for layer in self.layers:
-            tensors += [layer.state] if isinstance(layer, RecurrentCacheLayer) else [layer.keys, layer.values]
+            tensors += layer.tensors()
         return sum(x.nbytes for x in tensors if x is not None)
 
     @property
@@ -227,7 +173,7 @@ class HypeNetCache(Cache):
     def reset(self) -> None:
         """Discard all tokens and keep the buffers."""
         super().reset()
-        self.max_length, self.ragged, self._columns = 0, False, 0
+        self.max_length, self.ragged, self._columns, self._padded_columns = 0, False, 0, 0
         if self.lengths is not None:
             self.lengths.zero_()
 
@@ -252,32 +198,89 @@ class HypeNetCache(Cache):
             layer.resize_batch(indices, self.max_length)
         self.lengths = self.lengths.index_select(0, indices)
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove tokens from the end of every sequence.
+    def snapshot(self) -> None:
+        """Keep the states of recurrent layers as they are now, so that `crop` and `fork` can go back to this point."""
+        for layer in self._recurrent_layers():
+            layer.take_snapshot(self._columns)
+
+    def longest_prefix(self, length: int) -> int:
+        """Return the largest number of positions, at most `length`, to which `crop` and `fork` can go back.
 
         Args:
-            tokens_to_remove: The negated number of tokens to remove; a positive number is the length to keep.
+            length: Input positions, usually those that the cache has in common with a new prompt.
+        """
+        if length >= self._columns:
+            return self._columns
+        if length < self._padded_columns:
+            return 0
+        layer = next(self._recurrent_layers(), None)
+        if layer is None or length >= self._columns - layer.recorded:
+            return length
+        found = [x for x in layer.snapshots if self._padded_columns <= x <= length]
+        return max(found, default=0)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove positions from the end of every sequence.
+
+        Args:
+            tokens_to_remove: The negated number of positions to remove; a positive number is the length to keep.
 
         Raises:
-            NotImplementedError: If tokens would be removed while a layer is recurrent (its earlier states are not
-                stored) or after a padded batch (which positions were padding is not stored).
-            ValueError: If more tokens would be removed than the cache holds.
+            ValueError: If more would be removed than the cache holds; or if the states after the remaining ones are
+                not stored, or padding would be removed: `longest_prefix` tells what can be kept.
         """
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(self._columns - tokens_to_remove, 0)
         if removed == 0 or self._columns == 0 or self.lengths is None:
             return
-        recurrent = [i for i, layer in enumerate(self.layers) if isinstance(layer, RecurrentCacheLayer)]
-        if recurrent:
-            raise NotImplementedError(
-                f"HypeNetCache.crop: tokens_to_remove must be 0 with recurrent layers ({recurrent}), whose "
-                f"earlier states are not stored, got {tokens_to_remove}"
-            )
-        if self.ragged:
-            raise NotImplementedError("HypeNetCache.crop: tokens_to_remove must be 0 after a padded batch")
-        if removed > self._columns:
-            raise ValueError(
-                f"HypeNetCache.crop: tokens_to_remove must be at most the {self._columns} tokens seen, got {removed}"
-            )
+        kept = self._check_prefix("crop: tokens_to_remove", self._columns - removed, tokens_to_remove)
+        if kept == 0:
+            self.reset()
+            return
+        for layer in self._recurrent_layers():
+            layer.go_back(kept, self._columns)
         self.lengths -= removed
         self.max_length -= removed
-        self._columns -= removed
+        self._columns = kept
+
+    def fork(self, length: int | None = None) -> "HypeNetCache":
+        """Return a copy that has seen the first `length` positions, by default all, and shares no memory.
+
+        Raises:
+            ValueError: As `crop`.
+        """
+        kept = self._columns if length is None else self._check_prefix("fork: length", length, length)
+        fork = HypeNetCache.__new__(HypeNetCache)
+        fork.__dict__ = dict(self.__dict__)
+        removed = self._columns - kept
+        fork.max_length, fork._columns = max(self.max_length - removed, 0), kept
+        fork.layers = [
+            layer.copy_of(kept, self._columns)
+            if isinstance(layer, RecurrentCacheLayer)
+            else layer.copy_of(self.capacity if self.fixed else fork.max_length)
+            for layer in self.layers
+        ]
+        fork.lengths = None if self.lengths is None or kept == 0 else self.lengths - removed
+        fork.ragged, fork._padded_columns = self.ragged and kept > 0, min(self._padded_columns, kept)
+        return fork
+
+    def _check_prefix(self, argument: str, kept: int, got: int) -> int:
+        """Return `kept` if the cache can go back to it; else raise an error about `argument`."""
+        if not 0 <= kept <= self._columns:
+            rule = f"at most the {self._columns} tokens seen"
+        elif self.longest_prefix(kept) == kept:
+            return kept
+        elif kept < self._padded_columns:
+            rule = f"such that the {self._padded_columns} positions with padding remain"
+        else:
+            rule = (
+                f"such that the states after {kept} tokens are stored; nearest: {self.longest_prefix(kept)} "
+                "(see snapshot_every, snapshot and activate_past_recording)"
+            )
+        raise ValueError(f"HypeNetCache.{argument} must be {rule}, got {got}")
+
+    def _recurrent_layers(self) -> Iterator[RecurrentCacheLayer]:
+        return (layer for layer in self.layers if isinstance(layer, RecurrentCacheLayer))
+
+    def _last_snapshot(self) -> int:
+        layer = next(self._recurrent_layers(), None)
+        return self._columns if layer is None else max(layer.snapshots, default=0)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from hypenet.cache import HypeNetCache
+from hypenet.cache_layers import Recurrence
 
 # A call with a cache and at most this many tokens per sequence runs on the in-place decode kernels.
 MAX_STEP_TOKENS = 8
@@ -28,7 +29,8 @@ class MixerContext:
         cache: Holds the earlier tokens; every mixer reads and updates its layer. None: no cache.
         past: Input positions that the cache has seen, 0 without a cache.
         step: Whether to use the in-place decode kernels: each of the B sequences continues with a few new tokens.
-        keep: bool [B, T], only with `step`: False where a token is padding and must change nothing. None: no padding.
+        state_indices: int32 [B], only with `step`: b, or -1 where the new token of sequence b is padding and must
+            change nothing. None: no padding.
         slots: With `cu_seqlens` and a cache: the sequence of each of the `total` tokens, and its position there.
         spans: With `cu_seqlens` and a cache that is not empty: (start, stop, cached length) of each sequence.
         longest: With a cache: the largest number of new tokens of a sequence.
@@ -49,17 +51,52 @@ class MixerContext:
     cache: HypeNetCache | None = None
     past: int = 0
     step: bool = False
-    keep: torch.Tensor | None = None
+    state_indices: torch.Tensor | None = None
     slots: tuple[torch.Tensor, torch.Tensor] | None = None
     spans: list[tuple[int, int, int]] | None = None
     longest: int = 0
 
-    def state(self, layer_idx: int) -> torch.Tensor | None:
-        """Return the state [sequences, H, K, V] that recurrent layer `layer_idx` starts from, or None for zeros."""
-        return None if self.cache is None else self.cache.state(layer_idx)
+    def recur(self, layer_idx: int, run: Recurrence) -> torch.Tensor:
+        """Run the recurrence of layer `layer_idx`, from the state in the cache and into it if there is one.
 
-    def store_state(self, layer_idx: int, state: torch.Tensor | None) -> None:
-        """Store the state of recurrent layer `layer_idx` after the last token, if there is a cache."""
-        if self.cache is not None:
-            assert state is not None
-            self.cache.store_state(layer_idx, state)
+        Args:
+            layer_idx: Index of the layer.
+            run: The recurrence over the new tokens.
+
+        Returns:
+            The output [B, T, H, V].
+        """
+        if self.cache is None:
+            o: torch.Tensor = run.chunk(*run.inputs, cu_seqlens=self.cu_seqlens)[0]
+            return o
+        layer = self.cache.recurrent(layer_idx)
+        if not self.step:
+            return layer.run_chunk(run, self.cu_seqlens, self.past, self.cache.snapshot_every)
+        state = layer.state
+        assert state is not None
+        if self.state_indices is not None:
+            layer.forget()
+        elif layer.record_past:
+            layer.record(run, {0: state})
+        return run.step(*run.inputs, state=state, state_indices=self.state_indices)
+
+    def append(self, layer_idx: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append the new keys and values of softmax layer `layer_idx` to the cache, which there must be.
+
+        Args:
+            layer_idx: Index of the layer.
+            k, v: [B, T, HK, D]. In a step they are only given space, since the decode kernel writes them.
+
+        Returns:
+            All keys and values, each [B, capacity, HK, D].
+        """
+        assert self.cache is not None
+        keys, values = self.cache.reserve(layer_idx, k, self.longest)
+        if self.step:
+            return keys, values
+        for buffer, new in ((keys, k.detach()), (values, v.detach())):
+            if self.slots is None:
+                buffer[:, self.past : self.past + k.shape[1]] = new
+            else:
+                buffer[self.slots] = new[0]
+        return keys, values

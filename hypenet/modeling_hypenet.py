@@ -4,7 +4,6 @@ Source: "Hybrid Linear Attention Done Right", arXiv 2601.22156, section 3 and ap
 differ, this follows the code, so that published checkpoints give the same results. B batch, T tokens, C hidden size.
 """
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -25,7 +24,7 @@ from transformers.utils import can_return_tuple, logging
 
 from hypenet.cache import HypeNetCache
 from hypenet.configuration_hypenet import HypeNetConfig
-from hypenet.context import MAX_STEP_TOKENS, MixerContext
+from hypenet.context import MixerContext
 from hypenet.mixers import (
     MIXERS,
     HypeNetResidualRMSNorm,
@@ -37,7 +36,7 @@ from hypenet.mixers import (
     cast_once,
     initial_decay,
 )
-from hypenet.packing import Packing, find_documents, packed_positions, read_mask, tracing
+from hypenet.plan import ForwardPlan
 from hypenet_kernels import swiglu
 
 logger = logging.get_logger(__name__)
@@ -84,8 +83,6 @@ class HypeNetPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "log_decay"]
     _keys_to_ignore_on_load_missing = [r"\.log_decay$"]  # published checkpoints have none: they mean the default
-    # Assisted generation would have to roll recurrent states back.
-    _is_stateful = True
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
@@ -189,26 +186,28 @@ class HypeNetModel(HypeNetPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         x_BTC = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        B, T = x_BTC.shape[:2]
         past_key_values = self._given_cache(past_key_values, kwargs.get("cache"))
         cu_seqlens = kwargs.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
         if cu_seqlens is None:
-            context, packing = self._plan(x_BTC, attention_mask, position_ids, past_key_values, use_cache)
+            cache = self._cache(past_key_values, use_cache)
+            cache_is_wanted = cache is not None and (past_key_values is not None or bool(use_cache))
+            plan = ForwardPlan.of_batch(x_BTC, attention_mask, position_ids, cache, cache_is_wanted)
+        elif attention_mask is not None or past_key_values is not None or use_cache:
+            raise ValueError("HypeNetModel: cu_seqlens must come without attention_mask and without a cache")
         else:
-            if attention_mask is not None or past_key_values is not None or use_cache:
-                raise ValueError("HypeNetModel: cu_seqlens must come without attention_mask and without a cache")
-            context, packing = self._plan_documents(x_BTC, position_ids, cu_seqlens), None
-        restore = self._restore(B, T, context, packing)
-        x_BTC = x_BTC if packing is None else packing.pack(x_BTC)
+            plan = ForwardPlan.of_documents(x_BTC, cu_seqlens, position_ids)
+        context = plan.context
+        context.position_embeddings = self.rotary_emb(x_BTC, plan.position_ids)
+        x_BTC = plan.pack(x_BTC)
 
         trace = []
         with torch.set_grad_enabled(torch.is_grad_enabled() and context.past == 0):
             for layer in self.layers:
                 if output_hidden_states:
-                    trace.append(restore(x_BTC))
+                    trace.append(plan.restore(x_BTC))
                 x_BTC = layer(x_BTC, context)
-            x_BTC = restore(self.norm(x_BTC))
-        self._advance(context, T, packing)
+            x_BTC = plan.restore(self.norm(x_BTC))
+        plan.finish()
         named: dict[str, Any] = {CACHE: context.cache}
         return BaseModelOutputWithPast(
             last_hidden_state=x_BTC,
@@ -258,130 +257,6 @@ class HypeNetModel(HypeNetPreTrainedModel):
             use_cache = self.config.use_cache and not self.training and not torch.compiler.is_exporting()
         # Activation checkpointing recomputes layers in the backward pass, which would update the cache twice.
         return HypeNetCache(self.config) if use_cache and not checkpointing else None
-
-    def _plan_documents(
-        self, x_BTC: torch.Tensor, position_ids: torch.Tensor | None, cu_seqlens: torch.Tensor
-    ) -> MixerContext:
-        """Return the context of packed documents."""
-        if x_BTC.shape[0] != 1:
-            raise ValueError(f"HypeNetModel: input_ids must have a batch of 1 with cu_seqlens, got {x_BTC.shape[0]}")
-        if position_ids is None:
-            position_ids = packed_positions(cu_seqlens, x_BTC.shape[1])
-        return MixerContext(self.rotary_emb(x_BTC, position_ids), cu_seqlens)
-
-    def _plan(
-        self,
-        x_BTC: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        past_key_values: HypeNetCache | None,
-        use_cache: bool | None,
-    ) -> tuple[MixerContext, Packing | None]:
-        """Choose how the layers run: on the [B, T] batch, as an in-place step, or on a packed row."""
-        B, T = x_BTC.shape[:2]
-        cache = self._cache(past_key_values, use_cache)
-        past = 0 if cache is None else cache.get_seq_length()
-        mask, numbers = read_mask(attention_mask, B, T, past)
-        documents = self._documents(mask, position_ids, numbers, (B, T))
-        several = documents is not None or (numbers is not None and past > 0)
-        if several and cache is not None and (past_key_values is not None or use_cache):
-            raise ValueError(
-                f"HypeNetModel: {'position_ids' if numbers is None else 'attention_mask'} must have one document in "
-                "every row with a cache (use_cache=True or past_key_values), got several"
-            )
-        if documents is not None:
-            return self._context(x_BTC, position_ids, documents), documents
-        if cache is not None:
-            cache.prepare(B, x_BTC.device)
-        step = past > 0 and 0 < T <= MAX_STEP_TOKENS and (mask is None or T == 1)
-        packing = None
-        if not step and (mask is not None or (cache is not None and past > 0 and cache.ragged)):
-            mask = x_BTC.new_ones(B, T, dtype=torch.bool) if mask is None else mask
-            packing = Packing.of_rows_and_padding(mask) if tracing() and past == 0 else Packing.of_rows(mask)
-        context = self._context(x_BTC, position_ids, packing, mask, cache)
-        context.step, context.keep = step, mask if step else None
-        return context, packing
-
-    @staticmethod
-    def _documents(
-        mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        numbers: torch.Tensor | None,
-        shape: tuple[int, int],
-    ) -> Packing | None:
-        """Return the packing of documents that share a row, or None if none do."""
-        if position_ids is not None and tuple(position_ids.shape) not in (shape, (1, shape[1])):
-            raise ValueError(
-                f"HypeNetModel: position_ids must have shape {list(shape)}, got {list(position_ids.shape)}"
-            )
-        if shape[1] <= 1 or (position_ids is None and numbers is None):
-            return None
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
-            raise ValueError(
-                "HypeNetModel: position_ids must come with cu_seqlens in torch.export, since where they restart is "
-                "not known while the model is traced"
-            )
-        return find_documents(mask, None if position_ids is None else position_ids.expand(shape), numbers)
-
-    def _context(
-        self,
-        x_BTC: torch.Tensor,
-        position_ids: torch.Tensor | None,
-        packing: Packing | None,
-        mask: torch.Tensor | None = None,
-        cache: HypeNetCache | None = None,
-    ) -> MixerContext:
-        """Return the context of the tokens x [B, T, C]: their positions, and their slots in the cache."""
-        T = x_BTC.shape[1]
-        past = 0 if cache is None else cache.get_seq_length()
-        context = MixerContext(cache=cache, past=past, longest=T)
-        lengths = None if cache is None or past == 0 else cache.lengths
-        if packing is not None:
-            context.cu_seqlens = packing.cu_seqlens
-            if cache is not None:
-                self._plan_packed_cache(context, packing, cast(torch.Tensor, cache.lengths))
-        if position_ids is not None:
-            position_ids = position_ids if packing is None else packing.pack(position_ids)
-        elif packing is not None:
-            position_ids = (packing.order if lengths is None else packing.order + lengths[packing.rows])[None]
-        else:
-            order = torch.arange(T, device=x_BTC.device)[None] if mask is None else mask.cumsum(1).sub_(1).clamp_(min=0)
-            position_ids = order if lengths is None else order + lengths[:, None]
-        context.position_embeddings = self.rotary_emb(x_BTC, position_ids)
-        return context
-
-    @staticmethod
-    def _restore(
-        B: int, T: int, context: MixerContext, packing: Packing | None
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Return the function that turns a layer's output into [B, T, C], with zeros at padding."""
-        if packing is not None:
-            return packing.unpack
-        if context.keep is not None:
-            keep_BT1 = context.keep[..., None]
-            return lambda x: x * keep_BT1.to(x.dtype)
-        return lambda x: x.view(B, T, x.shape[-1])
-
-    @staticmethod
-    def _advance(context: MixerContext, columns: int, packing: Packing | None) -> None:
-        """Count the new tokens in the cache, if there is one."""
-        if context.cache is None:
-            return
-        tokens: torch.Tensor | int = columns if packing is None else packing.counts
-        if context.keep is not None:
-            tokens = context.keep[:, 0].to(torch.int32)
-        ragged = packing is not None or context.keep is not None
-        context.cache.advance(columns, tokens, context.longest, ragged)
-
-    @staticmethod
-    def _plan_packed_cache(context: MixerContext, packing: Packing, lengths: torch.Tensor) -> None:
-        """Set where packed tokens are stored in the cache, and each sequence's span."""
-        context.slots = (packing.rows, packing.order + lengths[packing.rows])
-        if not tracing():
-            context.longest = int(packing.counts.max())
-        if context.past > 0:
-            bounds = packing.cu_seqlens.tolist()
-            context.spans = list(zip(bounds, bounds[1:], lengths.tolist(), strict=False))
 
 
 class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
@@ -480,6 +355,8 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
             )
         if generation_config.use_cache and model_kwargs.get(CACHE) is None:
             model_kwargs[CACHE] = HypeNetCache(self.config, capacity=max_cache_length)
+            if generation_config.is_assistant:
+                model_kwargs[CACHE].activate_past_recording()
             return True
         return super()._prepare_cache_for_generation(  # type: ignore[misc]  # its `self` is a protocol
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

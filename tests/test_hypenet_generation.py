@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from compare import assert_matches_reference
-from hypenet_models import MIXED, small_model, tokens
+from hypenet_models import small_model, tokens
 from transformers import DynamicCache
 
 from hypenet import HypeNetCache
@@ -202,7 +202,7 @@ def test_buffers_stay_where_they_are_while_decoding():
     assert addresses() == before
     assert cache.layers[0].keys.shape == (2, 40, 2, 16)
     model(tokens(2, 1), past_key_values=cache)
-    assert cache.layers[0].keys.shape == (2, 80, 2, 16)
+    assert cache.layers[0].keys.shape == (2, 256, 2, 16)
 
 
 @torch.no_grad()
@@ -245,28 +245,6 @@ def test_sequences_are_selected_and_repeated():
             assert_matches_reference(f"row {row}", logits[row, -1], model(whole).logits[0, -1])
 
 
-@torch.no_grad()
-def test_crop():
-    ids = tokens(1, 20)
-    recurrent = small_model()
-    cache = recurrent(ids).past_key_values
-    cache.crop(0)
-    cache.crop(25)
-    with pytest.raises(NotImplementedError, match=r"must be 0 with recurrent layers \(\[1, 2, 3\]\)"):
-        cache.crop(-1)
-    assert not cache.is_croppable
-
-    softmax = small_model(["attn", "attn"])
-    cache = softmax(ids).past_key_values
-    cache.crop(-8)
-    following = tokens(1, 3)
-    whole = torch.cat([ids[:, :12], following], dim=1)
-    logits = softmax(following, past_key_values=cache).logits
-    assert_matches_reference("logits", logits, softmax(whole).logits[:, 12:])
-    with pytest.raises(ValueError, match="at most the 15 tokens seen, got 16"):
-        cache.crop(-16)
-
-
 def test_continuing_a_cache_carries_no_gradient():
     model = small_model().train()
     assert model(tokens(1, 9)).past_key_values is None
@@ -295,5 +273,7 @@ def test_refusals():
         model(ids[:1], past_key_values=cache)
     with pytest.raises(ValueError, match="cache_implementation must be None, got 'static'"):
         model.generate(ids, max_new_tokens=2, cache_implementation="static")
-    with pytest.raises(ValueError, match="stateful"):
-        model.generate(ids[:1], max_new_tokens=2, assistant_model=small_model(MIXED))
+    fixed = HypeNetCache(model.config, capacity=6, fixed=True)
+    model(ids, past_key_values=fixed)
+    with pytest.raises(ValueError, match=r"capacity must hold 5 \+ 2 tokens \(fixed=True\), got 6"):
+        model(ids[:, :2], past_key_values=fixed)

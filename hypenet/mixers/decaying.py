@@ -1,18 +1,16 @@
 """The base of recurrences with a decay per head and token: B batch, T tokens, C hidden size, H heads, D head size."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from hypenet.context import MixerContext
 from hypenet.mixers.decay import LogDecay, rename_decay
 from hypenet.mixers.mixer import HypeNetGatedRMSNorm, Mixer
 
 
 class DecayingMixer(Mixer):
-    """Base of gated DeltaNet and Mamba2: parameters of the decay, state of a cache, norm and gate of the output."""
+    """Base of gated DeltaNet and Mamba2: parameters of the decay, norm and gate of the output."""
 
     def add_decay_and_output(self, use_gate: bool, smallest: float = 0.0) -> None:
         """Create the parameters of the decay, the norm of each head's output, and its gate.
@@ -26,40 +24,6 @@ class DecayingMixer(Mixer):
         self.decay_bias = LogDecay(self.num_heads, smallest)
         self.o_norm = HypeNetGatedRMSNorm(self.head_dim, self.config.rms_norm_eps, "silu")
         self.g_proj = nn.Linear(hidden, width, bias=False) if use_gate else None
-
-    def recur(
-        self,
-        inputs: tuple[torch.Tensor, ...],
-        context: MixerContext,
-        chunk: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
-        step: Callable[..., torch.Tensor],
-        **options: Any,
-    ) -> torch.Tensor:
-        """Run a recurrence, from the state of the cache and into it if there is one.
-
-        Args:
-            inputs: The tensors that both ops take first.
-            context: Packing and cache.
-            chunk: The op for many tokens.
-            step: The op for a decode step, which updates the state in place.
-            options: Other arguments of both.
-
-        Returns:
-            The output [B, T, H, D].
-        """
-        state = context.state(self.layer_idx)
-        if context.step:
-            assert state is not None
-            return step(*inputs, state, **options)
-        o, state = chunk(
-            *inputs,
-            initial_state=state,
-            output_final_state=context.cache is not None,
-            cu_seqlens=context.cu_seqlens,
-            **options,
-        )
-        context.store_state(self.layer_idx, state)
-        return o
 
     def project_output(self, o_BTHD: torch.Tensor, x_BTC: torch.Tensor) -> torch.Tensor:
         """Return (RMSNorm(o) * silu(x Wg)) Wo, [B, T, C]."""

@@ -1,12 +1,13 @@
 """Gated DeltaNet, on the gated delta rule's kernels: B batch, T tokens, C hidden size, H heads."""
 
-import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hypenet.cache_layers import Recurrence
 from hypenet.configuration_hypenet import GDN, HypeNetConfig
 from hypenet.context import MixerContext
 from hypenet.mixers.decaying import DecayingMixer
@@ -65,8 +66,6 @@ class GatedDeltaNet(DecayingMixer):
             "use_beta_sigmoid_in_kernel": True,
             "allow_neg_eigval": True,
         }
-        if context.step and context.keep is not None:
-            # softplus and sigmoid of -inf are 0: no decay and no write for padding
-            a, b = (x.masked_fill(~context.keep[..., None], -math.inf) for x in (a, b))
-        o = self.recur((q, k, v, a, b), context, chunk_gated_delta_rule, gated_delta_step, **gates)
+        chunk, step = partial(chunk_gated_delta_rule, **gates), partial(gated_delta_step, **gates)
+        o = context.recur(self.layer_idx, Recurrence((q, k, v, a, b), chunk, step))
         return self.project_output(o, x_BTC)

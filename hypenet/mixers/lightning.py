@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import nn
 
+from hypenet.cache_layers import Recurrence
 from hypenet.configuration_hypenet import LIGHTNING, HypeNetConfig
 from hypenet.context import MixerContext
 from hypenet.mixers.decay import full_precision, widen
@@ -54,24 +56,9 @@ class LightningAttention(Mixer):
         x_BTC = cast_once(x_BTC)
         q, k, v = self.qkv(x_BTC, context)
         k, v = self.unshare(k, v)
-        if context.step:
-            g = self.new_tokens_only(self.log_decay.expand(k.shape[:3]), context)
-            k = self.new_tokens_only(k, context)
-            state = context.state(self.layer_idx)
-            assert state is not None
-            o = simple_gla_step(q, k, v, g, state, scale=self.scale)
-        else:
-            o, state = chunk_simple_gla(
-                q,
-                k,
-                v,
-                g_gamma=self.log_decay,
-                scale=self.scale,
-                initial_state=context.state(self.layer_idx),
-                output_final_state=context.cache is not None,
-                cu_seqlens=context.cu_seqlens,
-            )
-            context.store_state(self.layer_idx, state)
+        chunk = partial(chunk_simple_gla, g_gamma=self.log_decay, scale=self.scale)
+        step = partial(simple_gla_step, g=self.log_decay.expand(k.shape[:3]), scale=self.scale)
+        o = context.recur(self.layer_idx, Recurrence((q, k, v), chunk, step))
         y, gate = o.flatten(-2), None if self.z_proj is None else self.z_proj(x_BTC)
         if self.o_norm is not None:
             y = self.o_norm(y, gate)

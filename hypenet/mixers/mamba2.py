@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hypenet.cache_layers import Recurrence
 from hypenet.configuration_hypenet import MAMBA2, HypeNetConfig
 from hypenet.context import MixerContext
 from hypenet.mixers.decaying import DecayingMixer
@@ -47,8 +48,7 @@ class Mamba2(DecayingMixer):
         k, v = self.unshare(k, v)
         A_log, dt_bias = self.decay_bias().unbind()
         dt_BTH = F.softplus(self.dt_proj(x_BTC).to(dt_bias.dtype) + dt_bias)
-        dt_BTH = self.new_tokens_only(dt_BTH, context)  # a step of 0 neither decays nor writes
         g = -A_log.exp() * dt_BTH
         k = (k * dt_BTH[..., None]).to(k.dtype)
-        o = self.recur((q, k, v, g), context, chunk_simple_gla, simple_gla_step)
+        o = context.recur(self.layer_idx, Recurrence((q, k, v, g), chunk_simple_gla, simple_gla_step))
         return self.project_output(o, x_BTC)

@@ -137,12 +137,6 @@ class Mixer(nn.Module):
         group = self.num_heads // self.num_kv_heads
         return (k, v) if group == 1 else (k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2))
 
-    def new_tokens_only(self, x: torch.Tensor, context: MixerContext) -> torch.Tensor:
-        """Set x [B, T, H, ...] to zero where a decode step has padding, so that padding does not change a state."""
-        if context.keep is None:
-            return x
-        return x * context.keep.view(*context.keep.shape, *[1] * (x.dim() - 2)).to(x.dtype)
-
     @classmethod
     def from_attention(
         cls, attention: nn.Module, config: HypeNetConfig, layer_idx: int, gate_init: str = "open"

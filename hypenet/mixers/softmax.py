@@ -64,20 +64,15 @@ class SoftmaxAttention(Mixer):
         }
         if context.cache is None:
             return hype_attention(q, k, v, gate=gate, cu_seqlens=context.cu_seqlens, **options)
-        keys, values = context.cache.reserve(self.layer_idx, k, context.longest)
+        keys, values = context.append(self.layer_idx, k, v)
         if context.step:
             lengths = context.cache.lengths
             assert lengths is not None
             return hype_attention_decode(q, keys, values, lengths, k=k, v=v, gate=gate, **options)
-        start, stop = context.past, context.past + k.shape[1]
-        for buffer, new in ((keys, k.detach()), (values, v.detach())):
-            if context.slots is None:
-                buffer[:, start:stop] = new
-            else:
-                buffer[context.slots] = new[0]
         if context.past == 0:
             return hype_attention(q, k, v, gate=gate, cu_seqlens=context.cu_seqlens, **options)
         if context.cu_seqlens is None:
+            start, stop = context.past, context.past + k.shape[1]
             return hype_attention(q, keys[:, :stop], values[:, :stop], gate=gate, query_offset=start, **options)
         assert context.spans is not None
         o = torch.empty_like(q)
