@@ -33,6 +33,7 @@ from hypenet.modeling_hypenet import (
     HypeNetModel,
     HypeNetPreTrainedModel,
 )
+from hypenet.session import load_cache, save_cache
 from hypenet_kernels import __version__
 
 for config_class in (HypeNetConfig, HybridConfig):
@@ -66,4 +67,6 @@ __all__ = [
     "__version__",
     "config_from_teacher",
     "from_teacher",
+    "load_cache",
+    "save_cache",
 ]

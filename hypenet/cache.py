@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from transformers.cache_utils import Cache
 
-from hypenet.cache_layers import CHECKPOINT_UNIT, RecurrentCacheLayer, SoftmaxCacheLayer
+from hypenet.cache_layers import CHECKPOINT_UNIT, RECORDED_TOKENS, RecurrentCacheLayer, SoftmaxCacheLayer
 from hypenet.configuration_hypenet import SOFTMAX, HypeNetConfig
 
 
@@ -21,7 +21,7 @@ class HypeNetCache(Cache):
 
     Keys and values can be cut off anywhere. A recurrence has one state, so that going back (`crop`, `fork`) needs
     earlier ones: those at `snapshot_every` tokens and at calls of `snapshot`, and, after `activate_past_recording`, all
-    of the last 64 tokens, which is what assisted generation uses.
+    of the last tokens, which is what assisted generation uses.
 
     Args:
         config: The model's configuration, which names the kind of every layer.
@@ -67,6 +67,7 @@ class HypeNetCache(Cache):
         if fixed and capacity <= 0:
             raise ValueError(f"HypeNetCache: capacity must be positive with fixed=True, got {capacity}")
         super().__init__(layers=[SoftmaxCacheLayer() if x == SOFTMAX else RecurrentCacheLayer() for x in config.mixers])
+        self._config = config
         self.capacity, self.fixed, self.snapshot_every = capacity, fixed, snapshot_every
         self.lengths: torch.Tensor | None = None
         self.max_length = 0
@@ -198,10 +199,25 @@ class HypeNetCache(Cache):
             layer.resize_batch(indices, self.max_length)
         self.lengths = self.lengths.index_select(0, indices)
 
+    @property
+    def keeps_past(self) -> bool:
+        """Whether states are recorded or kept, which padding ends."""
+        return any(layer.record_past or layer.snapshots for layer in self._recurrent_layers())
+
     def snapshot(self) -> None:
         """Keep the states of recurrent layers as they are now, so that `crop` and `fork` can go back to this point."""
         for layer in self._recurrent_layers():
             layer.take_snapshot(self._columns)
+
+    def activate_past_recording(self, tokens: int = RECORDED_TOKENS) -> None:
+        """Record what recurrent layers need to go back by any number of the last tokens, from the next call on.
+
+        Args:
+            tokens: How many tokens to be able to go back at least. A single call of up to 8 times as many can be taken
+                back whole. The memory is that of about 2 * tokens inputs, and of one more state.
+        """
+        for layer in self._recurrent_layers():
+            layer.activate_past_recording(tokens)
 
     def longest_prefix(self, length: int) -> int:
         """Return the largest number of positions, at most `length`, to which `crop` and `fork` can go back.
@@ -262,6 +278,37 @@ class HypeNetCache(Cache):
         fork.lengths = None if self.lengths is None or kept == 0 else self.lengths - removed
         fork.ragged, fork._padded_columns = self.ragged and kept > 0, min(self._padded_columns, kept)
         return fork
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return all that the cache holds but what is recorded, by name: for a cache that has seen a call."""
+        assert self.lengths is not None
+        counts = [self._columns, self._padded_columns, self.max_length, self.ragged, self.snapshot_every]
+        tensors = {"lengths": self.lengths, "counts": torch.tensor(counts, dtype=torch.int64)}
+        for i, layer in enumerate(self.layers):
+            tensors |= {f"{i}.{name}": x for name, x in layer.state_dict(self.max_length).items()}
+        return tensors
+
+    def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take over what `state_dict` returned.
+
+        Raises:
+            KeyError: If a tensor is missing.
+            ValueError: If shapes do not fit the model or each other.
+        """
+        lengths, counts = tensors["lengths"], tensors["counts"].tolist()
+        if lengths.dim() != 1 or len(counts) != 5 or (lengths.numel() and int(lengths.max()) > counts[2]):
+            raise ValueError("lengths and counts must fit each other")
+        for i, (layer, mixer) in enumerate(zip(self.layers, self._config.mixers, strict=True)):
+            _, heads, size = self._config.head_sizes(mixer)
+            own = {name.removeprefix(f"{i}."): x for name, x in tensors.items() if name.startswith(f"{i}.")}
+            if isinstance(layer, RecurrentCacheLayer):
+                heads = self._config.head_sizes(mixer)[0]
+                layer.load_state_dict(own, (len(lengths), heads, size, size))
+            else:
+                layer.load_state_dict(own, (len(lengths), counts[2], heads, size))
+        self.lengths = lengths
+        self._columns, self._padded_columns, self.max_length, ragged, self.snapshot_every = counts
+        self.ragged = bool(ragged)
 
     def _check_prefix(self, argument: str, kept: int, got: int) -> int:
         """Return `kept` if the cache can go back to it; else raise an error about `argument`."""

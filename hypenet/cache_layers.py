@@ -12,8 +12,9 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 # Buffers of keys and values grow by this many tokens, so that little of them is unused. Copying them costs 2 / 256 of
 # what attention reads meanwhile.
 GROWTH = 256
-# Tokens that a recurrent layer can always go back if its past is recorded. Their inputs take about half a state.
+# Tokens that a recurrent layer can go back by default if its past is recorded. Their inputs take about half a state.
 RECORDED_TOKENS = 64
+LONG_CALL = 8  # a call of up to so many times the recorded tokens is recorded whole: it may be a long draft
 CHECKPOINT_UNIT = 64  # the chunk ops return states after multiples of so many tokens
 
 
@@ -63,6 +64,16 @@ class SoftmaxCacheLayer(CacheLayerMixin):
     def tensors(self) -> list[torch.Tensor | None]:
         """Return all that is allocated."""
         return [self.keys, self.values]
+
+    def state_dict(self, length: int) -> dict[str, torch.Tensor]:
+        """Return the first `length` keys and values."""
+        assert self.keys is not None and self.values is not None
+        return {"keys": self.keys[:, :length], "values": self.values[:, :length]}
+
+    def load_state_dict(self, tensors: dict[str, torch.Tensor], shape: tuple[int, ...]) -> None:
+        """Take over what `state_dict` returned, of shape [B, length, HK, D]."""
+        self.keys, self.values = (_of_shape(tensors[name], name, shape) for name in ("keys", "values"))
+        self.is_initialized = True
 
     def copy_of(self, length: int) -> "SoftmaxCacheLayer":
         """Return a copy of the first `length` tokens."""
@@ -120,7 +131,7 @@ class RecurrentCacheLayer(LinearAttentionLayer):
     """One state [B, H, K, V] in the accumulation type, and what it takes to go back to earlier ones.
 
     The state's address stays the same while decoding. Earlier states have two sources: `snapshots`, and, if the past is
-    recorded, the inputs of at least the last RECORDED_TOKENS tokens, which are run again from the state before them.
+    recorded, the inputs of at least the last `window` tokens, which are run again from the state before them.
 
     transformers considers a linear layer filled once its convolution state is written. These layers have no
     convolution, so writing the recurrent state marks them as filled.
@@ -128,7 +139,8 @@ class RecurrentCacheLayer(LinearAttentionLayer):
     Attributes:
         snapshots: States by the number of tokens before them.
         record_past: Whether inputs are recorded; `activate_past_recording` sets it.
-        recorded: How many of the last tokens are recorded.
+        window: How many of the last tokens are recorded at least.
+        recorded: How many of them are at present.
     """
 
     device: torch.device | None  # type: ignore[assignment]  # the base class sets None
@@ -136,9 +148,9 @@ class RecurrentCacheLayer(LinearAttentionLayer):
     def __init__(self) -> None:
         super().__init__()
         self.snapshots: dict[int, torch.Tensor] = {}
-        self.recorded = 0
+        self.window, self.recorded = RECORDED_TOKENS, 0
         self._base: torch.Tensor | None = None  # the state before the first recorded token
-        self._inputs: tuple[torch.Tensor, ...] = ()  # all but q, each [B, 2 * RECORDED_TOKENS, ...]
+        self._inputs: tuple[torch.Tensor, ...] = ()  # all but q, each [B, at least `recorded`, ...]
         self._chunk: Callable[..., Any] | None = None
 
     @property
@@ -149,6 +161,11 @@ class RecurrentCacheLayer(LinearAttentionLayer):
     @property
     def is_croppable(self) -> bool:
         return bool(self.record_past)
+
+    def activate_past_recording(self, tokens: int = RECORDED_TOKENS) -> None:
+        """Record the inputs from now on, so that the layer can go back at least `tokens` tokens."""
+        super().activate_past_recording()
+        self.window = max(self.window, tokens)
 
     def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs: Any) -> torch.Tensor:
         """Copy `recurrent_states` [B, H, K, V] into the state and return it, without autograd history."""
@@ -169,7 +186,7 @@ class RecurrentCacheLayer(LinearAttentionLayer):
         before, alike = self.state, cu_seqlens is None
         are_snapshots = every > 0
         if alike and every == 0 and self.record_past:  # one state on the way, shortly before what will be recorded
-            every = max(run.tokens - RECORDED_TOKENS, 0) // CHECKPOINT_UNIT * CHECKPOINT_UNIT
+            every = max(run.tokens - self.window, 0) // CHECKPOINT_UNIT * CHECKPOINT_UNIT
         # States on the way carry no gradient, and the ops refuse to return them where one is wanted.
         asked = {"checkpoint_every": every} if alike and 0 < every <= run.tokens and not torch.is_grad_enabled() else {}
         o, state, *found = run.chunk(
@@ -197,14 +214,16 @@ class RecurrentCacheLayer(LinearAttentionLayer):
         """
         self._chunk, T = run.chunk, run.tokens
         inputs = tuple(x.detach() for x in run.inputs[1:])
-        if T >= RECORDED_TOKENS or self._base is None:
-            skipped = max(T - RECORDED_TOKENS, 0)
+        if self.window <= T or self._base is None:
+            skipped = T - self.window if LONG_CALL * self.window < T else 0
             nearest = max(position for position in states if position <= skipped)
             self._base = self._replay(states[nearest], tuple(x[:, nearest:skipped] for x in inputs))
-            self._inputs = tuple(x.new_empty(x.shape[0], 2 * RECORDED_TOKENS, *x.shape[2:]) for x in inputs)
-            self.recorded, inputs = 0, tuple(x[:, skipped:] for x in inputs)
-        elif self.recorded + T > 2 * RECORDED_TOKENS:
-            dropped = self.recorded + T - RECORDED_TOKENS
+            inputs = tuple(x[:, skipped:] for x in inputs)
+            size = max(inputs[0].shape[1], 2 * self.window)
+            self._inputs = tuple(x.new_empty(x.shape[0], size, *x.shape[2:]) for x in inputs)
+            self.recorded = 0
+        elif self.recorded + T > self._inputs[0].shape[1]:
+            dropped = self.recorded + T - self.window
             self._base = self._replay(self._base, tuple(x[:, :dropped] for x in self._inputs))
             for x in self._inputs:
                 x[:, : self.recorded - dropped] = x[:, dropped : self.recorded].clone()
@@ -259,10 +278,23 @@ class RecurrentCacheLayer(LinearAttentionLayer):
         """Return all that is allocated."""
         return [self.state, self._base, *self._inputs, *self.snapshots.values()]
 
+    def state_dict(self, length: int) -> dict[str, torch.Tensor]:
+        """Return the state and the snapshots."""
+        assert self.state is not None
+        return {"state": self.state} | {f"snapshots.{tokens}": x for tokens, x in self.snapshots.items()}
+
+    def load_state_dict(self, tensors: dict[str, torch.Tensor], shape: tuple[int, ...]) -> None:
+        """Take over what `state_dict` returned, each of shape [B, H, K, V]."""
+        self.update_recurrent_state(_of_shape(tensors["state"], "state", shape))
+        for name, x in tensors.items():
+            kind, _, tokens = name.partition(".")
+            if kind == "snapshots" and tokens.isdecimal():
+                self.snapshots[int(tokens)] = _of_shape(x, name, shape)
+
     def copy_of(self, tokens: int, seen: int) -> "RecurrentCacheLayer":
         """Return a layer that has seen the first `tokens` of the `seen` tokens, with the snapshots up to there."""
         copy = RecurrentCacheLayer()
-        copy.record_past = self.record_past
+        copy.record_past, copy.window = self.record_past, self.window
         if self.state is not None and tokens > 0:
             copy.update_recurrent_state(self.state if tokens == seen else self.state_at(tokens, seen))
         copy.snapshots = {position: x.clone() for position, x in self.snapshots.items() if position <= tokens}
@@ -285,3 +317,9 @@ class RecurrentCacheLayer(LinearAttentionLayer):
     def reset(self) -> None:
         super().reset()
         self.forget()
+
+
+def _of_shape(x: torch.Tensor, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(x.shape)}")
+    return x

@@ -23,6 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedd
 from transformers.utils import can_return_tuple, logging
 
 from hypenet.cache import HypeNetCache
+from hypenet.cache_layers import RECORDED_TOKENS
 from hypenet.configuration_hypenet import HypeNetConfig
 from hypenet.context import MixerContext
 from hypenet.mixers import (
@@ -37,10 +38,12 @@ from hypenet.mixers import (
     initial_decay,
 )
 from hypenet.plan import ForwardPlan
+from hypenet.prefill import prefill
 from hypenet_kernels import swiglu
 
 logger = logging.get_logger(__name__)
 
+ASSISTANT_TOKENS = 512  # that a model which drafts for another can go back
 # transformers 5.24 renamed the argument and the output past_key_values; calls may use either name.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
@@ -297,6 +300,7 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        prefill_chunk: int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Compute logits, and the next-token loss if labels are given.
@@ -304,6 +308,8 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
         Args:
             labels: int64 [B, T], -100 where a token does not count. They are shifted here, not by the caller.
             logits_to_keep: Number of last tokens to compute logits for, 0 for all; or a 1-D tensor of indices.
+            prefill_chunk: Run the layers on so many tokens of each sequence at a time, with a cache, which bounds the
+                memory for activations. Without gradients, and not with labels, `cu_seqlens` or hidden states.
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, kwargs: As for
                 `HypeNetModel.forward`.
 
@@ -313,16 +319,14 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
         Raises:
             ValueError, TypeError, NotImplementedError: As `HypeNetModel.forward`.
         """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            return_dict=True,
-            **kwargs,
-        )
+        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
+        options = {"attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": use_cache}
+        if prefill_chunk is None:
+            outputs = self.model(**inputs, **options, return_dict=True, **kwargs)
+        elif labels is None:
+            outputs = prefill(self.model, prefill_chunk, logits_to_keep, inputs, options | kwargs)
+        else:
+            raise ValueError("HypeNetForCausalLM: prefill_chunk must come without labels")
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
@@ -355,8 +359,11 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
             )
         if generation_config.use_cache and model_kwargs.get(CACHE) is None:
             model_kwargs[CACHE] = HypeNetCache(self.config, capacity=max_cache_length)
-            if generation_config.is_assistant:
-                model_kwargs[CACHE].activate_past_recording()
+            if generation_config.is_assistant:  # its drafts grow as long as they are accepted
+                model_kwargs[CACHE].activate_past_recording(ASSISTANT_TOKENS)
+            elif generation_mode == GenerationMode.ASSISTED_GENERATION:
+                drafts = generation_config.prompt_lookup_num_tokens, generation_config.num_assistant_tokens
+                model_kwargs[CACHE].activate_past_recording(max(RECORDED_TOKENS, *(x or 0 for x in drafts)))
             return True
         return super()._prepare_cache_for_generation(  # type: ignore[misc]  # its `self` is a protocol
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

@@ -86,6 +86,8 @@ class ForwardPlan:
         if context.step or (mask is None and not (cache is not None and past > 0 and cache.ragged)):
             if cache is not None:
                 cache.check_space(T)
+            if mask is not None and _is_worth_reading(mask, cache) and bool(mask.all()):
+                mask = None
             if mask is not None:
                 context.state_indices = torch.where(mask[:, 0], torch.arange(B, device=mask.device), -1).int()
             return cls(context, _positions(x_BTC, position_ids, mask, lengths), (B, T), real_BT=mask)
@@ -125,6 +127,11 @@ class ForwardPlan:
             cache.advance(T, self.packing.counts, self.context.longest, padded=True)
         else:
             cache.advance(T, T, self.context.longest, padded=False)
+
+
+def _is_worth_reading(mask: torch.Tensor, cache: HypeNetCache | None) -> bool:
+    """Return whether to look for padding in a step: where it costs no transfer, or where it ends a cache's past."""
+    return not tracing() and (not mask.is_cuda or (cache is not None and cache.keeps_past))
 
 
 def _find_documents(

@@ -16,10 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hypenet.cache import HypeNetCache
-from hypenet.cache_layers import RecurrentCacheLayer
 from hypenet.modeling_hypenet import HypeNetPreTrainedModel
 
 FORMAT = "hypenet cache 1"
+# Fields of the configuration that change results where the weights are the same.
+MEANINGFUL_FIELDS = ("mixer_types", "rope_parameters", "rms_norm_eps", "attn_", "lightning_", "gdn_", "mamba2_")
 SAMPLED_VALUES = 16  # of each weight, that a file remembers
 
 
@@ -32,7 +33,7 @@ def save_cache(
 
     Args:
         cache: The cache, which has seen at least one call.
-        path: The file to write, by custom `*.safetensors`.
+        path: The file to write, usually `*.safetensors`.
         model: The model that filled the cache.
         input_ids: int64 [B, T], the tokens that it has seen, for the caller's own use.
 
@@ -57,26 +58,10 @@ def save_cache(
         raise ValueError("save_cache: cache must have seen at least one token, got an empty cache")
     if input_ids is not None and (input_ids.dim() != 2 or input_ids.shape[0] != cache.batch_size):
         raise ValueError(f"save_cache: input_ids must have shape [{cache.batch_size}, T], got {list(input_ids.shape)}")
-    tensors = {"lengths": cache.lengths}
-    for i, layer in enumerate(cache.layers):
-        if isinstance(layer, RecurrentCacheLayer):
-            assert layer.state is not None
-            tensors |= {f"{i}.state": layer.state}
-            tensors |= {f"{i}.snapshots.{position}": x for position, x in layer.snapshots.items()}
-        else:
-            assert layer.keys is not None and layer.values is not None
-            tensors |= {f"{i}.keys": layer.keys[:, : cache.max_length], f"{i}.values": layer.values[:, : cache.max_length]}
+    tensors = cache.state_dict()
     if input_ids is not None:
         tensors["input_ids"] = input_ids
-    facts = {
-        "format": FORMAT,
-        "model": model_fingerprint(model),
-        "columns": str(cache.get_seq_length()),
-        "padded_columns": str(cache._padded_columns),
-        "max_length": str(cache.max_length),
-        "ragged": str(int(cache.ragged)),
-        "snapshot_every": str(cache.snapshot_every),
-    }
+    facts = {"format": FORMAT, "model": model_fingerprint(model)}
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
@@ -107,21 +92,25 @@ def load_cache(path: str | Path, model: HypeNetPreTrainedModel) -> tuple[HypeNet
             facts, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"load_cache: path must be a complete file of save_cache, got {path} ({error})") from None
-    if facts.get("format") != FORMAT:
-        raise ValueError(f"load_cache: path must be a file of save_cache, got {path} ({facts.get('format', 'no format')})")
+    if (found := facts.get("format")) != FORMAT:
+        raise ValueError(f"load_cache: path must be a file of save_cache ({FORMAT!r}), got {path} ({found!r})")
     if facts.get("model") != model_fingerprint(model):
         raise ValueError(f"load_cache: path must be the cache of a model with these weights and dtype, got {path}")
-    cache = HypeNetCache(model.config, snapshot_every=int(facts["snapshot_every"]))
     input_ids = tensors.pop("input_ids", None)
-    cache.restore(tensors, {name: int(facts[name]) for name in ("columns", "padded_columns", "max_length", "ragged")})
+    cache = HypeNetCache(model.config)
+    try:
+        cache.load_state_dict(tensors)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"load_cache: path must be a complete file of save_cache, got {path} ({error})") from None
     return cache, input_ids
 
 
 def model_fingerprint(model: HypeNetPreTrainedModel) -> str:
     """Return a hash of a model's layers and of a few values of each weight: equal for equal models, in one dtype."""
-    digest = hashlib.sha256(json.dumps(model.config.mixers).encode())
-    for name, x in sorted(model.state_dict().items()):
-        name = name.removeprefix(f"{model.base_model_prefix}.")
+    base: Any = model.base_model
+    fields = {name: x for name, x in base.config.to_dict().items() if name.startswith(MEANINGFUL_FIELDS)}
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    for name, x in sorted(base.state_dict().items()):
         flat = x.detach().flatten()
         index = torch.linspace(0, max(flat.numel() - 1, 0), SAMPLED_VALUES, device=flat.device).long()
         values: list[Any] = flat[index].double().tolist() if flat.numel() else []
