@@ -118,7 +118,7 @@ stage build 120 "$python" setup.py --quiet build_ext --inplace
 stage self-test 45 "$python" -m hypenet_kernels
 stage timing-first 100 "$python" -m bench.supervise cuda "$out/ops.json" --quick
 # One process per file: after an illegal memory access, no CUDA call in the same process succeeds.
-for file in tests/test_cuda_{gated_delta,gated_delta_bwd,accuracy,hype_attention,hype_attention_decode,step,sequence_split,serving,causal_conv1d,fused_ops}.py; do
+for file in tests/test_cuda_{gated_delta,gated_delta_bwd,accuracy,hype_attention,hype_attention_decode,step,sequence_split,serving,causal_conv1d,fused_ops,decode_graph}.py; do
     name=${file#tests/test_cuda_}
     stage "${name%.py}" 25 "$python" -m pytest -m cuda -vv -rfE -o faulthandler_timeout=20 -p no:cacheprovider "$file"
 done

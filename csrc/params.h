@@ -155,6 +155,9 @@ struct HypeAttentionOperands {
 struct HypeAttentionFwdParams : HypeAttentionOperands {
   int64_t S, N, query_offset;
   const int64_t* cu_seqlens;  // [N + 1] or null; with it B = 1, S = T, query_offset = 0
+  // [N] or null; with it, and cu_seqlens, k and v are caches [N, S, HK, D], and query t of sequence n is at position
+  // query_offsets[n] + t
+  const int64_t* query_offsets;
   // outputs
   void* o;          // [B, T, H, D] dtype, gated
   void* o_ungated;  // [B, T, H, D] dtype, or null without gate or if no gradient is needed

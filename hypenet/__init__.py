@@ -24,6 +24,7 @@ from hypenet.cache import HypeNetCache
 from hypenet.configuration_hypenet import HybridConfig, HypeNetConfig
 from hypenet.context import MixerContext
 from hypenet.conversion import config_from_teacher, from_teacher
+from hypenet.graphs import DecodeGraph
 from hypenet.mixers import GatedDeltaNet, LightningAttention, Mamba2, SoftmaxAttention
 from hypenet.modeling_hypenet import (
     HypeNetForCausalLM,
@@ -51,6 +52,7 @@ register_checkpoint_conversion_mapping(
 )
 
 __all__ = [
+    "DecodeGraph",
     "GatedDeltaNet",
     "HypeNetCache",
     "HypeNetConfig",

@@ -119,6 +119,16 @@ class HypeNetCache(Cache):
         if self.snapshot_every and self._columns - self._last_snapshot() >= self.snapshot_every:
             self.snapshot()
 
+    def count(self, tokens: int) -> None:
+        """Count unpadded tokens on the host alone; `lengths` on the device is not changed."""
+        self.max_length += tokens
+        self._columns += tokens
+
+    def step_state(self) -> dict[str, torch.Tensor]:
+        """Return what an unpadded step changes besides the keys and values that it appends, by name."""
+        states = {f"{i}": x.state for i, x in enumerate(self.layers) if isinstance(x, RecurrentCacheLayer)}
+        return {name: x for name, x in ({"lengths": self.lengths} | states).items() if x is not None}
+
     def reserve(self, layer_idx: int, k: torch.Tensor, new_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the buffers of a softmax layer, with space for `new_tokens` more per sequence.
 

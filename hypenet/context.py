@@ -32,7 +32,6 @@ class MixerContext:
         state_indices: int32 [B], only with `step`: b, or -1 where the new token of sequence b is padding and must
             change nothing. None: no padding.
         slots: With `cu_seqlens` and a cache: the sequence of each of the `total` tokens, and its position there.
-        spans: With `cu_seqlens` and a cache that is not empty: (start, stop, cached length) of each sequence.
         longest: With a cache: the largest number of new tokens of a sequence.
 
     Example:
@@ -53,7 +52,6 @@ class MixerContext:
     step: bool = False
     state_indices: torch.Tensor | None = None
     slots: tuple[torch.Tensor, torch.Tensor] | None = None
-    spans: list[tuple[int, int, int]] | None = None
     longest: int = 0
 
     def recur(self, layer_idx: int, run: Recurrence) -> torch.Tensor:

@@ -170,10 +170,7 @@ def _positions(
 
 
 def _plan_packed_cache(context: MixerContext, packing: Packing, lengths: torch.Tensor) -> None:
-    """Set where packed tokens are stored in the cache, and each sequence's span."""
+    """Set where packed tokens are stored in the cache."""
     context.slots = (packing.rows, packing.order + lengths[packing.rows])
     if not tracing():
         context.longest = int(packing.counts.max())
-    if context.past > 0:
-        bounds = packing.cu_seqlens.tolist()
-        context.spans = list(zip(bounds, bounds[1:], lengths.tolist(), strict=False))

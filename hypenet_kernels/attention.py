@@ -30,6 +30,19 @@ class Inputs(NamedTuple):
     query_offset: int
 
 
+class CachedInputs(NamedTuple):
+    """The arguments of the forward op on packed sequences that continue a cache."""
+
+    q: Tensor  # [1, T, H, D]
+    k: Tensor  # [N, capacity, HK, D]
+    v: Tensor  # [N, capacity, HK, D]
+    gate: Tensor | None  # [1, T, H, D], before the sigmoid
+    cu_seqlens: Tensor | None  # [N + 1]
+    query_offset: Tensor  # [N]
+    logit_scale_base: float | None
+    scale: float
+
+
 class DecodeInputs(NamedTuple):
     """The arguments of the decode op."""
 
@@ -52,7 +65,7 @@ def hype_attention(
     logit_scale_base: float | None = None,
     gate: Tensor | None = None,
     scale: float | None = None,
-    query_offset: int = 0,
+    query_offset: int | Tensor = 0,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Compute causal attention of T queries at positions query_offset, ... over all keys up to each.
@@ -66,9 +79,11 @@ def hype_attention(
         logit_scale_base: a > 1, in tokens, or None for s_t = 1.
         gate: [B, T, H, D] in q's dtype: o is multiplied by its sigmoid.
         scale: default D ** -0.5.
-        query_offset: position of the first query.
-        cu_seqlens: [N + 1] int32 or int64, bounds of sequences packed along T (B = 1, query_offset = 0); positions
-            restart and attention ends at each. Where it ends before T, o is 0.
+        query_offset: position of the first query. With cu_seqlens 0; or [N] int32 or int64, one for each sequence: then
+            k and v are caches [N, capacity, HK, D], in which sequence n's own keys follow query_offset[n] earlier
+            ones, and there is no gradient. On CUDA its values are not checked: where they do not fit, so does o not.
+        cu_seqlens: [N + 1] int32 or int64, bounds of sequences packed along T (B = 1); positions restart and attention
+            ends at each. Where it ends before T, o is 0.
 
     Returns:
         o [B, T, H, D] in q's dtype.
@@ -84,9 +99,11 @@ def hype_attention(
         >>> hype_attention(q, k, v, logit_scale_base=512.0).shape
         torch.Size([1, 10, 8, 64])
     """
+    base, scale = _logit_scale_base(OP, logit_scale_base), _checks.scale(OP, scale, q)
+    if isinstance(query_offset, Tensor):
+        return _continue_packed(CachedInputs(q, k, v, gate, cu_seqlens, query_offset, base, scale))
     _checks.tensors(OP, {"q": q, "k": k, "v": v}, {"gate": gate, "cu_seqlens": cu_seqlens})
     _checks.integer(OP, "query_offset", query_offset)
-    base, scale = _logit_scale_base(OP, logit_scale_base), _checks.scale(OP, scale, q)
     arguments = (q, k, v, gate, cu_seqlens, base, scale, query_offset)
     o: Tensor = _differentiable(*arguments)[0] if _checks.wants_gradient(q, k, v, gate) else _inference(*arguments)
     return o
@@ -143,7 +160,7 @@ def _logit_scale_base(op: str, value: Any) -> float | None:
     return None if value is None else _checks.number(op, "logit_scale_base", value)
 
 
-def _check_heads(op: str, x: Inputs | DecodeInputs, key_name: str, k: Tensor) -> None:
+def _check_heads(op: str, x: Inputs | CachedInputs | DecodeInputs, key_name: str, k: Tensor) -> None:
     """Check what both ops require of queries, keys and gate."""
     q = x.q
     _checks.rank(op, "q", q, "B T H D")
@@ -171,6 +188,32 @@ def _check(x: Inputs) -> None:
             _checks.fail(ValueError, OP, "query_offset", "be 0 with cu_seqlens", x.query_offset)
     _checks.shape(OP, "k", x.k, (B, x.query_offset + T, x.k.shape[2], D))
     _checks.like(OP, "v", x.v, "k", x.k)
+
+
+def _continue_packed(x: CachedInputs) -> Tensor:
+    """Check what only a call with a tensor as query_offset needs, and run it."""
+    required = {"q": x.q, "k": x.k, "v": x.v, "query_offset": x.query_offset}
+    if x.cu_seqlens is None:
+        _checks.fail(ValueError, OP, "query_offset", "be an integer without cu_seqlens", list(x.query_offset.shape))
+    _checks.tensors(OP, required, {"gate": x.gate, "cu_seqlens": x.cu_seqlens})
+    _checks.no_grad(OP, required, {"gate": x.gate}, "with a tensor as query_offset (it has no backward)")
+    o: Tensor = _cached_op(*x)
+    return o
+
+
+def _check_cached(x: CachedInputs) -> None:
+    assert x.cu_seqlens is not None
+    _check_heads(OP, x, "k", x.k)
+    _checks.cu_seqlens(OP, x.cu_seqlens, x.q)
+    N, capacity = x.cu_seqlens.numel() - 1, x.k.shape[1]
+    _checks.shape(OP, "k", x.k, (N, capacity, *x.k.shape[2:3], x.q.shape[3]))
+    _checks.like(OP, "v", x.v, "k", x.k)
+    _checks.indices(OP, "query_offset", x.query_offset, N)
+    if _checks.has_values(x.query_offset):
+        offsets, lengths = x.query_offset.tolist(), x.cu_seqlens.diff().tolist()
+        if any(not 0 <= offset <= capacity - length for offset, length in zip(offsets, lengths, strict=True)):
+            rule = f"be at least 0 and leave space for the sequences of {lengths} in a capacity of {capacity}"
+            _checks.fail(ValueError, OP, "query_offset", rule, offsets)
 
 
 def _check_decode(x: DecodeInputs) -> None:
@@ -218,6 +261,19 @@ def _results(x: Inputs, save: bool) -> Any:
     return (o, x.q.new_empty(0) if x.gate is None else torch.empty_like(o), _new_lse(x.q)) if save else o
 
 
+def _cached_fake(*arguments: Any) -> Tensor:
+    x = CachedInputs._make(arguments)
+    _check_cached(x)
+    return _native.empty_like(x.q)
+
+
+def _cached(*arguments: Any) -> Tensor:
+    x, o = CachedInputs._make(arguments), _cached_fake(*arguments)
+    if o.numel() > 0:
+        _launch(x, (o, None, _new_lse(x.q) if _native.on_cuda(x.q) else None))
+    return o
+
+
 def _new_lse(q: Tensor) -> Tensor:
     B, T, H, _ = q.shape
     return q.new_empty(B, H, T, dtype=_native.accumulator(q.dtype))
@@ -229,8 +285,16 @@ def _forward(save: bool, *arguments: Any) -> Any:
     o, o_ungated, lse = results if save else (results, None, _new_lse(x.q) if _native.on_cuda(x.q) else None)
     if o.numel() == 0:
         return results
+    _launch(x, (o, o_ungated, lse))
+    return results
+
+
+def _launch(x: Inputs | CachedInputs, results: tuple[Tensor, Tensor | None, Tensor | None]) -> None:
+    """Run the forward kernel, into o and, where they are given, o_ungated and lse."""
+    o, o_ungated, lse = results
     width = _built_width(x.q) if _native.on_cuda(x.q) else x.q.shape[3]
     bounds = None if x.cu_seqlens is None else _native.bounds(x.cu_seqlens)
+    offsets = _native.bounds(x.query_offset) if isinstance(x.query_offset, Tensor) else None
     q, k, v = _native.rows(x.q, width), _native.rows(x.k, width), _native.rows(x.v, width)
     gate = None if x.gate is None else _native.rows(x.gate, width)
     wide_o = o if width == x.q.shape[3] else _native.buffer(o, width)
@@ -238,17 +302,16 @@ def _forward(save: bool, *arguments: Any) -> Any:
     fields = {
         **_operands(x, q, k, v, gate),
         **_sequences(x, bounds),
+        "query_offsets": _native.pointer(offsets),
         "o": _native.pointer(wide_o),
         "o_ungated": _native.pointer(wide_ungated),
         "lse": _native.pointer(lse),
     }
     _native.kernel(OP, "hype_attention_fwd", x.q.device)(fields)
-    if wide_o is o:
-        return results
-    o = _native.narrowed(wide_o, o)
-    if wide_ungated is not None and o_ungated is not None:
-        o_ungated = _native.narrowed(wide_ungated, o_ungated)
-    return (o, o_ungated, lse) if save else o
+    if wide_o is not o:
+        o.copy_(wide_o[..., : x.q.shape[3]])
+        if wide_ungated is not None and o_ungated is not None:
+            o_ungated.copy_(wide_ungated[..., : x.q.shape[3]])
 
 
 def _backward_fake(do: Tensor, o_ungated: Tensor, lse: Tensor, *arguments: Any) -> Any:
@@ -346,7 +409,7 @@ def _decode(*arguments: Any) -> Tensor:
 
 
 def _operands(
-    x: Inputs | DecodeInputs, q: Tensor, k: Tensor | None, v: Tensor | None, gate: Tensor | None
+    x: Inputs | CachedInputs | DecodeInputs, q: Tensor, k: Tensor | None, v: Tensor | None, gate: Tensor | None
 ) -> dict[str, Any]:
     """The fields that all params structs of the family share; q, k, v, gate: as kernels read them."""
     B, T, H, D = q.shape
@@ -367,11 +430,11 @@ def _operands(
     }
 
 
-def _sequences(x: Inputs, bounds: Tensor | None) -> dict[str, Any]:
+def _sequences(x: Inputs | CachedInputs, bounds: Tensor | None) -> dict[str, Any]:
     return {
         "S": x.k.shape[1],
         "N": x.q.shape[0] if bounds is None else bounds.numel() - 1,
-        "query_offset": x.query_offset,
+        "query_offset": 0 if isinstance(x.query_offset, Tensor) else x.query_offset,
         "cu_seqlens": _native.pointer(bounds),
     }
 
@@ -394,6 +457,10 @@ def _differentiate(ctx: Any, do: Tensor | None, *_: Any) -> Any:
 
 _OPTIONS = "float? logit_scale_base, float scale"
 _SCHEMA = f"Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? cu_seqlens, {_OPTIONS}, SymInt query_offset"
+_CACHED_SCHEMA = (
+    f"{OP}_cached(Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor cu_seqlens, Tensor query_offset, {_OPTIONS}) -> "
+    "Tensor"
+)
 _DECODE_SCHEMA = (
     f"{DECODE_OP}(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, Tensor? k, Tensor? v, "
     f"Tensor? gate, {_OPTIONS}) -> Tensor"
@@ -408,4 +475,5 @@ _backward_op = _ops.differentiable_once(
 _inference, _differentiable = _ops.define_differentiable(
     OP, _SCHEMA, "Tensor o", "Tensor o_ungated, Tensor lse", _forward_fake, _forward, (_setup_context, _differentiate)
 )
+_cached_op = _ops.define(_CACHED_SCHEMA, _cached_fake, _cached)
 _decode_op = _ops.define(_DECODE_SCHEMA, _decode_fake, _decode)

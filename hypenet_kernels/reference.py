@@ -114,14 +114,28 @@ def hype_attention(
     logit_scale_base: float | None = None,
     gate: Tensor | None = None,
     scale: float | None = None,
-    query_offset: int = 0,
+    query_offset: int | Tensor = 0,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """o_t = sum_{i <= t} softmax_i(s_t scale q_t . k_i) v_i, times sigmoid(gate_t); s_t = ln(t + a) / ln(a).
 
     q, gate [B, T, H, D]; k, v [B, S, HK, D] with S = query_offset + T; t counts from the start of the keys. cu_seqlens
-    may end before T: the rest of o is zero.
+    may end before T: the rest of o is zero. With a tensor as query_offset, k and v are caches [N, capacity, HK, D].
     """
+    if isinstance(query_offset, Tensor):
+        assert cu_seqlens is not None
+        bounds, o = cu_seqlens.tolist(), torch.zeros_like(q)
+        for n, (i, j, offset) in enumerate(zip(bounds, bounds[1:], query_offset.tolist(), strict=False)):
+            o[:, i:j] = hype_attention(
+                q[:, i:j],
+                k[n : n + 1, : offset + j - i],
+                v[n : n + 1, : offset + j - i],
+                logit_scale_base=logit_scale_base,
+                gate=None if gate is None else gate[:, i:j],
+                scale=scale,
+                query_offset=offset,
+            )
+        return o
     if cu_seqlens is not None:
         spans = list(zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:], strict=False))
         options: dict[str, Any] = {"logit_scale_base": logit_scale_base, "scale": scale}

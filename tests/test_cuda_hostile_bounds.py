@@ -87,6 +87,20 @@ def test_attention(device, hostile):
         assert all(x[:, legal[0] :].equal(y[:, legal[0] :]) for x, y in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("offsets", [(-5, HUGE, 3), (300, -HUGE, 200), (60, 61, 62)], ids=str)
+@pytest.mark.parametrize("hostile", [(0, 64, 100, T), (-70, 64, 1000, HUGE)], ids=str)
+def test_attention_that_continues_caches(device, hostile, offsets):
+    """Each access is checked; offsets that fit give what they should."""
+    q, k, v = (torch.randn(*size, 64).bfloat16() for size in ((1, T, 2), (3, 120, 1), (3, 120, 1)))
+    q, k, v = q.to(device), k.to(device), v.to(device)
+    o = hype_attention(
+        q, k, v, cu_seqlens=torch.tensor(hostile).to(device), query_offset=torch.tensor(offsets).to(device)
+    )
+    if hostile[0] == 0 and offsets[1] == 61:
+        expected = hype_attention(q[:, 64:100], k[1:2, :97], v[1:2, :97], query_offset=61)
+        assert o[:, 64:100].equal(expected)
+
+
 @pytest.mark.parametrize("width", [2, 4])
 @pytest.mark.parametrize("hostile", RISING | FALLING, ids=str)
 def test_convolution(device, hostile, width):

@@ -228,3 +228,20 @@ def test_what_is_not_built_is_refused(device):
     rule = "^hype_attention: q must have a head dimension of at most 256 on CUDA, got 264"
     with pytest.raises(NotImplementedError, match=rule):
         hype_attention(wide, wide, wide)
+
+
+def test_packed_sequences_continue_caches(device):
+    """Bit for bit as alone against the keys that each may see, whatever the other rows of the caches are."""
+    bounds, offsets, capacity = [0, 5, 5, 134, 198, 199, 230], [0, 3, 70, 64, 190, 1], 200
+    q, gate = torch.randn(2, 1, bounds[-1] + 5, 2, 64).bfloat16().to(device).unbind()
+    k, v = torch.randn(2, len(offsets), capacity, 1, 64).bfloat16().to(device).unbind()
+    for n, offset in enumerate(offsets):
+        k[n, offset + bounds[n + 1] - bounds[n] :] = v[n, offset + bounds[n + 1] - bounds[n] :] = torch.nan
+    indices = {"cu_seqlens": torch.tensor(bounds, device=device), "query_offset": torch.tensor(offsets, device=device)}
+    o = hype_attention(q, k, v, gate=gate, logit_scale_base=9.0, **indices)
+    for n, offset in enumerate(offsets):
+        i, j = bounds[n], bounds[n + 1]
+        own = (x[n : n + 1, : offset + j - i] for x in (k, v))
+        alone = hype_attention(q[:, i:j], *own, gate=gate[:, i:j], logit_scale_base=9.0, query_offset=offset)
+        assert torch.equal(o[:, i:j], alone), n
+    assert (o[:, bounds[-1] :] == 0).all()

@@ -184,6 +184,37 @@ def test_continuation_is_the_tail_of_the_whole(offset, dtype):
     assert_matches_reference("o", tail, whole[:, offset:].detach())
 
 
+def make_continuations(dtype, H=4, HK=2, D=16):
+    """Return q, k, v, gate, cu_seqlens and offsets of packed sequences that continue caches with unused rows of NaN."""
+    bounds, offsets, capacity = [0, 0, 5, BLOCK + 5, BLOCK + 6, 2 * BLOCK + 20], [7, 0, BLOCK + 3, 150, 1], 200
+    q, gate = torch.randn(2, 1, bounds[-1] + 3, H, D, dtype=dtype).unbind()
+    k, v = torch.randn(2, len(offsets), capacity, HK, D, dtype=dtype).unbind()
+    for n, offset in enumerate(offsets):
+        k[n, offset + bounds[n + 1] - bounds[n] :] = v[n, offset + bounds[n + 1] - bounds[n] :] = torch.nan
+    return q, k, v, gate, torch.tensor(bounds), torch.tensor(offsets, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_sequences_continue_caches(dtype):
+    """Each is bit for bit as alone, where q and the caches may have any strides; behind the last one o is 0."""
+    q, k, v, gate, cu_seqlens, offsets = make_continuations(dtype)
+    wide = torch.randn(1, q.shape[1], q.shape[2], 2 * q.shape[3], dtype=dtype)
+    wide[..., : q.shape[3]] = q
+    options = {"logit_scale_base": 9.0, "query_offset": offsets, "cu_seqlens": cu_seqlens}
+    for inputs in ((q, k, v, gate), (wide[..., : q.shape[3]], k.mT.contiguous().mT, v.mT.contiguous().mT, gate)):
+        o = run(hype_attention, inputs, **options)
+        bounds = cu_seqlens.tolist()
+        for n, offset in enumerate(offsets.tolist()):
+            i, j = bounds[n], bounds[n + 1]
+            own = [q[:, i:j], *(x[n : n + 1, : offset + j - i] for x in (k, v)), gate[:, i:j]]
+            alone = run(hype_attention, own, logit_scale_base=9.0, query_offset=offset)
+            assert torch.equal(o[:, i:j], alone), n
+        assert (o[:, bounds[-1] :] == 0).all()
+    if dtype in (torch.float64, torch.float32):
+        inputs = [x.double() for x in (q, k, v, gate)]
+        assert_matches_reference("o", o, run(reference.hype_attention, inputs, **options))
+
+
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 def test_packed_sequences_are_each_alone(index_dtype):
     bounds = [0, 0, 5, BLOCK + 5, BLOCK + 5, 2 * BLOCK + 20, 2 * BLOCK + 20]
@@ -419,6 +450,12 @@ def test_opcheck(gate, packed):
         torch.library.opcheck(torch.ops.hypenet.hype_attention_bwd.default, arguments)
 
 
+def test_opcheck_of_packed_continuations():
+    q, k, v, gate, cu_seqlens, offsets = make_continuations(torch.float64)
+    for arguments in ((q, k, v, None, cu_seqlens, offsets, None, 0.3), (q, k, v, gate, cu_seqlens, offsets, 9.0, 0.3)):
+        torch.library.opcheck(torch.ops.hypenet.hype_attention_cached.default, arguments)
+
+
 @pytest.mark.parametrize("options", [{}, {"logit_scale_base": 9.0, "query_offset": 0}], ids=["plain", "scaled"])
 def test_compiles_without_a_graph_break(options):
     inputs = make_inputs(Shape(2, BLOCK + 6, 4, 2, 8), torch.float32, gate=True)
@@ -492,6 +529,11 @@ ERRORS = {
     "scale of letters": ({"scale": "1"}, TypeError, "scale must be a number, got str"),
     "two scales": ({"scale": ones(2)}, ValueError, "scale must be one real number"),
     "scale wants a gradient": ({"scale": ones().requires_grad_()}, ValueError, "scale must be .* requires no grad"),
+    "offsets without bounds": (
+        {"query_offset": torch.tensor([0])},
+        ValueError,
+        r"query_offset must be an integer without cu_seqlens, got \[1\]",
+    ),
     "offset of a float": ({"query_offset": 0.0}, TypeError, "query_offset must be an integer, got float"),
     "packed batch": (
         {"cu_seqlens": torch.tensor([0, 6])},
@@ -517,3 +559,27 @@ def test_refuses(changes, error, message):
     arguments = {"q": ones(*Q), "k": ones(*KV), "v": ones(*KV)} | changes
     with pytest.raises(error, match=f"^hype_attention: .*{message}"):
         hype_attention(**arguments)
+
+
+CONTINUATION_ERRORS = {
+    "too long": ({"query_offset": torch.tensor([7, 0, 195, 150, 1])}, ValueError, r"capacity of 200, got \[7, 0, 195"),
+    "negative": ({"query_offset": torch.tensor([7, 0, -1, 150, 1])}, ValueError, r"query_offset must be at least 0"),
+    "too few": ({"query_offset": torch.tensor([7, 0])}, ValueError, r"query_offset must have shape \[5\], got \[2\]"),
+    "floats": ({"query_offset": torch.zeros(5)}, TypeError, "query_offset must be int32 or int64, got float32"),
+    "another cache": ({"v": torch.zeros(5, 199, 2, 16)}, ValueError, "v must have k's shape"),
+    "caches of others": ({"k": torch.zeros(4, 200, 2, 16)}, ValueError, r"k must have shape \[5, 200, 2, 16\]"),
+    "gradient": (
+        {"k": torch.zeros(5, 200, 2, 16, requires_grad=True)},
+        ValueError,
+        "k must not require grad with a tensor as query_offset",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONTINUATION_ERRORS)
+def test_errors_of_packed_continuations(name):
+    change, kind, message = CONTINUATION_ERRORS[name]
+    q, k, v, gate, cu_seqlens, offsets = make_continuations(torch.float32)
+    given = {"q": q, "k": k, "v": v, "gate": gate, "cu_seqlens": cu_seqlens, "query_offset": offsets} | change
+    with pytest.raises(kind, match=message):
+        hype_attention(**given)

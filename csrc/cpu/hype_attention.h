@@ -24,23 +24,30 @@ constexpr int64_t kTileHeads = 4;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Sequence n: T queries and S keys, both starting at row `first` of `batch`; query t is at position offset +
-// t.
+// Sequence n: T queries from row `first` of `batch` on, query t at position offset + t, and S keys from row `first_key`
+// of `key_batch` on.
 struct Sequence {
-  int64_t batch, first, T, S, offset;
+  int64_t batch, first, T, S, offset, key_batch, first_key;
 };
 
 template <class Params>
 Sequence sequence(const Params& p, int64_t n) {
-  if (p.cu_seqlens == nullptr) return {n, 0, p.T, p.S, p.query_offset};
+  if (p.cu_seqlens == nullptr) return {n, 0, p.T, p.S, p.query_offset, n, 0};
   const int64_t first = p.cu_seqlens[n], length = p.cu_seqlens[n + 1] - first;
-  return {0, first, length, length, 0};
+  if constexpr (requires { p.query_offsets; }) {
+    if (p.query_offsets != nullptr) {
+      const int64_t offset = p.query_offsets[n];
+      return {0, first, length, offset + length, offset, n, 0};
+    }
+  }
+  return {0, first, length, length, 0, 0, first};
 }
 
 // The approximate cost of both products over all visible (query, key) pairs.
 template <class Params>
 double multiply_adds(const Params& p) {
-  return 2.0 * p.B * p.H * p.T * (p.query_offset + p.T / 2.0) * p.D;
+  const double keys = std::max<double>(p.query_offset + p.T / 2.0, p.S / 2.0);
+  return 2.0 * p.B * p.H * p.T * keys * p.D;
 }
 
 // s_t = ln(t + a) / ln(a) at position t; 1 without a base.

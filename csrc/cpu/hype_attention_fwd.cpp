@@ -254,8 +254,8 @@ void run_task(const HypeAttentionFwdParams& p, const Task& task, acc_t<Element>*
   });
   for (int64_t start = 0; start < end; start += kKeyBlock) {
     const int64_t keys = std::min(kKeyBlock, end - start);
-    pack_rows(head_rows<Element>(p.k, s.batch, s.first + start, task.key_head), keys, D, b.k);
-    pack_across_rows(head_rows<Element>(p.v, s.batch, s.first + start, task.key_head), keys, D, b.v);
+    pack_rows(head_rows<Element>(p.k, s.key_batch, s.first_key + start, task.key_head), keys, D, b.k);
+    pack_across_rows(head_rows<Element>(p.v, s.key_batch, s.first_key + start, task.key_head), keys, D, b.v);
     for_each([&](const Tile& tile, const TileBlocks<Factor, Acc>& t) {
       const int64_t first_visible = s.offset + tile.begin - start + 1;
       const int64_t seen = std::min(keys, first_visible + tile.num_tokens - 1);

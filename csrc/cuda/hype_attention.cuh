@@ -28,11 +28,13 @@ struct LogitScale {
   }
 };
 
-// T queries from row `first` of `batch` on, at positions offset ..., against S keys from the same row on. The tail is
-// the rows after packed sequences, without queries or keys.
+// T queries from row `first` of `batch` on, at positions offset ..., against S keys: from the same row on, or, of
+// sequence n >= 0 that continues a cache, those of row n of the cache. The tail is the rows after packed sequences,
+// without queries or keys.
 struct Sequence {
   int batch, first, T, S, offset;
   bool is_tail = false;
+  int cached = -1;
 };
 
 // ---- tiles of kRows rows, numbered over all sequences without a table: sequence n of a packed batch has the
@@ -77,6 +79,15 @@ __device__ __forceinline__ Sequence find_tile(const Params& p, unsigned slot, in
   if (tile < 0) return {0, first, 0, 0, 0};  // rows of no sequence
   if (n == p.N) return {0, first, 0, 0, 0, true};
   const int length = bound(p, n + 1) - first;
+  if constexpr (requires { p.query_offsets; }) {
+    if (p.query_offsets != nullptr) {
+      const auto capacity = static_cast<int>(p.S);
+      const int64_t given = p.query_offsets[n];
+      const int offset = given < 0 ? 0 : static_cast<int>(given < capacity ? given : capacity);
+      const int keys = offset + length < capacity ? offset + length : capacity;
+      return {0, first, length, keys, offset, false, static_cast<int>(n)};
+    }
+  }
   return {0, first, length, length, 0};
 }
 

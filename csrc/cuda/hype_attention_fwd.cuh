@@ -105,8 +105,9 @@ struct Pieces {
       : num_tiles(place.num_tiles), num_keys(place.sequence.S), num_gates(place.sequence.T - place.begin) {
     const Sequence& s = place.sequence;
     const int key_head = place.head / static_cast<int>(p.H / p.HK);
-    k = row_of<Element>(p.k, s.batch, s.first, key_head);
-    v = row_of<Element>(p.v, s.batch, s.first, key_head);
+    const int batch = s.cached < 0 ? s.batch : s.cached, first = s.cached < 0 ? s.first : 0;
+    k = row_of<Element>(p.k, batch, first, key_head);
+    v = row_of<Element>(p.v, batch, first, key_head);
     gate = row_of<Element>(p.gate, s.batch, s.first + place.begin, place.head);
     if (p.gate.data == nullptr) num_gates = 0;
   }

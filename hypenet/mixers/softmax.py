@@ -65,24 +65,18 @@ class SoftmaxAttention(Mixer):
         if context.cache is None:
             return hype_attention(q, k, v, gate=gate, cu_seqlens=context.cu_seqlens, **options)
         keys, values = context.append(self.layer_idx, k, v)
+        lengths = context.cache.lengths
+        assert lengths is not None
         if context.step:
-            lengths = context.cache.lengths
-            assert lengths is not None
             return hype_attention_decode(q, keys, values, lengths, k=k, v=v, gate=gate, **options)
         if context.past == 0:
             return hype_attention(q, k, v, gate=gate, cu_seqlens=context.cu_seqlens, **options)
         if context.cu_seqlens is None:
             start, stop = context.past, context.past + k.shape[1]
             return hype_attention(q, keys[:, :stop], values[:, :stop], gate=gate, query_offset=start, **options)
-        assert context.spans is not None
-        o = torch.empty_like(q)
-        for b, (first, last, length) in enumerate(context.spans):
-            own_keys, own_values = (x[b : b + 1, : length + last - first] for x in (keys, values))
-            own_gate = None if gate is None else gate[:, first:last]
-            o[:, first:last] = hype_attention(
-                q[:, first:last], own_keys, own_values, gate=own_gate, query_offset=length, **options
-            )
-        return o
+        return hype_attention(
+            q, keys, values, gate=gate, cu_seqlens=context.cu_seqlens, query_offset=lengths, **options
+        )
 
     def init_gate(self, gate_init: str) -> None:
         if self.o_gate is None:
