@@ -4,6 +4,10 @@ It runs against a stand-in for vLLM's interfaces, and, where vLLM is installed, 
 """
 
 import importlib
+import importlib.util
+import json
+import os
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -12,12 +16,13 @@ import pytest
 import torch
 import vllm_stand_in
 from compare import assert_matches_reference
-from hypenet_models import MIXED, small_config, small_model, tokens
+from hypenet_models import small_config, small_model, tokens
 
 import hypenet.integrations
 from hypenet import HypeNetCache, HypeNetForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
+IS_INSTALLED = importlib.util.find_spec("vllm") is not None
 CAPACITY = 64  # tokens of a sequence
 BLOCKS = 12
 PAGE = 8192  # bytes; the largest state has 4 * 16 * 16 * 4
@@ -206,7 +211,7 @@ def test_every_weight_is_loaded(plugin):
     for name, weight in model.state_dict().items():
         found = server.model.state_dict()[name]
         assert found.dtype == weight.dtype and torch.equal(found[: len(weight)], weight), name
-    with pytest.raises(ValueError, match="no module or parameter named 'model.layers.1.self_attn.surplus'"):
+    with pytest.raises(ValueError, match=r"no module or parameter named 'model\.layers\.1\.self_attn\.surplus'"):
         server.model.load_weights([("model.layers.1.self_attn.surplus", torch.ones(2))])
 
 
@@ -269,3 +274,40 @@ def test_registration(plugin, monkeypatch):
     for place in vllm_stand_in.ModelRegistry.models.values():
         module, name = place.split(":")
         assert getattr(importlib.import_module(module), name) is plugin.HypeNetForCausalLM
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not IS_INSTALLED or torch.cuda.is_available(), reason="needs vLLM, built for the CPU")
+@pytest.mark.parametrize("caching", [True, False], ids=["prefix cache", "no prefix cache"])
+def test_generation_inside_vllm(caching, tmp_path):
+    """vLLM, which finds the plugin by its entry point, generates hypenet's tokens: prompts in pieces, in mixed batches.
+
+    The last prompt begins as another one does, and everything is asked for twice.
+    """
+    model = small_model(dtype=torch.float32, head_dim=32, attn_logits_scaling="hype 50")
+    model.save_pretrained(tmp_path)
+    prompts = [tokens(n).tolist() for n in (5, 1, 40, 150, 33)]
+    prompts.append(prompts[3][:140] + tokens(10).tolist())
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = [model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist() for ids in prompts]
+    settings = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 4, "max_num_batched_tokens": 64}
+    settings["enable_prefix_caching"] = caching
+    request = {"prompts": prompts, "max_tokens": 12, "rounds": 2, "options": settings}
+    environment = {
+        "VLLM_TARGET_DEVICE": "cpu",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
+    run = subprocess.run(
+        [sys.executable, Path(__file__).with_name("vllm_generate.py"), tmp_path],
+        input=json.dumps(request),
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    lines = [line for line in run.stdout.splitlines() if line.startswith("generated: ")]
+    results = [json.loads(line.removeprefix("generated: ")) for line in lines]
+    assert [x["tokens"] for x in results] == [expected] * 2
+    assert (sum(results[1]["cached"]) > 0) == caching

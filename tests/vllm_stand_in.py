@@ -1,7 +1,7 @@
 """A stand-in for the parts of vLLM that hypenet.integrations.vllm uses, after the interfaces of vLLM 0.32 and 0.33.
 
-It has the names, the signatures and the layout of memory; nothing else. Attention is torch's, in float64, so that a test
-sees the errors of the plugin alone.
+It has the names, the signatures and the layout of memory; nothing else. Attention is torch's, in float64, so that a
+test sees the errors of the plugin alone.
 """
 
 import re
@@ -83,9 +83,7 @@ def mamba_get_block_table_tensor(block_table, seq_lens, kv_cache_spec, mamba_cac
     return block_table.gather(1, column[:, None].long())
 
 
-def split_decodes_and_prefills(
-    batch, decode_threshold=1, require_uniform=False, treat_short_extends_as_decodes=True
-):
+def split_decodes_and_prefills(batch, decode_threshold=1, require_uniform=False, treat_short_extends_as_decodes=True):
     """Return (decodes, prefills, tokens of decodes, tokens of prefills) of a batch whose decodes come first."""
     assert not require_uniform and not treat_short_extends_as_decodes
     prefill = (batch.query_start_loc_cpu.diff() > decode_threshold) | batch.is_prefilling
@@ -104,7 +102,7 @@ class Attention(nn.Module):
         VLLM_CONFIG.compilation_config.static_forward_context[prefix] = self
 
     def forward(self, query, key, value):
-        """Attend to the keys in kv_cache [blocks, tokens of a sequence, 2, HK, D], of which a sequence has one block."""
+        """Attend to the keys in kv_cache [blocks, tokens, 2, HK, D], of which a sequence has one block."""
         batch = FORWARD_CONTEXT.attn_metadata[self.prefix]
         q, kv = query.view(-1, self.num_heads, self.head_size), torch.stack((key, value), 1)
         kv, output = kv.view(-1, 2, self.num_kv_heads, self.head_size), torch.zeros_like(query)
@@ -176,14 +174,16 @@ class WeightsMapper:
 
 
 class AutoWeightsLoader:
-    def __init__(self, module, *, skip_prefixes=None):
-        self.module, self.skipped = module, tuple(skip_prefixes or ())
+    def __init__(self, module):
+        self.module = module
 
     def load_weights(self, weights, *, mapper=None):
+        """Load by name, once where two names share a parameter, and return the names."""
         parameters, loaded = dict(self.module.named_parameters()), set()
+        shared = dict(self.module.named_parameters(remove_duplicate=False)).keys() - parameters.keys()
         for name, weight in weights:
             name = name if mapper is None else mapper.map_name(name)
-            if name.startswith(self.skipped):
+            if name in shared:
                 continue
             if name not in parameters:
                 raise ValueError(f"There is no module or parameter named {name!r}")

@@ -5,8 +5,13 @@ in blocks of the same size. A batch is one row of T tokens: first the sequences 
 or partial prompts. The recurrences read and update vLLM's blocks in place (`state_indices`); softmax layers scale the
 query by HyPE's s_t, call vLLM's attention, and apply their output gate.
 
-Not supported: tensor and pipeline parallelism, speculative decoding, LoRA. The model is not compiled by torch.compile;
-decode steps are recorded as full CUDA graphs. C hidden size, H heads, HK key-value heads, D head dimension.
+Not supported: tensor and pipeline parallelism, speculative decoding, LoRA. torch.compile is not used; decode steps can
+be recorded as full CUDA graphs.
+
+What has run: vLLM 0.32.0 on the CPU in float32 (tests/test_vllm.py). What has not: any GPU, and with it CUDA graphs and
+the attention backends of GPUs; quantized weights.
+
+C hidden size, H heads, HK key-value heads, D head dimension, T tokens.
 """
 
 from collections.abc import Iterable, Iterator
@@ -382,9 +387,8 @@ class HypeNetForCausalLM(nn.Module, HasInnerState, IsHybrid):
                 else:
                     yield name, weight
 
-        skipped = ["lm_head."] if self.config.tie_word_embeddings else None
-        loader = AutoWeightsLoader(self, skip_prefixes=skipped)
-        loaded: set[str] = loader.load_weights(parameters(), mapper=WeightsMapper(orig_to_new_substr=self.weight_names))
+        names = WeightsMapper(orig_to_new_substr=self.weight_names)
+        loaded: set[str] = AutoWeightsLoader(self).load_weights(parameters(), mapper=names)
         return loaded | set(decays)  # published files have no decays: they mean the default
 
     @classmethod
