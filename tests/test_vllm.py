@@ -52,7 +52,11 @@ class Server:
 
     def __init__(self, plugin, model, **options):
         self.vllm_config = vllm_stand_in.vllm_config(model.config, **options)
-        self.model = plugin.HypeNetForCausalLM(vllm_config=self.vllm_config)
+        torch.set_default_dtype(model.dtype)
+        try:
+            self.model = plugin.HypeNetForCausalLM(vllm_config=self.vllm_config)
+        finally:
+            torch.set_default_dtype(torch.float32)
         self.loaded = self.model.load_weights(weights_of(model))
         self.layers = self.vllm_config.compilation_config.static_forward_context
         self.states = {name: x for name, x in self.layers.items() if isinstance(x, plugin.PagedState)}
@@ -108,13 +112,12 @@ STEPS = [{"c": 1, "a": 1, "b": 1}, {"b": 1}, {"b": 1, "c": 1, "a": 1}]
 MIXES = [{"a": 1, "d": 9}, {"d": 1, "a": 1, "b": 5, "e": 1}, {"d": 1, "c": 30, "e": 2}]
 
 
-def check(plugin, model, schedule, padding=0, **options):
+def check(plugin, model, schedule, padding=0, dtype=torch.float32, **options):
     """Assert that all logits of a schedule are those of hypenet for each sequence alone, and return the server."""
-    single = model.float()
-    double = HypeNetForCausalLM(model.config).eval()
-    double.load_state_dict(single.state_dict())
-    double.double()
-    server, caches = Server(plugin, single, **options), {}
+    own = model.float().to(dtype)
+    double = HypeNetForCausalLM(model.config).double().eval()
+    double.load_state_dict(own.state_dict())
+    server, caches = Server(plugin, own, **options), {}
     texts = {name: tokens(CAPACITY) for name in "abcde"}
     blocks = {name: [i + 3] * 4 for i, name in enumerate(texts)}
     found, eager = {name: [] for name in texts}, {name: [] for name in texts}
@@ -124,8 +127,8 @@ def check(plugin, model, schedule, padding=0, **options):
         for name, logits in server.run(pieces, blocks, padding=padding if max(batch.values()) == 1 else 0).items():
             found[name].append(logits)
             with torch.inference_mode():
-                own = single(pieces[name][None], past_key_values=caches.setdefault(name, HypeNetCache(single.config)))
-            eager[name].append(own.logits[0])
+                cache = caches.setdefault(name, HypeNetCache(model.config))
+                eager[name].append(own(pieces[name][None], past_key_values=cache).logits[0])
     with torch.inference_mode():
         reference = [double(texts[x][None, :n], use_cache=False).logits[0] for x, n in sorted(server.seen.items())]
     found, eager = (torch.cat([y for name in sorted(server.seen) for y in x[name]]) for x in (found, eager))
@@ -135,6 +138,14 @@ def check(plugin, model, schedule, padding=0, **options):
 
 def test_logits_are_those_of_hypenet(plugin):
     check(plugin, small_model(attn_logits_scaling="hype 50"), PROMPTS + STEPS + MIXES)
+
+
+def test_logits_in_bfloat16(plugin):
+    model = small_model(attn_logits_scaling="hype 50")
+    server = check(plugin, model, PROMPTS + STEPS + MIXES, dtype=torch.bfloat16)
+    dtypes = {name: x.dtype for name, x in server.model.state_dict().items()}
+    assert dtypes == {name: x.dtype for name, x in model.state_dict().items()}
+    assert set(dtypes.values()) == {torch.bfloat16, torch.float32}
 
 
 OPTIONS = {
@@ -173,7 +184,7 @@ def test_a_block_is_used_again(plugin):
 
 def test_blocks_that_follow_the_sequence(plugin):
     """With prefix caching the state of a sequence is in the block of its last token."""
-    server = Server(plugin, small_model(), mode="align")
+    server = Server(plugin, small_model().float(), mode="align")
     server.seen = {"a": 16, "b": 31, "c": 0}
     batch = {"a": tokens(1), "b": tokens(1), "c": tokens(3)}
     built = server.builder.build(0, server.metadata(batch, {"a": [5, 6, 0, 0], "b": [7, 8, 0, 0], "c": [9, 0, 0, 0]}))
@@ -182,7 +193,7 @@ def test_blocks_that_follow_the_sequence(plugin):
 
 
 def test_recorded_graphs_read_the_slots_at_one_address(plugin):
-    server = Server(plugin, small_model())
+    server = Server(plugin, small_model().float())
     blocks = {"a": [5] * 4, "b": [7] * 4}
     common = server.metadata({"a": tokens(1), "b": tokens(1)}, blocks, padding=1)
     captured = server.builder.build_for_cudagraph_capture(common)
@@ -218,13 +229,12 @@ def test_every_weight_is_loaded(plugin):
 def test_a_published_file_has_no_decays(plugin):
     model = small_model(["attn", "lightning"]).float()
     server = Server(plugin, model)
-    server.model.model.layers[1].self_attn.log_decay.mul_(1)
     loaded = server.model.load_weights([(n, x) for n, x in weights_of(model) if not n.endswith("log_decay")])
     assert loaded >= set(dict(server.model.named_parameters()))
 
 
 def test_vllm_makes_the_linear_layers(plugin):
-    server = Server(plugin, small_model())
+    server = Server(plugin, small_model().float())
     linears = {name: x for name, x in server.model.named_modules() if isinstance(x, torch.nn.Linear)}
     assert linears and all(type(x) is vllm_stand_in.ReplicatedLinear for x in linears.values())
     assert all(name == x.prefix for name, x in linears.items())

@@ -8,8 +8,8 @@ query by HyPE's s_t, call vLLM's attention, and apply their output gate.
 Not supported: tensor and pipeline parallelism, speculative decoding, LoRA. torch.compile is not used; decode steps can
 be recorded as full CUDA graphs.
 
-What has run: vLLM 0.32.0 on the CPU in float32 (tests/test_vllm.py). What has not: any GPU, and with it CUDA graphs and
-the attention backends of GPUs; quantized weights.
+What has run: vLLM 0.32.0 on the CPU in float32 (tests/test_vllm.py), and of 0.33.0 registration, loading and the
+recurrent layers. What has not: any GPU, and with it CUDA graphs and the attention backends of GPUs; quantized weights.
 
 C hidden size, H heads, HK key-value heads, D head dimension, T tokens.
 """
