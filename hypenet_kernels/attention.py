@@ -415,7 +415,7 @@ def _operands(
     B, T, H, D = q.shape
     return {
         "dtype": _native.DTYPES[q.dtype],
-        "num_threads": torch.get_num_threads(),
+        "num_threads": _native.threads(),
         "B": B,
         "T": T,
         "H": H,
