@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from halo import hypenet_cli
 from halo.hypenet_cli import app
 
 PROMPT = "w1 w20 w3"
+RATE = r"[\d,]+ tokens in \d+\.\d\d s( \([\d,.]+ tokens/s\))?"
+SPEED = re.compile(f"prefill {RATE}, decode {RATE}\n")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,8 @@ def run(*arguments, **options):
 def continuation(*arguments, **options):
     result = run("generate", *arguments, **options)
     assert result.exit_code == 0, result.output
-    return result.output.strip()
+    assert SPEED.fullmatch(result.stderr), result.stderr
+    return result.stdout.strip()
 
 
 def test_generate_streams_the_continuation(folder):
@@ -198,11 +201,26 @@ def test_a_long_prompt_is_read_in_pieces_and_shown(folder, monkeypatch):
     prompt = " ".join(f"w{1 + i % 90}" for i in range(50))
     arguments = ("--model", folder, "--prompt", prompt, "--max-new-tokens", 5, "--temperature", 0)
     expected = continuation(*arguments)
-    monkeypatch.setattr(hypenet_cli, "PROMPT_PIECE", 16)
     shown = []
     monkeypatch.setattr(Progress, "advance", lambda self, task, tokens: shown.append(tokens))
-    assert continuation(*arguments) == expected
+    assert continuation(*arguments, "--prefill-chunk", 16) == expected
     assert shown[:4] == [16, 16, 16, 2]
+
+
+def test_a_context_is_put_before_the_prompt(folder, tmp_path):
+    (tmp_path / "notes.txt").write_text("w5 w6\nw7 ")
+    options = ("--model", folder, "--max-new-tokens", 5, "--temperature", 0)
+    whole = continuation(*options, "--prompt", f"w5 w6\nw7 {PROMPT}")
+    parts = continuation(*options, "--prompt", PROMPT, "--context", tmp_path / "notes.txt")
+    assert parts.startswith(PROMPT) and parts.removeprefix(PROMPT) == whole.removeprefix(f"w5 w6\nw7 {PROMPT}")
+    assert parts != continuation(*options, "--prompt", PROMPT)
+
+
+def test_contexts_that_cannot_be_read(folder, tmp_path):
+    arguments = ("generate", "--model", folder, "--prompt", PROMPT, "--context")
+    assert "--context: must be a file that can be read, got" in refusal(*arguments, tmp_path / "none.txt")
+    (tmp_path / "latin.txt").write_bytes(b"w1 \xff")
+    assert "latin.txt: must be UTF-8, got byte 0xff at 3" in refusal(*arguments, tmp_path / "latin.txt")
 
 
 def test_an_interruption_is_one_line(folder, monkeypatch):
