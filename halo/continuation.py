@@ -18,6 +18,8 @@ from halo.errors import HaloError
 from halo.saved import load_saved
 from hypenet.modeling_hypenet import CACHE
 
+COMPILED_TOKENS = 64  # of a prompt, to compile with
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -101,6 +103,25 @@ class Writer:
         """Drop the tokens that the cache holds."""
         self.held: list[int] = []
         self.cache: Any = None
+
+    def compile(self, ids: list[int]) -> None:
+        """Compile the model for prompts and single tokens of any length, by continuing some tokens once.
+
+        Raises:
+            HaloError: If torch cannot compile here.
+        """
+        from torch._dynamo.exc import TorchDynamoException
+
+        self.network.forward = torch.compile(self.network.forward, dynamic=True)
+        try:
+            with torch.no_grad():
+                cache = None
+                for piece in (ids[:COMPILED_TOKENS], ids[:1], ids[:1], ids[:1]):
+                    inputs = torch.tensor([piece], device=self.device)
+                    cache = self.network(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)[CACHE]
+        except TorchDynamoException as error:
+            told = str(error).strip().splitlines()[0][:200]
+            raise HaloError(f"--compile: must be possible with this machine's compiler, got {told}") from None
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Return the tokens of a text, with those that the tokenizer puts around a text if `special`."""

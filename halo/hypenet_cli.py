@@ -41,6 +41,9 @@ def generate(
     top_p: TopP = 0.95,
     seed: Seed = 0,
     prefill_chunk: PrefillChunk = PREFILL_CHUNK,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the model first: minutes, for long texts.")
+    ] = False,
     dtype: Dtype = Precision.auto,
     device: Device = "auto",
 ) -> None:
@@ -63,6 +66,8 @@ def generate(
         print(text, end="", flush=True)
     if not ids:
         raise HaloError("--prompt: must hold at least one token, got an empty text")
+    if compile:
+        writer.compile(ids)
     _, speed = writer.write(ids)
     print(speed, file=sys.stderr)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypenet_models import VOCABULARY, small_model, small_teacher
+from hypenet_models import MIXED, VOCABULARY, small_model, small_teacher
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -24,9 +24,12 @@ SPEED = re.compile(f"prefill {RATE}, decode {RATE}\n")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("model"))
+
+
+def save(path, mixers=MIXED):
     torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("model")
-    small_model(dtype=torch.float32, attn_logits_scaling="hype 50").save_pretrained(path)
+    small_model(mixers, dtype=torch.float32, attn_logits_scaling="hype 50").save_pretrained(path)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(path)
@@ -205,6 +208,25 @@ def test_a_long_prompt_is_read_in_pieces_and_shown(folder, monkeypatch):
     monkeypatch.setattr(Progress, "advance", lambda self, task, tokens: shown.append(tokens))
     assert continuation(*arguments, "--prefill-chunk", 16) == expected
     assert shown[:4] == [16, 16, 16, 2]
+
+
+@pytest.mark.slow
+def test_a_compiled_model_writes_the_same(tmp_path, monkeypatch):
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", (None, "g++"))  # not CXX, which may be a command with arguments
+    folder = save(tmp_path, ["attn", "lightning"])
+    arguments = ("--model", folder, "--prompt", PROMPT, "--max-new-tokens", 8, "--temperature", 0)
+    assert continuation(*arguments, "--compile") == continuation(*arguments)
+    monkeypatch.setattr(torch.nn.Module, "__call__", _uncompilable)
+    line = refusal("generate", *arguments, "--compile")
+    assert line == "hypenet: --compile: must be possible with this machine's compiler, got no compiler"
+
+
+def _uncompilable(*arguments, **options):
+    from torch._dynamo.exc import TorchDynamoException
+
+    raise TorchDynamoException("no compiler\nand details")
 
 
 def test_a_context_is_put_before_the_prompt(folder, tmp_path):
