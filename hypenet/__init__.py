@@ -33,6 +33,7 @@ from hypenet.modeling_hypenet import (
     HypeNetModel,
     HypeNetPreTrainedModel,
 )
+from hypenet.registration import register_architectures
 from hypenet_kernels import __version__
 
 for config_class in (HypeNetConfig, HybridConfig):
@@ -42,6 +43,13 @@ AutoModelForCausalLM.register(HypeNetConfig, HypeNetForCausalLM, exist_ok=True)
 AutoModelForQuestionAnswering.register(HypeNetConfig, HypeNetForQuestionAnswering, exist_ok=True)
 AutoModelForSequenceClassification.register(HypeNetConfig, HypeNetForSequenceClassification, exist_ok=True)
 AutoModelForTokenClassification.register(HypeNetConfig, HypeNetForTokenClassification, exist_ok=True)
+register_architectures(
+    HypeNetForCausalLM,
+    HypeNetForQuestionAnswering,
+    HypeNetForSequenceClassification,
+    HypeNetForTokenClassification,
+    HypeNetModel,
+)
 # Files keep the published names of the decay's parameters; they are a module only to be sharded apart.
 register_checkpoint_conversion_mapping(
     "hypenet",
