@@ -24,6 +24,7 @@ from hypenet.cache import HypeNetCache
 from hypenet.configuration_hypenet import HybridConfig, HypeNetConfig
 from hypenet.context import MixerContext
 from hypenet.conversion import config_from_teacher, from_teacher
+from hypenet.layers import GatedDeltaLayer, HypeAttentionLayer, LightningLayer, Mamba2Layer
 from hypenet.mixers import GatedDeltaNet, LightningAttention, Mamba2, SoftmaxAttention
 from hypenet.modeling_hypenet import (
     HypeNetForCausalLM,
@@ -58,7 +59,9 @@ register_checkpoint_conversion_mapping(
 )
 
 __all__ = [
+    "GatedDeltaLayer",
     "GatedDeltaNet",
+    "HypeAttentionLayer",
     "HypeNetCache",
     "HypeNetConfig",
     "HypeNetForCausalLM",
@@ -68,7 +71,9 @@ __all__ = [
     "HypeNetModel",
     "HypeNetPreTrainedModel",
     "LightningAttention",
+    "LightningLayer",
     "Mamba2",
+    "Mamba2Layer",
     "MixerContext",
     "SoftmaxAttention",
     "__version__",
