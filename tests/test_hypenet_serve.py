@@ -1,6 +1,7 @@
 """`transformers serve` with a saved HypeNet, through HTTP: the same text as `generate`, and what it refuses."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -87,6 +88,15 @@ def test_a_folder_is_served(saved):
         assert "".join(x.choices[0].delta.content or "" for x in streamed if x.choices) == text
         completed = client.completions.create(prompt="river stone", **asked).choices[0].text
         assert completed == expected(model, tokenizer, "river stone", 6)
+
+
+def test_the_example_of_the_documentation(saved, capsys):
+    folder = saved[0]
+    [block] = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "serve.md").read_text(), re.MULTILINE | re.DOTALL)
+    with serving(folder) as client:
+        block = block.replace("http://127.0.0.1:8000/v1", str(client.base_url)).replace("OUT/model", str(folder))
+        exec(compile(block, "docs/serve.md", "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out.strip()
 
 
 def test_a_compiled_static_cache_is_refused_in_the_log(saved):
