@@ -372,7 +372,7 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse continuous batching."""
         raise NotImplementedError(
-            f"{type(self).__name__}: continuous batching must be off (its paged cache has no place for recurrent states)"
+            f"{type(self).__name__}: continuous batching must be off (its paged cache has no recurrent states)"
         )
 
 

@@ -30,7 +30,7 @@ ALLOWED = {
     "halo": CORE | set(PACKAGES["halo"]) | {"tokenizers", "pyarrow", "huggingface_hub", "jinja2"},
 }
 # which the user of an integration has, imported by the function that needs it
-INTEGRATED = {"transformers", "fla"}
+INTEGRATED = {"transformers", "fla", "vllm"}
 # of the extras eval and cuda, imported where they are needed, in one file each
 HARNESS = {"harness.py": {"lm_eval"}, "triton_kernels.py": {"triton"}}
 HEAVY = ("torch", "transformers", "datasets", "matplotlib")

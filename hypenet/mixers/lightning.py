@@ -57,14 +57,18 @@ class LightningAttention(Mixer):
         q, k, v = self.qkv(x_BTC, context)
         k, v = self.unshare(k, v)
         chunk = partial(chunk_simple_gla, g_gamma=self.log_decay, scale=self.scale)
-        step = partial(simple_gla_step, g=self.log_decay.expand(k.shape[:3]), scale=self.scale)
-        o = context.recur(self.layer_idx, Recurrence((q, k, v), chunk, step))
+        o = context.recur(self.layer_idx, Recurrence((q, k, v), chunk, self.step))
         y, gate = o.flatten(-2), None if self.z_proj is None else self.z_proj(x_BTC)
         if self.o_norm is not None:
             y = self.o_norm(y, gate)
         elif gate is not None:
             y = y * gate.sigmoid()
         return self.o_proj(y)
+
+    def step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **state: Any) -> torch.Tensor:
+        """Run a decode step of any number of sequences: `simple_gla_step`, with this layer's decay and scale."""
+        o: torch.Tensor = simple_gla_step(q, k, v, self.log_decay.expand(k.shape[:3]), scale=self.scale, **state)
+        return o
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         before = self.log_decay
