@@ -1,4 +1,4 @@
-"""The `hypenet` command: continue a prompt, describe a model.
+"""The `hypenet` command: continue a prompt, talk with a model, describe it.
 
 It is in this package because importing `hypenet` loads torch and transformers, which takes seconds: here help, the
 version and the line that names a missing package appear at once.
@@ -7,106 +7,124 @@ version and the line that names a missing package appear at once.
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from halo.command import Precision, application
 from halo.errors import HaloError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from hypenet import HypeNetConfig
-
-# Tokens of a prompt that are read at once; of a longer one the progress is shown.
-PROMPT_PIECE = 4096
+PREFILL_CHUNK = 4096
 MAX_SEED = 2**32 - 1
+
+ModelFolder = Annotated[Path, typer.Option("--model", help="Directory of a saved model.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Largest number of tokens to generate.")]
+Temperature = Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy decoding.")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Probability mass for nucleus sampling.")]
+Seed = Annotated[int, typer.Option(help="Random seed for sampling.")]
+PrefillChunk = Annotated[int, typer.Option(min=1, help="Tokens of the prompt to read at once; fewer need less memory.")]
+Dtype = Annotated[Precision, typer.Option(help="Data type of the weights; auto: as saved.")]
+Device = Annotated[str, typer.Option(help="Device to run on; auto: a GPU if there is one.")]
 
 app = application("hypenet", "Run and describe HypeNet models.")
 
 
 @app.command()
 def generate(
-    model: Annotated[Path, typer.Option("--model", help="Directory of a saved model.")],
+    model: ModelFolder,
     prompt: Annotated[str, typer.Option(help="Text to continue; '-' reads standard input.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens to generate.")] = 128,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy decoding.")] = 0.7,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Probability mass for nucleus sampling.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Random seed for sampling.")] = 0,
-    dtype: Annotated[Precision, typer.Option(help="Data type of the weights; auto: as saved.")] = Precision.auto,
-    device: Annotated[str, typer.Option(help="Device to run on; auto: a GPU if there is one.")] = "auto",
+    context: Annotated[Path | None, typer.Option(help="Text file to put before the prompt.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, also with a chat template.")] = False,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.95,
+    seed: Seed = 0,
+    prefill_chunk: PrefillChunk = PREFILL_CHUNK,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the model first: minutes, for long texts.")
+    ] = False,
+    dtype: Dtype = Precision.auto,
+    device: Device = "auto",
 ) -> None:
-    """Continue a prompt and print the text as it is generated."""
-    if not 0 <= seed <= MAX_SEED:
-        raise HaloError(f"--seed: must be from 0 to {MAX_SEED}, got {seed}")
-    if not 0 <= temperature < math.inf:
-        raise HaloError(f"--temperature: must be a finite number of at least 0, got {temperature}")
+    """Continue a prompt, or answer it if the tokenizer has a chat template, and print the text as it is generated.
+
+    The speed is printed on standard error at the end.
+    """
+    _check_sampling(temperature, seed)
     text = _read_prompt(prompt)
+    before = "" if context is None else _read_context(context)
     _check_folder(model)
-    import torch
-    from transformers import GenerationConfig, TextStreamer, set_seed
-    from transformers.utils import logging
+    from halo.continuation import Settings, Writer
 
-    from halo.device import find_device
-    from halo.saved import load_saved
-
-    logging.disable_progress_bar()
-    place = find_device(device)
-    network, tokenizer = load_saved(model, dtype.value, "copy the folder again")
-    inputs = tokenizer(text, return_tensors="pt")
-    tokens = inputs["input_ids"].shape[1]
-    if tokens == 0:
+    settings = Settings(max_new_tokens, temperature, top_p, seed, prefill_chunk)
+    writer = Writer(model, dtype.value, device, settings)
+    if writer.tokenizer.chat_template and not raw:
+        ids = writer.encode(writer.render([{"role": "user", "content": before + text}]), special=False)
+    else:
+        ids = writer.encode(before + text, special=True)
+        print(text, end="", flush=True)
+    if not ids:
         raise HaloError("--prompt: must hold at least one token, got an empty text")
-    sampling: dict[str, float] = {"do_sample": temperature > 0}
-    if temperature > 0:
-        sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
-    saved = network.generation_config
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        eos_token_id=saved.eos_token_id if saved.eos_token_id is not None else tokenizer.eos_token_id,
-        pad_token_id=saved.pad_token_id if saved.pad_token_id is not None else tokenizer.pad_token_id,
-        prefill_chunk_size=PROMPT_PIECE if tokens > PROMPT_PIECE else None,
-        **sampling,
-    )
-    set_seed(seed)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    if hasattr(sys.stdout, "reconfigure"):  # a terminal that has not all characters must not end the program
-        sys.stdout.reconfigure(errors="replace")
-    print(text, end="", flush=True)
-    try:
-        inputs = inputs.to(place)
-        network.to(place)  # type: ignore[arg-type]  # transformers wraps Module.to without its types
-        continue_text: Any = network.generate
-        with _prompt_progress(network, tokens):
-            continue_text(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                generation_config=settings,
-                streamer=streamer,
-            )
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "alloc" in str(error):
-            print(flush=True)
-            raise HaloError(
-                f"must have memory for the model and {tokens} + {max_new_tokens} tokens on {place}, got too little; "
-                "lower --max-new-tokens, or give --dtype bfloat16"
-            ) from None
-        raise
+    if compile:
+        writer.compile(ids)
+    _, speed = writer.write(ids)
+    print(speed, file=sys.stderr)
 
 
 @app.command()
-def info(model: Annotated[Path, typer.Argument(help="Directory of a saved model.")]) -> None:
-    """Describe a model: its layers, its parameters and the memory that a sequence takes."""
+def chat(
+    model: ModelFolder,
+    system: Annotated[str | None, typer.Option(help="System message to begin with.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue plain text, without a chat template.")] = False,
+    max_new_tokens: MaxNewTokens = 1024,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.95,
+    seed: Seed = 0,
+    prefill_chunk: PrefillChunk = PREFILL_CHUNK,
+    dtype: Dtype = Precision.auto,
+    device: Device = "auto",
+) -> None:
+    """Talk with a model, line by line, from a terminal or a pipe; /reset begins anew, /quit ends.
+
+    The model's cache is kept, so that every turn reads only what is new.
+    """
+    _check_sampling(temperature, seed)
     _check_folder(model)
+    from halo.chat import Chat, typed_lines
+    from halo.continuation import Settings, Writer
+
+    settings = Settings(max_new_tokens, temperature, top_p, seed, prefill_chunk)
+    conversation = Chat(Writer(model, dtype.value, device, settings), system, raw)
+    conversation.run(typed_lines() if sys.stdin.isatty() else _piped_lines())
+
+
+@app.command()
+def info(
+    model: Annotated[Path, typer.Argument(help="Directory of a saved model.")],
+    bandwidth: Annotated[
+        float | None, typer.Option(help="Memory bandwidth to expect, in GB/s; default: that of a copy, measured.")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Describe a model: its layers, its parameters, the memory that a sequence takes, and the expected decode time.
+
+    The time is an estimate from memory traffic alone; computation and launches come on top.
+    """
+    if bandwidth is not None and not 0 < bandwidth < math.inf:
+        raise HaloError(f"--bandwidth: must be a finite number above 0, got {bandwidth}")
+    _check_folder(model)
+    import torch
     from rich.console import Console
     from rich.table import Table
     from transformers import AutoConfig
 
+    from halo.describe import decode_estimates, describe, measured_bandwidth
+    from halo.device import find_device
     from halo.files import reading
     from hypenet import HypeNetConfig
+
+    place = find_device(device)
 
     with reading(model, "copy the folder again"):
         config = AutoConfig.from_pretrained(model)
@@ -115,44 +133,50 @@ def info(model: Annotated[Path, typer.Argument(help="Directory of a saved model.
     table = Table(show_header=False, title=str(model))
     for name, value in describe(config).items():
         table.add_row(name, value)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    source = "stated" if bandwidth is not None else f"measured, a copy on {place}"
+    rate = measured_bandwidth(place) if bandwidth is None else bandwidth * 1e9
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    rows, line = decode_estimates(config, dtype, rate)
+    name = str(dtype).removeprefix("torch.")
+    speeds = Table("context", "time per token", "all-softmax teacher")
+    for row in rows:
+        speeds.add_row(*row)
+    console.print(f"Estimated decode time, one sequence, {name}: memory traffic / {rate / 1e9:.3g} GB/s ({source})")
+    console.print(speeds)
+    console.print(f"Estimate: {line}")
 
 
-def describe(config: "HypeNetConfig") -> dict[str, str]:
-    """Return the rows that `hypenet info` prints, by name."""
-    import torch
-
-    from hypenet import HypeNetForCausalLM
-    from hypenet.configuration_hypenet import SOFTMAX
-
-    with torch.device("meta"):
-        network = HypeNetForCausalLM(config)
-    kinds = {kind: [i for i, mixer in enumerate(config.mixers) if mixer == kind] for kind in config.mixers}
-    softmax = [
-        "rotary positions" if config.attn_use_rope else "no positions",
-        "output gate" if config.attn_use_output_gate else "no gate",
-        "no logit scale" if config.attn_logits_scaling is None else f"logit scale {config.attn_logits_scaling}",
-    ]
-    rows = {"parameters": f"{network.num_parameters():,}" + (" (tied head)" if config.tie_word_embeddings else "")}
-    rows["size"] = (
-        f"{config.num_hidden_layers} layers, width {config.hidden_size}, MLP {config.intermediate_size}, "
-        f"{config.num_attention_heads} query and {config.num_key_value_heads} key-value heads of {config.head_dim}"
-    )
-    for kind, layers in kinds.items():
-        rows[f"{kind} layers"] = f"{len(layers)}: {' '.join(map(str, layers))}"
-        if kind == SOFTMAX:
-            rows["softmax attention"] = ", ".join(softmax)
-    per_token = {dtype: config.cache_bytes_per_token(dtype) for dtype in (torch.bfloat16, torch.float32)}
-    rows["cache per token"] = f"{per_token[torch.bfloat16]:,} B in bfloat16, {per_token[torch.float32]:,} B in float32"
-    rows["state per sequence"] = f"{config.state_bytes():,} B at any length"
-    return rows
+def _check_sampling(temperature: float, seed: int) -> None:
+    if not 0 <= seed <= MAX_SEED:
+        raise HaloError(f"--seed: must be from 0 to {MAX_SEED}, got {seed}")
+    if not 0 <= temperature < math.inf:
+        raise HaloError(f"--temperature: must be a finite number of at least 0, got {temperature}")
 
 
 def _read_prompt(prompt: str) -> str:
     """Return the text of `--prompt`, or of standard input for "-"."""
-    place, data = "--prompt", prompt.encode("utf-8", "surrogateescape")
     if prompt == "-":
-        place, data = "standard input", typer.get_binary_stream("stdin").read()
+        return _decode("standard input", typer.get_binary_stream("stdin").read())
+    return _decode("--prompt", prompt.encode("utf-8", "surrogateescape"))
+
+
+def _read_context(path: Path) -> str:
+    """Return the text of the file of `--context`."""
+    try:
+        return _decode(f"--context: {path}", path.read_bytes())
+    except OSError as error:
+        raise HaloError(f"--context: must be a file that can be read, got {path}: {error.strerror}") from None
+
+
+def _piped_lines() -> Iterator[str]:
+    """Yield the lines of standard input as they come."""
+    for number, line in enumerate(typer.get_binary_stream("stdin"), start=1):
+        yield _decode(f"standard input, line {number}", line).rstrip("\r\n")
+
+
+def _decode(place: str, data: bytes) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -162,26 +186,3 @@ def _read_prompt(prompt: str) -> str:
 def _check_folder(model: Path) -> None:
     if not (model / "config.json").is_file():
         raise HaloError(f"model: must be the directory of a saved model, with config.json, got {model}")
-
-
-@contextmanager
-def _prompt_progress(network: "PreTrainedModel", tokens: int) -> Iterator[None]:
-    """Show on a terminal how much of a long prompt has been read, until all of it has."""
-    if tokens <= PROMPT_PIECE:
-        yield
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(f"reading {tokens:,} tokens", total=tokens)
-
-        def count(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            progress.advance(task, kwargs["input_ids"].shape[1])
-            if progress.finished:
-                progress.stop()
-                handle.remove()
-
-        handle = network.register_forward_hook(count, with_kwargs=True)
-        yield

@@ -25,6 +25,7 @@ from hypenet.configuration_hypenet import HybridConfig, HypeNetConfig
 from hypenet.context import MixerContext
 from hypenet.conversion import config_from_teacher, from_teacher
 from hypenet.graphs import DecodeGraph
+from hypenet.layers import GatedDeltaLayer, HypeAttentionLayer, LightningLayer, Mamba2Layer
 from hypenet.mixers import GatedDeltaNet, LightningAttention, Mamba2, SoftmaxAttention
 from hypenet.modeling_hypenet import (
     HypeNetForCausalLM,
@@ -34,6 +35,7 @@ from hypenet.modeling_hypenet import (
     HypeNetModel,
     HypeNetPreTrainedModel,
 )
+from hypenet.registration import register_architectures
 from hypenet.session import load_cache, save_cache
 from hypenet_kernels import __version__
 
@@ -44,6 +46,13 @@ AutoModelForCausalLM.register(HypeNetConfig, HypeNetForCausalLM, exist_ok=True)
 AutoModelForQuestionAnswering.register(HypeNetConfig, HypeNetForQuestionAnswering, exist_ok=True)
 AutoModelForSequenceClassification.register(HypeNetConfig, HypeNetForSequenceClassification, exist_ok=True)
 AutoModelForTokenClassification.register(HypeNetConfig, HypeNetForTokenClassification, exist_ok=True)
+register_architectures(
+    HypeNetForCausalLM,
+    HypeNetForQuestionAnswering,
+    HypeNetForSequenceClassification,
+    HypeNetForTokenClassification,
+    HypeNetModel,
+)
 # Files keep the published names of the decay's parameters; they are a module only to be sharded apart.
 register_checkpoint_conversion_mapping(
     "hypenet",
@@ -53,7 +62,9 @@ register_checkpoint_conversion_mapping(
 
 __all__ = [
     "DecodeGraph",
+    "GatedDeltaLayer",
     "GatedDeltaNet",
+    "HypeAttentionLayer",
     "HypeNetCache",
     "HypeNetConfig",
     "HypeNetForCausalLM",
@@ -63,7 +74,9 @@ __all__ = [
     "HypeNetModel",
     "HypeNetPreTrainedModel",
     "LightningAttention",
+    "LightningLayer",
     "Mamba2",
+    "Mamba2Layer",
     "MixerContext",
     "SoftmaxAttention",
     "__version__",

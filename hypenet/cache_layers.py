@@ -187,11 +187,13 @@ class RecurrentCacheLayer(LinearAttentionLayer):
         are_snapshots = every > 0
         if alike and every == 0 and self.record_past:  # one state on the way, shortly before what will be recorded
             every = max(run.tokens - self.window, 0) // CHECKPOINT_UNIT * CHECKPOINT_UNIT
-        # States on the way carry no gradient, and the ops refuse to return them where one is wanted.
-        asked = {"checkpoint_every": every} if alike and 0 < every <= run.tokens and not torch.is_grad_enabled() else {}
-        o, state, *found = run.chunk(
-            *run.inputs, initial_state=before, output_final_state=True, cu_seqlens=cu_seqlens, **asked
-        )
+        asked = {"checkpoint_every": every} if alike and 0 < every <= run.tokens else {}
+        with_gradient = torch.is_grad_enabled()
+        options = {"initial_state": before, "output_final_state": True, "cu_seqlens": cu_seqlens}
+        o, state, *found = run.chunk(*run.inputs, **options, **({} if with_gradient else asked))
+        if asked and with_gradient:  # the ops return states on the way only where no gradient is wanted
+            with torch.no_grad():
+                found = run.chunk(*(x.detach() for x in run.inputs), **options, **asked)[2:]
         checkpoints = {(i + 1) * every: x for i, x in enumerate(found[0].unbind(1))} if found else {}
         if not alike:
             self.forget()

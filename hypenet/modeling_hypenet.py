@@ -4,7 +4,7 @@ Source: "Hybrid Linear Attention Done Right", arXiv 2601.22156, section 3 and ap
 differ, this follows the code, so that published checkpoints give the same results. B batch, T tokens, C hidden size.
 """
 
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import nn
@@ -367,6 +367,12 @@ class HypeNetForCausalLM(HypeNetPreTrainedModel, GenerationMixin):
             return True
         return super()._prepare_cache_for_generation(  # type: ignore[misc]  # its `self` is a protocol
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse continuous batching."""
+        raise NotImplementedError(
+            f"{type(self).__name__}: continuous batching must be off (its paged cache has no recurrent states)"
         )
 
 

@@ -111,6 +111,8 @@ def number(op: str, name: str, value: Any) -> float:
 
 def integer(op: str, name: str, value: Any) -> None:
     if isinstance(value, int):
+        if not -(2**63) <= value < 2**63:
+            fail(ValueError, op, name, "be an integer of 64 bits", value)
         return
     if isinstance(value, Tensor) or not hasattr(value, "__index__"):
         fail(TypeError, op, name, "be an integer", type(value).__name__)

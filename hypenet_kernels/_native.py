@@ -173,7 +173,7 @@ def launch(op: str, name: str, x: Tensor, fields: dict[str, Any]) -> None:
     given = {
         key: pointer(value) if value is None or isinstance(value, Tensor) else value for key, value in fields.items()
     }
-    kernel(op, name, x.device)(given | {"num_threads": torch.get_num_threads()})
+    kernel(op, name, x.device)(given | {"num_threads": threads()})
 
 
 def in_triton(x: Tensor) -> bool:
@@ -217,6 +217,25 @@ def view(x: Tensor | None) -> tuple[int, int, int, int]:
         return ABSENT
     strides = x.stride()
     return x.data_ptr(), strides[0], strides[1], strides[2]
+
+
+def threads() -> int:
+    """Return how many threads a CPU kernel may use: torch's number, in a forked child 1.
+
+    The threads of libgomp do not survive a fork, and a child that uses several waits for them for ever. (torch's own
+    ops do; its DataLoader therefore sets their number to 1 in its workers.)
+    """
+    return 1 if _forked else torch.get_num_threads()
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+_forked = False
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def indices(x: Tensor | None) -> tuple[int, bool]:

@@ -383,7 +383,7 @@ def _operands(x: Inputs | StepInputs, q: Tensor, k: Tensor, v: Tensor) -> Fields
     return {
         "dtype": _native.DTYPES[q.dtype],
         "delta": x.beta is not None,
-        "num_threads": torch.get_num_threads(),
+        "num_threads": _native.threads(),
         "B": B,
         "T": T,
         "H": H,

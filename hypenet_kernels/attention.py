@@ -99,10 +99,11 @@ def hype_attention(
         >>> hype_attention(q, k, v, logit_scale_base=512.0).shape
         torch.Size([1, 10, 8, 64])
     """
+    offsets = {"query_offset": query_offset} if isinstance(query_offset, Tensor) else {}
+    _checks.tensors(OP, {"q": q, "k": k, "v": v} | offsets, {"gate": gate, "cu_seqlens": cu_seqlens})
     base, scale = _logit_scale_base(OP, logit_scale_base), _checks.scale(OP, scale, q)
     if isinstance(query_offset, Tensor):
         return _continue_packed(CachedInputs(q, k, v, gate, cu_seqlens, query_offset, base, scale))
-    _checks.tensors(OP, {"q": q, "k": k, "v": v}, {"gate": gate, "cu_seqlens": cu_seqlens})
     _checks.integer(OP, "query_offset", query_offset)
     arguments = (q, k, v, gate, cu_seqlens, base, scale, query_offset)
     o: Tensor = _differentiable(*arguments)[0] if _checks.wants_gradient(q, k, v, gate) else _inference(*arguments)
@@ -192,11 +193,10 @@ def _check(x: Inputs) -> None:
 
 def _continue_packed(x: CachedInputs) -> Tensor:
     """Check what only a call with a tensor as query_offset needs, and run it."""
-    required = {"q": x.q, "k": x.k, "v": x.v, "query_offset": x.query_offset}
     if x.cu_seqlens is None:
         _checks.fail(ValueError, OP, "query_offset", "be an integer without cu_seqlens", list(x.query_offset.shape))
-    _checks.tensors(OP, required, {"gate": x.gate, "cu_seqlens": x.cu_seqlens})
-    _checks.no_grad(OP, required, {"gate": x.gate}, "with a tensor as query_offset (it has no backward)")
+    inputs = {"q": x.q, "k": x.k, "v": x.v}
+    _checks.no_grad(OP, inputs, {"gate": x.gate}, "with a tensor as query_offset (it has no backward)")
     o: Tensor = _cached_op(*x)
     return o
 
@@ -415,7 +415,7 @@ def _operands(
     B, T, H, D = q.shape
     return {
         "dtype": _native.DTYPES[q.dtype],
-        "num_threads": torch.get_num_threads(),
+        "num_threads": _native.threads(),
         "B": B,
         "T": T,
         "H": H,

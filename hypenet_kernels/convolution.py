@@ -281,7 +281,7 @@ def _operands(x: Inputs | UpdateInputs) -> dict[str, Any]:
         "weight_dtype": _native.DTYPES[x.weight.dtype],
         "bias_dtype": 0 if x.bias is None else _native.DTYPES[x.bias.dtype],
         "silu": x.silu,
-        "num_threads": torch.get_num_threads(),
+        "num_threads": _native.threads(),
         "B": B,
         "T": T,
         "C": C,

@@ -119,7 +119,7 @@ def rms_norm_gated(x: Tensor, g: Tensor, weight: Tensor, *, eps: float = 1e-6, a
     """
     _checks.tensors(GATED_OP, {"x": x, "g": g, "weight": weight}, {})
     _checks.element(GATED_OP, "x", x)
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         _checks.fail(ValueError, GATED_OP, "activation", f"be one of {list(ACTIVATIONS)}", repr(activation))
     inputs = GatedInputs(x, g, weight, eps, ACTIVATIONS[activation])
     if _native.runs_in_torch(GATED_OP, x):

@@ -66,7 +66,7 @@ def _run(state: Tensor, states: Tensor, num_accepted: Tensor, state_indices: Ten
     states, num_accepted, slots = states.contiguous(), num_accepted.contiguous(), _native.contiguous(state_indices)
     fields: dict[str, Any] = {
         "dtype": _native.DTYPES[states.dtype],
-        "num_threads": torch.get_num_threads(),
+        "num_threads": _native.threads(),
         "B": B,
         "T": T,
         "HV": HV,

@@ -14,7 +14,7 @@ WITH_EXAMPLES = {
     f"{package}.{name}"
     for package, names in {
         "hypenet_kernels": KERNELS,
-        "hypenet": ("cache", "configuration_hypenet", "context", "conversion", "modeling_hypenet"),
+        "hypenet": ("cache", "configuration_hypenet", "context", "conversion", "layers", "modeling_hypenet", "session"),
     }.items()
     for name in names
 }

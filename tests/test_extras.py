@@ -26,8 +26,8 @@ OURS = {"hypenet_kernels", "hypenet", "halo"}
 ALLOWED = {
     "hypenet_kernels": CORE,
     "hypenet": CORE | set(PACKAGES["model"]),
-    # tokenizers comes with transformers, pyarrow with datasets, and huggingface_hub with both
-    "halo": CORE | set(PACKAGES["halo"]) | {"tokenizers", "pyarrow", "huggingface_hub"},
+    # tokenizers comes with transformers, pyarrow with datasets, huggingface_hub with both, and jinja2 with torch
+    "halo": CORE | set(PACKAGES["halo"]) | {"tokenizers", "pyarrow", "huggingface_hub", "jinja2"},
 }
 # which the user of an integration has, imported by the function that needs it
 INTEGRATED = {"transformers", "fla", "vllm"}

@@ -2,29 +2,34 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from hypenet_models import VOCABULARY, small_model, small_teacher
+from hypenet_models import MIXED, VOCABULARY, small_model, small_teacher
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from halo import hypenet_cli
 from halo.hypenet_cli import app
 
 PROMPT = "w1 w20 w3"
+RATE = r"[\d,]+ tokens in \d+\.\d\d s( \([\d,.]+ tokens/s\))?"
+SPEED = re.compile(f"prefill {RATE}, decode {RATE}\n")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("model"))
+
+
+def save(path, mixers=MIXED):
     torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("model")
-    small_model(dtype=torch.float32, attn_logits_scaling="hype 50").save_pretrained(path)
+    small_model(mixers, dtype=torch.float32, attn_logits_scaling="hype 50").save_pretrained(path)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(path)
@@ -38,7 +43,8 @@ def run(*arguments, **options):
 def continuation(*arguments, **options):
     result = run("generate", *arguments, **options)
     assert result.exit_code == 0, result.output
-    return result.output.strip()
+    assert SPEED.fullmatch(result.stderr), result.stderr
+    return result.stdout.strip()
 
 
 def test_generate_streams_the_continuation(folder):
@@ -198,11 +204,45 @@ def test_a_long_prompt_is_read_in_pieces_and_shown(folder, monkeypatch):
     prompt = " ".join(f"w{1 + i % 90}" for i in range(50))
     arguments = ("--model", folder, "--prompt", prompt, "--max-new-tokens", 5, "--temperature", 0)
     expected = continuation(*arguments)
-    monkeypatch.setattr(hypenet_cli, "PROMPT_PIECE", 16)
     shown = []
     monkeypatch.setattr(Progress, "advance", lambda self, task, tokens: shown.append(tokens))
-    assert continuation(*arguments) == expected
+    assert continuation(*arguments, "--prefill-chunk", 16) == expected
     assert shown[:4] == [16, 16, 16, 2]
+
+
+@pytest.mark.slow
+def test_a_compiled_model_writes_the_same(tmp_path, monkeypatch):
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", (None, "g++"))  # not CXX, which may be a command with arguments
+    folder = save(tmp_path, ["attn", "lightning"])
+    arguments = ("--model", folder, "--prompt", PROMPT, "--max-new-tokens", 8, "--temperature", 0)
+    assert continuation(*arguments, "--compile") == continuation(*arguments)
+    monkeypatch.setattr(torch.nn.Module, "__call__", _uncompilable)
+    line = refusal("generate", *arguments, "--compile")
+    assert line == "hypenet: --compile: must be possible with this machine's compiler, got no compiler"
+
+
+def _uncompilable(*arguments, **options):
+    from torch._dynamo.exc import TorchDynamoException
+
+    raise TorchDynamoException("no compiler\nand details")
+
+
+def test_a_context_is_put_before_the_prompt(folder, tmp_path):
+    (tmp_path / "notes.txt").write_text("w5 w6\nw7 ")
+    options = ("--model", folder, "--max-new-tokens", 5, "--temperature", 0)
+    whole = continuation(*options, "--prompt", f"w5 w6\nw7 {PROMPT}")
+    parts = continuation(*options, "--prompt", PROMPT, "--context", tmp_path / "notes.txt")
+    assert parts.startswith(PROMPT) and parts.removeprefix(PROMPT) == whole.removeprefix(f"w5 w6\nw7 {PROMPT}")
+    assert parts != continuation(*options, "--prompt", PROMPT)
+
+
+def test_contexts_that_cannot_be_read(folder, tmp_path):
+    arguments = ("generate", "--model", folder, "--prompt", PROMPT, "--context")
+    assert "--context: must be a file that can be read, got" in refusal(*arguments, tmp_path / "none.txt")
+    (tmp_path / "latin.txt").write_bytes(b"w1 \xff")
+    assert "latin.txt: must be UTF-8, got byte 0xff at 3" in refusal(*arguments, tmp_path / "latin.txt")
 
 
 def test_an_interruption_is_one_line(folder, monkeypatch):

@@ -277,3 +277,5 @@ def test_refusals():
     model(ids, past_key_values=fixed)
     with pytest.raises(ValueError, match=r"capacity must hold 5 \+ 2 tokens \(fixed=True\), got 6"):
         model(ids[:, :2], past_key_values=fixed)
+    with pytest.raises(NotImplementedError, match="HypeNetForCausalLM: continuous batching must be off"):
+        model.generate_batch([[3, 4]])

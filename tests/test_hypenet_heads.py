@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from halo_tiny import tiny_tokenizer
 from hypenet_models import MIXED, small_config, small_model, tokens
 from torch.testing import assert_close
 from transformers import (
@@ -11,6 +12,7 @@ from transformers import (
     AutoModelForTokenClassification,
     StaticCache,
     Trainer,
+    pipeline,
 )
 
 from hypenet import HypeNetCache, HypeNetForSequenceClassification
@@ -77,6 +79,22 @@ def test_sequence_classification_of_a_padded_batch(folder, side):
     assert_close(outputs.loss, torch.nn.functional.cross_entropy(alone, labels))
     outputs.loss.backward()
     assert all(x.grad is not None for x in model.parameters())
+
+
+def test_the_pipeline_of_sequence_classification(tmp_path):
+    """It takes the class from transformers by the name in the configuration."""
+    tokenizer = tiny_tokenizer()
+    config = small_config(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, num_labels=3)
+    model = HypeNetForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    text = "river stone quiet morning"
+    [scores] = pipeline("text-classification", model=str(tmp_path), top_k=None)([text])
+    with torch.no_grad():
+        expected = model(**tokenizer(text, return_tensors="pt")).logits[0].softmax(0)
+    assert {x["label"]: x["score"] for x in scores} == pytest.approx(
+        {f"LABEL_{i}": float(p) for i, p in enumerate(expected)}, rel=1e-5
+    )
 
 
 def test_token_classification_and_question_answering(folder, tmp_path):

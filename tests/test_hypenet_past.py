@@ -186,6 +186,7 @@ def test_recording_needs_no_inference_mode():
     results = gradients(model(ids, past_key_values=cache).logits), gradients(model(ids).logits)
     for got, expected in zip(*results, strict=True):
         assert_matches_reference("gradient", got, expected)
+    assert sorted(cache.layers[1].snapshots) == [64, 128]
     cache.crop(-10)
     with torch.no_grad():
         assert_continues(model, cache, ids[:, :140], "after training")

@@ -141,6 +141,7 @@ def test_sdist_holds_all_that_a_build_needs(tmp_path):
     needed += [path for folder in PACKAGES for path in (ROOT / folder).rglob("*.py")]
     needed += [ROOT / folder / "py.typed" for folder in PACKAGES]
     needed += [ROOT / name for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md")]
+    needed += (ROOT / "docs").glob("*.md")
     needed += [*(ROOT / "halo" / "configs").glob("*.yaml"), *(ROOT / "halo" / "demo" / "teacher").glob("*")]
     assert not {str(path.relative_to(ROOT)) for path in needed} - names
 

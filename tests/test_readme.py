@@ -1,4 +1,4 @@
-"""The Python examples of README.md: each compiles, and each runs, as it is printed, in a folder that has what it loads.
+"""The Python examples of README.md and docs/: each compiles, and each runs, as printed, where what it loads is there.
 
 A block whose first line is `# needs: X` runs only where X is there (NEEDS).
 """
@@ -14,17 +14,18 @@ from hypenet_models import small_model
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
+BLOCKS = {page: re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL) for page, text in PAGES.items()}
+EXAMPLES = [
+    pytest.param(page, block, id=f"{page} {number}") for page in BLOCKS for number, block in enumerate(BLOCKS[page], 1)
+]
 NEEDS = {
     "flash-linear-attention": importlib.util.find_spec("fla") is not None,
+    "peft": importlib.util.find_spec("peft") is not None,
+    "torchao": importlib.util.find_spec("torchao") is not None,
+    "a server on port 8000": False,  # tests/test_hypenet_serve.py runs it
     "a GPU": torch.cuda.is_available(),
 }
-
-
-def title(block):
-    """Return the first line that says what a block is about."""
-    return next(line for line in block.splitlines() if "hypenet" in line)
 
 
 def save(model, folder):
@@ -59,22 +60,33 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_there_is_an_example_for_each_kind_of_user():
-    assert len(BLOCKS) == README.count("```python") >= 4
-    assert len({title(block) for block in BLOCKS}) == len(BLOCKS)
+def test_there_are_examples():
+    """For each kind of user in README.md, and on every page that has to do with Python."""
+    assert len(BLOCKS["README.md"]) >= 3
+    without = {page for page, blocks in BLOCKS.items() if not blocks}
+    assert without == {"docs/README.md", "docs/benchmark.md"}
+    assert all(len(BLOCKS[page]) == PAGES[page].count("```python") for page in PAGES)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=title)
-def test_example(block, folder):
-    code = compile(block, "README.md", "exec")
+@pytest.mark.parametrize(("page", "block"), EXAMPLES)
+def test_example(page, block, folder):
+    code = compile(block, page, "exec")
     if (needs := re.match(r"# needs: (.*)\n", block)) and not NEEDS[needs[1]]:
         pytest.skip(f"needs {needs[1]}")
     exec(code, {"__name__": "__main__"})
 
 
-def test_links_and_pictures_exist():
-    targets = re.findall(r"\]\(([^)#]+)\)", README)
-    assert targets and all((ROOT / target).exists() for target in targets if "://" not in target)
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_pictures_exist(page):
+    prose = re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.MULTILINE | re.DOTALL)
+    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", prose) if "://" not in target]
+    assert [target for target in targets if not (ROOT / page).parent.joinpath(target).exists()] == []
+    assert targets or page in ("docs/serve.md", "docs/use-the-model.md")
+
+
+def test_the_index_names_every_page():
+    named = set(re.findall(r"\]\(([\w-]+\.md)\)", PAGES["docs/README.md"]))
+    assert named == {path.name for path in ROOT.glob("docs/*.md")} - {"README.md"}
 
 
 def test_every_public_op_is_in_the_table():
@@ -82,4 +94,4 @@ def test_every_public_op_is_in_the_table():
 
     ops = {name for name in hypenet_kernels.__all__ if re.match(r"(chunk|fused|gated|simple|hype|causal)_", name)}
     aliases = {"chunk_gdn", "fused_recurrent_gdn", "chunk_lightning_attn", "chunk_retention"}
-    assert {name for name in ops - aliases if f"`{name}`" not in README} == set()
+    assert {name for name in ops - aliases if f"`{name}`" not in PAGES["docs/use-the-kernels.md"]} == set()
