@@ -78,10 +78,10 @@ inline Fields<CommitStatesParams> fields_of() {
 template <>
 inline Fields<HypeAttentionFwdParams> fields_of() {
   using Params = HypeAttentionFwdParams;
-  return hype_attention_operands<Params>() + Fields<Params>{FIELD(S),          FIELD(N),
-                                                            FIELD(query_offset), FIELD(cu_seqlens),
-                                                            FIELD(query_offsets), FIELD(o),
-                                                            FIELD(o_ungated), FIELD(lse)};
+  return hype_attention_operands<Params>() +
+         Fields<Params>{
+             FIELD(S), FIELD(N),         FIELD(query_offset), FIELD(cu_seqlens), FIELD(query_offsets),
+             FIELD(o), FIELD(o_ungated), FIELD(lse)};
 }
 
 template <>

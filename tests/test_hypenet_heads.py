@@ -139,12 +139,6 @@ def test_caches_of_other_models_are_refused():
     assert model.generate(ids, past_key_values=HypeNetCache(model.config), max_new_tokens=2, min_new_tokens=2).numel()
 
 
-def test_speculative_decoding_is_refused():
-    model = small_model()
-    with pytest.raises(ValueError, match="not supported with stateful models, such as HypeNetForCausalLM"):
-        model.generate(tokens(1, 5), prompt_lookup_num_tokens=3, max_new_tokens=2)
-
-
 @pytest.mark.parametrize("kind", ["PrefixTuningConfig", "PromptTuningConfig", "LoraConfig"])
 def test_peft(kind):
     """LoRA and prompts of virtual tokens work; prefixes are keys and values, which recurrent layers do not have."""

@@ -187,7 +187,7 @@ struct Walk {
   using Element = typename C::Type;
   const Params& params;
   int64_t b, block, start, stop;
-  int channel;
+  unsigned channel;
   Filters<C::W, C::kVec> filters;
   Values<C> window[C::W];
 
@@ -195,7 +195,7 @@ struct Walk {
     const unsigned panels = (static_cast<unsigned>(p.C) + kThreads * C::kVec - 1) / (kThreads * C::kVec);
     const int64_t blocks = (p.T + kConvBlock - 1) / kConvBlock;
     block = arch::block_idx() / panels;
-    channel = static_cast<int>((arch::block_idx() % panels * kThreads + arch::thread_idx()) * C::kVec);
+    channel = (arch::block_idx() % panels * kThreads + arch::thread_idx()) * C::kVec;
     b = block / blocks;
     start = block % blocks * kConvBlock;
     stop = start + kConvBlock < p.T ? start + kConvBlock : p.T;
@@ -310,8 +310,10 @@ __global__ void __launch_bounds__(kThreads)
           const float s = sigmoid(z[i]);
           now[i] *= s * (1.0f + z[i] * (1.0f - s));
         }
-        if (t >= walk.stop) continue;
-        dbias[i] += now[i];  // (4)
+      }
+#pragma unroll
+      for (int i = 0; i < C::kVec && t < walk.stop; ++i) {  // (4)
+        dbias[i] += now[i];
 #pragma unroll
         for (int k = 0; k < W; ++k) dweight[k][i] += now[i] * walk.window[k][i];
       }

@@ -58,6 +58,7 @@ __device__ __forceinline__ void set_identity(Results<n>& S, int column) {
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 2)
     gated_delta_segment_kernel(const __grid_constant__ GatedDeltaFwdParams params) {
+  if (sizeof(ScanSmem<C>) > arch::kMaxSharedBytes) return;  // no GPU that runs this has it
   auto& smem = arch::shared_memory<ScanSmem<C>>();
   const unsigned num_columns = static_cast<unsigned>(params.V) + (C::kDelta ? C::kKeyDim : 0);
   const Slot<C> slot(params, num_columns / (C::kWarps * kColumns));

@@ -141,30 +141,46 @@ __device__ __forceinline__ void multiply_transposed(float (&d)[kBlocks][kColumns
   }
 }
 
-// d += A B: A is a result of this warp, rounded; B all rows of a tile.
+// Results of this warp, rounded, as operand A.
+template <class Element, int kBlocks, int kInner>
+__device__ __forceinline__ void round_results(uint32_t (&a)[kBlocks][kInner / 2][4],
+                                              const float (&result)[kBlocks][kInner][4]) {
+#pragma unroll
+  for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+    for (int k = 0; k < kInner; k += 2) round_to_a<Element>(a[i][k / 2], result[i][k], result[i][k + 1]);
+  }
+}
+
+// d += A B: A is of round_results, B all rows of a tile.
+template <int kBlocks, int kColumns, int kSteps, class TileB>
+__device__ __forceinline__ void multiply_rounded(float (&d)[kBlocks][kColumns][4],
+                                                 const uint32_t (&a)[kBlocks][kSteps][4],
+                                                 const TileB& tile_b) {
+  static_assert(TileB::kRows == 16 * kSteps && TileB::kCols == 8 * kColumns);
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+    for (int n = 0; n < kColumns; n += 2) {
+      uint32_t b[2][2];
+      load_b(b, tile_b, 16 * k, 8 * n);
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) {
+        arch::mma_16x8x16<typename TileB::Element>(d[i][n], a[i][k], b[0]);
+        arch::mma_16x8x16<typename TileB::Element>(d[i][n + 1], a[i][k], b[1]);
+      }
+    }
+  }
+}
+
+// The same of a result that is rounded here.
 template <int kBlocks, int kColumns, int kInner, class TileB>
 __device__ __forceinline__ void multiply_result(float (&d)[kBlocks][kColumns][4],
                                                 const float (&a_result)[kBlocks][kInner][4],
                                                 const TileB& tile_b) {
-  static_assert(TileB::kRows == 8 * kInner && TileB::kCols == 8 * kColumns);
-#pragma unroll
-  for (int k = 0; k < kInner; k += 2) {
-    uint32_t a[kBlocks][4];
-#pragma unroll
-    for (int i = 0; i < kBlocks; ++i) {
-      round_to_a<typename TileB::Element>(a[i], a_result[i][k], a_result[i][k + 1]);
-    }
-#pragma unroll
-    for (int n = 0; n < kColumns; n += 2) {
-      uint32_t b[2][2];
-      load_b(b, tile_b, 8 * k, 8 * n);
-#pragma unroll
-      for (int i = 0; i < kBlocks; ++i) {
-        arch::mma_16x8x16<typename TileB::Element>(d[i][n], a[i], b[0]);
-        arch::mma_16x8x16<typename TileB::Element>(d[i][n + 1], a[i], b[1]);
-      }
-    }
-  }
+  uint32_t a[kBlocks][kInner / 2][4];
+  round_results<typename TileB::Element>(a, a_result);
+  multiply_rounded(d, a, tile_b);
 }
 
 // Rounds d into rows [m, m + 16 kBlocks) of a tile, which no other warp touches, and stores the first

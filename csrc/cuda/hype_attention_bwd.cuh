@@ -277,6 +277,7 @@ __global__ void __launch_bounds__(C::Shape::kThreads, 1)
   constexpr Gradient kGradient = C::kGradient;
   constexpr int D = Shape::D, kStreamed = Shape::kStreamed, kThreads = Shape::kThreads;
   constexpr bool kWithKeys = kGradient != Gradient::kValues, kWithValues = kGradient != Gradient::kKeys;
+  if (sizeof(Smem<Element, Shape>) > arch::kMaxSharedBytes) return;  // no GPU that runs this has it
   auto& smem = arch::shared_memory<Smem<Element, Shape>>();
   const Params& p = arguments.params;
 
@@ -358,6 +359,7 @@ template <class Shape, class Element>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     hype_attention_bwd_queries_kernel(const __grid_constant__ Arguments arguments) {
   constexpr int D = Shape::D, kStreamed = Shape::kStreamed, kThreads = Shape::kThreads;
+  if (sizeof(Smem<Element, Shape>) > arch::kMaxSharedBytes) return;  // no GPU that runs this has it
   auto& smem = arch::shared_memory<Smem<Element, Shape>>();
   const Params& p = arguments.params;
   const int H = static_cast<int>(p.H), head = static_cast<int>(arch::block_idx()) % H;

@@ -17,6 +17,7 @@
 //   q      [kQueries, D]         the queries; at last each warp's rows of the output
 //   ring   [kStages][kKeys, D]   a stream of pieces: keys, then values of tile 0, of tile 1, ...; then the
 //                                gate
+//   place, rows                  what the block owns and copies, out of the way of the products' registers
 // 40, 80 and 160 KB at D = 64, 128 and 256: two blocks per SM, which is what registers allow; one at
 // 256.
 //
@@ -57,15 +58,6 @@ struct Config {
   static_assert(kQueries / kKeys < kStages && kKeys % kWarpRows == 0);
 };
 
-template <class Element, class C>
-struct Smem {
-  Tile<Element, C::kQueries, C::D> q;
-  Tile<Element, C::kKeys, C::D> ring[C::kStages];
-};
-static_assert(sizeof(Smem<arch::bf16, Config<64>>) == 40 * 1024);
-static_assert(sizeof(Smem<arch::bf16, Config<128>>) == 80 * 1024);
-static_assert(sizeof(Smem<arch::bf16, Config<256>>) == 160 * 1024);
-
 using Params = HypeAttentionFwdParams;
 
 struct Arguments {
@@ -81,6 +73,26 @@ struct Place {
   int begin, head, num_tiles;
 };
 
+// Rows of one head, copied kKeys at a time.
+template <class Element>
+struct Rows {
+  const Element* first;
+  int64_t stride;
+  int count;
+};
+enum Operand { kKeyRows, kValueRows, kGateRows, kNumOperands };
+
+template <class Element, class C>
+struct Smem {
+  Tile<Element, C::kQueries, C::D> q;
+  Tile<Element, C::kKeys, C::D> ring[C::kStages];
+  Place place;
+  Rows<Element> rows[kNumOperands];
+};
+static_assert(sizeof(Smem<arch::bf16, Config<64>>) < 41 * 1024);
+static_assert(sizeof(Smem<arch::bf16, Config<128>>) < 81 * 1024);
+static_assert(sizeof(Smem<arch::bf16, Config<256>>) < 161 * 1024);
+
 template <class C>
 __device__ __forceinline__ Place find_place(const Params& p, unsigned num_slots) {
   const auto H = static_cast<unsigned>(p.H);
@@ -94,45 +106,36 @@ __device__ __forceinline__ Place find_place(const Params& p, unsigned num_slots)
   return place;
 }
 
-// The stream of pieces of a block: keys and values from row 0 of the sequence on, the gate from its first
-// query on.
-template <class C, class Element>
-struct Pieces {
-  const Element *k, *v, *gate;
-  int num_tiles, num_keys, num_gates;
+// The rows that a block copies: keys and values from row 0 of the sequence on, the gate from its first query on.
+template <class Element>
+__device__ __forceinline__ void set_rows(Rows<Element> (&rows)[kNumOperands], const Params& p,
+                                         const Place& place) {
+  const Sequence& s = place.sequence;
+  const int key_head = place.head / static_cast<int>(p.H / p.HK);
+  const int batch = s.cached < 0 ? s.batch : s.cached, first = s.cached < 0 ? s.first : 0;
+  rows[kKeyRows] = {row_of<Element>(p.k, batch, first, key_head), p.k.token, s.S};
+  rows[kValueRows] = {row_of<Element>(p.v, batch, first, key_head), p.v.token, s.S};
+  rows[kGateRows] = {row_of<Element>(p.gate, s.batch, s.first + place.begin, place.head), p.gate.token,
+                     p.gate.data == nullptr ? 0 : s.T - place.begin};
+}
 
-  __device__ Pieces(const Params& p, const Place& place)
-      : num_tiles(place.num_tiles), num_keys(place.sequence.S), num_gates(place.sequence.T - place.begin) {
-    const Sequence& s = place.sequence;
-    const int key_head = place.head / static_cast<int>(p.H / p.HK);
-    const int batch = s.cached < 0 ? s.batch : s.cached, first = s.cached < 0 ? s.first : 0;
-    k = row_of<Element>(p.k, batch, first, key_head);
-    v = row_of<Element>(p.v, batch, first, key_head);
-    gate = row_of<Element>(p.gate, s.batch, s.first + place.begin, place.head);
-    if (p.gate.data == nullptr) num_gates = 0;
+// Starts the copy of the keys or the values of tile number `tile`. After the last tile come two pieces of the gate.
+template <class C, class Element, class Tile>
+__device__ __forceinline__ void copy_piece(Tile& to, const Rows<Element> (&rows)[kNumOperands], int num_tiles,
+                                           int tile, Operand operand) {
+  const bool is_gate = tile >= num_tiles;
+  const Rows<Element>& from = rows[is_gate ? kGateRows : operand];
+  const int start = (is_gate ? operand : tile) * C::kKeys;
+  if (start < from.count) {
+    copy_tile_async<C::kThreads>(to, from.first + start * from.stride, from.stride, from.count - start,
+                                 arch::thread_idx());
   }
+  arch::commit_copies();
+}
 
-  // Starts the copy of piece number `piece`; past the end there is nothing to copy.
-  template <class Tile>
-  __device__ __forceinline__ void copy(Tile& tile, const Params& p, int piece) const {
-    const int gate_start = (piece - 2 * num_tiles) * C::kKeys;
-    if (gate_start < 0) {
-      const bool is_key = piece % 2 == 0;
-      const int64_t stride = is_key ? p.k.token : p.v.token;
-      const int start = piece / 2 * C::kKeys;
-      copy_tile_async<C::kThreads>(tile, (is_key ? k : v) + start * stride, stride, num_keys - start,
-                                   arch::thread_idx());
-    } else if (gate_start < num_gates) {
-      copy_tile_async<C::kThreads>(tile, gate + gate_start * p.gate.token, p.gate.token,
-                                   num_gates - gate_start, arch::thread_idx());
-    }
-    arch::commit_copies();
-  }
-};
-
-// Of a thread's rows, two per block of 16: c_p, the largest q . k so far, and its share of l.
+// Of a thread's queries, two per block of 16: c_p, the largest q . k so far, and its share of l.
 template <int kBlocks>
-struct Rows {
+struct Softmax {
   float factor[kBlocks][2], max[kBlocks][2], sum[kBlocks][2];
 };
 
@@ -175,7 +178,7 @@ __device__ __forceinline__ float row_max(const float (&S)[kColumns][4], int half
 
 // S becomes the weights 2^(x - m); l and o follow the maximum.
 template <int kBlocks, int kColumns, int kColumnsO>
-__device__ __forceinline__ void weigh(float (&S)[kBlocks][kColumns][4], Rows<kBlocks>& rows,
+__device__ __forceinline__ void weigh(float (&S)[kBlocks][kColumns][4], Softmax<kBlocks>& rows,
                                       float (&o)[kBlocks][kColumnsO][4]) {
 #pragma unroll
   for (int i = 0; i < kBlocks; ++i) {
@@ -201,8 +204,8 @@ __device__ __forceinline__ void weigh(float (&S)[kBlocks][kColumns][4], Rows<kBl
 
 // o / l in place; writes lse [rows of the warp].
 template <int kBlocks, int kColumnsO>
-__device__ __forceinline__ void normalize(float (&o)[kBlocks][kColumnsO][4], Rows<kBlocks>& rows, float* lse,
-                                          int num_rows) {
+__device__ __forceinline__ void normalize(float (&o)[kBlocks][kColumnsO][4], Softmax<kBlocks>& rows,
+                                          float* lse, int num_rows) {
 #pragma unroll
   for (int i = 0; i < kBlocks; ++i) {
 #pragma unroll
@@ -254,22 +257,27 @@ template <class C, class Element>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerProcessor)
     hype_attention_fwd_kernel(const __grid_constant__ Arguments arguments) {
   constexpr int D = C::D, kKeys = C::kKeys, kBlocks = C::kBlocks, kStages = C::kStages;
+  if (sizeof(Smem<Element, C>) > arch::kMaxSharedBytes) return;  // no GPU that runs this has it
   auto& smem = arch::shared_memory<Smem<Element, C>>();
   const Params& p = arguments.params;
   const Place place = find_place<C>(p, arguments.num_slots);
   const Sequence& s = place.sequence;
   if (s.is_tail) return zero_tail<C, Element>(p, s.first + place.begin, place.head);
   if (place.num_tiles == 0) return;
+  if (arch::thread_idx() == 0) {
+    smem.place = place;
+    set_rows(smem.rows, p, place);
+  }
+  arch::sync_block();
 
   // (1) the queries and the first two pieces; c_p of this thread's rows
   copy_tile_async<C::kThreads>(smem.q, row_of<Element>(p.q, s.batch, s.first + place.begin, place.head),
                                p.q.token, s.T - place.begin, arch::thread_idx());
-  const Pieces<C, Element> pieces(p, place);
-  pieces.copy(smem.ring[0], p, 0);
-  pieces.copy(smem.ring[1], p, 1);
+  copy_piece<C>(smem.ring[0], smem.rows, place.num_tiles, 0, kKeyRows);
+  copy_piece<C>(smem.ring[1], smem.rows, place.num_tiles, 0, kValueRows);
   const int m = warp_idx() * C::kWarpRows, position = s.offset + place.begin + m;
   const int num_rows = s.T - place.begin - m;
-  Rows<kBlocks> rows;
+  Softmax<kBlocks> rows;
 #pragma unroll
   for (int i = 0; i < kBlocks; ++i) {
 #pragma unroll
@@ -282,13 +290,13 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerProcessor)
 
   float o[kBlocks][D / 8][4] = {};
   int stage = 0;
-  const auto next_piece = [&](int piece) {
+  const auto next_piece = [&](int tile, Operand operand) {
     arch::wait_copies<1>();
     arch::sync_block();
-    pieces.copy(smem.ring[(stage + 2) % kStages], p, piece + 2);
-    const auto& tile = smem.ring[stage];
+    copy_piece<C>(smem.ring[(stage + 2) % kStages], smem.rows, place.num_tiles, tile + 1, operand);
+    const auto& piece = smem.ring[stage];
     stage = stage + 1 == kStages ? 0 : stage + 1;
-    return &tile;
+    return &piece;
   };
   for (int tile = 0; tile < place.num_tiles; ++tile) {
     const int visible = position + 1 - tile * kKeys;
@@ -296,7 +304,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerProcessor)
 
     // (2) S = Q K^T; the future is masked where it reaches into the tile
     float S[kBlocks][kKeys / 8][4] = {};
-    const auto* keys = next_piece(2 * tile);
+    uint32_t P[kBlocks][kKeys / 16][4];
+    const auto* keys = next_piece(tile, kKeyRows);
     if (seen) {
       multiply_transposed(S, smem.q, m, *keys);
       if (arguments.negative) negate(S);
@@ -304,20 +313,26 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerProcessor)
 
       // (3) weights; l and o follow the maximum
       weigh(S, rows, o);
+      // (4) P is rounded among its products, or before the barrier where that would take too many registers
+      if constexpr (arch::kIsBlackwell) round_results<Element>(P, S);
     }
 
     // (4) o += P V
-    const auto* values = next_piece(2 * tile + 1);
-    if (seen) multiply_result(o, S, *values);
+    const auto* values = next_piece(tile, kValueRows);
+    if (seen) {
+      if constexpr (!arch::kIsBlackwell) round_results<Element>(P, S);
+      multiply_rounded(o, P, *values);
+    }
   }
 
   // (5) o / l and lse, the gate, the output
-  const int64_t row = s.first + place.begin + m;
-  auto* lse = static_cast<float*>(p.lse) + (s.batch * p.H + place.head) * p.T + row;
+  const Place& same = smem.place;
+  const int64_t row = same.sequence.first + same.begin + m;
+  auto* lse = static_cast<float*>(p.lse) + (same.sequence.batch * p.H + same.head) * p.T + row;
   normalize(o, rows, lse, num_rows);
   const auto store = [&](void* to) {
-    store_rows(contiguous_row<D, Element>(to, p.T, p.H, s.batch, row, place.head), p.H * D, num_rows, smem.q,
-               m, o);
+    store_rows(contiguous_row<D, Element>(to, p.T, p.H, same.sequence.batch, row, same.head), p.H * D,
+               num_rows, smem.q, m, o);
   };
   if (p.gate.data != nullptr) {
     if (p.o_ungated != nullptr) store(p.o_ungated);

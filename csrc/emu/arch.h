@@ -18,6 +18,7 @@ void* memset(void*, int, size_t) noexcept __asm__("hypenet_emu_memset");
 namespace hypenet::cuda::arch {
 
 using emu::kWarpSize;
+constexpr bool kIsBlackwell = false;
 
 inline int thread_idx() { return emu::thread_idx(); }
 inline unsigned block_idx() { return emu::block_idx(); }

@@ -21,6 +21,13 @@ namespace hypenet::cuda::arch {
 
 constexpr int kWarpSize = 32;
 
+// Code for Blackwell takes more registers for the same source.
+#if __CUDA_ARCH__ >= 1000
+constexpr bool kIsBlackwell = true;
+#else
+constexpr bool kIsBlackwell = false;
+#endif
+
 __device__ __forceinline__ int thread_idx() { return static_cast<int>(threadIdx.x); }
 __device__ __forceinline__ unsigned block_idx() { return blockIdx.x; }
 
@@ -28,7 +35,9 @@ __device__ __forceinline__ unsigned block_idx() { return blockIdx.x; }
 
 // The most that a block can have where this code runs: of compute capability 8.0, and of later ones up to 8.9, which
 // share its code, at most as much.
-#if __CUDA_ARCH__ >= 900
+#if __CUDA_ARCH__ >= 1200
+constexpr size_t kMaxSharedBytes = 99 * 1024;
+#elif __CUDA_ARCH__ >= 900
 constexpr size_t kMaxSharedBytes = 227 * 1024;
 #else
 constexpr size_t kMaxSharedBytes = 163 * 1024;
