@@ -72,9 +72,7 @@ def ops(
 def model(
     device: DeviceOption = "auto",
     quick: QuickOption = False,
-    layers: Annotated[
-        int | None, typer.Option(min=4, help="Number of layers; default: 4 on the CPU, 28 on a GPU.")
-    ] = None,
+    layers: Annotated[int | None, typer.Option(min=4, help="Number of layers; default: 28, with --quick 4.")] = None,
     out: OutOption = None,
 ) -> None:
     """Time prefill and decode of HypeNet and its Qwen3 teacher against context length, with random weights."""

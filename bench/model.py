@@ -1,42 +1,55 @@
 """Measure prefill and decode of HypeNet and its Qwen3 teacher, with random weights: time per token and memory.
 
-The widths are Qwen3-1.7B's; the number of layers depends on the machine. One in four layers of HypeNet is softmax
-attention, as in the paper. A decode step at context length L follows a prefill of L tokens.
+The sizes are Qwen3-0.6B's on the CPU and Qwen3-1.7B's on a GPU. One in four layers of HypeNet is softmax attention, as
+in the paper. A decode step at context length L runs on a cache of L tokens with random contents: its time does not
+depend on them, and reading so long a prompt takes hours on a CPU.
 """
 
 import gc
+import math
 import time
 from collections.abc import Callable
 from typing import Any, TypedDict
 
 import torch
-from transformers import Cache, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import Cache, DynamicCache, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from bench import records, timing
 from bench.records import ModelRecord
-from hypenet import from_teacher
+from hypenet import HypeNetCache, from_teacher
 
-WIDTHS: dict[str, Any] = {
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
+WIDTHS: dict[str, dict[str, Any]] = {
+    "cpu": {"hidden_size": 1024, "intermediate_size": 3072},
+    "cuda": {"hidden_size": 2048, "intermediate_size": 6144},
+}
+COMMON: dict[str, Any] = {
     "num_attention_heads": 16,
     "num_key_value_heads": 8,
     "head_dim": 128,
-    "vocab_size": 32768,
+    "vocab_size": 151936,
     "max_position_embeddings": 2**20,
 }
-LAYERS = {"cpu": 4, "cuda": 28}
-LENGTHS = {"cpu": (512, 2048, 8192), "cuda": (2048, 8192, 32768, 131072)}
+NAMES = {"cpu": "Qwen3-0.6B", "cuda": "Qwen3-1.7B"}
+LAYERS = 28
+QUICK_LAYERS = 4
+LENGTHS = {
+    "cpu": (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536),
+    "cuda": (2048, 8192, 16384, 65536, 131072, 262144, 524288, 1048576),
+}
 QUICK_LENGTHS = {"cpu": (128, 256), "cuda": (2048, 8192)}
-DECODE_STEPS = 16
+PREFILL_LENGTHS = {"cpu": (128, 256, 512, 2048, 16384), "cuda": LENGTHS["cuda"]}
+MAX_FLOAT32_PREFILL = 2048  # beyond it float32, with a quarter of bfloat16's rate or less, is not waited for
+DTYPES = {"cpu": (torch.bfloat16, torch.float32), "cuda": (torch.bfloat16,)}
+MAX_CACHE_BYTES = {"cpu": 8e9, "cuda": 60e9}
+PROMPT = 16  # tokens that are really read before a cache is filled
+DECODE_STEPS = 12
 SOFTMAX_EVERY = 4
 
 
 class Measured(TypedDict):
-    """A records.ModelRow without its model and length."""
+    """A records.ModelRow without its model, dtype and length."""
 
-    prefill_s: float
-    prefill_tokens_per_s: float
+    prefill_s: float | None
     decode_ms: float
     decode_low_ms: float
     decode_high_ms: float
@@ -48,22 +61,35 @@ def run(device: str, quick: bool, layers: int | None, on_length: Callable[[int, 
     """Measure both models at every context length; on_length(index, count, name) is called before each."""
     kind = torch.device(device).type
     lengths = (QUICK_LENGTHS if quick else LENGTHS)[kind]
-    layers = layers or LAYERS[kind]
+    layers = layers or (QUICK_LAYERS if quick else LAYERS)
     rows: list[records.ModelRow] = []
-    models = build(device, layers)
-    for length in lengths:
-        for name, model in models.items():
-            on_length(len(rows), len(lengths) * len(models), f"{name}, {length} tokens")
-            rows.append({"model": name, "length": length, **measure(model, length, device)})
-            gc.collect()
-    return {"kind": "model", "stamp": records.stamp(device), "layers": layers, "widths": WIDTHS, "rows": rows}
+    count = len(lengths) * len(DTYPES[kind]) * 2
+    for dtype in DTYPES[kind]:
+        models = build(device, layers, dtype)
+        for length in lengths:
+            for name, model in models.items():
+                shown = str(dtype).removeprefix("torch.")
+                on_length(len(rows), count, f"{name}, {shown}, {length} tokens")
+                if _teacher_cache_bytes(layers, length, dtype) > MAX_CACHE_BYTES[kind]:
+                    continue
+                rows.append({"model": name, "dtype": shown, "length": length, **measure(model, length, device)})
+                gc.collect()
+        del models
+    return {
+        "kind": "model",
+        "stamp": records.stamp(device),
+        "layers": layers,
+        "widths": WIDTHS[kind] | COMMON,
+        "name": NAMES[kind],
+        "rows": rows,
+    }
 
 
-def build(device: str, layers: int) -> dict[str, Any]:
-    """Build teacher and HypeNet of the same widths, in bfloat16 on a GPU and float32 on the CPU."""
+def build(device: str, layers: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Build teacher and HypeNet of the same widths."""
     torch.manual_seed(0)
-    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-    config = Qwen3Config(num_hidden_layers=layers, tie_word_embeddings=True, **WIDTHS)
+    widths = WIDTHS[torch.device(device).type] | COMMON
+    config = Qwen3Config(num_hidden_layers=layers, tie_word_embeddings=True, **widths)
     with torch.device(device):
         teacher = Qwen3ForCausalLM(config).eval().to(dtype)
     student = from_teacher(teacher, list(range(SOFTMAX_EVERY - 1, layers, SOFTMAX_EVERY)), mixer="lightning")
@@ -72,36 +98,68 @@ def build(device: str, layers: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def measure(model: PreTrainedModel, length: int, device: str) -> Measured:
-    """Measure a prefill of `length` tokens, decode steps after it, and the memory of the cache."""
-    on_cuda = torch.device(device).type == "cuda"
-    if on_cuda:
+    """Measure a prefill of `length` tokens, decode steps on a cache of as many, and the memory of the cache."""
+    kind = torch.device(device).type
+    if kind == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    ids = torch.randint(0, WIDTHS["vocab_size"], (1, length), device=device)
-    model(input_ids=ids[:, :64], logits_to_keep=1)
-    _wait(device)
-    started = time.perf_counter()
-    out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    _wait(device)
-    prefill = time.perf_counter() - started
-    token = ids[:, :1]
+    ids = torch.randint(0, COMMON["vocab_size"], (1, length), device=device)
+    prefill = None
+    too_slow = model.dtype == torch.float32 and length > MAX_FLOAT32_PREFILL
+    if length in PREFILL_LENGTHS[kind] and not too_slow:
+        model(input_ids=ids[:, :64], logits_to_keep=1)
+        _wait(device)
+        times = []
+        for _ in range(3 if length <= 2048 else 1):
+            started = time.perf_counter()
+            model(input_ids=ids, use_cache=True, logits_to_keep=1)
+            _wait(device)
+            times.append(time.perf_counter() - started)
+        prefill = min(times)
+    cache, token = filled_cache(model, length, device), ids[:, :1]
 
     def step() -> None:
-        model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        model(input_ids=token, past_key_values=cache, use_cache=True)
         _wait(device)
 
     for _ in range(2):
         step()
-    samples = [timing.sample(step, 1) for _ in range(DECODE_STEPS)]
-    decode = timing.summary(samples)
+    decode = timing.summary([timing.sample(step, 1) for _ in range(DECODE_STEPS)])
     return {
         "prefill_s": prefill,
-        "prefill_tokens_per_s": length / prefill,
         "decode_ms": decode.median,
         "decode_low_ms": decode.low,
         "decode_high_ms": decode.high,
-        "cache_bytes": cache_bytes(out.past_key_values),
-        "peak_bytes": torch.cuda.max_memory_allocated() if on_cuda else None,
+        "cache_bytes": cache_bytes(cache),
+        "peak_bytes": torch.cuda.max_memory_allocated() if kind == "cuda" else None,
     }
+
+
+@torch.no_grad()
+def filled_cache(model: PreTrainedModel, length: int, device: str) -> Cache:
+    """Return a cache as after a prompt of `length` tokens, with random keys and values."""
+    ids, added = torch.zeros(1, PROMPT, dtype=torch.int64, device=device), length - PROMPT
+    if model.config.model_type == "hypenet":
+        cache = HypeNetCache(model.config, capacity=length + DECODE_STEPS + 2)
+        model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+        for index in model.config.softmax_layers:
+            layer: Any = cache.layers[index]
+            for x in (layer.keys, layer.values):
+                x[:, :length].normal_()
+        assert cache.lengths is not None
+        cache.lengths += added
+        cache.count(added)
+        return cache
+    dynamic = DynamicCache(config=model.config)
+    model(input_ids=ids, past_key_values=dynamic, logits_to_keep=1)
+    for layer in dynamic.layers:
+        B, heads, _, size = layer.keys.shape
+        layer.keys, layer.values = (layer.keys.new_empty(B, heads, length, size).normal_() for _ in range(2))
+    return dynamic
+
+
+def _teacher_cache_bytes(layers: int, length: int, dtype: torch.dtype) -> float:
+    heads, size = COMMON["num_key_value_heads"], COMMON["head_dim"]
+    return math.prod((2, layers, length, heads, size, dtype.itemsize))
 
 
 def cache_bytes(cache: Cache) -> int:

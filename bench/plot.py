@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench import records
+from bench import records, tables
 from bench.records import ModelRecord, ModelRow, OpsRecord, Row
 
 DPI = 120
@@ -157,8 +157,10 @@ def context(record: ModelRecord, path: Path) -> Path:
 
 
 def _by_model(record: ModelRecord) -> Iterable[tuple[str, list[ModelRow]]]:
+    """Return the rows of each model, at each length in the dtype in which it decodes faster."""
     for name in COLORS:
-        yield name, [row for row in record["rows"] if row["model"] == name]
+        rows = (tables.fastest(record, name, length, "decode_ms") for length in _all_lengths(record))
+        yield name, [row for row in rows if row is not None]
 
 
 def _lengths(rows: Iterable[ModelRow]) -> list[int]:
@@ -172,8 +174,12 @@ def _all_lengths(record: ModelRecord) -> list[int]:
 def _log_axis(axes: Axes, label: str, lengths: list[int]) -> None:
     """Make the x axis logarithmic, with a tick at each measured length and no others."""
     axes.set(xscale="log", xlabel=label)
-    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.set_xticks(lengths, [_short(length) for length in lengths])
     axes.set_xticks([], minor=True)
+
+
+def _short(tokens: int) -> str:
+    return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
 
 
 def _save(figure: Figure, path: Path) -> Path:

@@ -94,12 +94,12 @@ class OpsRecord(TypedDict):
 
 
 class ModelRow(TypedDict):
-    """One model at one context length."""
+    """One model at one context length. `prefill_s` is None where no prompt of the length was read."""
 
     model: str
+    dtype: str
     length: int
-    prefill_s: float
-    prefill_tokens_per_s: float
+    prefill_s: float | None
     decode_ms: float
     decode_low_ms: float
     decode_high_ms: float
@@ -114,6 +114,7 @@ class ModelRecord(TypedDict):
     stamp: Stamp
     layers: int
     widths: dict[str, int]
+    name: str  # the model whose sizes these are
     rows: list[ModelRow]
 
 

@@ -143,8 +143,16 @@ def _ops(record: OpsRecord) -> str:
 
 
 def _model(record: ModelRecord) -> str:
+    ratios = tables.markdown(tables.STUDENT_HEADER, tables.student_cells(record))
     table = tables.markdown(tables.MODEL_HEADER, [tables.model_cells(row) for row in record["rows"]])
-    return f"Random weights of Qwen3-1.7B's widths, {record['layers']} layers.\n\n{table}"
+    what = (
+        f"Random weights of {record['name']}'s widths, {record['layers']} layers, batch 1. HypeNet (one layer in four "
+        "is softmax attention) against Qwen3 of transformers, each in its faster dtype:"
+    )
+    steps = (
+        "Decode steps run on caches with random contents; where no prefill is given, no prompt of the length was read."
+    )
+    return f"{what}\n\n{ratios}\n\n{steps}\n\n{table}"
 
 
 def _families(record: FamiliesRecord) -> str:

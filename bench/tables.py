@@ -7,16 +7,17 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:  # records.py needs the built modules, and a table on its own does not
     from rich.table import Table
 
-    from bench.records import FamiliesRecord, FamilyRow, ModelRow, PeerTimes, Row
+    from bench.records import FamiliesRecord, FamilyRow, ModelRecord, ModelRow, PeerTimes, Row
     from bench.sass.predict import CaseRow, KernelRow
 
 OPS_HEADER = ["case", "time", "spread", "rate", "roof", "speedup over peers"]
-MODEL_HEADER = ["model", "context", "prefill tokens/s", "decode ms", "cache MB", "peak MB"]
+MODEL_HEADER = ["model", "dtype", "context", "prefill tokens/s", "decode ms", "cache MB", "peak MB"]
+STUDENT_HEADER = ["context", "prefill, times as fast", "decode, times as fast", "cache, % of the teacher's"]
 FAMILY_HEADER = ["family", "dtype", "phase", "part", "transformers", "patched", "speedup"]
 KERNEL_HEADER = ["kernel, blocks x warps of an SM", "per", "instructions", "HMMA", "LDSM", "cycles", "limiter"]
 PREDICTED_HEADER = ["op", "H100", "H200", "made of (H100)", "published for others"]
@@ -39,12 +40,35 @@ def model_cells(row: "ModelRow") -> list[str]:
     """Return the cells of MODEL_HEADER for one model at one context length."""
     return [
         row["model"],
+        row["dtype"],
         str(row["length"]),
-        f"{row['prefill_tokens_per_s']:.0f}",
+        "" if row["prefill_s"] is None else f"{row['length'] / row['prefill_s']:.0f}",
         f"{row['decode_ms']:.2f}",
         f"{row['cache_bytes'] / 1e6:.2f}",
         "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",
     ]
+
+
+def fastest(record: "ModelRecord", model: str, length: int, what: str) -> "ModelRow | None":
+    """Return the row of the dtype in which a model is fastest at a length; what: "prefill_s" or "decode_ms"."""
+    rows = [row for row in record["rows"] if (row["model"], row["length"]) == (model, length)]
+    timed = [row for row in rows if cast(dict[str, Any], row)[what] is not None]
+    return min(timed, key=lambda row: cast(dict[str, Any], row)[what], default=None)
+
+
+def student_cells(record: "ModelRecord") -> list[list[str]]:
+    """Return a row for every length, under STUDENT_HEADER: HypeNet against its teacher, each in its faster dtype."""
+    cells = []
+    for length in sorted({row["length"] for row in record["rows"]}):
+        ratios = []
+        for what in ("prefill_s", "decode_ms"):
+            pair = [fastest(record, model, length, what) for model in ("Qwen3", "HypeNet")]
+            values = [cast(dict[str, Any], row)[what] for row in pair if row is not None]
+            ratios.append(f"{values[0] / values[1]:.2f}" if len(values) == 2 else "")
+        caches = [fastest(record, model, length, "decode_ms") for model in ("Qwen3", "HypeNet")]
+        held = [row["cache_bytes"] for row in caches if row is not None]
+        cells.append([str(length), *ratios, f"{100 * held[1] / held[0]:.0f}" if len(held) == 2 else ""])
+    return cells
 
 
 def family_cells(row: "FamilyRow") -> list[str]:

@@ -413,21 +413,46 @@ def test_compare_reads_records(ops_json):
 @pytest.fixture
 def small_model(monkeypatch):
     widths = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
-    monkeypatch.setattr(model, "WIDTHS", model.WIDTHS | widths | {"head_dim": 16, "vocab_size": 64})
-    monkeypatch.setitem(model.QUICK_LENGTHS, "cpu", (64, 128))
-    monkeypatch.setitem(model.LENGTHS, "cpu", (64, 128))
+    monkeypatch.setitem(model.WIDTHS, "cpu", widths | {"head_dim": 16, "vocab_size": 64})
+    monkeypatch.setattr(model, "COMMON", model.COMMON | widths | {"head_dim": 16, "vocab_size": 64})
+    monkeypatch.setattr(model, "LAYERS", 4)
+    for lengths in (model.QUICK_LENGTHS, model.LENGTHS):
+        monkeypatch.setitem(lengths, "cpu", (64, 128))
+    monkeypatch.setitem(model.PREFILL_LENGTHS, "cpu", (128,))
 
 
 def test_model_is_measured_against_its_teacher(tmp_path, small_model):
     run("model", "--device", "cpu", "--quick", "--out", tmp_path / "model.json")
     rows = records.load(tmp_path / "model.json")["rows"]
-    assert [(row["model"], row["length"]) for row in rows] == [
-        (name, length) for length in (64, 128) for name in ("Qwen3", "HypeNet")
+    assert [(row["dtype"], row["length"], row["model"]) for row in rows] == [
+        (dtype, length, name)
+        for dtype in ("bfloat16", "float32")
+        for length in (64, 128)
+        for name in ("Qwen3", "HypeNet")
     ]
-    cache = {(row["model"], row["length"]): row["cache_bytes"] for row in rows}
+    assert all((row["prefill_s"] is None) == (row["length"] == 64) for row in rows)
+    cache = {(row["model"], row["length"]): row["cache_bytes"] for row in rows if row["dtype"] == "float32"}
     growth = {name: cache[name, 128] - cache[name, 64] for name in ("Qwen3", "HypeNet")}
     assert 0 < growth["HypeNet"] < growth["Qwen3"]  # one softmax layer of four
     assert all(row["decode_low_ms"] <= row["decode_ms"] <= row["decode_high_ms"] for row in rows)
+
+
+def test_models_are_compared_in_their_faster_dtype():
+    def row(name, dtype, prefill, decode, cache):
+        return {
+            "model": name,
+            "dtype": dtype,
+            "length": 64,
+            "prefill_s": prefill,
+            "decode_ms": decode,
+            "cache_bytes": cache,
+        }
+
+    rows = [row("Qwen3", "bfloat16", 9, 4, 100), row("Qwen3", "float32", 6, 5, 200)]
+    rows += [row("HypeNet", "bfloat16", None, 2, 30), row("HypeNet", "float32", 4, 3, 60)]
+    assert tables.student_cells({"rows": rows}) == [["64", "1.50", "2.00", "30"]]
+    rows[3]["prefill_s"] = None
+    assert tables.student_cells({"rows": rows}) == [["64", "", "2.00", "30"]]
 
 
 def test_results_and_plots_come_from_the_records(tmp_path, ops_json, small_model, monkeypatch):
