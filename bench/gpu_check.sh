@@ -126,7 +126,7 @@ done
 stage profile 60 ncu --csv --log-file "$out/ncu.csv" --kernel-name regex:hypenet --launch-count 40 --page raw \
     --section SpeedOfLight --section Occupancy --section MemoryWorkloadAnalysis --section ComputeWorkloadAnalysis \
     --section LaunchStats "$python" tests/every_op.py --once --tokens 4096
-stage timing 150 "$python" -m bench.supervise cuda "$out/ops.json"
+stage timing 130 "$python" -m bench.supervise cuda "$out/ops.json"
 sanitize synccheck 45
 sanitize memcheck 60 --padding 64 --report-api-errors no
 sanitize racecheck 60
