@@ -81,6 +81,7 @@ def run(device: str, quick: bool, layers: int | None, on_length: Callable[[int, 
         "layers": layers,
         "widths": WIDTHS[kind] | COMMON,
         "name": NAMES[kind],
+        "filled": True,
         "rows": rows,
     }
 

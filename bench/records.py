@@ -115,6 +115,7 @@ class ModelRecord(TypedDict):
     layers: int
     widths: dict[str, int]
     name: str  # the model whose sizes these are
+    filled: bool  # whether caches were filled with random numbers for decode, not by reading a prompt
     rows: list[ModelRow]
 
 

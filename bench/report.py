@@ -147,11 +147,11 @@ def _model(record: ModelRecord) -> str:
     table = tables.markdown(tables.MODEL_HEADER, [tables.model_cells(row) for row in record["rows"]])
     what = (
         f"Random weights of {record['name']}'s widths, {record['layers']} layers, batch 1. HypeNet (one layer in four "
-        "is softmax attention) against Qwen3 of transformers, each in its faster dtype:"
+        "is softmax attention) against Qwen3 of transformers, each in the fastest dtype that was measured:"
     )
-    steps = (
-        "Decode steps run on caches with random contents; where no prefill is given, no prompt of the length was read."
-    )
+    steps = "Decode steps follow a prompt of the length."
+    if record["filled"]:
+        steps = "Decode steps run on caches with random contents; where no prefill is given, no prompt was read."
     return f"{what}\n\n{ratios}\n\n{steps}\n\n{table}"
 
 

@@ -242,8 +242,7 @@ class HypeNetCache(Cache):
         layer = next(self._recurrent_layers(), None)
         if layer is None or length >= self._columns - layer.recorded:
             return length
-        found = [x for x in layer.snapshots if self._padded_columns <= x <= length]
-        return max(found, default=0)
+        return max((x for x in layer.snapshots if x <= length), default=0)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove positions from the end of every sequence.
@@ -309,13 +308,12 @@ class HypeNetCache(Cache):
         if lengths.dim() != 1 or len(counts) != 5 or (lengths.numel() and int(lengths.max()) > counts[2]):
             raise ValueError("lengths and counts must fit each other")
         for i, (layer, mixer) in enumerate(zip(self.layers, self._config.mixers, strict=True)):
-            _, heads, size = self._config.head_sizes(mixer)
+            heads, kv_heads, size = self._config.head_sizes(mixer)
             own = {name.removeprefix(f"{i}."): x for name, x in tensors.items() if name.startswith(f"{i}.")}
             if isinstance(layer, RecurrentCacheLayer):
-                heads = self._config.head_sizes(mixer)[0]
                 layer.load_state_dict(own, (len(lengths), heads, size, size))
             else:
-                layer.load_state_dict(own, (len(lengths), counts[2], heads, size))
+                layer.load_state_dict(own, (len(lengths), counts[2], kv_heads, size))
         self.lengths = lengths
         self._columns, self._padded_columns, self.max_length, ragged, self.snapshot_every = counts
         self.ragged = bool(ragged)

@@ -1,4 +1,4 @@
-"""What one layer keeps between calls: keys and values of softmax attention, or the state of a recurrence and its past.
+"""The layers of a cache: keys and values of softmax attention; the state of a recurrence, and its past.
 
 B batch, T tokens, HK key-value heads, D head dimension, H heads, K and V state rows and columns.
 """
@@ -111,7 +111,7 @@ class Recurrence(NamedTuple):
     """A recurrence over T tokens, as a mixer calls it.
 
     Attributes:
-        inputs: What both forms take first: q [B, T, H, K], k, and what else there is for each token, [B, T, ...].
+        inputs: The tensors that both forms take first, each with an entry per token: q [B, T, H, K], k, and others.
         chunk: The form for many tokens, with the arguments initial_state, output_final_state, cu_seqlens and
             checkpoint_every of the ops in `hypenet_kernels`.
         step: The form for a few tokens, which updates `state` in place, with the argument state_indices.
@@ -198,7 +198,7 @@ class RecurrentCacheLayer(LinearAttentionLayer):
         if not alike:
             self.forget()
         elif self.record_past:
-            start = torch.zeros_like(state, requires_grad=False) if before is None else before
+            start = torch.zeros_like(state) if before is None else before
             self.record(run, {0: start} | checkpoints)
         if are_snapshots:
             self.snapshots |= {past + position: x for position, x in checkpoints.items()}

@@ -4,7 +4,7 @@ Each is one of hypenet.mixers with a configuration from plain sizes, its rotary 
 B batch, T tokens, C hidden size.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -17,32 +17,45 @@ from hypenet.plan import ForwardPlan
 
 
 class MixerLayer(nn.Module):
-    """Base of the layers: positions, the cache, and how a call runs.
+    """Base of the layers: sizes and options of the mixer, positions, the cache, and how a call runs.
 
     Args:
-        mixer_type: Kind of the mixer, as in `HypeNetConfig.mixer_types`.
         hidden_size: C.
         num_heads: Query heads.
         num_kv_heads: Key and value heads, which divide the query heads; default `num_heads`.
         head_dim: Size of a head; default `hidden_size / num_heads`.
-        rope_theta: Base of the rotary embedding, where the mixer has one.
+        use_qk_norm: Whether each head of q and k has an RMSNorm; default: see the layer.
+        use_rope: Whether q and k have rotary embedding; default: see the layer.
+        use_gate: Whether the output has a gate.
+        rope_theta: Base of the rotary embedding.
         rms_norm_eps: Added to the mean square by the norms.
         fields: Other fields of `HypeNetConfig`.
+
+    Attributes:
+        mixer_type: Kind of the mixer, as in `HypeNetConfig.mixer_types`.
+        options: The fields of `HypeNetConfig` for use_qk_norm, use_rope and use_gate.
+        defaults: The defaults of use_qk_norm and use_rope.
 
     Raises:
         ValueError: If the sizes do not fit together.
     """
 
+    mixer_type: ClassVar[str]
+    options: ClassVar[tuple[str, str, str]]
+    defaults: ClassVar[tuple[bool, bool]]
+
     def __init__(
         self,
-        mixer_type: str,
         hidden_size: int,
         num_heads: int,
-        num_kv_heads: int | None,
-        head_dim: int | None,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
         *,
-        rope_theta: float,
-        rms_norm_eps: float,
+        use_qk_norm: bool | None = None,
+        use_rope: bool | None = None,
+        use_gate: bool = True,
+        rope_theta: float = 1e4,
+        rms_norm_eps: float = 1e-6,
         **fields: Any,
     ) -> None:
         super().__init__()
@@ -57,17 +70,19 @@ class MixerLayer(nn.Module):
         sizes: dict[str, Any] = {"num_attention_heads": num_heads, "num_key_value_heads": kv_heads}
         sizes |= {f"{name}_nh": num_heads for name in ("lightning", "gdn", "mamba2")}
         sizes |= {f"{name}_nkv": kv_heads for name in ("lightning", "gdn", "mamba2")}
+        wanted = zip((use_qk_norm, use_rope), self.defaults, strict=True)
+        given = (default if x is None else x for x, default in wanted)
+        sizes |= dict(zip(self.options, (*given, use_gate), strict=True))
         self.config = HypeNetConfig(
             hidden_size=hidden_size,
             num_hidden_layers=1,
-            mixer_types=[mixer_type],
+            mixer_types=[self.mixer_type],
             head_dim=head_dim,
             rms_norm_eps=rms_norm_eps,
             rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
-            **sizes,
-            **fields,
+            **(sizes | fields),
         )
-        self.mixer = MIXERS[mixer_type](self.config, 0)
+        self.mixer = MIXERS[self.mixer_type](self.config, 0)
         self.rotary_emb = rotary_embedding(self.config) if self.mixer.use_rope else None
 
     def forward(
@@ -120,16 +135,7 @@ class MixerLayer(nn.Module):
 class LightningLayer(MixerLayer):
     """Lightning attention, a linear recurrence with one fixed decay per head, as a layer (`LightningAttention`).
 
-    Args:
-        hidden_size: Size of the hidden states.
-        num_heads: Query heads.
-        num_kv_heads: Key and value heads; default `num_heads`.
-        head_dim: Size of a head; default `hidden_size / num_heads`.
-        use_qk_norm: Whether each head of q and k is normalised.
-        use_rope: Whether q and k have rotary embedding.
-        use_gate: Whether the output has a sigmoid gate.
-        rope_theta: Base of the rotary embedding.
-        rms_norm_eps: Added to the mean square by the norms.
+    By default q and k have norms and rotary embedding; the output gate is a sigmoid. Arguments: see `MixerLayer`.
 
     Example:
         >>> import torch
@@ -143,47 +149,19 @@ class LightningLayer(MixerLayer):
         (torch.Size([2, 1, 64]), 31)
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        *,
-        use_qk_norm: bool = True,
-        use_rope: bool = True,
-        use_gate: bool = True,
-        rope_theta: float = 1e4,
-        rms_norm_eps: float = 1e-6,
-    ) -> None:
-        super().__init__(
-            LIGHTNING,
-            hidden_size,
-            num_heads,
-            num_kv_heads,
-            head_dim,
-            rope_theta=rope_theta,
-            rms_norm_eps=rms_norm_eps,
-            lightning_use_qk_norm=use_qk_norm,
-            lightning_use_rope=use_rope,
-            lightning_use_output_gate=use_gate,
-        )
+    mixer_type = LIGHTNING
+    options = "lightning_use_qk_norm", "lightning_use_rope", "lightning_use_output_gate"
+    defaults = True, True
 
 
 class GatedDeltaLayer(MixerLayer):
     """Gated DeltaNet, a linear recurrence with the delta rule, as a layer (`GatedDeltaNet`).
 
+    q and k are scaled to unit length; by default they have neither norms before that nor rotary embedding. The output
+    gate is SiLU. Other arguments: see `MixerLayer`.
+
     Args:
-        hidden_size: Size of the hidden states.
-        num_heads: Query heads.
-        num_kv_heads: Key and value heads; default `num_heads`.
-        head_dim: Size of a head; default `hidden_size / num_heads`.
-        use_qk_norm: Whether each head of q and k has an RMSNorm before they are scaled to unit length.
-        use_rope: Whether q and k have rotary embedding.
-        use_gate: Whether the output has a SiLU gate.
         use_silu: Whether q, k and v have SiLU.
-        rope_theta: Base of the rotary embedding.
-        rms_norm_eps: Added to the mean square by the norms.
 
     Example:
         >>> import torch
@@ -193,48 +171,18 @@ class GatedDeltaLayer(MixerLayer):
         (torch.Size([2, 30, 64]), None)
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        *,
-        use_qk_norm: bool = False,
-        use_rope: bool = False,
-        use_gate: bool = True,
-        use_silu: bool = True,
-        rope_theta: float = 1e4,
-        rms_norm_eps: float = 1e-6,
-    ) -> None:
-        super().__init__(
-            GDN,
-            hidden_size,
-            num_heads,
-            num_kv_heads,
-            head_dim,
-            rope_theta=rope_theta,
-            rms_norm_eps=rms_norm_eps,
-            gdn_use_qk_norm=use_qk_norm,
-            gdn_use_rope=use_rope,
-            gdn_use_gate=use_gate,
-            gdn_activation="silu" if use_silu else None,
-        )
+    mixer_type = GDN
+    options = "gdn_use_qk_norm", "gdn_use_rope", "gdn_use_gate"
+    defaults = False, False
+
+    def __init__(self, *sizes: Any, use_silu: bool = True, **options: Any) -> None:
+        super().__init__(*sizes, gdn_activation="silu" if use_silu else None, **options)
 
 
 class Mamba2Layer(MixerLayer):
     """Mamba2 with heads as attention has them, a linear recurrence with a step size and a decay, as a layer (`Mamba2`).
 
-    Args:
-        hidden_size: Size of the hidden states.
-        num_heads: Query heads.
-        num_kv_heads: Key and value heads; default `num_heads`.
-        head_dim: Size of a head; default `hidden_size / num_heads`.
-        use_qk_norm: Whether each head of q and k is normalised.
-        use_rope: Whether q and k have rotary embedding.
-        use_gate: Whether the output has a SiLU gate.
-        rope_theta: Base of the rotary embedding.
-        rms_norm_eps: Added to the mean square by the norms.
+    By default q and k have norms and no rotary embedding; the output gate is SiLU. Arguments: see `MixerLayer`.
 
     Example:
         >>> import torch
@@ -243,47 +191,19 @@ class Mamba2Layer(MixerLayer):
         torch.Size([2, 30, 64])
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        *,
-        use_qk_norm: bool = True,
-        use_rope: bool = False,
-        use_gate: bool = True,
-        rope_theta: float = 1e4,
-        rms_norm_eps: float = 1e-6,
-    ) -> None:
-        super().__init__(
-            MAMBA2,
-            hidden_size,
-            num_heads,
-            num_kv_heads,
-            head_dim,
-            rope_theta=rope_theta,
-            rms_norm_eps=rms_norm_eps,
-            mamba2_use_qk_norm=use_qk_norm,
-            mamba2_use_rope=use_rope,
-            mamba2_use_gate=use_gate,
-        )
+    mixer_type = MAMBA2
+    options = "mamba2_use_qk_norm", "mamba2_use_rope", "mamba2_use_gate"
+    defaults = True, False
 
 
 class HypeAttentionLayer(MixerLayer):
     """Softmax attention without positions, with the HyPE scale and an output gate, as a layer (`SoftmaxAttention`).
 
+    By default q and k have norms and no rotary embedding; the output gate is a sigmoid. Other arguments: see
+    `MixerLayer`.
+
     Args:
-        hidden_size: Size of the hidden states.
-        num_heads: Query heads.
-        num_kv_heads: Key and value heads; default `num_heads`.
-        head_dim: Size of a head; default `hidden_size / num_heads`.
         logit_scale_base: The a of the scale ln(t + a) / ln(a) of the query at position t, above 1; None for no scale.
-        use_qk_norm: Whether each head of q and k is normalised.
-        use_rope: Whether q and k have rotary embedding, as in attention with positions.
-        use_gate: Whether the output has a sigmoid gate.
-        rope_theta: Base of the rotary embedding.
-        rms_norm_eps: Added to the mean square by the norms.
 
     Example:
         >>> import torch
@@ -294,30 +214,9 @@ class HypeAttentionLayer(MixerLayer):
         torch.Size([1, 30, 64])
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        *,
-        logit_scale_base: float | None = None,
-        use_qk_norm: bool = True,
-        use_rope: bool = False,
-        use_gate: bool = True,
-        rope_theta: float = 1e4,
-        rms_norm_eps: float = 1e-6,
-    ) -> None:
-        super().__init__(
-            SOFTMAX,
-            hidden_size,
-            num_heads,
-            num_kv_heads,
-            head_dim,
-            rope_theta=rope_theta,
-            rms_norm_eps=rms_norm_eps,
-            attn_logits_scaling=hype_logits_scaling(logit_scale_base),
-            attn_use_qk_norm=use_qk_norm,
-            attn_use_rope=use_rope,
-            attn_use_output_gate=use_gate,
-        )
+    mixer_type = SOFTMAX
+    options = "attn_use_qk_norm", "attn_use_rope", "attn_use_output_gate"
+    defaults = True, False
+
+    def __init__(self, *sizes: Any, logit_scale_base: float | None = None, **options: Any) -> None:
+        super().__init__(*sizes, attn_logits_scaling=hype_logits_scaling(logit_scale_base), **options)

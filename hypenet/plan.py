@@ -69,7 +69,7 @@ class ForwardPlan:
         B, T = x_BTC.shape[:2]
         past = 0 if cache is None else cache.get_seq_length()
         mask, numbers = read_mask(attention_mask, B, T, past)
-        documents = _find_documents(mask, position_ids, numbers, (B, T))
+        documents = documents_of(mask, position_ids, numbers, (B, T))
         if cache_is_wanted and (documents is not None or (numbers is not None and past > 0)):
             raise ValueError(
                 f"HypeNetModel: {'position_ids' if numbers is None else 'attention_mask'} must have one document in "
@@ -134,7 +134,7 @@ def _is_worth_reading(mask: torch.Tensor, cache: HypeNetCache | None) -> bool:
     return not tracing() and (not mask.is_cuda or (cache is not None and cache.keeps_past))
 
 
-def _find_documents(
+def documents_of(
     mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     numbers: torch.Tensor | None,

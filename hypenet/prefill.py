@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from hypenet.packing import find_documents
+from hypenet.packing import read_mask
+from hypenet.plan import documents_of
 
 
 def prefill(
@@ -39,33 +40,25 @@ def prefill(
     if options.get("use_cache") is False or model.training:
         raise ValueError("HypeNetForCausalLM: prefill_chunk must come with a cache and in evaluation mode")
     given = {name: x for name, x in inputs.items() if x is not None}
-    if not given:
+    if ("input_ids" in given) == ("inputs_embeds" in given):
         raise ValueError("HypeNetModel: exactly one of input_ids and inputs_embeds must be given")
-    T = next(iter(given.values())).shape[1]
+    B, T = next(x for name, x in given.items() if name != "position_ids").shape[:2]
     keep = tokens_to_keep if isinstance(tokens_to_keep, int) and tokens_to_keep > 0 else T
-    mask = options.pop("attention_mask", None)
-    new_mask = None if mask is None else mask[:, -T:] if T else mask[:, :0]
-    check_one_document(new_mask, given)
+    cache = options.get("cache") if options.get("past_key_values") is None else options["past_key_values"]
+    past = 0 if cache is None else cache.get_seq_length()
+    mask, numbers = read_mask(options.pop("attention_mask", None), B, T, past)
+    if documents_of(mask, given.get("position_ids"), numbers, (B, T)) is not None:  # pieces would not see them all
+        raise ValueError("HypeNetForCausalLM: prefill_chunk must come with one document in every row, got several")
     kept: list[torch.Tensor] = []
     outputs = BaseModelOutputWithPast()
     with torch.no_grad():
         for start in range(0, max(T, 1), chunk):
             stop = min(start + chunk, T)
             piece = {name: x[:, start:stop] for name, x in given.items()}
-            seen = None if new_mask is None else new_mask[:, start:stop]
+            seen = None if mask is None else mask[:, start:stop]
             outputs = model(**piece, attention_mask=seen, return_dict=True, **(options | {"use_cache": True}))
             options |= {name: outputs[name] for name in ("past_key_values", "cache") if outputs.get(name) is not None}
             last = outputs.last_hidden_state
             kept.append(last[:, max(T - keep - start, 0) :])
     outputs.last_hidden_state = torch.cat(kept, dim=1)
     return outputs
-
-
-def check_one_document(mask: torch.Tensor | None, given: dict[str, torch.Tensor]) -> None:
-    """Check that positions do not restart, which the pieces could not see where one begins there."""
-    positions = given.get("position_ids")
-    if positions is None or positions.shape[1] < 2:
-        return
-    shape = next(x for name, x in given.items() if name != "position_ids").shape[:2]
-    if find_documents(None if mask is None else mask.bool(), positions.expand(shape), None) is not None:
-        raise ValueError("HypeNetForCausalLM: position_ids must have one document in every row with prefill_chunk")

@@ -6,6 +6,7 @@ Names, argument order and layouts are those of the public ops: q, k [B, T, H, K]
 state [N, HV, K, V]; value head j reads key head j // (HV / H).
 """
 
+import itertools
 import math
 from typing import Any
 
@@ -122,28 +123,17 @@ def hype_attention(
     q, gate [B, T, H, D]; k, v [B, S, HK, D] with S = query_offset + T; t counts from the start of the keys. cu_seqlens
     may end before T: the rest of o is zero. With a tensor as query_offset, k and v are caches [N, capacity, HK, D].
     """
-    if isinstance(query_offset, Tensor):
-        assert cu_seqlens is not None
-        bounds, o = cu_seqlens.tolist(), torch.zeros_like(q)
-        for n, (i, j, offset) in enumerate(zip(bounds, bounds[1:], query_offset.tolist(), strict=False)):
-            o[:, i:j] = hype_attention(
-                q[:, i:j],
-                k[n : n + 1, : offset + j - i],
-                v[n : n + 1, : offset + j - i],
-                logit_scale_base=logit_scale_base,
-                gate=None if gate is None else gate[:, i:j],
-                scale=scale,
-                query_offset=offset,
-            )
-        return o
     if cu_seqlens is not None:
-        spans = list(zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:], strict=False))
-        options: dict[str, Any] = {"logit_scale_base": logit_scale_base, "scale": scale}
-        parts = [
-            hype_attention(*(x[:, i:j] for x in (q, k, v)), gate=None if gate is None else gate[:, i:j], **options)
-            for i, j in spans
-        ]
-        return torch.cat([*parts, torch.zeros_like(q[:, int(cu_seqlens[-1]) :])], dim=1)
+        bounds, parts = cu_seqlens.tolist(), []
+        for n, (i, j) in enumerate(itertools.pairwise(bounds)):
+            offset, keys, values = 0, k[:, i:j], v[:, i:j]
+            if isinstance(query_offset, Tensor):
+                offset = int(query_offset[n])
+                keys, values = (x[n : n + 1, : offset + j - i] for x in (k, v))
+            options: dict[str, Any] = {"logit_scale_base": logit_scale_base, "scale": scale, "query_offset": offset}
+            own_gate = None if gate is None else gate[:, i:j]
+            parts.append(hype_attention(q[:, i:j], keys, values, gate=own_gate, **options))
+        return torch.cat([*parts, torch.zeros_like(q[:, bounds[-1] :])], dim=1)
     group = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
     scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -64,7 +64,10 @@ def test_refused_pieces():
         ({"use_cache": False}, "prefill_chunk must come with a cache"),
         ({"output_hidden_states": True}, "prefill_chunk must come without output_hidden_states"),
         ({"cu_seqlens": torch.tensor([0, 6])}, "prefill_chunk must come without cu_seqlens"),
-        ({"position_ids": positions}, "position_ids must have one document in every row with prefill_chunk"),
+        ({"position_ids": positions}, "prefill_chunk must come with one document in every row, got several"),
+        ({"attention_mask": torch.tensor([[1, 1, 1, 2, 2, 2]])}, "prefill_chunk must come with one document in every"),
+        ({"attention_mask": torch.ones(1, 4)}, r"attention_mask must have shape \[1, 6\]"),
+        ({"inputs_embeds": torch.zeros(1, 6, 48)}, "exactly one of input_ids and inputs_embeds must be given"),
     ):
         with pytest.raises(ValueError, match=message):
             model(ids, **({"prefill_chunk": 3} | given))
