@@ -42,7 +42,7 @@ def measured():
 
 def test_nothing_is_kept_in_local_memory(measured):
     """No spills (they fail the build) and no stack: every array is in registers."""
-    assert {target for target, _ in measured} == {"sm_80", "sm_90a"}
+    assert {target for target, _ in measured} == {"sm_80", "sm_90"}
     assert not {kernel: row for kernel, row in measured.items() if row["stack"] or row["spills"]}
     assert not [kernel for kernel, (_, local_memory) in cuda_resources.disassembled().items() if local_memory]
 

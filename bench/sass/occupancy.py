@@ -1,6 +1,6 @@
 """How many blocks of a kernel an SM holds (CUDA programming guide, technical specifications)."""
 
-SHARED_PER_SM = {"sm_80": 164 * 1024, "sm_90a": 228 * 1024}
+SHARED_PER_SM = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_90a": 228 * 1024}
 SHARED_OVERHEAD, SHARED_UNIT = 1024, 128  # every block takes 1 KB in addition to its own
 REGISTERS, REGISTER_UNIT, WARP_SIZE, PARTITIONS = 64 * 1024, 256, 32, 4
 MAX_THREADS, MAX_BLOCKS = 2048, 32

@@ -1,8 +1,6 @@
 // From what a call's params say at run time to the template arguments of kernels.
 #pragma once
 
-#include <iterator>
-
 #include "../params.h"
 #include "arch/float16.h"
 #include "limits.h"
@@ -49,7 +47,7 @@ Status dispatch_head_dim(int64_t D, Run&& run) {
   if (D == kAttentionHeadDims[0]) return run.template operator()<kAttentionHeadDims[0]>();
   if (D == kAttentionHeadDims[1]) return run.template operator()<kAttentionHeadDims[1]>();
   if (D == kAttentionHeadDims[2]) return run.template operator()<kAttentionHeadDims[2]>();
-  static_assert(std::size(kAttentionHeadDims) == 3);
+  static_assert(sizeof kAttentionHeadDims == 3 * sizeof(int64_t));
   return "D is not built for CUDA";
 }
 

@@ -3,17 +3,20 @@
 
 #include <cuda_runtime_api.h>
 
-#include <atomic>
-
 namespace hypenet::cuda {
 
 // The bytes of shared memory that each device lets a block of a kernel ask for; less than 0 before the first launch.
-struct KernelState {
-  std::atomic<int> allowed[kMaxDevices];
-
+// The compiler's atomics: C++20's <atomic> would cost every nvcc compilation of a launcher two seconds.
+class KernelState {
+ public:
   KernelState() {
-    for (auto& bytes : allowed) bytes = -1;
+    for (int& bytes : allowed_) bytes = -1;
   }
+  int allowed(int device) const { return __atomic_load_n(&allowed_[device], __ATOMIC_ACQUIRE); }
+  void allow(int device, int bytes) { __atomic_store_n(&allowed_[device], bytes, __ATOMIC_RELEASE); }
+
+ private:
+  int allowed_[kMaxDevices];
 };
 
 template <class Params>
@@ -68,13 +71,12 @@ inline Status start_untyped(const char* name, const void* entry, KernelState& st
   if (stream.device < 0 || stream.device >= kMaxDevices) return launch_error(name, size, "no such device");
   if (const cudaError_t error = cudaSetDevice(stream.device); error != cudaSuccess) return failed(error);
   const int bytes = static_cast<int>(size.shared_bytes);
-  std::atomic<int>& allowed = state.allowed[stream.device];
-  if (allowed.load(std::memory_order_acquire) < bytes) {
+  if (state.allowed(stream.device) < bytes) {
     Device device;
     if (const Status status = find_device(stream.device, device); status != nullptr) return status;
     if (bytes > device.max_shared_bytes) return too_much_shared_memory(name, size, device.max_shared_bytes);
     if (const cudaError_t error = prepare(entry, size); error != cudaSuccess) return failed(error);
-    allowed.store(bytes, std::memory_order_release);
+    state.allow(stream.device, bytes);
   }
   void* arguments[] = {const_cast<void*>(params)};
   const cudaError_t error = cudaLaunchKernel(entry, dim3(static_cast<unsigned>(size.num_blocks)),

@@ -97,9 +97,9 @@ KernelState::KernelState(const char* file, const char* qualified, const std::typ
 Status KernelState::load(const Size& size, int index) {
   std::string why;
   const rtc::Driver* driver = rtc::driver(why);
-  if (driver == nullptr) return launch_error(qualified, size, why);
+  if (driver == nullptr) return launch_error(qualified, size, why.c_str());
   const auto failed = [&](rtc::Result error) {
-    return launch_error(qualified, size, rtc::describe(*driver, error));
+    return launch_error(qualified, size, rtc::describe(*driver, error).c_str());
   };
   Device facts;
   if (const Status status = find_device(index, facts); status != nullptr)
@@ -167,7 +167,7 @@ Status KernelState::start(const Size& size, Stream stream, const void* params, s
         loaded.kernel, static_cast<unsigned>(size.num_blocks), 1, 1, static_cast<unsigned>(size.num_threads),
         1, 1, static_cast<unsigned>(size.shared_bytes), stream.handle, arguments, nullptr);
   }
-  return error == 0 ? nullptr : launch_error(qualified, size, rtc::describe(driver, error));
+  return error == 0 ? nullptr : launch_error(qualified, size, rtc::describe(driver, error).c_str());
 }
 
 }  // namespace hypenet::cuda
