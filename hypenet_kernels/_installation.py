@@ -12,6 +12,8 @@ from hypenet_kernels import _native, _nvrtc
 
 
 def _version() -> str:
+    if "version" in _native.build_info():  # of a copy that _hub.py wrote
+        return str(_native.build_info()["version"])
     try:
         return importlib.metadata.version("hypenet")
     except importlib.metadata.PackageNotFoundError:
@@ -112,7 +114,7 @@ def _nvrtc_version() -> tuple[str | None, str]:
 
 
 def _is_built(module: str) -> bool:
-    return importlib.util.find_spec(f"hypenet_kernels.{module}") is not None
+    return importlib.util.find_spec(f"{__package__}.{module}") is not None
 
 
 def _processor() -> str:

@@ -60,7 +60,7 @@ def _multiplies_bf16() -> bool:
 @functools.cache
 def cpu() -> ModuleType:
     """Return the CPU module compiled for this CPU's instruction set."""
-    name = f"hypenet_kernels._cpu_{level()}"
+    name = f"{__package__}._cpu_{level()}"
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -81,7 +81,7 @@ def cuda() -> ModuleType:
 def built_cuda() -> ModuleType | None:
     """Return the module with kernels that nvcc compiled, None if the build left them out."""
     try:
-        return importlib.import_module("hypenet_kernels._cuda")
+        return importlib.import_module(f"{__package__}._cuda")
     except ModuleNotFoundError:
         return None
 
@@ -93,7 +93,7 @@ def runtime_cuda() -> ModuleType:
     if not _nvrtc.is_installed():
         raise NotImplementedError(f"{left_out}. To compile them when they are used: {_nvrtc.INSTALL}")
     try:
-        module = importlib.import_module("hypenet_kernels._cuda_rtc")
+        module = importlib.import_module(f"{__package__}._cuda_rtc")
     except ModuleNotFoundError as error:
         raise NotImplementedError(left_out) from error
     module.set_compiler(_nvrtc.compile_kernel)

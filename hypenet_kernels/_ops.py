@@ -12,7 +12,10 @@ from torch._ops import OpOverload
 
 Function = Callable[..., Any]
 
-_library = torch.library.Library("hypenet", "FRAGMENT")
+# A copy that the hub's `kernels` library loads has another name, and its ops another namespace than an installed one's.
+NAMESPACE = "hypenet" if __package__ == "hypenet_kernels" else __package__.replace(".", "_")
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def define(schema: str, fake: Function, run: Function) -> OpOverload:
@@ -27,8 +30,8 @@ def define(schema: str, fake: Function, run: Function) -> OpOverload:
     _library.define(schema)
     for device in ("CPU", "CUDA"):
         _library.impl(name, run, device)
-    torch.library.register_fake(f"hypenet::{name}", fake, lib=_library)
-    operator: OpOverload = getattr(torch.ops.hypenet, name).default
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    operator: OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
     return operator
 
 
