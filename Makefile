@@ -8,7 +8,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(filter-out %.md,$(wildcard 
 CXX_FILES := $(filter-out %.md,$(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/emulator_kernels/*))
 KERNEL_TESTS := tests/test_memory.py tests/test_causal_conv1d.py tests/test_fused_ops.py tests/test_serving.py $(wildcard tests/test_gated_delta*.py tests/test_simple_gla*.py tests/test_hype_attention*.py)
 
-.PHONY: demo test test-asan bench lint clean
+.PHONY: demo test build-asan test-asan fuzz-asan bench lint clean
 
 # By default glibc returns the large buffers of a training step to the system, and the next step page-faults them in again.
 KEEP_BUFFERS := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
@@ -34,11 +34,19 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZED := LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	PYTHONPATH="$$(echo build/asan/lib.*)" $(PYTHON_IN_VENV) -P
-test-asan: $(INSTALLED)
+build-asan: $(INSTALLED)
 	CXXFLAGS="$(SANITIZE) -O1 -g -fno-omit-frame-pointer" LDFLAGS="$(SANITIZE)" HYPENET_SKIP_CUDA_BUILD=1 \
 		$(PYTHON_IN_VENV) setup.py --quiet build --build-base build/asan
 	$(SANITIZED) -c "from hypenet_kernels import _native; assert 'asan' in _native.cpu().__file__, _native.cpu()"
+
+test-asan: build-asan
 	$(SANITIZED) -m pytest -k "not compile and not opcheck and not gradcheck and not thousand" $(KERNEL_TESTS)
+
+# Random calls of every op under the same: CASES of them, from seed FIRST on.
+CASES := 100000
+FIRST := 0
+fuzz-asan: build-asan
+	$(SANITIZED) tests/fuzz_loop.py --cases $(CASES) --first $(FIRST)
 
 clean:
 	rm -rf build .mypy_cache hypenet.egg-info hypenet_kernels/*.so hypenet_kernels/_build.json $(INSTALLED)

@@ -242,13 +242,15 @@ def _device(name: str) -> str:
 
 @contextmanager
 def _progress(begin: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Show a progress bar, and yield the function on_case(index, count, name) that moves it on."""
+    """Show a progress bar (in a log, a line a case), and yield on_case(index, count, name), which moves it on."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(begin, total=None)
 
         def on_case(index: int, count: int, name: str) -> None:
             progress.update(task, total=count, completed=index, description=name)
+            if not console.is_terminal:
+                console.print(f"{index}/{count} {name}")
 
         yield on_case
 

@@ -7,6 +7,8 @@ depend on them, and reading so long a prompt takes hours on a CPU.
 
 import gc
 import math
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, TypedDict
@@ -43,6 +45,10 @@ DTYPES = {"cpu": (torch.bfloat16, torch.float32), "cuda": (torch.bfloat16,)}
 MAX_CACHE_BYTES = {"cpu": 8e9, "cuda": 60e9}
 PROMPT = 16  # tokens that are really read before a cache is filled
 DECODE_STEPS = 12
+IMPORTS = {
+    "transformers": "from transformers import Qwen3ForCausalLM",
+    "hypenet": "from hypenet import HypeNetForCausalLM",
+}
 SOFTMAX_EVERY = 4
 
 
@@ -82,8 +88,20 @@ def run(device: str, quick: bool, layers: int | None, on_length: Callable[[int, 
         "widths": WIDTHS[kind] | COMMON,
         "name": NAMES[kind],
         "filled": True,
+        "import_s": import_seconds(),
         "rows": rows,
     }
+
+
+def import_seconds() -> dict[str, float]:
+    """Return the wall time of processes that import one model class each, the best of three in turns."""
+    times: dict[str, list[float]] = {package: [] for package in IMPORTS}
+    for _ in range(3):
+        for package, line in IMPORTS.items():
+            began = time.perf_counter()
+            subprocess.run([sys.executable, "-c", line], check=True)
+            times[package].append(time.perf_counter() - began)
+    return {package: round(min(each), 2) for package, each in times.items()}
 
 
 def build(device: str, layers: int, dtype: torch.dtype) -> dict[str, Any]:

@@ -116,6 +116,7 @@ class ModelRecord(TypedDict):
     widths: dict[str, int]
     name: str  # the model whose sizes these are
     filled: bool  # whether caches were filled with random numbers for decode, not by reading a prompt
+    import_s: NotRequired[dict[str, float]]  # of a new process that imports the model's class, by package
     rows: list[ModelRow]
 
 
