@@ -16,6 +16,7 @@ except ModuleNotFoundError as error:
 import torch
 
 from bench import records
+from hypenet_kernels import _native
 
 app = typer.Typer(
     help="Measure the kernels and the model, against roofs and peers of the same run.",
@@ -233,6 +234,11 @@ def report() -> None:
 
 
 def _device(name: str) -> str:
+    """Return "cpu" or "cuda"; exit where nothing is built, before minutes are spent on roofs."""
+    try:
+        _native.cpu()
+    except ImportError as error:
+        raise SystemExit(str(error)) from None
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if torch.device(name).type not in ("cpu", "cuda"):

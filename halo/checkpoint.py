@@ -122,6 +122,8 @@ class Checkpoints:
         path = self.directory / f"step-{step}"
         remedy = f"delete it to continue from the one before, or delete {self.directory.parent} to start again"
         record = files.read_json(path / RECORD, remedy)
+        if not isinstance(record.get("identity"), dict) or not isinstance(record.get("world"), int):
+            raise HaloError(f"{path / RECORD}: must hold identity and world, got {sorted(record)}; {remedy}")
         difference = first_difference(record["identity"], self.identity)
         if difference:
             raise HaloError(

@@ -100,15 +100,21 @@ def compare(directories: Sequence[Path]) -> dict[str, list[Row]]:
     if len(directories) < 2:
         raise HaloError(f"compare: must be given at least two directories, got {len(directories)}")
     runs = [Conversion.read(directory) for directory in directories]
-    found = {
-        "settings": list(_settings(runs)),
-        "calibration": list(_calibration(runs)),
-        "layers": list(_layers(runs)),
-        "training": list(_training(runs)),
-        "scale": list(_scale(runs)),
-        "evaluation": list(_evaluation(runs)),
-        "seconds": list(_seconds(runs)),
+    parts = {
+        "settings": _settings,
+        "calibration": _calibration,
+        "layers": _layers,
+        "training": _training,
+        "scale": _scale,
+        "evaluation": _evaluation,
+        "seconds": _seconds,
     }
+    found = {}
+    for heading, rows_of in parts.items():
+        for run in runs:
+            with files.reading(run.directory, f"its record of {heading} is damaged; run the stage again"):
+                list(rows_of([run]))
+        found[heading] = list(rows_of(runs))
     return {heading: rows for heading, rows in found.items() if rows}
 
 

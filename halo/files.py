@@ -9,6 +9,7 @@
 """
 
 import errno
+import fcntl
 import json
 import math
 import os
@@ -34,6 +35,33 @@ RESULTS = "results.json"
 MODEL = "model"
 TEACHER = "teacher"
 PARTIAL = ".partial"
+LOCK = ".lock"
+
+
+@contextmanager
+def exclusively(directory: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Keep other processes that call this out of a directory, and wait while one is in it.
+
+    Args:
+        directory: The directory, which exists.
+        on_wait: Called before a wait.
+    """
+    with writing(directory):
+        lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all."""
+    write_file(path, lambda partial: partial.write_text(text, "utf-8"))
 
 
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:
@@ -96,7 +124,7 @@ def publish_directory(partial: Path, path: Path) -> None:
 def write_json(path: Path, record: Any) -> None:
     """Write a JSON file, whole or not at all; numbers that JSON does not have, such as NaN, become null."""
     text = json.dumps(_finite(record), indent=1, allow_nan=False)
-    write_file(path, lambda partial: partial.write_text(text, "utf-8"))
+    write_text(path, text)
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from halo import files
 from halo.data import Batch
+from halo.saved import check_loading
 from halo.settings import LossSettings
 from hypenet import HypeNetConfig, HypeNetForCausalLM, MixerContext, from_teacher
 from hypenet.configuration_hypenet import hype_logits_scaling
@@ -73,10 +74,13 @@ def load_hypenet(
     """Load a HypeNet that an earlier stage saved; the parameters of its decays are float32 in every dtype.
 
     Raises:
-        HaloError: If it is missing or damaged.
+        HaloError: If it is missing or damaged, or lacks weights.
     """
     with files.reading(directory, remedy):
-        model = HypeNetForCausalLM.from_pretrained(directory, dtype=dtype)
+        options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all is told below
+        loaded: Any = HypeNetForCausalLM.from_pretrained(directory, dtype=dtype, **options)
+    model, report = loaded
+    check_loading(directory, report, remedy)
     model.to(device)  # type: ignore[arg-type]
     return model
 

@@ -26,8 +26,6 @@ from halo.progress import say
 from halo.settings import HaloError
 from halo.stages import ALIGNED_STAGES, STAGES, stage_module
 
-LOCK = ".lock"
-
 
 class Pipeline:
     """Runs the stages of a configuration.
@@ -41,6 +39,7 @@ class Pipeline:
     def __init__(self, config: Config, compute: Compute | None = None, like: "Pipeline | None" = None) -> None:
         self.job: Job = Job(config, compute, like.job if like else None)
         self.config, self.compute, self.out = config, self.job.compute, config.out
+        self.locked = self.checked = False
 
     def run(self) -> None:
         """Run all stages that are not finished.
@@ -48,25 +47,30 @@ class Pipeline:
         Raises:
             HaloError: As for `run_stage`, and before the first stage if a later one would miss anything.
         """
-        ahead = [stage for stage in STAGES if not (self.job.directory(stage) / files.DONE).is_file()]
-        if ahead:
-            preflight.check(self.job)
-            if self.compute.main:
-                say(expectation(self.config, self.compute, self.job.teacher_config, ahead))
-        for stage in STAGES:
-            self.run_stage(stage)
+        with self._locked():
+            ahead = [stage for stage in STAGES if not (self.job.directory(stage) / files.DONE).is_file()]
+            if ahead:
+                self._check_ahead()
+                if self.compute.main:
+                    say(expectation(self.config, self.compute, self.job.teacher_config, ahead))
+            for stage in STAGES:
+                self.run_stage(stage)
 
     def run_stage(self, stage: str) -> None:
         """Run one stage, unless it is finished.
 
         Raises:
-            HaloError: If the stage before it is not finished, if a result was made with other settings, or if another
-                process works in the same output directory.
+            HaloError: If the stage before it is not finished, if a result was made with other settings, if this stage or
+                a later one would miss anything, or if another process works in the same output directory.
         """
-        job = self.job
         if stage in ALIGNED_STAGES and self.config.aligned is not None:
-            self._say(f"{stage:10} taken from {job.directory(stage)}")
+            self._say(f"{stage:10} taken from {self.job.directory(stage)}")
             return
+        with self._locked():
+            self._run_stage(stage)
+
+    def _run_stage(self, stage: str) -> None:
+        job = self.job
         directory = job.directory(stage)
         identity = job.identity(stage)  # Loads the data in every process, and reports missing data now.
         if self.compute.from_main(lambda: self._is_done(stage)):
@@ -77,16 +81,22 @@ class Pipeline:
         ]
         if needed:
             self.compute.from_main(lambda: self._require(needed[-1]))
-        with self._locked():
-            self.compute.from_main(lambda: self._prepare(directory))
-            began = time.monotonic()
-            stage_module(stage).run(job)
-            self.compute.barrier()
-            seconds = round(time.monotonic() - began, 1)
-            record = {"stage": stage, "seconds": seconds, "settings": identity}
-            self.compute.from_main(lambda: files.write_json(directory / files.DONE, record))
-            self.compute.from_main(lambda: files.remove(directory / files.CHECKPOINTS))
-            self._say(f"{stage:10} done in {seconds:.0f} s -> {directory}")
+        self._check_ahead()
+        self.compute.from_main(lambda: self._prepare(directory))
+        began = time.monotonic()
+        stage_module(stage).run(job)
+        self.compute.barrier()
+        seconds = round(time.monotonic() - began, 1)
+        record = {"stage": stage, "seconds": seconds, "settings": identity}
+        self.compute.from_main(lambda: files.write_json(directory / files.DONE, record))
+        self.compute.from_main(lambda: files.remove(directory / files.CHECKPOINTS))
+        self._say(f"{stage:10} done in {seconds:.0f} s -> {directory}")
+
+    def _check_ahead(self) -> None:
+        """Check, once, that no stage will miss anything."""
+        if not self.checked:
+            preflight.check(self.job)
+            self.checked = True
 
     def _is_done(self, stage: str) -> bool:
         directory = self.job.directory(stage)
@@ -134,12 +144,17 @@ class Pipeline:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Keep other runs out of the output directory."""
+        """Keep other runs out of the output directory; inside of itself it does nothing."""
+        if self.locked:
+            yield
+            return
         held: list[int] = []
         self.compute.from_main(lambda: held.append(_take_lock(self.out)))
+        self.locked = True
         try:
             yield
         finally:
+            self.locked = False
             for lock in held:
                 os.close(lock)
 
@@ -152,7 +167,7 @@ def _of_the_twins(settings: dict[str, Any]) -> dict[str, Any]:
 def _take_lock(out: Path) -> int:
     with files.writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        lock = os.open(out / LOCK, os.O_RDWR | os.O_CREAT)
+        lock = os.open(out / files.LOCK, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -54,7 +54,7 @@ def write_report(out: Path) -> Path:
         _section(out / "eval" / files.RESULTS, _evaluation_section, out),
     ]
     path = out / "report.md"
-    path.write_text("\n".join(section for section in sections if section))
+    files.write_text(path, "\n".join(section for section in sections if section))
     return path
 
 
@@ -124,7 +124,7 @@ def plot_evaluation(rows: list[dict], training_length: int, path: Path) -> None:
         axes.grid(alpha=0.3)
     panels[0].set_ylim(-0.03, 1.03)
     panels[0].legend()
-    figure.savefig(path, dpi=130)
+    files.write_file(path, lambda partial: figure.savefig(partial, dpi=130, format="png"))
     plt.close(figure)
 
 
@@ -201,7 +201,7 @@ def _training_section(out: Path, config: dict, directories: dict[str, Path]) -> 
             f"| {stage} | {lines[-1]['step']} | {tokens:,} | {numbers['length']} | {lines[0]['loss']:.4g} | "
             f"{lines[-1]['loss']:.4g} | {seconds:.0f} | {tokens / max(seconds, 1e-9):,.0f} |"
         )
-    figure.savefig(out / "training.png", dpi=130)
+    files.write_file(out / "training.png", lambda partial: figure.savefig(partial, dpi=130, format="png"))
     plt.close(figure)
     return "\n".join(["## Training\n", *table, "", "![losses](training.png)", "", _alignment_table(metrics)])
 

@@ -39,6 +39,16 @@ def load_saved(folder: Path, dtype: torch.dtype | str, remedy: str) -> tuple[Pre
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
         model, report = loaded
         tokenizer = AutoTokenizer.from_pretrained(folder)
+    check_loading(folder, report, remedy)
+    return cast(PreTrainedModel, model.eval()), tokenizer
+
+
+def check_loading(folder: Path, report: dict[str, Any], remedy: str) -> None:
+    """Check transformers' report of a loaded model: no weight was missing and made up, and none was left over.
+
+    Raises:
+        HaloError: If one was.
+    """
     for kind in ("missing", "unexpected", "mismatched"):
         names = sorted(name if isinstance(name, str) else name[0] for name in report[f"{kind}_keys"])
         if names:
@@ -47,4 +57,3 @@ def load_saved(folder: Path, dtype: torch.dtype | str, remedy: str) -> tuple[Pre
                 f"{folder}: must hold the weights that its configuration names, got {kind} "
                 f"{', '.join(names[:MAX_NAMES])}{more}; {remedy}"
             )
-    return cast(PreTrainedModel, model.eval()), tokenizer

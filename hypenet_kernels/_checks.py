@@ -183,8 +183,7 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 def _transformed() -> bool:
     """Whether forward-mode derivatives or a transform of torch.func are on."""
-    on = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-    return on and not torch.compiler.is_compiling()
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def no_grad(

@@ -30,9 +30,15 @@ def define(schema: str, fake: Function, run: Function) -> OpOverload:
     _library.define(schema)
     for device in ("CPU", "CUDA"):
         _library.impl(name, run, device)
+    for kind in ("QuantizedCPU", "NestedTensorCPU", "AutogradNestedTensor", "QuantizedCUDA", "NestedTensorCUDA"):
+        _library.impl(name, functools.partial(_refuse_layout, name.removesuffix("_inference")), kind)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     operator: OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
     return operator
+
+
+def _refuse_layout(op: str, *given: Any) -> NoReturn:
+    raise NotImplementedError(f"{op}: every tensor must be dense and not quantised")
 
 
 def define_differentiable(
@@ -76,7 +82,7 @@ def define_differentiable(
 
 def transformed() -> bool:
     """Whether a call is under a transform of torch.func."""
-    return torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+    return torch._C._are_functorch_transforms_active()
 
 
 def differentiable_once(backward: OpOverload, message: str) -> Function:

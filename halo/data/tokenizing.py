@@ -21,6 +21,7 @@ from halo.data.shards import VERSION, Header, read_header, shard_path
 from halo.data.source import Source
 from halo.data.tally import Tally
 from halo.data.workers import Workers
+from halo.progress import say
 from halo.settings import HaloError
 
 EARLY_CHECK = 1000  # records after which too many skipped ones are an error before all are read
@@ -83,13 +84,18 @@ class TokenizedSource:
         return [shard_path(self.directory, index) for index in range(count)]
 
     def prepare(self, workers: int | None, max_skipped: float, on_progress: Callable[[Progress], None] | None) -> None:
-        """Tokenise what is missing.
+        """Tokenise what is missing; a process that finds another at it waits.
 
         Raises:
             HaloError: If the source cannot be read, holds no text or too much that is none, or if the disk is full.
         """
         with files.writing(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
+        with files.exclusively(self.directory, lambda: say(f"waits for another process that tokenises {self.source.name}")):
+            self._prepare(workers, max_skipped, on_progress)
+
+    def _prepare(self, workers: int | None, max_skipped: float, on_progress: Callable[[Progress], None] | None) -> None:
+        with files.writing(self.directory):
             for partial in self.directory.glob(f"*{files.PARTIAL}"):
                 partial.unlink(missing_ok=True)
         found = self._found(check=True)

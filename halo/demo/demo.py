@@ -61,7 +61,7 @@ def run_demo(config: Config) -> dict:
         "claims": claims(rows),
         "seconds": {"total": round(time.monotonic() - began, 1)} | _stage_seconds(conversions.values()),
     }
-    (out / RESULTS).write_text(json.dumps(record, indent=1))
+    files.write_json(out / RESULTS, record)
     write_demo_report(out)
     _print(record, out)
     return record
@@ -69,9 +69,11 @@ def run_demo(config: Config) -> dict:
 
 def write_demo_report(out: Path) -> Path:
     """Write demo.md, demo.png and the reports of the conversions, and return the path of demo.md."""
-    record = json.loads((out / RESULTS).read_text())
-    plot_evaluation(record["rows"], record["training_length"], out / "demo.png")
-    (out / "demo.md").write_text(_markdown(record))
+    record = files.read_json(out / RESULTS, "run `halo demo` again")
+    with files.reading(out / RESULTS, "run `halo demo` again"):
+        plot_evaluation(record["rows"], record["training_length"], out / "demo.png")
+        text = _markdown(record)
+    files.write_text(out / "demo.md", text)
     for name in (SELECTED, SPACED, PLAIN):
         write_report(out / name)
     return out / "demo.md"

@@ -8,6 +8,8 @@ embedding. The text is that of training, with generated recall episodes of one t
 FlashMorph, arXiv 2606.30562.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator
 from typing import Any, ClassVar, cast
 
@@ -130,7 +132,7 @@ class GatedAttention(nn.Module):
 
 
 def train_gates(job: Job, twins: nn.ModuleList, seed: int) -> np.ndarray:
-    """Train the gates in <out>/select/joint-<seed>, from its last checkpoint on if there is one.
+    """Train the gates in <out>/select/joint-<seed>-<settings>, from its last checkpoint on if there is one.
 
     Args:
         job: The conversion.
@@ -154,6 +156,9 @@ def train_gates(job: Job, twins: nn.ModuleList, seed: int) -> np.ndarray:
     sizes = job.sizes(())
     flops = gate_flops(sizes.teacher, sizes.twins, settings.length)
     source = training.at_step(job.batch_source(settings, order))
-    run = Run(source, [], job.identity("select") | {"gates_seed": seed}, flops, config.tensorboard)
-    train(training, run, job.directory("select") / f"{GATES}{seed}", job.compute)
+    identity = job.identity("select") | {"gates_seed": seed}
+    run = Run(source, [], identity, flops, config.tensorboard)
+    # Of other settings the stage starts anew; their checkpoints stay where they are.
+    settings_hash = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    train(training, run, job.directory("select") / f"{GATES}{seed}-{settings_hash}", job.compute)
     return training.gates.detach().double().sigmoid().cpu().numpy()

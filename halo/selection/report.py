@@ -95,5 +95,5 @@ def _plot(record: dict[str, Any], panels: list[tuple[str, str]], path: Path) -> 
         axes.set_title(title)
         axes.set_xlabel("layer (orange: stays attention)")
         axes.grid(alpha=0.3, axis="y")
-    figure.savefig(path, dpi=130)
+    files.write_file(path, lambda partial: figure.savefig(partial, dpi=130, format="png"))
     plt.close(figure)
