@@ -148,7 +148,7 @@ class Pipeline:
         if self.locked:
             yield
             return
-        held: list[int] = []
+        held: list[int | None] = []
         self.compute.from_main(lambda: held.append(_take_lock(self.out)))
         self.locked = True
         try:
@@ -156,7 +156,8 @@ class Pipeline:
         finally:
             self.locked = False
             for lock in held:
-                os.close(lock)
+                if lock is not None:
+                    os.close(lock)
 
 
 def _of_the_twins(settings: dict[str, Any]) -> dict[str, Any]:
@@ -164,10 +165,13 @@ def _of_the_twins(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.get("architecture", {}).items() if not name.startswith("attn_")}
 
 
-def _take_lock(out: Path) -> int:
-    with files.writing(out):
+def _take_lock(out: Path) -> int | None:
+    """Return the file that is locked, None in a directory that cannot be written, which `preflight` reports."""
+    try:
         out.mkdir(parents=True, exist_ok=True)
         lock = os.open(out / files.LOCK, os.O_RDWR | os.O_CREAT)
+    except OSError:
+        return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -86,6 +86,11 @@ def test_a_checkpoint_that_is_cut_off_is_one_line_and_the_one_before_serves(inpu
     text = str(caught.value)
     assert text.startswith(f"{last}: must be whole, got ") and "\n" not in text
     assert text.endswith(f"delete it to continue from the one before, or delete {last.parents[1]} to start again")
+    (last / "checkpoint.json").write_text("{}")
+    with pytest.raises(
+        HaloError, match=r"checkpoint.json: must hold identity and world, got \[\]; delete it to continue"
+    ):
+        run_until(tree, "align")
     files.remove(last)
     run_until(tree, "align")
     assert "align: continues after step 3" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """`halo compare` shows what differs between runs, whatever state they are in."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -38,6 +39,22 @@ def runs(tmp_path_factory):
 
 def rows(found, heading):
     return {row.title: row.values for row in found.get(heading, [])}
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("calibrate/calibration.json", '{"parts": ["decay"], "layers": [{}]}'),
+        ("scale/scale.json", '{"a": 3, "grid": [7]}'),
+    ],
+)
+def test_damaged_records_name_their_run(runs, tmp_path, file, content):
+    run = shutil.copytree(runs[0], tmp_path / "run")
+    (run / file).write_text(content)
+    with pytest.raises(
+        HaloError, match=rf"^{run}: must be whole, got .*; its record of (calibration|scale) is damaged"
+    ):
+        compare([runs[0], run])
 
 
 def test_settings_that_differ_and_no_others(runs):

@@ -1,8 +1,12 @@
 """The whole conversion from the command line, with a teacher of three layers: results, reuse and error messages."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +14,7 @@ import torch
 import yaml
 from halo_tiny import LAYERS, config_tree, documents, tiny_teacher, tiny_tokenizer, write_inputs
 from hypenet_models import small_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
@@ -23,6 +28,7 @@ from halo.journal import Journal
 from halo.pipeline import Pipeline
 from halo.report import every_digit
 from halo.selection.policies import spaced_layers
+from halo.settings import HaloError
 from halo.stages import STAGES
 from halo.stages.scale import ScaleSettings, choose_scale, long_samples
 
@@ -184,6 +190,39 @@ def test_report_of_a_damaged_file_is_one_line(converted, tmp_path, file, content
     result = halo("report", out)
     assert result.exit_code == 2 and result.stderr.startswith(f"halo: {out / file}: {message}"), result.output
     assert result.stderr.count("\n") == 1
+
+
+def test_report_does_not_depend_on_the_locale(converted, tmp_path):
+    out = shutil.copytree(converted.out, tmp_path / "copy")
+    environment = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PATH": os.environ["PATH"]}
+    environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
+    code = "import locale, sys; from pathlib import Path; from halo.report import write_report; "
+    code += "assert locale.getencoding() != 'UTF-8'; write_report(Path(sys.argv[1]))"
+    ran = subprocess.run([sys.executable, "-c", code, out], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert (out / "report.md").read_bytes() == (converted.out / "report.md").read_bytes()
+
+
+def test_report_that_cannot_be_written_is_one_line(converted, tmp_path):
+    out = shutil.copytree(converted.out, tmp_path / "copy")
+    (out / "report.md").unlink()
+    (out / "report.md").mkdir()
+    result = halo("report", out)
+    assert result.exit_code == 2 and result.stderr.startswith(f"halo: {out / 'report.md'}: must be writable, got ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_saved_model_that_lacks_weights_is_refused(converted, tmp_path):
+    """transformers fills them with random numbers."""
+    folder = shutil.copytree(converted.out / "model", tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    (name,) = [name for name in weights if name.endswith("layers.1.mlp.up_proj.weight")]
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        HaloError, match=f"must hold the weights .*, got missing {re.escape(name)}; run its stage again"
+    ):
+        models.load_hypenet(folder, torch.device("cpu"))
 
 
 def test_report_of_a_run_that_is_writing(converted, tmp_path):

@@ -100,6 +100,13 @@ def test_every_run_writes_the_same_bytes(tokenizer, source, whole, tmp_path):
     assert content(tmp_path / "data") == whole
 
 
+def test_two_processes_take_turns(tokenizer, source, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr("halo.data.pieces.SHARD_CHARACTERS", 4000)
+    children = [in_child(lambda: prepared(tokenizer, source, tmp_path / "data")) for _ in range(2)]
+    assert [end_of(child) for child in children] == [0, 0]
+    assert content(tmp_path / "data") == whole
+
+
 def test_kills_at_random_moments(tokenizer, source, whole, tmp_path):
     """Each child is killed after a random time, the next continues; the last one finishes."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -164,6 +164,26 @@ def test_two_runs_in_one_folder_are_refused(inputs, tmp_path):
     Pipeline(make_config(tree)).run_stage("transfer")
 
 
+def test_a_run_keeps_others_out_before_it_reads_anything(inputs, tmp_path):
+    """Two runs once tokenised into one folder at the same time, and each deleted what the other was writing."""
+    import fcntl
+
+    tree = changed(inputs, tmp_path)
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out" / ".lock").open("w+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(HaloError, match="out: must not be in use by another run"):
+            Pipeline(make_config(tree)).run()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+
+
+def test_a_single_stage_is_refused_for_what_a_later_one_misses(inputs, tmp_path):
+    tree = changed(inputs, tmp_path, scale={"length": 100_000}, eval={"length": 30})
+    with pytest.raises(HaloError, match="2 things are missing for the whole conversion") as caught:
+        Pipeline(make_config(tree)).run_stage("transfer")
+    assert "scale.length" in str(caught.value) and "eval.length" in str(caught.value)
+
+
 @pytest.fixture(scope="module")
 def selected(inputs, tmp_path_factory):
     """The output of the stages up to select."""
@@ -200,6 +220,16 @@ def test_damaged_results_are_one_line_that_says_what_to_do(aligned, name):
     text = str(caught.value)
     assert str(path) in text and message in text and "\n" not in text
     assert f"delete {path.parent} to run its stage again" in text
+
+
+@pytest.mark.parametrize(("name", "remedy"), [("mixers.safetensors", "align"), ("selection.json", "select")])
+def test_results_that_are_gone_are_one_line(aligned, name, remedy):
+    tree, out = aligned
+    (out / remedy / name).unlink()
+    with pytest.raises(HaloError) as caught:
+        Pipeline(make_config(tree)).run_stage("distill")
+    text = str(caught.value)
+    assert str(out / remedy / name) in text and f"delete {out / remedy} to run its stage again" in text
 
 
 def test_another_teacher_under_the_same_name_is_noticed(aligned, inputs):

@@ -91,7 +91,9 @@ class TokenizedSource:
         """
         with files.writing(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
-        with files.exclusively(self.directory, lambda: say(f"waits for another process that tokenises {self.source.name}")):
+        with files.exclusively(
+            self.directory, lambda: say(f"waits for another process that tokenises {self.source.name}")
+        ):
             self._prepare(workers, max_skipped, on_progress)
 
     def _prepare(self, workers: int | None, max_skipped: float, on_progress: Callable[[Progress], None] | None) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from matplotlib import pyplot as plt
 
+from halo import files
 from halo.selection.scores import equivalence_lines
 
 # Title, column, and its format.
