@@ -1,4 +1,4 @@
-"""torch.func's transforms of every op, eager and under torch.compile: the right gradient, or a refusal, never a zero."""
+"""torch.func's transforms of every op, eager and compiled: the right gradient or a refusal, never zeros."""
 
 import pytest
 import torch
