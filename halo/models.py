@@ -81,7 +81,7 @@ def load_hypenet(
         loaded: Any = HypeNetForCausalLM.from_pretrained(directory, dtype=dtype, **options)
     model, report = loaded
     check_loading(directory, report, remedy)
-    model.to(device)  # type: ignore[arg-type]
+    model.to(device)
     return model
 
 

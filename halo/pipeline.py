@@ -60,8 +60,8 @@ class Pipeline:
         """Run one stage, unless it is finished.
 
         Raises:
-            HaloError: If the stage before it is not finished, if a result was made with other settings, if it or a later
-                stage would miss anything, or if another process works in the same output directory.
+            HaloError: If the stage before it is not finished, if a result was made with other settings, if this or a
+                later stage would miss anything, or if another process works in the same output directory.
         """
         if stage in ALIGNED_STAGES and self.config.aligned is not None:
             self._say(f"{stage:10} taken from {self.job.directory(stage)}")
