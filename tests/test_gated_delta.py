@@ -10,6 +10,7 @@ from recurrence_suite import (
     arguments,
     assert_forward,
     assert_gradients,
+    bounds,
     cotangents,
     forward,
     gradients,
@@ -142,6 +143,13 @@ class TestChunk(DeltaRule):
         named = dict(zip(names, (0.3, x.pop("initial_state"), True, True), strict=True))
         for a, b in zip(self.op(*order), self.op(**x, **named, **flags), strict=True):
             assert a.equal(b)
+
+    def test_cu_seqlens_is_the_thirteenth_argument(self):
+        x, cu_seqlens = make_inputs(Shape(1, 100, 2, 4, 24, 40), True), bounds(60, 40)
+        del x["initial_state"]
+        options = (None, None, False, False, False, False, False)
+        given = self.op(*(x[name] for name in ("q", "k", "v", "g", "beta")), *options, cu_seqlens)
+        assert given[0].equal(self.op(**x, cu_seqlens=cu_seqlens)[0])
 
     def test_gates_are_required(self):
         self.bad(TypeError, "g must be a tensor, got NoneType", g=None)

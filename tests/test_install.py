@@ -132,6 +132,9 @@ def test_compiler_here():
     assert setup.find_compiler({"PATH": os.environ["PATH"], "CXX": "g++ -m64"}) == ["g++", "-m64"]
 
 
+LINKED = ("CONTRIBUTING.md", "RESULTS.md", "CHANGELOG.md")  # from README.md and docs/
+
+
 def test_sdist_holds_all_that_a_build_needs(tmp_path):
     egg_info, sdist = ["egg_info", "--egg-base", str(tmp_path)], ["sdist", "--dist-dir", str(tmp_path)]
     subprocess.run([sys.executable, "setup.py", "--quiet", *egg_info, *sdist], cwd=ROOT, check=True)
@@ -140,7 +143,7 @@ def test_sdist_holds_all_that_a_build_needs(tmp_path):
     needed = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
     needed += [path for folder in PACKAGES for path in (ROOT / folder).rglob("*.py")]
     needed += [ROOT / folder / "py.typed" for folder in PACKAGES]
-    needed += [ROOT / name for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md")]
+    needed += [ROOT / name for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md", *LINKED)]
     needed += (ROOT / "docs").glob("*.md")
     needed += [*(ROOT / "halo" / "configs").glob("*.yaml"), *(ROOT / "halo" / "demo" / "teacher").glob("*")]
     assert not {str(path.relative_to(ROOT)) for path in needed} - names

@@ -5,9 +5,11 @@ from recurrence_suite import (
     DTYPES,
     ORDINARY,
     SequenceOp,
+    Shape,
     arguments,
     assert_forward,
     assert_gradients,
+    bounds,
     cotangents,
     forward,
     gradients,
@@ -50,6 +52,24 @@ class SimpleGLA(SequenceOp):
         inputs["g_gamma"] = inputs["g_gamma"].bfloat16()
         assert gradients(self.op, inputs, *cotangents(inputs))["g_gamma"].dtype == torch.bfloat16
 
+    def test_arguments_of_fla(self):
+        inputs = self.inputs(ORDINARY)
+        expected, _ = self.op(**inputs)
+        for harmless in ({"head_first": False}, {"chunk_size": 64}):
+            assert self.op(**inputs, **harmless)[0].equal(expected)
+        self.bad(NotImplementedError, "head_first must be False", head_first=True)
+        self.bad(TypeError, "unexpected argument 'use_cache'", use_cache=True)
+
+    def in_order(self, between):
+        """Call by position, as users of fla do; `between`: the arguments before cu_seqlens."""
+        inputs = self.inputs(Shape(1, 100, 2, 4, 24, 40), N=2)
+        state, cu_seqlens = inputs.pop("initial_state"), bounds(60, 40)
+        inputs |= {"scale": 0.3, "initial_state": state.mT.contiguous(), "output_final_state": True}
+        given = (*(inputs[name] for name in "qkvg"), None, 0.3, inputs["initial_state"], True, *between, cu_seqlens)
+        expected = self.op(**inputs, state_v_first=True, cu_seqlens=cu_seqlens)
+        for a, b in zip(self.op(*given), expected, strict=True):
+            assert a.equal(b)
+
     def test_wrong_constant_decay(self):
         self.bad(ValueError, "g_gamma must be left out where g is given", g_gamma=torch.zeros(4))
         self.bad(ValueError, r"g_gamma must have shape \[4\], got \[2\]", g=None, g_gamma=torch.zeros(2))
@@ -60,6 +80,9 @@ class SimpleGLA(SequenceOp):
 class TestChunk(SimpleGLA):
     op = staticmethod(hypenet_kernels.chunk_simple_gla)
     name = "chunk_simple_gla"
+
+    def test_positional_order_is_that_of_fla(self):
+        self.in_order((True,))
 
     def test_bwd_opcheck(self):
         inputs = self.inputs(ORDINARY)
@@ -72,3 +95,11 @@ class TestChunk(SimpleGLA):
 class TestFusedRecurrent(SimpleGLA):
     op = staticmethod(hypenet_kernels.fused_recurrent_simple_gla)
     name = "fused_recurrent_simple_gla"
+
+    def test_positional_order_is_that_of_fla(self):
+        self.in_order((False, True))
+
+    def test_reverse_may_be_said_to_be_off(self):
+        """As the retention and lightning layers of fla do."""
+        inputs = self.inputs(ORDINARY)
+        assert self.op(**inputs, reverse=False)[0].equal(self.op(**inputs)[0])
