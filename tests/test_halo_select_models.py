@@ -18,7 +18,7 @@ from halo.evaluation.needle import recall_per_episode
 from halo.journal import Journal
 from halo.losses import IGNORE, kl_divergence, next_token_labels, token_divergences, token_losses
 from halo.pipeline import Pipeline
-from halo.selection.joint import GateTraining
+from halo.selection.joint import GateTraining, train_gates
 from halo.selection.measurer import ModelMeasurer, Samples, Unmeasured
 from halo.selection.policies import POLICIES, choose
 from halo.selection.report import selection_section
@@ -404,7 +404,7 @@ def test_joint_stage_trains_gates_and_cleans_up(inputs, aligned, tmp_path, capsy
     assert all({"N", "score_error", "kept_share"} <= row.keys() and "M" not in row for row in record["table"])
     assert record["cost"]["runs"]["training_tokens"] == 1280
     for seed in (0, 1):
-        directory = tmp_path / "out" / "select" / f"joint-{seed}"
+        (directory,) = (tmp_path / "out" / "select").glob(f"joint-{seed}-*")
         assert len((directory / "metrics.jsonl").read_text().splitlines()) >= 1
         assert not (directory / "checkpoints").exists()
 
@@ -423,12 +423,29 @@ def test_interrupted_joint_stage_keeps_the_seeds_that_are_done(inputs, aligned, 
     monkeypatch.setattr(select, "train_gates", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_select(inputs, tmp_path / "part", aligned, **JOINT)
-    assert (tmp_path / "part" / "select" / "joint-0" / "checkpoints" / "step-4").is_dir()
+    (first,) = (tmp_path / "part" / "select").glob("joint-0-*")
+    assert (first / "checkpoints" / "step-4").is_dir()
     monkeypatch.setattr(select, "train_gates", original)
     accumulate = GateTraining.accumulate
     monkeypatch.setattr(GateTraining, "accumulate", lambda *a: trained.append(1) or accumulate(*a))
     assert run_select(inputs, tmp_path / "part", aligned, **JOINT)["table"] == expected["table"]
     assert len(trained) == 4  # those of the second seed
+
+
+def test_interrupted_joint_stage_starts_anew_under_other_settings(inputs, aligned, tmp_path, monkeypatch):
+    """The checkpoints of the first settings were once refused, and had to be deleted by hand."""
+    from halo.stages import select
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(select, "train_gates", lambda *a: train_gates(*a) * interrupt())
+        run_select(inputs, tmp_path / "out", aligned, **JOINT)
+    changed = JOINT | {"joint_price": 0.5}
+    expected = run_select(inputs, tmp_path / "whole", aligned, **changed)
+    assert run_select(inputs, tmp_path / "out", aligned, **changed)["table"] == expected["table"]
+
+
+def interrupt():
+    raise KeyboardInterrupt
 
 
 def test_gate_settings():
