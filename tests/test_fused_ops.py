@@ -4,6 +4,7 @@ import pytest
 import torch
 from compare import assert_matches_reference
 
+import hypenet_kernels
 from hypenet_kernels import _native, add_rms_norm, reference, rms_norm_gated, rms_norm_rope, swiglu
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -354,3 +355,13 @@ def test_wrong_second_argument():
     bad(ValueError, r"y must have x's shape \[2, 5, 3, 8\], got \[8\]", swiglu, y=torch.zeros(8))
     bad(TypeError, "y must have x's dtype torch.float32, got torch.float16", swiglu, y=torch.zeros(2, 5, 3, 8).half())
     bad(TypeError, "x must be float64 or .*, got bool", swiglu, x=torch.zeros(2, dtype=torch.bool))
+
+
+def test_quantised_and_nested_tensors_are_refused():
+    x = torch.randn(1, 8, 2, 16)
+    with pytest.warns(UserWarning):  # torch's, that both are prototypes
+        quantised = torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)
+        nested = torch.nested.nested_tensor([x[0]])
+    for op, given in ((hypenet_kernels.hype_attention, (quantised, x, x)), (hypenet_kernels.swiglu, (nested, nested))):
+        with pytest.raises(NotImplementedError, match=f"^{op.__name__}: every tensor must be dense and not quantised"):
+            op(*given)
