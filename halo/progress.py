@@ -9,6 +9,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 console = Console(highlight=False)
 LINE_SECONDS = 10.0
+RESTORED_SECONDS = 1.0  # what a journal remembers is reported faster than this
 _start_of_lines = ""
 
 
@@ -19,20 +20,20 @@ class StageProgress:
         name: The name shown, usually the stage.
         total: The number of units of work.
         shown: Whether to show anything, as only one of several processes should.
+        start: Units that were finished before this process began.
     """
 
-    def __init__(self, name: str, total: int, shown: bool = True) -> None:
-        self.name, self.total, self.shown = name, total, shown
+    def __init__(self, name: str, total: int, shown: bool = True, start: int = 0) -> None:
+        self.name, self.total, self.shown, self.start = name, total, shown, start
         self.bar: Progress | None = None
         self.task = TaskID(0)
-        self.last_line = time.monotonic()
-        self.first: tuple[int, float] | None = None
+        self.began = self.last_line = time.monotonic()
 
     def __enter__(self) -> Self:
         if self.shown and console.is_terminal and not _start_of_lines:
             columns = (TextColumn("{task.description:10}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
             self.bar = Progress(*columns, TextColumn("{task.fields[note]}"), TimeRemainingColumn(), console=console)
-            self.task = self.bar.add_task(self.name, total=self.total, note="")
+            self.task = self.bar.add_task(self.name, total=self.total, completed=self.start, note="")
             self.bar.start()
         return self
 
@@ -42,6 +43,8 @@ class StageProgress:
 
     def update(self, done: int, note: str) -> None:
         """Show that `done` units are finished, with a short note such as the loss."""
+        if time.monotonic() - self.began < RESTORED_SECONDS:
+            self.start = done
         if self.bar:
             self.bar.update(self.task, completed=done, note=note)
         elif self.shown and (done == self.total or time.monotonic() - self.last_line >= LINE_SECONDS):
@@ -49,14 +52,10 @@ class StageProgress:
             say(f"{self.name:10} {done}/{self.total}  {note}{self._remaining(done)}")
 
     def _remaining(self, done: int) -> str:
-        """Return the estimated time left, from the speed since the first line."""
-        now = time.monotonic()
-        if self.first is None:
-            self.first = (done, now)
-        before, began = self.first
-        if done <= before or done >= self.total:
+        """Return the estimated time left, from the speed of this process so far."""
+        if done <= self.start or done >= self.total:
             return ""
-        seconds = round((now - began) / (done - before) * (self.total - done))
+        seconds = round((time.monotonic() - self.began) / (done - self.start) * (self.total - done))
         return f"  {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
 
 

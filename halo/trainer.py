@@ -120,7 +120,8 @@ def train(training: Training, run: Run, directory: Path, compute: Compute) -> No
     saved = time.monotonic()
     work = Work(settings.batch * settings.length, run.flops_per_token)
     metrics = Metrics(directory, compute, start, resumed["seconds"], work, run.tensorboard)
-    with StageProgress(training.name, settings.steps, compute.main) as progress, metrics, StopRequest() as stop:
+    progress = StageProgress(training.name, settings.steps, compute.main, start)
+    with progress, metrics, StopRequest() as stop:
         for step in range(start, settings.steps):
             done = step + 1
             for group in optimizer.param_groups:

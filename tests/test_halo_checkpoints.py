@@ -1,11 +1,12 @@
 """Results and checkpoints on disks that fill up, cut off, or left behind by a kill; weights that overflow last."""
 
 import resource
+import shutil
 from contextlib import contextmanager
 
 import pytest
 import torch
-from halo_tiny import config_tree, tiny_teacher, write_inputs
+from halo_tiny import config_tree, documents, tiny_teacher, write_inputs
 
 from halo import files, models
 from halo.checkpoint import Checkpoints
@@ -94,6 +95,28 @@ def test_a_checkpoint_that_is_cut_off_is_one_line_and_the_one_before_serves(inpu
     files.remove(last)
     run_until(tree, "align")
     assert "align: continues after step 3" in capsys.readouterr().out
+
+
+def test_text_that_changes_inside_a_stage_is_noticed(inputs, tmp_path, monkeypatch):
+    """The stages before tell first; where they were run again, the checkpoint itself does."""
+    shutil.copytree(inputs / "text", tmp_path / "text")
+    tree = config_tree(inputs) | {"out": str(tmp_path / "out")}
+    tree["data"] = tree["data"] | {"source": str(tmp_path / "text")}
+    tree["align"] = tree["align"] | {"checkpoint_every": 2}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        run_until(tree, "calibrate")
+        patch.setattr("halo.models.save_mixers", none_written)
+        run_until(tree, "align")
+    (tmp_path / "text" / "new.txt").write_text(documents(seed=9)[0])
+    with pytest.raises(HaloError, match=r"was made with other settings .data.fingerprint: "):
+        Pipeline(make_config(tree)).run_stage("align")
+    for stage in ("transfer", "calibrate"):
+        files.remove(tmp_path / "out" / stage)
+    run_until(tree, "calibrate")
+    with pytest.raises(HaloError, match=r"step-4: comes from another run .data.fingerprint: "):
+        Pipeline(make_config(tree)).run_stage("align")
+    files.remove(tmp_path / "out" / "align")
+    Pipeline(make_config(tree)).run_stage("align")
 
 
 @pytest.mark.parametrize(("minutes", "expected"), [(1e-9, [1, 2, 3, 4]), (60.0, [4])])

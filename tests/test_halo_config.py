@@ -73,6 +73,8 @@ def test_all_mistakes_are_listed(write, tmp_path):
         ("finetune.betas=[1.5, 0.9]", "finetune: betas must be in [0, 1), got [1.5, 0.9]"),
         ("seed=1180591620717411303424", "seed: must be less than 2147483648"),
         ("scale.grid=[.inf]", "scale.grid.0: must be a finite number"),
+        ("scale.grid=[300, .nan]", "scale.grid.1: must be a finite number"),
+        ("scale.grid=[1.0000001]", "scale: grid must hold numbers of at least 1.01 or null, got 1.0000001"),
         ("threads=10000", "threads: must be less than or equal to 1024"),
         ("finetune.vocab_chunk=1", "finetune.vocab_chunk: must be greater than or equal to 256"),
         ("finetune.steps=1" + "0" * 30, "finetune.steps: must be less than or equal to 1000000000"),

@@ -258,6 +258,16 @@ def test_fewer_samples_than_asked_for_are_said(converted, tmp_path, capsys):
     assert line in capsys.readouterr().err
 
 
+def test_one_sample_has_no_error_estimate_and_says_so(converted, tmp_path, capsys):
+    tree = yaml.safe_load((converted.out / "config.yaml").read_text()) | {"out": str(tmp_path / "out")}
+    tree["scale"] |= {"documents": 1}
+    for stage in STAGES[: STAGES.index("scale")]:
+        shutil.copytree(converted.out / stage, tmp_path / "out" / stage)
+    Pipeline(make_config(tree)).run_stage("scale")
+    expected = "the choice of the scale's base has no error estimate, since there is one sample; measure more"
+    assert f"warning: {expected}\n" in capsys.readouterr().err
+
+
 def test_mamba2_goes_through_every_stage(inputs, tmp_path):
     """The finished model is exported, loads, and generates from its cache what it generates without one."""
     arguments = ["--config", inputs / "config.yaml", "--out", tmp_path / "out", "--set", "mixer=mamba2"]

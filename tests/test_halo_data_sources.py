@@ -10,6 +10,7 @@ import pytest
 from halo_text import all_texts, compress_zstd, make_corpus, write_lines, write_texts
 from halo_tiny import documents
 
+from halo.data.local import DEMO_MARK
 from halo.settings import HaloError
 
 
@@ -77,6 +78,17 @@ def test_outputs_are_never_inputs(tokenizer, tmp_path):
         # Nor does another run read them.
         other = make_corpus(tokenizer, source, cache=tmp_path / "two" / "data")
         assert sorted(all_texts(other)) == sorted(texts) and other.fingerprint == first
+    # Nor what else may lie there: results of the demo, an exported model or a teacher.
+    write_texts(tmp_path / "demo", ["never to be read"])
+    (tmp_path / "demo" / DEMO_MARK).touch()
+    model = tmp_path / "teachers" / "small"
+    write_lines(model / "README.jsonl", [{"text": "never to be read"}])
+    (model / "config.json").write_text('{"text": "never to be read"}')
+    (model / "model.safetensors").touch()
+    for source in (tmp_path, tmp_path / "**" / "*"):
+        assert sorted(all_texts(make_corpus(tokenizer, source, cache=tmp_path / "two" / "data"))) == sorted(texts)
+    (model / "model.safetensors").unlink()  # Without weights it is no model, and its files are text.
+    assert len(all_texts(make_corpus(tokenizer, tmp_path, cache=tmp_path / "three" / "data"))) == len(texts) + 2
     with pytest.raises(
         HaloError, match=r"data.source: must be another directory than the run's output, got .* for both"
     ):

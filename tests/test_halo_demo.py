@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from halo.cli import app
+from halo.data.local import DEMO_MARK
 from halo.demo.demo import CONVERTED, EVEN, TEACHER, UNCALIBRATED, UNSCALED, claims
 from halo.evaluation.paired import bits_ratio, recall_difference
 
@@ -49,6 +50,7 @@ def test_demo_leaves_report_plot_and_checkpoint(demo):
     out, _ = demo
     text = (out / "demo.md").read_text()
     assert "evenly spaced" in text and "## Claims" in text
+    assert (out / DEMO_MARK).is_file()  # so that no other run reads these files as text
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
     (out / "demo.md").unlink()
     assert CliRunner().invoke(app, ["report", str(out)]).exit_code == 0

@@ -10,12 +10,14 @@ from hypenet_models import small_config, small_model, tokens
 from safetensors.torch import load_file, save_file
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from halo.compute import Compute
 from halo.sharding import shard_student
 from hypenet import HypeNetForCausalLM
 from hypenet.mixers import MIXERS, alibi_log_decay
+from hypenet.mixers.decay import LogDecay
 from hypenet.modeling_hypenet import rotary_embedding
 
 LAYERS = ["attn", "lightning-attn", "gdn", "mamba2"]
@@ -203,7 +205,7 @@ def test_gradients_keep_the_precision_of_their_parameters():
     torch.optim.AdamW(model.parameters()).step()
 
 
-# ---- FSDP2
+# ---- FSDP
 
 
 def gradients_without_sharding(model, rows):
@@ -233,6 +235,13 @@ def shard(model, together):
     return fully_shard(model, mp_policy=half)
 
 
+def flatten(model):
+    """Shard with FSDP 1, each layer a unit, and the decays of a mixer one of their own, as its docstring says."""
+    policy = ModuleWrapPolicy({LogDecay, type(model.model.layers[0])})
+    device = torch.device("cpu")
+    return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=device)
+
+
 def worker(rank, directory):
     """Write the gradients of sharded models beside those of one process, from rank 0."""
     torch.set_num_threads(1)
@@ -249,6 +258,11 @@ def worker(rank, directory):
             sharded(row, labels=row, use_cache=False).loss.backward()
             own = {name: parameter.grad.full_tensor().float() for name, parameter in sharded.named_parameters()}
             results.append((dtype, own, expected))
+    flat = flatten(copy.deepcopy(model))  # in bfloat16
+    flat(row, labels=row, use_cache=False).loss.backward()
+    with FullyShardedDataParallel.summon_full_params(flat, with_grads=True):
+        own = {name: parameter.grad.float() for name, parameter in flat.module.named_parameters()}
+    results.append((dtype, {name.replace("_fsdp_wrapped_module.", ""): x for name, x in own.items()}, expected))
     dtypes = dtypes_in_training(rows[rank : rank + 1], rank)
     if rank == 0:
         torch.save(results, f"{directory}/gradients.pt")
@@ -282,7 +296,7 @@ def dtypes_in_training(row, rank):
 
 
 def test_sharded_gradients_equal_those_of_one_process(tmp_path):
-    """Also for a model that is bfloat16 itself, whose units would otherwise mix two dtypes, which FSDP refuses."""
+    """With FSDP 2 and 1; also for a bfloat16 model, whose units would otherwise mix two dtypes, which both refuse."""
     torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
     dtypes = torch.load(tmp_path / "dtypes.pt")  # of halo's own sharding
     assert dtypes.pop("A_log") == dtypes.pop("dt_bias") == torch.float32

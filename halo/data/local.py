@@ -16,6 +16,7 @@ from halo.data.tally import Tally
 from halo.settings import HaloError
 
 CACHE_MARK = "tokens.halo"  # a file in the directory of tokens, <out>/data, by which a run's output is recognised
+DEMO_MARK = "demo.halo"  # likewise, in the output directory of the demo
 
 
 def is_local(name: str) -> bool:
@@ -131,8 +132,15 @@ def _refuse(error: OSError) -> None:
 
 
 def _is_output(directory: Path, out: Path | None) -> bool:
-    """Return whether a directory holds the results of this run or of another one."""
-    return (out is not None and directory.resolve() == out.resolve()) or (directory / "data" / CACHE_MARK).is_file()
+    """Return whether a directory holds results, of this run or another one, or a model: an exported one, a teacher."""
+    if out is not None and directory.resolve() == out.resolve():
+        return True
+    return any((directory / mark).is_file() for mark in (f"data/{CACHE_MARK}", DEMO_MARK)) or _is_model(directory)
+
+
+def _is_model(directory: Path) -> bool:
+    weights = (name for pattern in ("*.safetensors", "*.bin") for name in directory.glob(pattern))
+    return (directory / "config.json").is_file() and any(weights)
 
 
 def _in_output(file: Path, out: Path | None) -> bool:

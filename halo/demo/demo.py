@@ -18,6 +18,7 @@ from rich.table import Table
 
 from halo import files
 from halo.config import Config
+from halo.data.local import DEMO_MARK
 from halo.demo.together import run_together
 from halo.evaluation.paired import bits_ratio, recall_difference
 from halo.journal import Journal
@@ -41,6 +42,7 @@ def run_demo(config: Config) -> dict:
     """Run the conversions and the comparison in config.out, and return the content of demo.json."""
     began = time.monotonic()
     out = config.out
+    files.write_text(out / DEMO_MARK, "Results of a demo. May be deleted.\n")
     selected = Pipeline(config.model_copy(update={"out": out / SELECTED}))
     even_selection = config.select.model_copy(update={"policy": "uniform", "layers": None, "exchange": None})
     even = Pipeline(

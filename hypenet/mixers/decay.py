@@ -15,8 +15,8 @@ class LogDecay(nn.Module):
 
     Calling it returns A_log and dt_bias as one tensor [2, H]. They are a module of their own because FSDP2 has one
     policy for all parameters of a unit, and beside bfloat16 weights they need another:
-    `fully_shard(mixer.decay_bias, mp_policy=MixedPrecisionPolicy(torch.float32, torch.float32))`. FSDP 1,
-    which torch has deprecated, flattens all parameters of a unit into one of one dtype: wrap such a module by itself.
+    `fully_shard(mixer.decay_bias, mp_policy=MixedPrecisionPolicy(torch.float32, torch.float32))`. FSDP 1
+    flattens all parameters of a unit into one of one dtype: name LogDecay in `auto_wrap_policy`.
 
     Args:
         heads: Number of heads, H.
