@@ -16,6 +16,7 @@ from typing import Any, TypedDict
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
+import hypenet_kernels
 from bench import records, timing
 from bench.records import ModelRecord
 from hypenet import HypeNetCache, from_teacher
@@ -40,7 +41,8 @@ LENGTHS = {
 }
 QUICK_LENGTHS = {"cpu": (128, 256), "cuda": (2048, 8192)}
 PREFILL_LENGTHS = {"cpu": (128, 256, 512, 2048, 16384), "cuda": LENGTHS["cuda"]}
-MAX_FLOAT32_PREFILL = 2048  # beyond it float32, with a quarter of bfloat16's rate or less, is not waited for
+MAX_SLOW_PREFILL = 2048  # beyond it the dtype whose products are several times slower is not waited for
+PREFILL_SECONDS = 15.0  # a prefill is repeated up to three times within so long
 DTYPES = {"cpu": (torch.bfloat16, torch.float32), "cuda": (torch.bfloat16,)}
 MAX_CACHE_BYTES = {"cpu": 8e9, "cuda": 60e9}
 PROMPT = 16  # tokens that are really read before a cache is filled
@@ -115,6 +117,12 @@ def build(device: str, layers: int, dtype: torch.dtype) -> dict[str, Any]:
     return {"Qwen3": teacher, "HypeNet": student.eval().to(device=device, dtype=dtype)}
 
 
+def slow_dtype(kind: str) -> torch.dtype:
+    """Return the dtype whose matrix products this kind of device is slow at: bfloat16 on CPUs that lack them."""
+    multiplies = kind == "cuda" or hypenet_kernels.report()["level"] == "v4_bf16"
+    return torch.float32 if multiplies else torch.bfloat16
+
+
 @torch.no_grad()
 def measure(model: PreTrainedModel, length: int, device: str) -> Measured:
     """Measure a prefill of `length` tokens, decode steps on a cache of as many, and the memory of the cache."""
@@ -123,12 +131,12 @@ def measure(model: PreTrainedModel, length: int, device: str) -> Measured:
         torch.cuda.reset_peak_memory_stats()
     ids = torch.randint(0, COMMON["vocab_size"], (1, length), device=device)
     prefill = None
-    too_slow = model.dtype == torch.float32 and length > MAX_FLOAT32_PREFILL
+    too_slow = model.dtype == slow_dtype(kind) and length > MAX_SLOW_PREFILL
     if length in PREFILL_LENGTHS[kind] and not too_slow:
         model(input_ids=ids[:, :64], logits_to_keep=1)
         _wait(device)
-        times = []
-        for _ in range(3 if length <= 2048 else 1):
+        times: list[float] = []
+        while len(times) < 3 and sum(times) < PREFILL_SECONDS:
             started = time.perf_counter()
             model(input_ids=ids, use_cache=True, logits_to_keep=1)
             _wait(device)

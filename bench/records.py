@@ -168,11 +168,11 @@ def device_name(device: str | torch.device) -> str:
 
 
 def folder(device: str | torch.device) -> Path:
-    """Return bench/results/<device>, the name reduced to letters, digits and dashes."""
-    name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    """Return bench/results/<device>, letters, digits and dashes; a CPU's with its instruction set and threads."""
+    name = device_name(device)
     if torch.device(device).type == "cpu":
-        name += f"-{torch.get_num_threads()}-threads"
-    return RESULTS / name
+        name += f" {hypenet_kernels.report()['level']} {torch.get_num_threads()} threads"
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def save(path: Path, record: Mapping[str, Any]) -> None:

@@ -54,7 +54,9 @@ def _device(folder: Path, root: Path) -> list[str]:
     for path in paths:
         record = records.load(path)
         if not sections:
-            sections.append(f"## {record['stamp']['device']}")
+            level = record["stamp"]["level"]
+            on_cpu = record["stamp"]["threads"] is not None
+            sections.append(f"## {record['stamp']['device']}" + (f", {level}" if on_cpu else ""))
         title, write_section = kinds[record["kind"]]
         sections += [f"### {title}", _stamp(record["stamp"]), write_section(record)]
     return [*sections, *(f"![{path.stem}]({path.relative_to(root)})" for path in pictures)]
