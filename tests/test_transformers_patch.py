@@ -86,6 +86,9 @@ def test_options_choose_what_is_replaced():
         with patch_transformers(**options) as patch:
             names = {name for _, name, _ in patch.replaced}
         assert names and not names & absent
+    for options in ({"norms": False}, {"gated_delta_rule": False, "mamba2": False}):
+        with patch_transformers(**options) as patch:
+            assert not [by for _, _, by in patch.replaced if by.startswith("rms_norm")]
 
 
 def test_it_says_once_what_it_replaced(caplog):

@@ -80,7 +80,7 @@ def gated_delta_rule(site: Site, op: str = "chunk_gated_delta_rule") -> Callable
         **ignored: Any,
     ) -> tuple[Tensor, Tensor | None]:
         tensors = query, key, value, g, beta
-        if not _on_supported_device(query):
+        if not on_supported_device(query):
             arguments = initial_state, output_final_state, use_qk_l2norm_in_kernel
             return _original_delta_rule(site, query.device.type, tensors, *arguments, cu_seqlens, seq_idx)
         shape = query.shape[:2]
@@ -214,7 +214,7 @@ def mamba2_scan(site: Site) -> Callable[..., Any]:
         cu_seqlens = cu_seq_lens_q if cu_seqlens is None else cu_seqlens
         has_cache = initial_states is not None or return_final_states
         bounds = _document_bounds(site, shape, cu_seqlens, seq_idx, has_cache)
-        if not _on_supported_device(hidden_states):
+        if not on_supported_device(hidden_states):
             if bounds is not None:
                 raise NotImplementedError(f"{site}: packed sequences must be on cpu or cuda")
             return original(hidden_states.device.type)
@@ -277,7 +277,7 @@ def mamba2_step(site: Site) -> Callable[..., Any]:
                 reason, state, hidden_states, dt, A, B, C, D, dt_bias=dt_bias, dt_softplus=dt_softplus, z=z
             )
 
-        if not one_decay or not _on_supported_device(hidden_states):
+        if not one_decay or not on_supported_device(hidden_states):
             return original("a decay that is not one number a head" if not one_decay else hidden_states.device.type)
         x = hidden_states.unsqueeze(1)
         step = _time_step(x, dt[..., 0].unsqueeze(1), None if dt_bias is None else dt_bias[:, 0], dt_softplus)
@@ -441,7 +441,7 @@ def _can_step(q: Tensor, state: Tensor | None, *inputs: Any) -> bool:
     """Return whether the ops can update `state` in place, and a caller would not miss the old one in a backward."""
     return (
         state is not None
-        and _on_supported_device(q)
+        and on_supported_device(q)
         and state.device == q.device
         and state.dtype == _accumulator(q.dtype)
         and state.is_contiguous()
@@ -457,7 +457,7 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _on_supported_device(x: Tensor) -> bool:
+def on_supported_device(x: Tensor) -> bool:
     return x.device.type in ("cpu", "cuda")
 
 
@@ -467,7 +467,7 @@ def _constant(x: Tensor, dim: int) -> bool:
 
 def _unsupported_convolution(x: Tensor, weight: Tensor, activation: str | None) -> str | None:
     """Return in words why the ops cannot compute this convolution, or None."""
-    if not _on_supported_device(x):
+    if not on_supported_device(x):
         return x.device.type
     if activation not in _ACTIVATIONS:
         return f"the activation {activation}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from hypenet_kernels.integrations import _call_sites, _packing
+from hypenet_kernels.integrations import _call_sites, _norms, _packing
 
 Owner = ModuleType | type[Any]
 Functions = dict[str, tuple[Callable[[_call_sites.Site], Callable[..., Any]], str]]
@@ -32,6 +32,11 @@ _MAMBA2: Functions = {
     "mamba2_selective_state_update": (_call_sites.mamba2_step, "simple_gla_step, fused_recurrent_simple_gla"),
     "mamba2_split_conv1d_scan_combined": (_call_sites.mamba2_fused, "the separate functions"),
 }
+_NORMS = (
+    (_norms.CENTRED, _norms.centred, "rms_norm_rope"),
+    (_norms.PLAIN, _norms.plain, "rms_norm_rope"),
+    (_norms.GATED, _norms.gated, "rms_norm_gated"),
+)
 _CAUSAL_CONV1D: Functions = {
     "causal_conv1d_fn": (_call_sites.causal_conv1d, "causal_conv1d_fn"),
     "causal_conv1d_update": (_call_sites.causal_conv1d_step, "causal_conv1d_update"),
@@ -152,12 +157,15 @@ class _Place:
 _places: dict[tuple[Owner, str], _Place] = {}
 
 
-def patch_transformers(*, gated_delta_rule: bool = True, mamba2: bool = True, causal_conv1d: bool = True) -> Patch:
+def patch_transformers(
+    *, gated_delta_rule: bool = True, mamba2: bool = True, causal_conv1d: bool = True, norms: bool = True
+) -> Patch:
     """Compute the recurrent layers of transformers' models by this package, until the patch is undone.
 
     Reaches every installed family and models that are already built: the gated delta rule (Qwen3-Next, Qwen3.5 dense
     and MoE, Olmo-Hybrid, Qwen4), Mamba-2 (Bamba, Falcon-H1, GraniteMoeHybrid, Mamba2, Nemotron-H, Zamba2), and the
     causal convolution of these and of all families that have one. Decoding steps update the cache's states in place.
+    The RMSNorms of the families whose recurrence is replaced take one pass each.
 
     Packed sequences are kept apart however they are named (`cu_seq_lens_q`, `seq_idx`, `position_ids` alone), with
     `use_cache=False` as the default for them; where a layer cannot do it, they raise. On devices other than CPU and
@@ -167,6 +175,7 @@ def patch_transformers(*, gated_delta_rule: bool = True, mamba2: bool = True, ca
         gated_delta_rule: Replace the gated delta rule.
         mamba2: Replace the scan and step of Mamba-2.
         causal_conv1d: Replace the convolution.
+        norms: Replace the RMSNorms; without either recurrence this does nothing.
     Returns:
         A `Patch`. Patches nest, and may be undone in any order.
     Raises:
@@ -183,7 +192,7 @@ def patch_transformers(*, gated_delta_rule: bool = True, mamba2: bool = True, ca
     patch, before = Patch(), {key for key, place in _places.items() if place.holders}
     try:
         for family in FAMILIES:
-            _hold_family(patch, family, wanted, causal_conv1d)
+            _hold_family(patch, family, wanted, causal_conv1d, norms)
     except BaseException:
         patch.restore()
         raise
@@ -215,7 +224,7 @@ def _modeling_file(family: str) -> ModuleType | None:
         raise
 
 
-def _hold_family(patch: Patch, family: Family, wanted: dict[str, bool], causal_conv1d: bool) -> None:
+def _hold_family(patch: Patch, family: Family, wanted: dict[str, bool], causal_conv1d: bool, norms: bool) -> None:
     module = _modeling_file(family.name)
     if module is None:
         return
@@ -225,8 +234,17 @@ def _hold_family(patch: Patch, family: Family, wanted: dict[str, bool], causal_c
         needs_convolution = name == "mamba2_split_conv1d_scan_combined"
         if name in vars(module) and (causal_conv1d or not needs_convolution):
             patch._hold(module, name, _replacing(factory, module, name, _partner(family, name)), by)
+    if recurrent and norms:
+        _hold_norms(patch, family, module)
     if family.model and functions:
         _hold_models(patch, family, module)
+
+
+def _hold_norms(patch: Patch, family: Family, module: ModuleType) -> None:
+    for names, factory, by in _NORMS:
+        norm = vars(module).get(names.get(family.name, ""))
+        if norm is not None:
+            patch._hold(norm, "forward", _replacing(factory, module, f"{norm.__name__}.forward", ""), by)
 
 
 def _recurrent_functions(family: Family) -> Functions:
