@@ -74,7 +74,7 @@ struct GatedDeltaFwdParams : GatedDeltaOperands {
   // workspace on CUDA
   int64_t* chunk_offsets;  // [2, N + 1] chunks before each sequence, and legal cu_seqlens; null without these
   int64_t* segment_offsets;  // [N + 1] segments before each sequence, null without cu_seqlens or split
-  void* P;                   // [NT, HV, 64, 64] dtype, scale (Q K^T) . Gamma
+  void* P;                   // [NT, HV, 64, 64] dtype, scale (Q K^T) . Gamma; null without delta
 };
 
 // Rows of dq, dk, dv, dg and dbeta from cu_seqlens[N] on are written as zeros.

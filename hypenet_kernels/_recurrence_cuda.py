@@ -36,7 +36,7 @@ class Saved(NamedTuple):
 
 class ForwardWorkspace(NamedTuple):
     saved: Saved
-    P: Tensor  # [NT, HV, 64, 64], scale (Q K^T) . Gamma
+    P: Tensor | None  # [NT, HV, 64, 64], scale (Q K^T) . Gamma; None without beta, where no kernel stores it
     segment_states: Tensor | None  # [NS, HV, K, V] float32, the state before the segment
 
 
@@ -99,7 +99,7 @@ def saved_tensors(x: "Inputs", K: int, V: int, save: bool = True) -> Saved:
 
 def forward_workspace(x: "Inputs", K: int, V: int, save: bool) -> ForwardWorkspace:
     """Allocate what the kernels of the forward pass to each other and to the backward."""
-    P = x.q.new_empty(max_chunks(x), x.v.shape[2], CHUNK, CHUNK)
+    P = None if x.beta is None else x.q.new_empty(max_chunks(x), x.v.shape[2], CHUNK, CHUNK)
     return ForwardWorkspace(saved_tensors(x, K, V, save), P, _segment_states(x, K, V))
 
 

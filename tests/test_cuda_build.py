@@ -19,6 +19,7 @@ WITHOUT_TENSOR_CORES = (  # name prefixes of kernels without matrix products
     "commit_states_kernel",
     "gated_delta_step_kernel",
     "gated_delta_fill_kernel",
+    "gated_delta_decays_kernel",
     "gated_delta_map_kernel",
     "gated_delta_chain_kernel<Chain<128, (Rule)1,",  # simple GLA
     "gated_delta_chain_kernel<Chain<256, (Rule)1,",

@@ -73,31 +73,31 @@ def _rows(case: Case, *, keys: int = 0, values: int = 0, matrices: int = 0, stat
     return DTYPE.itemsize * case.B * case.T * a_token
 
 
-def _forward_matrices(case: Case) -> int:
-    return 1 if case.op == "chunk_simple_gla" else 2  # P, and with the delta rule L
+def _of_delta(case: Case, matrices: int) -> int:
+    return 0 if case.op == "chunk_simple_gla" else matrices
 
 
 CHUNK_LENGTHS, KEY_LENGTHS = (4 * CHUNK, 12 * CHUNK), (8 * CHUNK, 16 * CHUNK)
 KERNELS = (
-    Kernel("gated_delta_prepare_kernel", "block", lambda c: _rows(c, keys=2, matrices=_forward_matrices(c))),
+    Kernel("gated_delta_prepare_kernel", "block", lambda c: _rows(c, keys=2, matrices=_of_delta(c, 2))),
     Kernel(
         "gated_delta_scan_kernel",
         "chunk",
-        lambda c: _rows(c, keys=2, values=2, matrices=_forward_matrices(c)),
+        lambda c: _rows(c, keys=2, values=2, matrices=_of_delta(c, 2)),
         _chunks,
         CHUNK_LENGTHS,
     ),
     Kernel(
         "gated_delta_bwd_scan_kernel",
         "chunk",
-        lambda c: _rows(c, keys=2, values=2, matrices=_forward_matrices(c) - 1, states=1),
+        lambda c: _rows(c, keys=2, values=2, matrices=_of_delta(c, 1), states=1),
         _chunks,
         CHUNK_LENGTHS,
     ),
     Kernel(
         "gated_delta_bwd_chunk_kernel",
         "block",
-        lambda c: _rows(c, keys=4, values=4, matrices=_forward_matrices(c) - 1, states=2),
+        lambda c: _rows(c, keys=4, values=4, matrices=_of_delta(c, 1), states=2),
     ),
     Kernel(
         "hype_attention_fwd_kernel",

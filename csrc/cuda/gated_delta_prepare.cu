@@ -7,7 +7,6 @@ namespace hypenet::cuda {
 namespace {
 
 using namespace gated_delta::prepare;
-using gated_delta::Rule;
 
 template <class C>
 Status launch_prepare(const GatedDeltaFwdParams& params, Stream stream) {
@@ -25,11 +24,14 @@ Status gated_delta_map(const GatedDeltaFwdParams& params, Stream stream) {
 }
 
 Status gated_delta_prepare(const GatedDeltaFwdParams& params, Stream stream) {
+  if (!params.delta) {
+    constexpr int kWarps = kThreads / arch::kWarpSize;
+    return launch(KERNEL(gated_delta::prepare::gated_delta_decays_kernel),
+                  (params.num_chunks * params.HV + kWarps - 1) / kWarps, kThreads, 0, stream, params);
+  }
   return dispatch_half_dtype(params.dtype, [&]<class Element>() {
-    return dispatch_key_dim(params.K, [&]<int K>() {
-      return params.delta ? launch_prepare<Config<Element, K, Rule::kDelta>>(params, stream)
-                          : launch_prepare<Config<Element, K, Rule::kGla>>(params, stream);
-    });
+    return dispatch_key_dim(params.K,
+                            [&]<int K>() { return launch_prepare<Config<Element, K>>(params, stream); });
   });
 }
 

@@ -1,5 +1,5 @@
-// The part of the chunk forward of the gated delta rule and simple GLA that needs no state: everything
-// about a chunk of 64 tokens that needs no other chunk.
+// The part of the chunk forward of the gated delta rule that needs no state: everything about a chunk of 64 tokens that
+// needs no other chunk. Of simple GLA's it is (2) alone.
 //
 // Math, per chunk and value head; G_i = sum of max(g, -50) log2(e) up to token i of the chunk, gamma = 2^G,
 // Gamma_ij = 2^(G_i - G_j) for i >= j and 0 above, s the scale:
@@ -8,12 +8,13 @@
 //   (3) P  = s QK . Gamma
 //   (4) T0 = (I + stril(diag(beta) KK))^-1                  not gated: no exponential inside the inverse
 //   (5) L  = stril(T0 . Gamma)                              I + L = (I + stril(diag(beta) KK . Gamma))^-1
-// Simple GLA needs (2) and (3) only. A second, small kernel, which runs first, writes the map of chunks (and of
-// segments) for cu_seqlens, and bounds within [0, T] that the others read instead of cu_seqlens.
+// Another, small kernel, which runs first, writes the map of chunks (and of segments) for cu_seqlens, and bounds within
+// [0, T] that the others read instead of cu_seqlens.
 //
 // Why P and L are made here and not in the scan: there every tile of value columns would make them again, on
 // the one path that is serial in T. Here they cost one write and one read of 13 KB per chunk and value head,
-// and the scan is left without a product of C x C x K. L is what the backward needs too.
+// and the scan is left without a product of C x C x K. L is what the backward needs too. Simple GLA has no L, and its
+// scan has the time to make P, which then never goes through memory.
 //
 // Shapes: GatedDeltaFwdParams (params.h). Of P only the ten blocks [16, 16] on and below the diagonal exist;
 // L is a hi/lo pair (gated_delta.cuh). Tokens past a sequence's end act as k = q = v = beta = g = 0: rows and
@@ -23,9 +24,9 @@
 // sequence by binary search in the map. Four warps; warp w computes block row w of KK and block row 3 - w of
 // QK, which is the same work for each, and (2) of the w-th value head (then of the w + 4-th, ...). Per value head,
 // block barriers between: warp w the inverse of diagonal block w by forward substitution (a lane per column), and
-// block row w of P; all warps the rest of T0 in three steps; L; the stores.
+// block row w of P; all warps the rest of T0 in three steps; L; the stores. Simple GLA: a warp per (chunk, value head).
 //
-// Shared memory, for K = 128: 51 KB, 4 blocks per SM of 228 KB, 3 of 164 KB; for K = 256 83 KB
+// Shared memory, for K = 128: 51 KB, 4 blocks per SM of 228 KB, 3 of 164 KB; for K = 256 83 KB; none for simple GLA
 //   q, k      [64, K]  Element        32 KB    until (1)
 //   T         [64, 72] fp32           18 KB    in their place, T0, then the two parts of L; rows 8 banks
 //                                              apart: fragments B do not collide
@@ -39,7 +40,8 @@
 // digits. Every exponent is a difference of G, held <= 0.
 //
 // Cost per chunk: 5/8 4 C^2 K FLOPs per key head, about 0.1 MFLOP x 3 of tf32 per value head; reads 4 C K
-// bytes per key head, writes 13.25 KB per value head (5.25 KB without delta): bound by memory.
+// bytes per key head, writes 13.25 KB per value head: bound by memory. Simple GLA: reads and writes 256 bytes per value
+// head.
 //
 // Limits: bf16, fp16; K = 64, 128, 256; 2^31 - 1 blocks.
 #pragma once
@@ -54,11 +56,10 @@ constexpr int kThreads = 128;
 constexpr int kBlocks = kChunk / kBlock;  // along a side of the triangle
 static_assert(kThreads / arch::kWarpSize == kBlocks);
 
-template <class Element_, int K_, Rule kRule>
+template <class Element_, int K_>
 struct Config {
   using Element = Element_;
   static constexpr int K = K_;
-  static constexpr bool kDelta = kRule == Rule::kDelta;
 };
 
 struct Gates {
@@ -137,10 +138,11 @@ __device__ __forceinline__ void store_fp32(float (&to)[kChunk][kStride], int row
   *reinterpret_cast<float2*>(&to[r + 8][c]) = float2{sign * d[2], sign * d[3]};
 }
 
-// (2) One warp: G by a scan over the lanes, two tokens each; beta, zero past the end.
+// (2) One warp: G by a scan over the lanes, two tokens each; with delta also to shared memory, beside beta, zero past
+// the end.
 template <bool kDelta>
 __device__ __forceinline__ void sum_decays(const GatedDeltaFwdParams& params, const Place& place, int head,
-                                           Gates& gates) {
+                                           Gates* gates) {
   const int lane = lane_idx();
   float g[2], beta[2] = {};
 #pragma unroll
@@ -153,8 +155,10 @@ __device__ __forceinline__ void sum_decays(const GatedDeltaFwdParams& params, co
   }
   const float before = sum_below_lane(sum_up_to_lane(g[0] + g[1]));
   const float2 G = {before + g[0], before + (g[0] + g[1])};
-  *reinterpret_cast<float2*>(&gates.G[2 * lane]) = G;
-  *reinterpret_cast<float2*>(&gates.beta[2 * lane]) = float2{beta[0], beta[1]};
+  if constexpr (kDelta) {
+    *reinterpret_cast<float2*>(&gates->G[2 * lane]) = G;
+    *reinterpret_cast<float2*>(&gates->beta[2 * lane]) = float2{beta[0], beta[1]};
+  }
   float* to = params.G + (place.chunk * params.HV + head) * kChunk;
   *reinterpret_cast<float2*>(&to[2 * lane]) = G;
 }
@@ -321,7 +325,7 @@ __device__ __forceinline__ void split_gated_inverse(Smem& smem, const Gates& gat
 }
 
 // P and L to memory.
-template <class Element, bool kDelta, class Smem>
+template <class Element, class Smem>
 __device__ __forceinline__ void store_matrices(const GatedDeltaFwdParams& params, const Smem& smem,
                                                int64_t offset) {
   auto *L = static_cast<Element*>(params.L) + offset, *P = static_cast<Element*>(params.P) + offset;
@@ -329,15 +333,21 @@ __device__ __forceinline__ void store_matrices(const GatedDeltaFwdParams& params
     const int64_t at = row * kChunk + col;
     if (col / kBlock <= row / kBlock)
       arch::store_16_bytes(P + at, arch::load_16_bytes(smem.out.P.at(row, col)));
-    if constexpr (kDelta) {
-      alignas(16) float x[kPiece];
+    alignas(16) float x[kPiece];
 #pragma unroll
-      for (int i = 0; i < kPiece; i += 4) {
-        *reinterpret_cast<float4*>(&x[i]) = *reinterpret_cast<const float4*>(&smem.out.T[row][col + i]);
-      }
-      arch::store_16_bytes(L + at, pack_piece<Element>(x));
+    for (int i = 0; i < kPiece; i += 4) {
+      *reinterpret_cast<float4*>(&x[i]) = *reinterpret_cast<const float4*>(&smem.out.T[row][col + i]);
     }
+    arch::store_16_bytes(L + at, pack_piece<Element>(x));
   });
+}
+
+// Where chunk `chunk` of all lies, which is one of sequence n.
+__device__ __forceinline__ Place place_of(const GatedDeltaFwdParams& params, int64_t n, int64_t chunk,
+                                          int64_t key_head) {
+  const Sequence seq = sequence(params, n);
+  const int64_t first = (chunk - seq.first_chunk) * kChunk;
+  return {chunk, key_head, seq.batch, seq.start + first, tokens_from(seq, first)};
 }
 
 template <class C>
@@ -345,16 +355,13 @@ __global__ void __launch_bounds__(kThreads, 4)
     gated_delta_prepare_kernel(const __grid_constant__ GatedDeltaFwdParams params) {
   using Element = typename C::Element;
   constexpr int K = C::K;
-  constexpr bool kDelta = C::kDelta;
   auto& smem = arch::shared_memory<Smem<Element, K>>();
   const int thread = arch::thread_idx(), warp = warp_idx();
   const auto H = static_cast<unsigned>(params.H);
   const int64_t chunk = arch::block_idx() / H, key_head = arch::block_idx() % H;
   const int64_t n = sequence_of_chunk(params, chunk);
   if (n < 0) return;
-  const Sequence seq = sequence(params, n);
-  const int64_t first = (chunk - seq.first_chunk) * kChunk;
-  const Place place{chunk, key_head, seq.batch, seq.start + first, tokens_from(seq, first)};
+  const Place place = place_of(params, n, chunk, key_head);
 
   // (1) KK and QK
   copy_tile_async<kThreads>(smem.in.k, row_of<Element>(params.k, place.batch, place.token, key_head),
@@ -366,20 +373,17 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int group = static_cast<int>(params.HV / params.H);
   const auto sum_decays_of_heads = [&](int i) {
     if (i + warp >= group) return;
-    sum_decays<kDelta>(params, place, static_cast<int>(key_head) * group + i + warp, smem.gates[warp]);
+    sum_decays<true>(params, place, static_cast<int>(key_head) * group + i + warp, &smem.gates[warp]);
   };
   sum_decays_of_heads(0);
   arch::wait_copies<0>();
   arch::sync_block();
   const int row = kBlocks - 1 - warp;
-  if constexpr (kDelta) {
-    BlockRow kk;
-    multiply_rows(kk, smem.in.k, smem.in.k, warp);
-    for_each_below_diagonal(kk, warp, [&](int i, int j, float x) {
-      if (j < i) smem.products[i][j] = x;
-    });
-  }
-  BlockRow qk;
+  BlockRow kk, qk;
+  multiply_rows(kk, smem.in.k, smem.in.k, warp);
+  for_each_below_diagonal(kk, warp, [&](int i, int j, float x) {
+    if (j < i) smem.products[i][j] = x;
+  });
   multiply_rows(qk, smem.in.q, smem.in.k, row);
   for_each_below_diagonal(qk, row, [&](int i, int j, float x) { smem.products[j][i] = x; });
 
@@ -388,20 +392,29 @@ __global__ void __launch_bounds__(kThreads, 4)
     if (i != 0 && i % kBlocks == 0) sum_decays_of_heads(i);
     if (i % kBlocks == 0) arch::sync_block();
     const Gates& gates = smem.gates[i % kBlocks];
-    const int64_t head = key_head * group + i;
     scale_and_decay(smem, gates, warp, static_cast<float>(params.scale));  // (3)
     // (4)
-    if constexpr (kDelta) {
-      invert_diagonal_block(smem, gates, warp);
-      arch::sync_block();
-      solve(smem, gates, warp);
-      arch::sync_block();
-      split_gated_inverse<Element>(smem, gates);  // (5)
-    }
+    invert_diagonal_block(smem, gates, warp);
     arch::sync_block();
-    store_matrices<Element, kDelta>(params, smem, (chunk * params.HV + head) * kChunk * kChunk);
+    solve(smem, gates, warp);
+    arch::sync_block();
+    split_gated_inverse<Element>(smem, gates);  // (5)
+    arch::sync_block();
+    const int64_t head = key_head * group + i;
+    store_matrices<Element>(params, smem, (chunk * params.HV + head) * kChunk * kChunk);
     arch::sync_block();
   }
+}
+
+// (2) for simple GLA.
+static __global__ void __launch_bounds__(kThreads, 1)
+    gated_delta_decays_kernel(const __grid_constant__ GatedDeltaFwdParams params) {
+  const int64_t unit = int64_t{arch::block_idx()} * (kThreads / arch::kWarpSize) + warp_idx();
+  const int64_t chunk = unit / params.HV;
+  if (chunk >= params.num_chunks) return;
+  const int64_t n = sequence_of_chunk(params, chunk);
+  if (n < 0) return;
+  sum_decays<false>(params, place_of(params, n, chunk, 0), static_cast<int>(unit % params.HV), nullptr);
 }
 
 constexpr int kMapThreads = 256;

@@ -1,7 +1,9 @@
 // The part of the chunk forward of the gated delta rule and simple GLA that is serial in T: the state goes
-// from chunk to chunk. What does not need the state is in workspace already (gated_delta_prepare.cuh).
+// from chunk to chunk. What does not need the state is in workspace already (gated_delta_prepare.cuh), but for simple
+// GLA's P, which is made here.
 //
 // Math, per chunk of 64 tokens, S the state before it; G, L and P from workspace, gamma = 2^G, s the scale:
+//   (0) simple GLA: P = s Q K^T . Gamma
 //   (1) Z = K S                      O = Q S
 //   (2) B = beta (V - gamma Z)
 //   (3) E = B + L B                  simple GLA: E = V, and neither (2) nor Z
@@ -14,9 +16,11 @@
 //
 // Mapping: a block owns 16 kWarps columns of V of one (sequence or segment, value head); blocks are numbered
 // along x, the column tile fastest. Every warp owns 16 columns from the first chunk to the last and shares
-// nothing with the others but the tiles that they read, so that a chunk costs one block barrier. A warp holds
-// S^T [16, K] as results of mma. Everything is computed transposed, so that results, rounded where they lie,
-// are the next product's operand A: S^T of Z^T = S^T K^T and of O^T = S^T Q^T, B^T, made from Z^T in place,
+// nothing with the others but the tiles that they read, so that a chunk costs one block barrier. Simple GLA has a second
+// one, before (4), for P: of K = 128, blocks of two or eight warps have four more, helpers, which make P while the others
+// do (1), of two warps also (5); else the warps share out its ten blocks. A warp holds S^T [16, K] as results of mma. Everything
+// is computed transposed, so that results, rounded where they lie, are the next product's operand A: S^T of Z^T = S^T K^T
+// and of O^T = S^T Q^T, B^T, made from Z^T in place,
 // of E^T = B^T + B^T L^T, again in place, and E^T of S^T += E^T K and of O^T += E^T P^T. Between the tiles'
 // arrival and the store of O nothing passes through shared memory. Two warps, four or eight is a question of how
 // many blocks there are (choices.h); the results are the same bits.
@@ -39,9 +43,9 @@
 // in K S and E to the chunk's end are hi/lo pairs too.
 //
 // Cost per chunk and 16 columns, K = 128: 292 mma (420 with some beta > 1, 148 without delta) behind 130
-// ldmatrix (194, 78), and 33 exponentials a lane. Per chunk and block 45 KB of tiles besides v (37 KB without
-// delta), which the blocks of one head share in L2. Bound by the latency of a chunk where there are few
-// heads, else by mma.
+// ldmatrix (194, 78), and 33 exponentials a lane; without delta 160 mma, 160 ldmatrix and 80 exponentials a block more.
+// Per chunk and block 45 KB of tiles besides v (32 KB without delta), which the blocks of one head share in L2. Bound by
+// the latency of a chunk where there are few heads, else by mma.
 //
 // Limits: bf16, fp16; fewer than 2^31 tokens in a sequence; 2^31 - 1 blocks.
 #pragma once
@@ -65,6 +69,50 @@ __device__ __forceinline__ void store_state(Element* to, unsigned V, unsigned co
                    bottom = arch::pack<Element>(S[i][2], S[i][3]);
     *reinterpret_cast<uint32_t*>(to) = arch::transpose_8x8(top);
     *reinterpret_cast<uint32_t*>(to + 8) = arch::transpose_8x8(bottom);
+  }
+}
+
+// (0) The blocks of P, of the ten on and below the diagonal, of warp `warp` of kNumWarps.
+template <class C, int kNumWarps>
+__device__ __forceinline__ void form_scores(Stage<C>& stage, float scale, const Lanes<C>& lanes, int warp) {
+  using Element = typename C::Element;
+  constexpr int kNumBlocks = kSteps * (kSteps + 1) / 2;
+#pragma unroll 1
+  for (int block = warp; block < kNumBlocks; block += kNumWarps) {
+    const int row = int{block >= 1} + int{block >= 3} + int{block >= 6}, col = block - row * (row + 1) / 2;
+    Results<2> p;
+    set_zero(p);
+#pragma unroll
+    for (int k = 0; k < C::kKeyDim; k += 16) {
+      uint32_t a[4], b[4];
+      arch::ldmatrix_x4(a, fragment_row(stage.q, lanes.rows, 16 * row, k));
+      arch::ldmatrix_x4(b, fragment_row(stage.k, lanes.rows_transposed, 16 * col, k));
+      multiply<Element>(p[0], p[1], a, b);
+    }
+    const int i = 16 * row + lane_idx() / 4, j = 16 * col + lane_idx() % 4 * 2;
+    const float G_i[2] = {stage.G[i], stage.G[i + 8]};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int first = j + 8 * half;
+      const float2 G_j = *reinterpret_cast<const float2*>(&stage.G[first]);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float decay = decay_between(G_i[e / 2], e % 2 == 0 ? G_j.x : G_j.y);
+        p[half][e] = first + e % 2 <= i + e / 2 * 8 ? scale * p[half][e] * decay : 0.0f;
+      }
+      store_d(stage.matrices, 16 * row, 16 * col + 8 * half, p[half]);
+    }
+  }
+}
+
+// (0) A warp without columns: P of one chunk after the other, between the barriers of the others.
+template <class C>
+__device__ __forceinline__ void help(ScanSmem<C>& smem, float scale, int num_tokens) {
+  const Lanes<C> lanes;
+  for (int c = 0; num_tokens > 0; ++c, num_tokens -= kChunk) {
+    arch::sync_block();
+    form_scores<C, C::kHelpers>(smem.stages[c % C::kStages], scale, lanes, warp_idx() - C::kWarps);
+    arch::sync_block();
   }
 }
 
@@ -173,6 +221,9 @@ __device__ __forceinline__ void scan(const GatedDeltaFwdParams& params) {
   const Segment segment = gated_delta::segment(params, slot.segment);
   if (segment.n < 0 || is_skipped(params, segment.n)) return;
   const Place place = place_in(params, segment, slot.head, slot.column);
+  if constexpr (C::kHelpers > 0) {
+    if (warp_idx() >= C::kWarps) return help<C>(smem, static_cast<float>(params.scale), place.num_tokens);
+  }
   const Lanes<C> lanes;
   const int64_t V = params.V;
   const auto o_stride = static_cast<unsigned>(params.HV * V);
@@ -214,6 +265,9 @@ __device__ __forceinline__ void scan(const GatedDeltaFwdParams& params) {
     with_compensation<C>(compensated, [&]<Compensation kCompensation>() {
       Results<kChunk / 8> Z, O;
       Values<C::kWide> E(smem.values);
+      if constexpr (C::kMakesP && C::kHelpers == 0) {
+        form_scores<C, C::kWarps>(stage, scale, lanes, warp_idx());  // (0)
+      }
       read_state<C, C::kDelta, !C::kWide, kCompensation>(Z, O, S, stage, lanes, compensated);  // (1)
       if constexpr (C::kDelta) {
         form_residual<C>(Z, stage);    // (2)
@@ -221,9 +275,11 @@ __device__ __forceinline__ void scan(const GatedDeltaFwdParams& params) {
       } else {
         load_values<C>(E, stage);
       }
-      if constexpr (C::kWide) read_output<C>(O, S, scale, stage, lanes);  // (1)
-      compute_output<C>(stage, O, E, C::kWide ? 1.0f : scale, lanes);     // (4)
-      update_state<C, kCompensation>(S, E, stage, lanes, compensated);    // (5)
+      if constexpr (C::kWide) read_output<C>(O, S, scale, stage, lanes);                              // (1)
+      if constexpr (C::kStateFirst) update_state<C, kCompensation>(S, E, stage, lanes, compensated);  // (5)
+      if constexpr (C::kMakesP) arch::sync_block();                    // P is here
+      compute_output<C>(stage, O, E, C::kWide ? 1.0f : scale, lanes);  // (4)
+      if constexpr (!C::kStateFirst) update_state<C, kCompensation>(S, E, stage, lanes, compensated);  // (5)
     });
     store_output<C>(o, o_stride, num_tokens, stage.v[warp_idx()]);
     if (params.checkpoint_every != 0 && num_tokens >= kChunk) store_checkpoint<C>(S, params, num_tiles, c);

@@ -19,8 +19,15 @@ template <class Element_, int K_, Rule kRule, Pass kPass, int Warps_, int kStage
 struct Config {
   using Element = Element_;
   static constexpr int kStages = kStages_;
-  static constexpr int kKeyDim = K_, kWarps = Warps_, kThreads = kWarps * arch::kWarpSize;
+  static constexpr int kKeyDim = K_, kWarps = Warps_;
   static constexpr bool kDelta = kRule == Rule::kDelta, kOutput = kPass == Pass::kOutput;
+  // Of P, which simple GLA makes as it goes, warps without columns of V take care where registers allow them.
+  static constexpr bool kMakesP = kOutput && !kDelta;
+  static constexpr int kHelpers = kMakesP && kKeyDim == 128 && kWarps != 4 ? 4 : 0;
+  // (5) while P is made, which takes the registers of O longer.
+  static constexpr bool kStateFirst = kHelpers > 0 && kWarps == 2;
+  static constexpr int kCopiers = kWarps * arch::kWarpSize;  // threads with columns, which also copy
+  static constexpr int kThreads = kCopiers + kHelpers * arch::kWarpSize;
   static constexpr int kLColumn = kOutput ? kChunk : 0;  // of L beside P
   // S fills half of the registers: E waits in shared memory, and (1) makes O when Z has gone.
   static constexpr bool kWide = kKeyDim > 128;
@@ -239,14 +246,16 @@ template <class C>
 __device__ __forceinline__ void copy_chunk_async(Stage<C>& stage, const GatedDeltaFwdParams& params,
                                                  const Cursor<C>& at, int num_values) {
   const unsigned thread = arch::thread_idx();
-  copy_rows_async<C::kThreads>(stage.k, at.k, params.k.token, at.num_tokens, thread);
+  copy_rows_async<C::kCopiers>(stage.k, at.k, params.k.token, at.num_tokens, thread);
   copy_rows_async<arch::kWarpSize>(stage.v[warp_idx()], at.v, params.v.token, num_values, lane_idx());
   if constexpr (C::kOutput) {
-    copy_rows_async<C::kThreads>(stage.q, at.q, params.q.token, at.num_tokens, thread);
-    copy_matrix_async<C::kThreads, true>(stage.matrices, 0, params.P, at.matrix, thread);
+    copy_rows_async<C::kCopiers>(stage.q, at.q, params.q.token, at.num_tokens, thread);
+  }
+  if constexpr (C::kOutput && C::kDelta) {
+    copy_matrix_async<C::kCopiers, true>(stage.matrices, 0, params.P, at.matrix, thread);
   }
   if constexpr (C::kDelta) {
-    copy_matrix_async<C::kThreads, false>(stage.matrices, C::kLColumn, params.L, at.matrix, thread);
+    copy_matrix_async<C::kCopiers, false>(stage.matrices, C::kLColumn, params.L, at.matrix, thread);
   }
   if (thread >= kChunk) return;
   arch::copy_4_async(&stage.G[thread], params.G + at.matrix * kChunk + thread, true);
