@@ -12,20 +12,22 @@ namespace {
 
 const char* verb(Access access) { return access == Access::kRead ? "reads " : "writes "; }
 
-std::string hex(uintptr_t x) {
-  char text[32];
-  std::snprintf(text, sizeof text, "0x%zx", static_cast<size_t>(x));
-  return text;
-}
-
-std::string place(const void* address) {
-  if (is_shared(address)) return "shared + " + hex(shared_offset(address));
-  return machine.global.describe(reinterpret_cast<uintptr_t>(address));
-}
-
 std::string other(const Finding& finding) {
-  if (finding.lane == kManyLanes) return "threads of warp " + std::to_string(finding.warp);
-  return name_thread(finding.warp * kWarpSize + finding.lane);
+  if (finding.actor >= kFirstMbarrier) {
+    return "copy_bulk with " + describe(*machine.mbarriers[finding.actor - kFirstMbarrier]);
+  }
+  if (finding.actor >= kFirstWarpgroup) {
+    return "wgmma of warpgroup " + std::to_string(finding.actor - kFirstWarpgroup);
+  }
+  if (finding.lane == kManyLanes) return "threads of warp " + std::to_string(finding.actor);
+  return name_thread(finding.actor * kWarpSize + finding.lane);
+}
+
+// Whether wgmma that read the place have not been waited for.
+bool still_reads(const Finding& finding) {
+  if (finding.actor < kFirstWarpgroup || finding.actor >= kFirstMbarrier) return false;
+  const Warpgroup& group = machine.warpgroups[finding.actor - kFirstWarpgroup];
+  return finding.time - group.start >= group.num_ended;
 }
 
 std::string explain(const Finding& f) {
@@ -34,11 +36,18 @@ std::string explain(const Finding& f) {
       return "which nobody wrote";
     case Problem::kPending:
       return "to which an asynchronous copy of " + other(f) +
-             " is under way (copies land in wait_copies, and only if commit_copies closed their group)";
+             " is under way (copies land in wait_copies, and only if commit_copies closed their group; those "
+             "of "
+             "copy_bulk at their mbarrier)";
     case Problem::kRaceWithWrite:
       return "race: no barrier since the write by " + other(f);
     case Problem::kRaceWithRead:
+      if (still_reads(f)) return other(f) + " still reads it: no wait_wgmma since";
       return "race: no barrier since the read by " + other(f);
+    case Problem::kNotFenced:
+      return "written by " + other(f) +
+             " through the generic proxy: no fence_async_proxy by it since, or none that was "
+             "followed by a barrier";
     case Problem::kOtherBlockWrote:
       return "race: another block of the launch wrote it";
     case Problem::kOtherBlockRead:
@@ -51,30 +60,6 @@ std::string explain(const Finding& f) {
 
 [[noreturn]] void fail_access(const void* address, size_t bytes, Access access, const std::string& why) {
   fail(verb(access) + std::to_string(bytes) + " bytes at " + place(address) + ": " + why);
-}
-
-void judge(const Finding& finding, const void* address, size_t bytes, Access access, const void* base) {
-  if (finding.problem == Problem::kNone) return;
-  const auto* byte = static_cast<const std::byte*>(base) + finding.offset;
-  fail(verb(access) + std::to_string(bytes) + " bytes at " + place(address) +
-       (byte > address ? ", at " + place(byte) : "") + ": " + explain(finding));
-}
-
-void check_global(const void* pointer, size_t bytes, Access access) {
-  const auto address = reinterpret_cast<uintptr_t>(pointer);
-  const bool writes = access == Access::kWrite;
-  GlobalMemory::Range* range = machine.global.find(address);
-  if (range == nullptr) fail_access(pointer, bytes, access, "out of bounds");
-  if (!machine.global.allows(*range, address, bytes, writes)) {
-    const bool readable = machine.global.allows(*range, address, bytes, false);
-    fail_access(pointer, bytes, access,
-                readable ? "a tensor that the kernel must not write" : "out of bounds");
-  }
-  const size_t offset = address - range->begin;
-  const Accessor by = machine.accessor();
-  const Finding finding = writes ? range->shadow.write(offset, bytes, by, false, false)
-                                 : range->shadow.read(offset, bytes, by, false);
-  judge(finding, pointer, bytes, access, reinterpret_cast<const void*>(range->begin));
 }
 
 // The loaded segments of this module; kernels may read their constants.
@@ -120,14 +105,61 @@ void land(const AsyncCopy& copy) {
   machine.shared_shadow.write(copy.offset, static_cast<size_t>(copy.bytes), machine.accessor(), false, true);
 }
 
+// Whether `address` is on the running thread's stack, where its registers are.
+inline bool is_own_register(const void* address, size_t bytes, Access access) {
+  if (reinterpret_cast<uintptr_t>(address) - stack_bottom >= Stacks::kBytes) return false;
+  if (registers_in_use) check_registers(address, bytes, access);
+  return true;
+}
+
 }  // namespace
+
+std::string hex(uint64_t x) {
+  char text[32];
+  std::snprintf(text, sizeof text, "0x%zx", static_cast<size_t>(x));
+  return text;
+}
+
+std::string place(const void* address) {
+  if (is_shared(address)) return "shared + " + hex(shared_offset(address));
+  return machine.global.describe(reinterpret_cast<uintptr_t>(address));
+}
+
+void judge(const Finding& finding, const void* address, size_t bytes, Access access, const void* base,
+           const char* who) {
+  if (finding.problem == Problem::kNone) return;
+  const auto* byte = static_cast<const std::byte*>(base) + finding.offset;
+  fail(who + std::string(verb(access)) + std::to_string(bytes) + " bytes at " + place(address) +
+       (byte > address ? ", at " + place(byte) : "") + ": " + explain(finding));
+}
+
+void check_global(const void* pointer, size_t bytes, Access access) {
+  const auto address = reinterpret_cast<uintptr_t>(pointer);
+  const bool writes = access == Access::kWrite;
+  GlobalMemory::Range* range = machine.global.find(address);
+  if (range == nullptr) fail_access(pointer, bytes, access, "out of bounds");
+  if (!machine.global.allows(*range, address, bytes, writes)) {
+    const bool readable = machine.global.allows(*range, address, bytes, false);
+    fail_access(pointer, bytes, access,
+                readable ? "a tensor that the kernel must not write" : "out of bounds");
+  }
+  const size_t offset = address - range->begin;
+  const Accessor by = machine.accessor();
+  const Finding finding = writes ? range->shadow.write(offset, bytes, by, false, false)
+                                 : range->shadow.read(offset, bytes, by, false);
+  judge(finding, pointer, bytes, access, reinterpret_cast<const void*>(range->begin));
+}
+
+void check_shared_bounds(size_t offset, size_t bytes, Access access) {
+  if (offset + bytes > machine.launch->shared_bytes) {
+    fail_access(machine.shared + offset, bytes, access,
+                "out of bounds, the block has " + std::to_string(machine.launch->shared_bytes) + " bytes");
+  }
+}
 
 void check_shared(size_t offset, size_t bytes, Access access) {
   const std::byte* address = machine.shared + offset;
-  if (offset + bytes > machine.launch->shared_bytes) {
-    fail_access(address, bytes, access,
-                "out of bounds, the block has " + std::to_string(machine.launch->shared_bytes) + " bytes");
-  }
+  check_shared_bounds(offset, bytes, access);
   const Accessor by = machine.accessor();
   const Finding finding = access == Access::kWrite
                               ? machine.shared_shadow.write(offset, bytes, by, false, false)
@@ -137,7 +169,7 @@ void check_shared(size_t offset, size_t bytes, Access access) {
 
 void check(const void* address, size_t bytes, Access access) {
   if (stack_bottom == 0) return;  // host code of a .cu file
-  if (reinterpret_cast<uintptr_t>(address) - stack_bottom < Stacks::kBytes) return;
+  if (is_own_register(address, bytes, access)) return;
   if (is_shared(address)) return check_shared(shared_offset(address), bytes, access);
   if (machine.global.find(reinterpret_cast<uintptr_t>(address)) == nullptr && access == Access::kRead &&
       is_own_data(reinterpret_cast<uintptr_t>(address))) {
@@ -171,7 +203,7 @@ void copy_async(void* shared, const void* global, int bytes, bool valid) {
   require_aligned(shared, size, Access::kWrite);
   require_aligned(global, size, Access::kRead);
   if (valid) check_global(global, size, Access::kRead);
-  if (offset + size > machine.launch->shared_bytes) check_shared(offset, size, Access::kWrite);
+  check_shared_bounds(offset, size, Access::kWrite);
   const Finding finding = machine.shared_shadow.write(offset, size, machine.accessor(), true, false);
   judge(finding, shared, size, Access::kWrite, machine.shared);
   Thread& self = *machine.current;
@@ -193,20 +225,17 @@ void wait_copies(int pending) {
 // ---- callbacks of -fsanitize=thread
 
 using hypenet::emu::Access;
-using hypenet::emu::stack_bottom;
-using hypenet::emu::Stacks;
 
 namespace {
 
 inline void seen_by_compiler(const void* address, size_t bytes, Access access) {
-  if (reinterpret_cast<uintptr_t>(address) - stack_bottom < Stacks::kBytes) return;
-  hypenet::emu::check(address, bytes, access);
+  if (!hypenet::emu::is_own_register(address, bytes, access)) hypenet::emu::check(address, bytes, access);
 }
 
 // Accesses to a type that is aligned to its size.
 template <size_t kBytes>
 inline void seen_by_compiler(const void* address, Access access) {
-  if (reinterpret_cast<uintptr_t>(address) - stack_bottom < Stacks::kBytes) return;
+  if (hypenet::emu::is_own_register(address, kBytes, access)) return;
   hypenet::emu::check_aligned(address, kBytes, access);
   hypenet::emu::check(address, kBytes, access);
 }

@@ -14,10 +14,12 @@ namespace hypenet::emu {
 
 Machine machine;
 uintptr_t stack_bottom = 0;
+bool registers_in_use = false;
 
 namespace {
 
 constexpr int kStayOneIn = 4;  // a warp that can go on gives way to another one time in so many
+constexpr int kLandOneIn = 8;  // at a switch, a bulk copy lands one time in so many
 constexpr double kBankStorm = 4.0;
 constexpr int64_t kBankStormAccesses = 32;
 
@@ -25,6 +27,7 @@ void resume(void** from, Thread& next) {
   machine.current = &next;
   machine.warp = &machine.warps[next.warp];
   stack_bottom = reinterpret_cast<uintptr_t>(machine.stacks.bottom(next.index));
+  registers_in_use = !next.accumulators.empty() || !next.operands.empty();
   hypenet_emu_switch(from, next.top);
 }
 
@@ -36,8 +39,12 @@ void leave_to_host(void** from) {
 // Returns the next thread to run; null if none can.
 Thread* pick() {
   Machine& m = machine;
+  if (!m.bulk_copies.empty() && draw(kLandOneIn) == 0) land_bulk_copy();
   if (m.warp->runnable == 0 || draw(kStayOneIn) == 0) {
-    if (m.runnable_warps == 0) return nullptr;
+    while (m.runnable_warps == 0) {
+      if (m.bulk_copies.empty()) return nullptr;
+      land_bulk_copy();
+    }
     const auto start = static_cast<uint32_t>(draw(32));
     const auto turned = std::rotr(m.runnable_warps, static_cast<int>(start));
     m.warp = &m.warps[(std::countr_zero(turned) + start) % 32];
@@ -54,11 +61,6 @@ void make_runnable(Warp& warp) {
   machine.runnable_warps |= 1u << (&warp - machine.warps);
 }
 
-void stop_running(Warp& warp, int lane) {
-  warp.runnable &= ~(1u << lane);
-  if (warp.runnable == 0) machine.runnable_warps &= ~(1u << (&warp - machine.warps));
-}
-
 std::string count_of(int count, const char* noun) {
   return std::to_string(count) + " " + noun + (count == 1 ? "" : "s");
 }
@@ -66,65 +68,65 @@ std::string count_of(int count, const char* noun) {
 std::string whereabouts(const Thread& thread) {
   const Warp& warp = machine.warps[thread.warp];
   if (thread.exited) return "exited";
+  if (thread.mbarrier >= 0) return "waiting for " + describe(*machine.mbarriers[thread.mbarrier]);
   if (thread.barrier == 0) return "waiting at sync_block";
   if (thread.barrier > 0) {
     const Barrier& barrier = machine.barriers[thread.barrier];
     return "waiting at sync_group(" + std::to_string(thread.barrier) + ", " +
            std::to_string(barrier.expected) + "), where " + count_of(barrier.arrived, "thread") + " arrived";
   }
+  const int wanted = machine.warpgroups[thread.warp / 4].wanted_registers;
+  if (wanted > 0)
+    return "waiting at set_max_registers_up<" + std::to_string(wanted) + ">, for registers of others";
   if (warp.collective.arrived >> thread.lane & 1) return std::string("waiting at ") + warp.collective.what;
   return "running";
 }
 
-// Per run of threads in one place: "; threads 0 to 63: waiting at sync_block; thread 64: exited".
-std::string list_threads() {
-  std::string list;
-  const int num_threads = machine.launch->num_threads;
-  for (int first = 0; first < num_threads;) {
-    const std::string where = whereabouts(machine.threads[first]);
-    int last = first;
-    while (last + 1 < num_threads && whereabouts(machine.threads[last + 1]) == where) ++last;
-    list += first == last ? "; thread " + std::to_string(first)
-                          : "; threads " + std::to_string(first) + " to " + std::to_string(last);
-    list += ": " + where;
-    first = last + 1;
-  }
-  return list;
-}
-
-// Runs other threads until this one can continue.
-void wait() {
-  Thread& self = *machine.current;
-  Thread* next = pick();
-  if (next == nullptr) fail("deadlock: nobody can go on" + list_threads());
-  if (next != &self) resume(&self.top, *next);
-}
-
+// Those who wait learn what all who arrived know.
 void complete(int index) {
   Machine& m = machine;
   Barrier& barrier = m.barriers[index];
-  std::array<Time, kMaxWarps> seen{};
+  Knowledge known{};
+  if (barrier.announced != nullptr) known = *barrier.announced;
   for (int w = 0; w < m.num_warps; ++w) {
     if ((barrier.warps >> w & 1) == 0) continue;
-    const Warp& warp = m.warps[w];
+    Warp& warp = m.warps[w];
     if (warp.at_barrier != kAllLanes) {
       fail("divergent barrier: " + whereabouts(*m.current) + ", but not all lanes of warp " +
            std::to_string(w) + " are there" + list_threads());
     }
-    for (int u = 0; u < kMaxWarps; ++u) seen[u] = std::max(seen[u], warp.seen[u]);
+    unite_lanes(warp);
+    learn(known, warp.known);
   }
   for (int w = 0; w < m.num_warps; ++w) {
-    if (barrier.warps >> w & 1) seen[w] = m.clock;
+    if (barrier.warps >> w & 1) known.seen[w] = {m.warps[w].latest, 0, 0};
   }
-  ++m.clock;
   for (int w = 0; w < m.num_warps; ++w) {
     if ((barrier.warps >> w & 1) == 0) continue;
     Warp& warp = m.warps[w];
-    warp.seen = seen, warp.now = m.clock, warp.at_barrier = 0;
+    warp.known = known, warp.at_barrier = 0;
+    advance(warp);
     for (int lane = 0; lane < kWarpSize; ++lane) m.threads[w * kWarpSize + lane].barrier = -1;
     make_runnable(warp);
   }
   barrier = {};
+}
+
+// `arrivals` threads are about to arrive at a named barrier.
+void check_group(const char* what, int index, int num_threads, int arrivals) {
+  const std::string call =
+      std::string(what) + "(" + std::to_string(index) + ", " + std::to_string(num_threads) + ")";
+  if (index < 1 || index >= kMaxBarriers) fail(call + ": no barrier " + std::to_string(index));
+  if (num_threads <= 0 || num_threads % kWarpSize != 0) {
+    fail(call + ": the number of threads must be a multiple of 32");
+  }
+  const Barrier& barrier = machine.barriers[index];
+  if (barrier.arrived != 0 && barrier.expected != num_threads) {
+    fail(call + ", where others wait for " + count_of(barrier.expected, "thread"));
+  }
+  if (barrier.arrived + arrivals > num_threads) {
+    fail(call + ": more arrivals than that, " + count_of(barrier.arrived, "thread") + " arrived before");
+  }
 }
 
 void wait_at_barrier(int index, int num_threads) {
@@ -135,10 +137,6 @@ void wait_at_barrier(int index, int num_threads) {
   if (warp.collective.arrived != 0) {
     fail("divergent barrier: this thread arrives at a barrier, other lanes of its warp do not" +
          list_threads());
-  }
-  if (barrier.arrived != 0 && barrier.expected != num_threads) {
-    fail("sync_group(" + std::to_string(index) + ", " + std::to_string(num_threads) +
-         "), where others wait for " + count_of(barrier.expected, "thread"));
   }
   for (uint32_t others = warp.at_barrier; others != 0; others &= others - 1) {
     const Thread& other = m.threads[self.warp * kWarpSize + std::countr_zero(others)];
@@ -156,11 +154,26 @@ void wait_at_barrier(int index, int num_threads) {
   barrier.expected = num_threads;
   if (++barrier.arrived == num_threads) {
     complete(index);
-    if (draw(kStayOneIn) != 0) return;  // this thread goes on first, or not
+    if (!give_way()) return;  // this thread goes on first, or not
   } else {
     stop_running(warp, self.lane);
   }
   wait();
+}
+
+// When the last thread exits.
+void check_end_of_block() {
+  const Machine& m = machine;
+  for (int i = 1; i < kMaxBarriers; ++i) {
+    if (m.barriers[i].arrived == 0) continue;
+    fail("the kernel ends with " + count_of(m.barriers[i].arrived, "arrival") + " of " +
+         std::to_string(m.barriers[i].expected) + " at barrier " + std::to_string(i) +
+         ", which nobody completes");
+  }
+  if (!m.bulk_copies.empty()) {
+    fail("the kernel ends while a copy_bulk of " + name_thread(m.bulk_copies[0].thread) +
+         " is under way: nobody waited for it");
+  }
 }
 
 void exit_thread() {
@@ -170,9 +183,12 @@ void exit_thread() {
   self.exited = true;
   ++m.num_exited;
   warp.exited |= 1u << self.lane;
-  if (warp.collective.arrived != 0 || warp.at_barrier != 0 || m.barriers[0].arrived != 0) {
+  if (warp.collective.arrived != 0 || warp.at_barrier != 0 || m.barriers[0].arrived != 0 ||
+      m.warpgroups[self.warp / 4].arrived != 0) {
     fail("divergent: this thread exits, while others wait for it" + list_threads());
   }
+  if (registers_in_use) fail("exits while its wgmma are under way: no wait_wgmma since");
+  if (m.num_exited == m.launch->num_threads) check_end_of_block();
   stop_running(warp, self.lane);
   Thread* next = pick();
   if (next != nullptr) resume(&self.top, *next);
@@ -207,19 +223,23 @@ void run_block(int64_t block) {
   m.shared_shadow.start_launch(m.clock, m.num_warps);
   m.shared_shadow.start_block(m.clock);
   for (auto& range : m.global.ranges()) range.shadow.start_block(m.clock);
-  std::fill_n(m.barriers, kMaxBarriers, Barrier{});
+  for (Barrier& barrier : m.barriers) barrier = {};
+  m.mbarriers.clear(), m.bulk_copies.clear();
   for (int w = 0; w < m.num_warps; ++w) {
     Warp& warp = m.warps[w];
     warp.exited = warp.at_barrier = warp.collective.arrived = 0;
-    warp.seen.fill(0);
-    warp.now = m.clock;
+    warp.known = {};
+    warp.now = warp.latest = m.clock;
+    warp.has_fences = false, warp.lanes_that_know_more = 0;
     make_runnable(warp);
   }
+  start_warpgroups();
   for (int i = 0; i < num_threads; ++i) {
     Thread& thread = m.threads[i];
     thread.index = i, thread.warp = i / kWarpSize, thread.lane = i % kWarpSize;
-    thread.barrier = -1, thread.exited = false, thread.num_groups = 0;
-    thread.copies.clear();
+    thread.barrier = thread.mbarrier = -1, thread.exited = thread.knows_more = false, thread.num_groups = 0;
+    thread.now = thread.fenced = 0;
+    thread.copies.clear(), thread.accumulators.clear(), thread.operands.clear();
     thread.top = m.stacks.prepare(i, run_thread);
   }
   m.warp = &m.warps[0];
@@ -294,6 +314,41 @@ void fail(const std::string& what) {
   __builtin_unreachable();
 }
 
+void stop_running(Warp& warp, int lane) {
+  warp.runnable &= ~(1u << lane);
+  if (warp.runnable == 0) machine.runnable_warps &= ~(1u << (&warp - machine.warps));
+}
+
+void run_again(const Thread& thread) {
+  machine.warps[thread.warp].runnable |= 1u << thread.lane;
+  machine.runnable_warps |= 1u << thread.warp;
+}
+
+bool give_way() { return draw(kStayOneIn) == 0; }
+
+void wait() {
+  Thread& self = *machine.current;
+  Thread* next = pick();
+  if (next == nullptr) fail("deadlock: nobody can go on" + list_threads());
+  if (next != &self) resume(&self.top, *next);
+}
+
+// One entry for each run of threads in one place.
+std::string list_threads() {
+  std::string list;
+  const int num_threads = machine.launch->num_threads;
+  for (int first = 0; first < num_threads;) {
+    const std::string where = whereabouts(machine.threads[first]);
+    int last = first;
+    while (last + 1 < num_threads && whereabouts(machine.threads[last + 1]) == where) ++last;
+    list += first == last ? "; thread " + std::to_string(first)
+                          : "; threads " + std::to_string(first) + " to " + std::to_string(last);
+    list += ": " + where;
+    first = last + 1;
+  }
+  return list;
+}
+
 int thread_idx() { return machine.current->index; }
 unsigned block_idx() { return static_cast<unsigned>(machine.block); }
 
@@ -302,7 +357,7 @@ void* shared_memory(size_t bytes, size_t alignment) {
     fail("the kernel lays out " + std::to_string(bytes) + " bytes of shared memory, its launch asked for " +
          std::to_string(machine.launch->shared_bytes));
   }
-  if (alignment > 128) fail("shared memory is aligned to 128 bytes, not to " + std::to_string(alignment));
+  if (alignment > 1024) fail("shared memory is aligned to 1024 bytes, not to " + std::to_string(alignment));
   return machine.shared;
 }
 
@@ -313,11 +368,32 @@ uint32_t shared_offset(const void* address) {
 void sync_block() { wait_at_barrier(0, machine.launch->num_threads); }
 
 void sync_group(int barrier, int num_threads) {
-  if (barrier < 1 || barrier >= kMaxBarriers) fail("sync_group: no barrier " + std::to_string(barrier));
-  if (num_threads <= 0 || num_threads % kWarpSize != 0) {
-    fail("sync_group: the number of threads must be a multiple of 32, got " + std::to_string(num_threads));
-  }
+  check_group("sync_group", barrier, num_threads, 1);
   wait_at_barrier(barrier, num_threads);
+}
+
+void arrive_group(int barrier, int num_threads) {
+  std::pair operands{barrier, num_threads};
+  collective("arrive_group", &operands, [](Warp& warp) {
+    const auto [index, expected] = *static_cast<std::pair<int, int>*>(warp.collective.operands[0]);
+    check_group("arrive_group", index, expected, kWarpSize);
+    Machine& m = machine;
+    Barrier& group = m.barriers[index];
+    if (group.announced == nullptr) group.announced = std::make_unique<Knowledge>();
+    const auto w = static_cast<int>(&warp - m.warps);
+    LaneTimes until, fenced;
+    for (int lane = 0; lane < kWarpSize; ++lane) {
+      Thread& thread = m.threads[w * kWarpSize + lane];
+      learn(*group.announced, knowledge(thread));
+      fenced[lane] = thread.fenced;
+      until[lane] = tick(thread);
+    }
+    group.announced->seen[w] = either(group.announced->seen[w], known_of(until));
+    group.announced->fenced[w] = known_of(fenced);
+    group.expected = expected;
+    group.arrived += kWarpSize;
+    if (group.arrived == expected) complete(index);
+  });
 }
 
 bool arrive(const char* what, void* operands) {
@@ -343,7 +419,10 @@ void release_warp(Warp& warp) {
 }
 
 void sync_warp() {
-  collective("sync_warp", nullptr, [](Warp& warp) { warp.now = ++machine.clock; });
+  collective("sync_warp", nullptr, [](Warp& warp) {
+    unite_lanes(warp);
+    advance(warp);
+  });
 }
 
 Status run(const Launch& launch) {

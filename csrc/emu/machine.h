@@ -14,6 +14,7 @@
 namespace hypenet::emu {
 
 constexpr int kWarpSize = 32;
+constexpr int kWarpgroupSize = 128;
 constexpr int kMaxThreads = 1024;
 
 // ---- the running thread. Its numbers do not change while it runs.
@@ -30,6 +31,17 @@ uint32_t shared_offset(const void* address);
 void sync_block();
 void sync_warp();
 void sync_group(int barrier, int num_threads);
+void arrive_group(int barrier, int num_threads);
+
+// ---- mbarriers: `bar` is one in shared memory
+
+void init_mbarrier(void* bar, int count);
+void fence_mbarrier_init();
+void arrive_mbarrier(void* bar);
+void arrive_expect(void* bar, int bytes);
+void wait_mbarrier(void* bar, int parity);
+void copy_bulk(void* shared, const void* global, int bytes, void* bar);
+void fence_async_proxy();
 
 // ---- collectives of a warp
 
@@ -39,6 +51,24 @@ void ldmatrix_x4(uint32_t (&r)[4], const void* row, bool transposed);
 
 enum class Product { kBFloat16, kFloat16, kTF32 };
 void mma(Product product, float (&d)[4], const uint32_t* a, const uint32_t* b);
+
+// ---- collectives of a warpgroup
+
+struct Wgmma {
+  Product product;
+  int n;
+  bool a_k_major, b_k_major, accumulate;
+  uint64_t a_descriptor, b_descriptor;  // that of A: if it is not in registers
+  float* d;                             // [n / 2]
+  const uint32_t* a;                    // [4], or null
+};
+
+void wgmma(const Wgmma& operands);
+void fence_wgmma();
+void commit_wgmma();
+void wait_wgmma(int pending);
+void check_landed(const float* d);
+void set_max_registers(int registers, bool up);
 
 // ---- memory
 

@@ -36,9 +36,15 @@ Problem Shadow::after_write(const Write& last, const Accessor& by) const {
   if (last.time < launch_start_) return Problem::kNone;
   if (last.time < block_start_) return Problem::kOtherBlockWrote;
   if (last.pending) return Problem::kPending;
-  const int warp = last.thread / kMaxWarps, lane = last.thread % kMaxWarps;
-  const bool ordered = warp == by.warp ? lane == by.lane || last.time < by.now : last.time <= by.seen[warp];
+  const int actor = last.thread / kMaxWarps, lane = last.thread % kMaxWarps;
+  const bool ordered =
+      actor == by.warp ? lane == by.lane || last.time < by.synced : by.seen[actor].covers(last.time, lane);
   return ordered ? Problem::kNone : Problem::kRaceWithWrite;
+}
+
+Finding Shadow::finding(Problem problem, size_t granule) const {
+  const Write& last = writes_[granule];
+  return {problem, granule * kGranule, last.thread / kMaxWarps, last.thread % kMaxWarps, last.time};
 }
 
 Finding Shadow::after_reads(size_t granule, const Accessor& by) {
@@ -47,12 +53,19 @@ Finding Shadow::after_reads(size_t granule, const Accessor& by) {
     const Time time = last / 64;
     const int lane = static_cast<int>(last % 64);
     if (time < launch_start_ || last == 0) continue;
-    if (time < block_start_) return {Problem::kOtherBlockRead, granule * kGranule, warp, lane};
-    const bool ordered = warp == by.warp ? lane == by.lane || time < by.now : time <= by.seen[warp];
-    if (!ordered) return {Problem::kRaceWithRead, granule * kGranule, warp, lane};
+    if (time < block_start_) return {Problem::kOtherBlockRead, granule * kGranule, warp, lane, time};
+    const bool ordered =
+        warp == by.warp ? lane == by.lane || time < by.synced : by.seen[warp].covers(time, lane);
+    if (!ordered) return {Problem::kRaceWithRead, granule * kGranule, warp, lane, time};
+  }
+  for (int group = 0; group < std::ssize(group_reads_); ++group) {
+    const Time time = group_reads_[group][granule];
+    if (time >= launch_start_ && time > by.seen[kFirstWarpgroup + group].all) {
+      return {Problem::kRaceWithRead, granule * kGranule, kFirstWarpgroup + group, 0, time};
+    }
   }
   if (earlier_reads_[granule] >= launch_start_ && earlier_reads_[granule] != 0) {
-    return {Problem::kOtherBlockRead, granule * kGranule, 0, kManyLanes};
+    return {Problem::kOtherBlockRead, granule * kGranule, 0, kManyLanes, 0};
   }
   return {};
 }
@@ -67,18 +80,16 @@ Finding Shadow::read(size_t offset, size_t bytes, const Accessor& by, bool must_
       if (must_be_written && last.time < block_start_) return {Problem::kUnwritten, i * kGranule};
       if (last.time != 0 && (bytes > 1 || last.pending)) {
         const Problem problem = after_write(last, by);
-        if (problem != Problem::kNone) {
-          return {problem, i * kGranule, last.thread / kMaxWarps, last.thread % kMaxWarps};
-        }
+        if (problem != Problem::kNone) return finding(problem, i);
       }
       known = &last;
     }
     if (bytes == 1) continue;
     const Read before = mine[i];
     const Time time = before / 64;
-    if (time == by.now) {
-      if (before % 64 != static_cast<Read>(by.lane)) mine[i] = by.now * 64 + kManyLanes;
-    } else {
+    if (time >= by.synced && before % 64 != static_cast<Read>(by.lane)) {
+      mine[i] = std::max(time, by.now) * 64 + kManyLanes;
+    } else if (time != by.now) {
       if (time >= launch_start_ && time < block_start_) earlier_reads_[i] = time;
       mine[i] = by.now * 64 + static_cast<Read>(by.lane);
     }
@@ -94,9 +105,7 @@ Finding Shadow::write(size_t offset, size_t bytes, const Accessor& by, bool pend
     const Write& last = writes_[i];
     if (check && last.time != 0) {
       const Problem problem = after_write(last, by);
-      if (problem != Problem::kNone) {
-        return {problem, i * kGranule, last.thread / kMaxWarps, last.thread % kMaxWarps};
-      }
+      if (problem != Problem::kNone) return finding(problem, i);
     }
     if (check) {
       const Finding finding = after_reads(i, by);
@@ -105,6 +114,35 @@ Finding Shadow::write(size_t offset, size_t bytes, const Accessor& by, bool pend
     writes_[i] = {by.now, thread, pending};
   }
   return {};
+}
+
+Finding Shadow::read_by_group(size_t offset, size_t bytes, const GroupReader& by) {
+  while (std::ssize(group_reads_) <= by.group) group_reads_.emplace_back(num_granules_);
+  for (size_t i = offset / kGranule; i < (offset + bytes) / kGranule; ++i) {
+    const Write& last = writes_[i];
+    if (last.time < block_start_) return {Problem::kUnwritten, i * kGranule};
+    if (last.pending) return finding(Problem::kPending, i);
+    if (!by.known.seen[last.thread / kMaxWarps].covers(last.time, last.thread % kMaxWarps)) {
+      return finding(Problem::kRaceWithWrite, i);
+    }
+    group_reads_[by.group][i] = by.now;
+  }
+  return unfenced(offset, bytes, by.known.fenced.data());
+}
+
+Finding Shadow::unfenced(size_t offset, size_t bytes, const Known* fenced) const {
+  for (size_t i = offset / kGranule; i < (offset + bytes) / kGranule; ++i) {
+    const Write& last = writes_[i];
+    const int actor = last.thread / kMaxWarps;
+    if (last.time < block_start_ || actor >= kMaxWarps) continue;
+    if (!fenced[actor].covers(last.time, last.thread % kMaxWarps)) return finding(Problem::kNotFenced, i);
+  }
+  return {};
+}
+
+void Shadow::land_bulk(size_t offset, size_t bytes, int actor, Time now) {
+  const auto thread = static_cast<uint16_t>(actor * kMaxWarps);
+  for (size_t i = offset / kGranule; i < (offset + bytes) / kGranule; ++i) writes_[i] = {now, thread, 0};
 }
 
 void GlobalMemory::set(std::vector<Tensor> tensors) {

@@ -1,10 +1,8 @@
 // The machine's records of every byte that kernels may access: who wrote it when, who read it when, which
 // asynchronous copy is still writing it, and to which tensor it belongs.
 //
-// Time. The clock advances at every synchronisation. Only whole warps synchronise, so a warp has one `now`,
-// the time of its last synchronisation, and `seen[u]`, the time up to which everything that warp u did
-// happened before. An access by warp u at time e happened before one by warp w iff e <= w.seen[u]; for u = w,
-// iff e < w.now or the lane is the same.
+// An access by warp u at time e happened before one by a thread of warp w iff the thread's knowledge of u covers e; for
+// u = w, iff the warp has synchronised since (e < w.now) or the lane is the same. knowledge.h says what time is.
 #pragma once
 
 #include <cstddef>
@@ -14,38 +12,47 @@
 #include <string>
 #include <vector>
 
+#include "knowledge.h"
+
 namespace hypenet::emu {
 
-constexpr int kMaxWarps = 32;
 // Bytes per record. Accesses to single bytes are not checked for races.
 constexpr size_t kGranule = 2;
 
-using Time = uint32_t;
 constexpr Time kLastTime = (1u << 26) - 1;  // then the shadows forget, and time starts anew
 
 // The thread that makes an access.
 struct Accessor {
-  Time now;
-  const Time* seen;  // [kMaxWarps]
+  Time now;           // the lane's
+  Time synced;        // the warp's
+  const Known* seen;  // [kMaxActors]
   int warp, lane;
+};
+
+// A warpgroup whose wgmma reads through the async proxy.
+struct GroupReader {
+  int group;
+  Time now;
+  Knowledge known;  // to all its threads
 };
 
 enum class Problem {
   kNone,
-  kUnwritten,        // read of what nobody wrote
-  kPending,          // an asynchronous copy still writes it
-  kRaceWithWrite,    // not ordered after another thread's write
-  kRaceWithRead,     // a write that is not ordered after another thread's read
+  kUnwritten,      // read of what nobody wrote
+  kPending,        // an asynchronous copy still writes it
+  kRaceWithWrite,  // not ordered after another thread's write
+  kRaceWithRead,   // a write that is not ordered after another thread's read
+  kNotFenced,  // written through the generic proxy, without a fence, before an access through the async proxy
   kOtherBlockWrote,  // global memory, in the same launch
   kOtherBlockRead,
 };
 
 struct Finding {
   Problem problem = Problem::kNone;
-  size_t offset = 0;       // of the granule
-  int warp = 0, lane = 0;  // of the other thread; kManyLanes = several of the warp
+  size_t offset = 0;        // of the granule
+  int actor = 0, lane = 0;  // of the other thread
+  Time time = 0;
 };
-constexpr int kManyLanes = 32;
 
 // Zeroed memory, committed on first use.
 template <class T>
@@ -82,11 +89,17 @@ class Shadow {
   Finding read(size_t offset, size_t bytes, const Accessor& by, bool must_be_written);
   // `pending`: an asynchronous copy starts to write. `lands`: it has completed.
   Finding write(size_t offset, size_t bytes, const Accessor& by, bool pending, bool lands);
+  // The same by wgmma.
+  Finding read_by_group(size_t offset, size_t bytes, const GroupReader& by);
+  // The first byte that the generic proxy wrote and whose writer, for all that `fenced` knows, called no fence since.
+  Finding unfenced(size_t offset, size_t bytes, const Known* fenced) const;
+  // A copy of copy_bulk has landed, at time `now` of its mbarrier.
+  void land_bulk(size_t offset, size_t bytes, int actor, Time now);
 
  private:
   struct Write {
     Time time;
-    uint16_t thread;
+    uint16_t thread;  // actor * 32 + lane
     uint16_t pending;
     bool operator==(const Write&) const = default;
   };
@@ -94,12 +107,14 @@ class Shadow {
 
   Problem after_write(const Write& last, const Accessor& by) const;
   Finding after_reads(size_t granule, const Accessor& by);
+  Finding finding(Problem problem, size_t granule) const;  // about the last write
 
   size_t num_granules_;
   Time launch_start_ = 0, block_start_ = 0;
   Zeroed<Write> writes_;
-  std::vector<Zeroed<Read>> reads_;  // by each warp of the running block, or of one before it
-  Zeroed<Time> earlier_reads_;       // by blocks before it
+  std::vector<Zeroed<Read>> reads_;        // by each warp of the running block, or of one before it
+  std::vector<Zeroed<Time>> group_reads_;  // by the wgmma of each warpgroup, if there are any
+  Zeroed<Time> earlier_reads_;             // by blocks before it
 };
 
 // A tensor that a kernel may access.

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -24,13 +25,32 @@ struct AsyncCopy {
   bool valid;
 };
 
+// Registers of a thread that wgmma of group `group` use.
+struct Accumulator {
+  float* d;
+  std::vector<float> result;  // what d becomes when the group has ended
+  int64_t group;
+};
+struct RegisterOperand {
+  const uint32_t* a;
+  std::array<uint32_t, 4> value;
+  int64_t group;
+};
+
 struct Thread {
   void* top = nullptr;  // of its stack, while another runs
   int index = 0, warp = 0, lane = 0;
-  int barrier = -1;  // at which it waits
+  int barrier = -1;   // at which it waits
+  int mbarrier = -1;  // likewise
   bool exited = false;
   int64_t num_groups = 0;         // of asynchronous copies that it closed
   std::vector<AsyncCopy> copies;  // that have not landed
+  Time now = 0;                   // where it is ahead of its warp
+  Time fenced = 0;                // by fence_async_proxy, up to then
+  bool knows_more = false;        // than its warp, because it waited at an mbarrier
+  std::unique_ptr<Knowledge> known;
+  std::vector<Accumulator> accumulators;
+  std::vector<RegisterOperand> operands;
 };
 
 // The state of a warp's collectives.
@@ -44,13 +64,66 @@ struct Warp {
   uint32_t runnable = 0, exited = 0, at_barrier = 0;
   uint32_t order = 0;  // lanes are tried from this one on
   Collective collective;
-  Time now = 0;
-  std::array<Time, kMaxWarps> seen{};
+  Time now = 0, latest = 0;  // at its last synchronisation, and of the lane that is furthest ahead
+  bool has_fences = false;   // of any lane
+  uint32_t lanes_that_know_more = 0;
+  Knowledge known;
 };
 
 struct Barrier {
   int expected = 0, arrived = 0;
+  uint32_t warps = 0;                    // that wait
+  std::unique_ptr<Knowledge> announced;  // by arrive_group
+};
+
+// What arrivals at an mbarrier make known. Lanes arrive one by one, and are kept apart until the phase ends.
+struct Arrivals {
   uint32_t warps = 0;
+  Knowledge known;
+  std::array<LaneTimes, kMaxWarps> until, fenced;
+};
+
+struct MbarrierState {
+  uint32_t offset;  // in shared memory
+  int thread;       // that initialised it
+  bool fenced = false;
+  int count, missing;
+  int64_t missing_bytes = 0;  // announced, and not yet landed
+  int64_t phase = 0;
+  Time start;                // copies of phase p land at time start + p
+  std::vector<int> waiting;  // threads
+  Arrivals arrivals;         // at the current phase
+  Knowledge known;           // by the end of the earlier ones
+};
+
+struct BulkCopy {
+  int mbarrier, thread;
+  uint32_t offset;
+  const void* from;
+  int bytes;
+};
+
+// An operand of wgmma in shared memory.
+struct SharedOperand {
+  const char* name;
+  uint64_t descriptor;
+  int rows;  // m or n
+  bool k_major;
+  std::vector<uint16_t> elements;  // [rows][16] when the wgmma started
+  int64_t group;
+};
+
+struct Warpgroup {
+  const char* what = nullptr;  // the collective by which its threads must agree
+  int arrived = 0;
+  const void* operands[kWarpgroupSize];
+  bool fenced = false;                    // by fence_wgmma, since the last commit
+  int num_open = 0;                       // wgmma since the last commit
+  int64_t num_groups = 0, num_ended = 0;  // of wgmma
+  Time start;                             // group i reads at time start + i
+  std::vector<SharedOperand> shared;      // of wgmma under way
+  int registers = 0;                      // of each thread
+  int wanted_registers = 0;               // for which it waits
 };
 
 // The number of bank conflicts of ldmatrix: two of its eight rows in one group of banks.
@@ -94,6 +167,9 @@ struct Machine {
   Thread threads[kMaxThreads];
   Warp warps[kMaxWarps];
   Barrier barriers[kMaxBarriers];
+  Warpgroup warpgroups[kMaxWarpgroups];
+  std::vector<std::unique_ptr<MbarrierState>> mbarriers;
+  std::vector<BulkCopy> bulk_copies;  // that have not landed
 
   Stacks stacks;
   std::byte* shared = nullptr;
@@ -102,12 +178,17 @@ struct Machine {
   std::vector<Record> records;
   std::mutex mutex;  // one launch at a time
 
-  Accessor accessor() const { return {warp->now, warp->seen.data(), current->warp, current->lane}; }
+  Accessor accessor() const {
+    const Knowledge& known = current->knows_more ? *current->known : warp->known;
+    return {std::max(warp->now, current->now), warp->now, known.seen.data(), current->warp, current->lane};
+  }
 };
 
 extern Machine machine;
 // The running fiber's stack, and nothing while none runs.
 extern uintptr_t stack_bottom;
+// Whether wgmma that use registers of the running thread are under way.
+extern bool registers_in_use;
 constexpr size_t kMaxShared = 256 * 1024;
 
 // Ends the launch with this message about the running thread.
@@ -115,6 +196,33 @@ constexpr size_t kMaxShared = 256 * 1024;
 
 // "thread 37 (warp 1, lane 5)"
 std::string name_thread(int index);
+
+// ---- scheduling
+
+// Runs other threads until the running one can continue.
+void wait();
+void stop_running(Warp& warp, int lane);
+void run_again(const Thread& thread);
+// Whether a thread that need not wait lets others run first; at random.
+bool give_way();
+// "; threads 0 to 63: waiting at sync_block; thread 64: exited"
+std::string list_threads();
+
+// ---- time and knowledge
+
+Time now(const Thread& thread);
+// The thread's next accesses come later than what it does now. Returns the time of the earlier ones.
+Time tick(Thread& thread);
+const Knowledge& knowledge(const Thread& thread);
+void learn(Knowledge& known, const Knowledge& other);
+// The thread learns, and the rest of its warp does not.
+void learn_alone(Thread& thread, const Knowledge& other);
+// What the lanes of a warp know becomes common to them.
+void unite_lanes(Warp& warp);
+// All accesses of a warp so far happened before its later ones.
+void advance(Warp& warp);
+
+// ---- collectives
 
 // The running lane arrives. Returns true at once for the last lane of the warp; false for the others, after
 // release_warp.
@@ -129,7 +237,39 @@ void collective(const char* what, void* operands, const Perform& perform) {
   release_warp(*machine.warp);
 }
 
+// The same for the 128 threads of a warpgroup. `perform` returns whether they continue; if not, it is up to somebody
+// else to call release_warpgroup.
+bool arrive_at_warpgroup(const char* what, const void* operands);
+void release_warpgroup(Warpgroup& group);
+
+template <class Perform>
+void warpgroup_collective(const char* what, const void* operands, const Perform& perform) {
+  if (!arrive_at_warpgroup(what, operands)) return;
+  Warpgroup& group = machine.warpgroups[machine.current->warp / 4];
+  if (perform(group)) return release_warpgroup(group);
+  stop_running(*machine.warp, machine.current->lane);
+  wait();
+}
+
+// One copy of copy_bulk lands, at random.
+void land_bulk_copy();
+// "the mbarrier at shared + 0x10: phase 2, 3 of 4 arrivals, 512 bytes missing"
+std::string describe(const MbarrierState& bar);
+// Sets the warpgroups up for a block.
+void start_warpgroups();
+
 enum class Access { kRead, kWrite };
+
+std::string hex(uint64_t x);
+// "shared + 0x40", "q + 12 bytes"
+std::string place(const void* address);
+// Fails if there is a finding.
+void judge(const Finding& finding, const void* address, size_t bytes, Access access, const void* base,
+           const char* who = "");
+void check_global(const void* pointer, size_t bytes, Access access);
+void check_shared_bounds(size_t offset, size_t bytes, Access access);
+// An access to the running thread's registers, while wgmma use some of them.
+void check_registers(const void* address, size_t bytes, Access access);
 
 // Checks and records an access by the running thread, to any memory.
 void check(const void* address, size_t bytes, Access access);

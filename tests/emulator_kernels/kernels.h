@@ -20,8 +20,8 @@ struct Entry {
   Kernel kernel;
 };
 
-// Defined in bad.cu and good.cu; a nullptr name ends the list.
-extern const Entry kBad[];
-extern const Entry kGood[];
+// Defined in bad.cu, good.cu, and for sm_90a in bad_wgmma.cu, bad_roles.cu, good_sm90.cu; a nullptr name ends the list.
+extern const Entry kBad[], kBadWgmma[], kBadRoles[];
+extern const Entry kGood[], kGoodSm90[];
 
 }  // namespace hypenet::emu_tests
