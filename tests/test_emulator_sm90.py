@@ -35,6 +35,8 @@ BAD = {  # kernel -> pattern of the message
     # groups of wgmma
     "missing_wgmma_fence": "wgmma: no fence_wgmma before the first one of its group",
     "second_group_without_fence": "wgmma: no fence_wgmma before the first one of its group",
+    "accumulator_set_after_the_fence": r"wgmma: thread 0 \(.*\) wrote the registers of D after fence_wgmma",
+    "register_operand_loaded_after_the_fence": r"wgmma: thread 0 \(.*\) wrote the registers of A after fence_wgmma",
     "missing_wgmma_commit": "wait_wgmma: 1 wgmma are in no group: no commit_wgmma since",
     "missing_wgmma_wait": f"reads {UNDER_WAY}",
     "wait_for_too_few_groups": "wait_wgmma: waits for too few groups, that of this accumulator is under way",
@@ -42,6 +44,7 @@ BAD = {  # kernel -> pattern of the message
     "accumulator_written_early": f"writes {UNDER_WAY}",
     "accumulator_in_two_shapes": "wgmma: its accumulator overlaps one of another shape, which is under way",
     "register_operand_overwritten_early": "writes the registers of A, which a wgmma under way reads: no wait_wgmma",
+    "register_operand_reloaded_early": "writes the registers of A, which a wgmma under way reads: no wait_wgmma",
     "shared_operand_stored_early": f"thread 70 .*: writes 2 bytes at shared .*: {STILL_READ}",
     "shared_operand_copied_over_early": f"thread 70 .*: writes 16 bytes at shared .*: {STILL_READ}",
     "shared_operand_bulk_copied_over_early": f"thread 70 .*: writes 64 bytes at shared .*: ({STILL_READ}|written by)",
@@ -168,6 +171,13 @@ def test_pipeline(kind, n, seed):  # noqa: F811
     assert_is_product(c, a.transpose(0, 1).reshape(128, n * 64), b.transpose(1, 2).reshape(n * 64, 64))
 
 
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_chain_of_two_products(n, seed):  # noqa: F811
+    abv, c = torch.randint(-2, 3, (n, 3, 64, 64)), torch.full((64, 64), torch.nan)  # integers up to 256: exact in bf16
+    run("chain", a=abv.bfloat16(), c=c, n=n, num_blocks=1)
+    assert c.equal((abv[:, 0] @ abv[:, 1].mT @ abv[:, 2]).sum(0).float())
+
+
 @pytest.mark.parametrize("name", ["named_barriers", "elected_lanes"])
 def test_roles(name, seed):  # noqa: F811
     x, c = torch.randn(7, 64), torch.zeros(7, 64)
@@ -194,4 +204,4 @@ def test_compiles_without_spills_and_without_serialised_wgmma(tmp_path):
         multiplies = {name: "HGMMA" in code for name, code in zip(functions[::2], functions[1::2], strict=True)}
         assert 3 * len(multiplies) == len(local_memory)
         for name, found in multiplies.items():
-            assert found == any(part in name for part in ("wgmma", "groups", "pipeline")), name
+            assert found == any(part in name for part in ("wgmma", "groups", "pipeline", "chain")), name

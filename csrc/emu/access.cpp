@@ -108,7 +108,7 @@ void land(const AsyncCopy& copy) {
 // Whether `address` is on the running thread's stack, where its registers are.
 inline bool is_own_register(const void* address, size_t bytes, Access access) {
   if (reinterpret_cast<uintptr_t>(address) - stack_bottom >= Stacks::kBytes) return false;
-  if (registers_in_use) check_registers(address, bytes, access);
+  if (registers_watched) check_registers(address, bytes, access);
   return true;
 }
 

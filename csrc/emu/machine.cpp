@@ -14,7 +14,7 @@ namespace hypenet::emu {
 
 Machine machine;
 uintptr_t stack_bottom = 0;
-bool registers_in_use = false;
+bool registers_watched = false;
 
 namespace {
 
@@ -27,7 +27,7 @@ void resume(void** from, Thread& next) {
   machine.current = &next;
   machine.warp = &machine.warps[next.warp];
   stack_bottom = reinterpret_cast<uintptr_t>(machine.stacks.bottom(next.index));
-  registers_in_use = !next.accumulators.empty() || !next.operands.empty();
+  watch_registers(next);
   hypenet_emu_switch(from, next.top);
 }
 
@@ -187,7 +187,7 @@ void exit_thread() {
       m.warpgroups[self.warp / 4].arrived != 0) {
     fail("divergent: this thread exits, while others wait for it" + list_threads());
   }
-  if (registers_in_use) fail("exits while its wgmma are under way: no wait_wgmma since");
+  if (!self.accumulators.empty()) fail("exits while its wgmma are under way: no wait_wgmma since");
   if (m.num_exited == m.launch->num_threads) check_end_of_block();
   stop_running(warp, self.lane);
   Thread* next = pick();
@@ -239,7 +239,7 @@ void run_block(int64_t block) {
     thread.index = i, thread.warp = i / kWarpSize, thread.lane = i % kWarpSize;
     thread.barrier = thread.mbarrier = -1, thread.exited = thread.knows_more = false, thread.num_groups = 0;
     thread.now = thread.fenced = 0;
-    thread.copies.clear(), thread.accumulators.clear(), thread.operands.clear();
+    thread.copies.clear(), thread.accumulators.clear(), thread.operands.clear(), thread.written.clear();
     thread.top = m.stacks.prepare(i, run_thread);
   }
   m.warp = &m.warps[0];

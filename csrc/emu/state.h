@@ -51,6 +51,7 @@ struct Thread {
   std::unique_ptr<Knowledge> known;
   std::vector<Accumulator> accumulators;
   std::vector<RegisterOperand> operands;
+  std::vector<std::pair<const void*, size_t>> written;  // registers, since fence_wgmma
 };
 
 // The state of a warp's collectives.
@@ -187,8 +188,8 @@ struct Machine {
 extern Machine machine;
 // The running fiber's stack, and nothing while none runs.
 extern uintptr_t stack_bottom;
-// Whether wgmma that use registers of the running thread are under way.
-extern bool registers_in_use;
+// Whether accesses to registers of the running thread are checked: wgmma use some, or will after fence_wgmma.
+extern bool registers_watched;
 constexpr size_t kMaxShared = 256 * 1024;
 
 // Ends the launch with this message about the running thread.
@@ -257,6 +258,9 @@ void land_bulk_copy();
 std::string describe(const MbarrierState& bar);
 // Sets the warpgroups up for a block.
 void start_warpgroups();
+inline void watch_registers(const Thread& thread) {
+  registers_watched = !thread.accumulators.empty() || machine.warpgroups[thread.warp / 4].fenced;
+}
 
 enum class Access { kRead, kWrite };
 
@@ -268,7 +272,7 @@ void judge(const Finding& finding, const void* address, size_t bytes, Access acc
            const char* who = "");
 void check_global(const void* pointer, size_t bytes, Access access);
 void check_shared_bounds(size_t offset, size_t bytes, Access access);
-// An access to the running thread's registers, while wgmma use some of them.
+// An access to the running thread's registers, while they are watched.
 void check_registers(const void* address, size_t bytes, Access access);
 
 // Checks and records an access by the running thread, to any memory.

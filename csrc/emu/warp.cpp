@@ -150,11 +150,13 @@ void ldmatrix_x4(uint32_t (&r)[4], const void* row, bool transposed) {
          ", not a multiple of 16");
   }
   check_shared(offset, 16, Access::kRead);
+  if (registers_watched) check_registers(r, sizeof r, Access::kWrite);
   collective(what, &operands, transposed ? load_matrices<true> : load_matrices<false>);
 }
 
 void mma(Product product, float (&d)[4], const uint32_t* a, const uint32_t* b) {
   Fragments operands{&d, a, b};
+  if (registers_watched) check_registers(d, sizeof d, Access::kWrite);
   switch (product) {
     case Product::kBFloat16:
       return collective("mma_16x8x16<bf16>", &operands, multiply_16x8x16<bf16>);

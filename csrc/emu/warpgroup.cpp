@@ -131,6 +131,14 @@ bool overlap(const void* a, size_t a_bytes, const void* b, size_t b_bytes) {
   return x < y + b_bytes && y < x + a_bytes;
 }
 
+// Registers that wgmma use must have been written before fence_wgmma.
+void check_fenced(const Thread& thread, const char* name, const void* registers, size_t bytes) {
+  for (const auto& [address, size] : thread.written) {
+    if (!overlap(address, size, registers, bytes)) continue;
+    fail("wgmma: " + name_thread(thread.index) + " wrote the registers of " + name + " after fence_wgmma");
+  }
+}
+
 // The accumulator of a thread, whose result a wgmma adds to: that of an earlier one under way, or a new one.
 Accumulator& accumulator(Thread& thread, const Wgmma& x, int64_t group) {
   const auto count = static_cast<size_t>(x.n / 2);
@@ -147,6 +155,7 @@ Accumulator& accumulator(Thread& thread, const Wgmma& x, int64_t group) {
       fail("wgmma: its accumulator overlaps one of another shape, which is under way");
     }
   }
+  check_fenced(thread, "D", x.d, count * sizeof(float));
   thread.accumulators.push_back({x.d, std::vector<float>(x.d, x.d + count), group});
   std::fill_n(x.d, count, std::bit_cast<float>(kUnderWay));
   return thread.accumulators.back();
@@ -257,7 +266,10 @@ bool start(Warpgroup& group) {
   for (int t = 0; t < kWarpgroupSize; ++t) {
     Thread& thread = thread_of(group, t);
     const Wgmma& own = operands<Wgmma>(group, t);
-    if (own.a != nullptr) thread.operands.push_back({own.a, {own.a[0], own.a[1], own.a[2], own.a[3]}, index});
+    if (own.a != nullptr) {
+      check_fenced(thread, "A", own.a, sizeof(uint32_t[4]));
+      thread.operands.push_back({own.a, {own.a[0], own.a[1], own.a[2], own.a[3]}, index});
+    }
     results.push_back(&accumulator(thread, own, index).result);
     if (x.accumulate) for_each_result(t, [&](int i, float& sum) { sum = (*results[t])[i]; });
   }
@@ -266,7 +278,6 @@ bool start(Warpgroup& group) {
     for_each_result(t, [&](int i, const float& sum) { (*results[t])[i] = sum; });
   }
   ++group.num_open;
-  registers_in_use = true;
   return true;
 }
 
@@ -286,7 +297,6 @@ bool end_groups(Warpgroup& group) {
   }
   std::erase_if(group.shared, [&](const auto& x) { return x.group < group.num_ended; });
   const Known ended{group.start + static_cast<Time>(group.num_ended) - 1, 0, 0};
-  machine.clock = std::max(machine.clock, ended.all + 1);
   const int actor = kFirstWarpgroup + index_of(group);
   for (int t = 0; t < kWarpgroupSize; ++t) {
     Thread& thread = thread_of(group, t);
@@ -294,7 +304,7 @@ bool end_groups(Warpgroup& group) {
     machine.warps[thread.warp].known.seen[actor] = ended;
     if (thread.knows_more) thread.known->seen[actor] = ended;
   }
-  registers_in_use = !machine.current->accumulators.empty();
+  watch_registers(*machine.current);
   return true;
 }
 
@@ -346,7 +356,7 @@ void start_warpgroups() {
   const int each = std::min(kRegistersOfSM / machine.launch->num_threads / 8 * 8, 256);
   for (Warpgroup& group : machine.warpgroups) {
     group = {};
-    group.start = ++machine.clock;
+    group.start = machine.clock;
     group.registers = each;
   }
 }
@@ -380,7 +390,7 @@ void release_warpgroup(Warpgroup& group) {
 }
 
 void check_registers(const void* address, size_t bytes, Access access) {
-  const Thread& self = *machine.current;
+  Thread& self = *machine.current;
   for (const Accumulator& x : self.accumulators) {
     if (!overlap(address, bytes, x.d, x.result.size() * sizeof(float))) continue;
     fail(std::string(access == Access::kRead ? "reads" : "writes") +
@@ -390,6 +400,8 @@ void check_registers(const void* address, size_t bytes, Access access) {
     if (access == Access::kRead || !overlap(address, bytes, x.a, sizeof x.value)) continue;
     fail("writes the registers of A, which a wgmma under way reads: no wait_wgmma since");
   }
+  if (access == Access::kWrite && machine.warpgroups[self.warp / 4].fenced)
+    self.written.emplace_back(address, bytes);
 }
 
 void wgmma(const Wgmma& operands) {
@@ -400,13 +412,18 @@ void wgmma(const Wgmma& operands) {
 }
 
 void fence_wgmma() {
-  warpgroup_collective("fence_wgmma", nullptr, [](Warpgroup& group) { return group.fenced = true; });
+  warpgroup_collective("fence_wgmma", nullptr, [](Warpgroup& group) {
+    for (int t = 0; t < kWarpgroupSize; ++t) thread_of(group, t).written.clear();
+    return group.fenced = registers_watched = true;
+  });
 }
 
 void commit_wgmma() {
   warpgroup_collective("commit_wgmma", nullptr, [](Warpgroup& group) {
     ++group.num_groups;
     group.num_open = 0, group.fenced = false;
+    machine.clock = std::max(machine.clock, group.start + static_cast<Time>(group.num_groups));
+    watch_registers(*machine.current);
     return true;
   });
 }

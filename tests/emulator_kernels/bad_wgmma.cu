@@ -108,6 +108,30 @@ __device__ void second_group_without_fence(const Operands&) {
   arch::wait_wgmma<0>(d);
 }
 
+__device__ void accumulator_set_after_the_fence(const Operands&) {
+  auto& smem = filled();
+  float d[32];
+  arch::fence_wgmma(d);
+  for (float& x : d) x = 1.0f;
+  arch::wgmma<bf16>(d, describe(smem.a.data), describe(smem.b.data));
+  arch::commit_wgmma();
+  arch::wait_wgmma<0>(d);
+}
+
+// The operand of the second k-step is loaded while the first one is under way.
+__device__ void register_operand_loaded_after_the_fence(const Operands&) {
+  auto& smem = filled();
+  float d[32];
+  uint32_t a[2][4];
+  load_a(a[0], smem.a, warp_idx() * 16, 0);
+  arch::fence_wgmma(d);
+  arch::wgmma<bf16>(d, a[0], describe(smem.b.data), false);
+  load_a(a[1], smem.a, warp_idx() * 16, 16);
+  arch::wgmma<bf16>(d, a[1], describe(smem.b.data + 16));
+  arch::commit_wgmma();
+  arch::wait_wgmma<0>(d);
+}
+
 __device__ void missing_wgmma_commit(const Operands&) {
   auto& smem = filled();
   float d[32];
@@ -167,6 +191,19 @@ __device__ void register_operand_overwritten_early(const Operands&) {
   arch::wgmma<bf16>(d, a, describe(smem.b.data), false);
   arch::commit_wgmma();
   a[2] = static_cast<uint32_t>(arch::thread_idx());
+  arch::wait_wgmma<0>(d);
+}
+
+__device__ void register_operand_reloaded_early(const Operands&) {
+  auto& smem = filled();
+  float d[32];
+  uint32_t a[4];
+  for (int k = 0; k < 32; k += 16) {
+    load_a(a, smem.a, warp_idx() * 16, k);
+    arch::fence_wgmma(d);
+    arch::wgmma<bf16>(d, a, describe(smem.b.data + k), k > 0);
+    arch::commit_wgmma();
+  }
   arch::wait_wgmma<0>(d);
 }
 
@@ -316,6 +353,8 @@ const Entry kBadWgmma[] = {
     BAD(unwritten_operand),
     BAD(missing_wgmma_fence),
     BAD(second_group_without_fence),
+    BAD(accumulator_set_after_the_fence),
+    BAD(register_operand_loaded_after_the_fence),
     BAD(missing_wgmma_commit),
     BAD(missing_wgmma_wait),
     BAD(wait_for_too_few_groups),
@@ -323,6 +362,7 @@ const Entry kBadWgmma[] = {
     BAD(accumulator_written_early),
     BAD(accumulator_in_two_shapes),
     BAD(register_operand_overwritten_early),
+    BAD(register_operand_reloaded_early),
     BAD(shared_operand_stored_early),
     BAD(shared_operand_copied_over_early),
     BAD(shared_operand_bulk_copied_over_early),

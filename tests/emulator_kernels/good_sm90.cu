@@ -236,6 +236,92 @@ Status bulk_pipeline(const Operands& p, Stream stream) {
   return launch(KERNEL(bulk_pipeline_kernel), p.num_blocks, 288, sizeof(PipelineSmem), stream, p);
 }
 
+// ---- C [64, 64] = the sum of (A B^T) V over n stages, the products in brackets rounded to bf16. Warpgroup 0 multiplies
+// the first two and stores P to shared memory, 1 multiplies by V, 2 copies. A, B, V [64, 64] of a stage are adjacent.
+
+struct ChainSmem {
+  struct Stage {
+    alignas(1024) Panel<bf16, 64> a, b, v;
+  } stages[2];
+  alignas(1024) Panel<bf16, 64> p;
+  Mbarrier full[2], empty[2], p_full, p_empty;
+};
+
+__device__ __forceinline__ void copy_stages(const Operands& p, ChainSmem& smem) {
+  for (int i = 0; i < p.n; ++i) {
+    auto& stage = smem.stages[i % 2];
+    const auto* from = static_cast<const bf16*>(p.a) + int64_t{i} * 3 * 64 * 64;
+    arch::wait(smem.empty[i % 2], i / 2 % 2 ^ 1);
+    copy_panel(stage.a, from, 64, 64, 64);
+    copy_panel(stage.b, from + 64 * 64, 64, 64, 64);
+    copy_panel(stage.v, from + 2 * 64 * 64, 64, 64, 64);
+    arch::commit_copies();
+    arch::wait_copies<0>();
+    arch::fence_async_proxy();
+    arch::arrive(smem.full[i % 2]);
+  }
+}
+
+__device__ __forceinline__ void form_p(const Operands& p, ChainSmem& smem) {
+  for (int i = 0; i < p.n; ++i) {
+    auto& stage = smem.stages[i % 2];
+    float d[32];
+    arch::wait(smem.full[i % 2], i / 2 % 2);
+    arch::fence_wgmma(d);
+    multiply(d, stage.a, stage.b, false);
+    arch::commit_wgmma();
+    arch::wait_wgmma<0>(d);
+    if (arch::thread_idx() == 0) arch::arrive(smem.empty[i % 2]);
+    arch::wait(smem.p_empty, i % 2 ^ 1);
+#pragma unroll
+    for (int n = 0; n < 64; n += 8) {
+      store_d(smem.p, warp_idx() * 16, n, reinterpret_cast<const float (&)[4]>(d[n / 2]));
+    }
+    arch::fence_async_proxy();
+    arch::arrive(smem.p_full);
+  }
+}
+
+__device__ __forceinline__ void multiply_by_v(const Operands& p, ChainSmem& smem) {
+  float d[32];
+  for (int i = 0; i < p.n; ++i) {
+    auto& stage = smem.stages[i % 2];
+    arch::wait(smem.full[i % 2], i / 2 % 2);
+    arch::wait(smem.p_full, i % 2);
+    arch::fence_wgmma(d);
+#pragma unroll
+    for (int k = 0; k < kK; k += 16) {
+      arch::wgmma<bf16, Major::kK, Major::kMN>(d, arch::matrix_descriptor(smem.p.data + k, kPattern),
+                                               arch::matrix_descriptor(stage.v.data + k * 64, kPattern),
+                                               i > 0 || k > 0);
+    }
+    arch::commit_wgmma();
+    arch::wait_wgmma<0>(d);
+    if (arch::thread_idx() == 128) {
+      arch::arrive(smem.empty[i % 2]);
+      arch::arrive(smem.p_empty);
+    }
+  }
+  store_result(static_cast<float*>(p.c), d);
+}
+
+__global__ void __launch_bounds__(384, 1) chain_kernel(const __grid_constant__ Operands p) {
+  auto& smem = arch::shared_memory<ChainSmem>();
+  if (arch::thread_idx() == 0) {
+    for (int i = 0; i < 2; ++i) arch::init_mbarrier(smem.full[i], 128), arch::init_mbarrier(smem.empty[i], 2);
+    arch::init_mbarrier(smem.p_full, 128), arch::init_mbarrier(smem.p_empty, 1);
+    arch::fence_mbarrier_init();
+  }
+  arch::sync_block();
+  if (arch::thread_idx() < 128) return form_p(p, smem);
+  if (arch::thread_idx() < 256) return multiply_by_v(p, smem);
+  copy_stages(p, smem);
+}
+
+Status chain(const Operands& p, Stream stream) {
+  return launch(KERNEL(chain_kernel), p.num_blocks, 384, sizeof(ChainSmem), stream, p);
+}
+
 // ---- c [n, 64] = 2 a, each row reversed, through two slots. One half of the threads fills, the other reads; they
 // signal by named barriers, and nobody waits for its own signal.
 
@@ -328,6 +414,7 @@ const Entry kGoodSm90[] = {
     {"two_groups", two_groups},
     {"async_pipeline", async_pipeline},
     {"bulk_pipeline", bulk_pipeline},
+    {"chain", chain},
     {"named_barriers", named_barriers},
     {"elected_lanes", elected_lanes},
     {nullptr, nullptr},

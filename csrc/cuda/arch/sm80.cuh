@@ -46,7 +46,8 @@ constexpr size_t kMaxSharedBytes = 163 * 1024;
 // The block's dynamic shared memory, as the plain struct that describes it.
 template <class Smem>
 __device__ __forceinline__ Smem& shared_memory() {
-  extern __shared__ __align__(128) unsigned char bytes[];
+  static_assert(alignof(Smem) <= 1024);
+  extern __shared__ __align__(1024) unsigned char bytes[];
   return *reinterpret_cast<Smem*>(bytes);
 }
 
