@@ -28,7 +28,8 @@ using LaneTimes = std::array<Time, 32>;
 constexpr int kManyLanes = 32;  // instead of a lane: several of the warp
 
 // Knowledge of one actor: of all its lanes up to time `all`, and of those in `lanes` up to `some`. Lanes that do the
-// same are at the same time, so two times are enough; where they are not, less is known than could be.
+// same are at the same time, so two times are enough. Of lanes at a third time less is known than could be: a race may be
+// reported where there is none, which a sync_warp before the arrival cures.
 struct Known {
   Time all = 0, some = 0;
   uint32_t lanes = 0;
@@ -41,8 +42,9 @@ struct Known {
 inline Known known_of(const LaneTimes& times) {
   const auto [least, most] = std::minmax_element(times.begin(), times.end());
   Known known{*least, *most, 0};
-  for (int lane = 0; lane < 32 && *least < *most; ++lane)
+  for (int lane = 0; lane < 32 && *least < *most; ++lane) {
     known.lanes |= uint32_t{times[lane] == *most} << lane;
+  }
   return known;
 }
 

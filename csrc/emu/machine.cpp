@@ -76,8 +76,9 @@ std::string whereabouts(const Thread& thread) {
            std::to_string(barrier.expected) + "), where " + count_of(barrier.arrived, "thread") + " arrived";
   }
   const int wanted = machine.warpgroups[thread.warp / 4].wanted_registers;
-  if (wanted > 0)
+  if (wanted > 0) {
     return "waiting at set_max_registers_up<" + std::to_string(wanted) + ">, for registers of others";
+  }
   if (warp.collective.arrived >> thread.lane & 1) return std::string("waiting at ") + warp.collective.what;
   return "running";
 }
@@ -362,6 +363,7 @@ void* shared_memory(size_t bytes, size_t alignment) {
 }
 
 uint32_t shared_offset(const void* address) {
+  if (!is_shared(address)) fail("not an address in shared memory: " + place(address));
   return static_cast<uint32_t>(static_cast<const std::byte*>(address) - machine.shared);
 }
 

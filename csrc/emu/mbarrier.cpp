@@ -92,8 +92,9 @@ void check_phase(MbarrierState& bar) {
 
 void arrive_with(const char* what, void* bar, int bytes) {
   MbarrierState& state = find(what, bar);
-  if (bytes < 0 || bytes > kMaxArrivals)
+  if (bytes < 0 || bytes > kMaxArrivals) {
     fail(std::string(what) + ": cannot announce " + std::to_string(bytes) + " bytes");
+  }
   if (state.missing == 0) fail(std::string(what) + ": more arrivals than its count at " + describe(state));
   record(state.arrivals, *machine.current);
   state.missing_bytes += bytes;
@@ -114,8 +115,9 @@ std::string describe(const MbarrierState& bar) {
 void init_mbarrier(void* bar, int count) {
   Machine& m = machine;
   const uint32_t offset = check_address("init_mbarrier", bar);
-  if (count < 1 || count > kMaxArrivals)
+  if (count < 1 || count > kMaxArrivals) {
     fail("init_mbarrier: cannot count " + std::to_string(count) + " arrivals");
+  }
   check_shared(offset, sizeof kContents, Access::kWrite);
   for (const auto& other : m.mbarriers) {
     if (other->offset == offset) fail("init_mbarrier: a second time for " + describe(*other));
@@ -162,8 +164,9 @@ void copy_bulk(void* shared, const void* global, int bytes, void* bar) {
   Machine& m = machine;
   MbarrierState& state = find("copy_bulk", bar);
   if (!is_shared(shared)) fail("copy_bulk: the destination is not in shared memory");
-  if (bytes <= 0 || bytes % 16 != 0)
+  if (bytes <= 0 || bytes % 16 != 0) {
     fail("copy_bulk: not a multiple of 16: " + std::to_string(bytes) + " bytes");
+  }
   const uint32_t offset = shared_offset(shared);
   const auto size = static_cast<size_t>(bytes);
   for (const void* address : {static_cast<const void*>(shared), global}) {

@@ -36,8 +36,9 @@ Descriptor decode(const SharedOperand& x) {
   const std::string what = "wgmma: the descriptor " + hex(x.descriptor) + " of " + x.name;
   const auto field = [&](int bit) { return static_cast<uint32_t>(x.descriptor >> bit & 0x3fff) << 4; };
   const Descriptor d{field(0), field(16), field(32)};
-  if (x.descriptor >> 62 != 1)
+  if (x.descriptor >> 62 != 1) {
     fail(what + " has not the swizzle of 128 bytes, the only one that is emulated");
+  }
   if ((x.descriptor & 0x3fffc000c000c000) != 0) fail(what + " has bits set that must be 0");
   if (d.start % kPatternBytes >= kRowBytes) {
     fail(what + ": misaligned, it starts at shared + " + hex(d.start) + ", in row " +
@@ -78,8 +79,9 @@ std::vector<uint16_t> read(const SharedOperand& x, const Descriptor& d) {
   for_each_vector(x, d, [&](uint32_t offset, int row, int k) {
     uint16_t vector[8];
     std::memcpy(vector, machine.shared + offset, sizeof vector);
-    for (int i = 0; i < 8; ++i)
+    for (int i = 0; i < 8; ++i) {
       elements[(row + (x.k_major ? 0 : i)) * kDepth + k + (x.k_major ? i : 0)] = vector[i];
+    }
   });
   return elements;
 }
@@ -331,8 +333,9 @@ bool try_to_grow(Warpgroup& group) {
 bool change_registers(Warpgroup& group) {
   const auto [count, up] = operands<Registers>(group, 0);
   for (int t = 1; t < kWarpgroupSize; ++t) {
-    if (operands<Registers>(group, t).count != count)
+    if (operands<Registers>(group, t).count != count) {
       fail("divergent set_max_registers: to different numbers");
+    }
   }
   const std::string call =
       "set_max_registers_" + std::string(up ? "up<" : "down<") + std::to_string(count) + ">";
@@ -367,8 +370,9 @@ bool arrive_at_warpgroup(const char* what, const void* operands) {
   Warp& warp = *m.warp;
   Warpgroup& group = m.warpgroups[self.warp / 4];
   Collective& c = warp.collective;
-  if (self.warp / 4 * 4 + 4 > m.num_warps)
+  if (self.warp / 4 * 4 + 4 > m.num_warps) {
     fail(std::string(what) + ": needs a warpgroup, 4 warps from a multiple of 4 on");
+  }
   if (warp.exited != 0 || warp.at_barrier != 0 || (c.arrived != 0 && std::strcmp(c.what, what) != 0)) {
     fail("divergent " + std::string(what) + ": the other lanes of its warp are elsewhere" + list_threads());
   }
@@ -400,8 +404,9 @@ void check_registers(const void* address, size_t bytes, Access access) {
     if (access == Access::kRead || !overlap(address, bytes, x.a, sizeof x.value)) continue;
     fail("writes the registers of A, which a wgmma under way reads: no wait_wgmma since");
   }
-  if (access == Access::kWrite && machine.warpgroups[self.warp / 4].fenced)
+  if (access == Access::kWrite && machine.warpgroups[self.warp / 4].fenced) {
     self.written.emplace_back(address, bytes);
+  }
 }
 
 void wgmma(const Wgmma& operands) {

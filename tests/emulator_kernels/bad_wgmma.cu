@@ -266,6 +266,11 @@ __device__ void descriptor_out_of_shared_memory(const Operands&) {
   multiply_by(describe(smem.a.data), arch::matrix_descriptor(smem.b.data, 16 * kPattern));
 }
 
+__device__ void descriptor_of_global_memory(const Operands& p) {
+  auto& smem = filled();
+  multiply_by(describe(smem.a.data), describe(p.a));
+}
+
 __device__ void descriptor_with_the_stride_of_a_row(const Operands&) {
   auto& smem = filled();
   multiply_by(describe(smem.a.data), arch::matrix_descriptor(smem.b.data, 128));
@@ -370,6 +375,7 @@ const Entry kBadWgmma[] = {
     BAD(descriptor_misaligned),
     BAD(descriptor_out_of_its_tile),
     BAD(descriptor_out_of_shared_memory),
+    BAD(descriptor_of_global_memory),
     BAD(descriptor_with_the_stride_of_a_row),
     BAD(descriptor_without_swizzle),
     BAD(descriptor_without_leading_offset),

@@ -286,8 +286,7 @@ __device__ __forceinline__ void multiply_by_v(const Operands& p, ChainSmem& smem
   float d[32];
   for (int i = 0; i < p.n; ++i) {
     auto& stage = smem.stages[i % 2];
-    arch::wait(smem.full[i % 2], i / 2 % 2);
-    arch::wait(smem.p_full, i % 2);
+    arch::wait(smem.p_full, i % 2);  // whoever stored P had waited for the stage
     arch::fence_wgmma(d);
 #pragma unroll
     for (int k = 0; k < kK; k += 16) {
@@ -358,8 +357,9 @@ __global__ void __launch_bounds__(128, 1) elected_lanes_kernel(const __grid_cons
   auto& smem = arch::shared_memory<Slots>();
   const int i = arch::thread_idx() % 64;
   if (arch::thread_idx() == 0) {
-    for (int slot = 0; slot < 2; ++slot)
+    for (int slot = 0; slot < 2; ++slot) {
       arch::init_mbarrier(smem.full[slot], 2), arch::init_mbarrier(smem.empty[slot], 2);
+    }
     arch::fence_mbarrier_init();
   }
   arch::sync_block();
