@@ -82,7 +82,7 @@ inline void store_8_bytes(void* address, uint2 x) {
 
 // ---- asynchronous copies
 
-inline uint32_t shared_address(const void* shared) { return emu::shared_offset(shared); }
+inline uint32_t shared_address(const void* shared) { return emu::shared_address(shared); }
 
 inline void copy_16_async(void* shared, const void* global, bool valid) {
   emu::copy_async(shared, global, 16, valid);

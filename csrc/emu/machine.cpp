@@ -362,9 +362,9 @@ void* shared_memory(size_t bytes, size_t alignment) {
   return machine.shared;
 }
 
-uint32_t shared_offset(const void* address) {
+uint32_t shared_address(const void* address) {
   if (!is_shared(address)) fail("not an address in shared memory: " + place(address));
-  return static_cast<uint32_t>(static_cast<const std::byte*>(address) - machine.shared);
+  return shared_offset(address);
 }
 
 void sync_block() { wait_at_barrier(0, machine.launch->num_threads); }

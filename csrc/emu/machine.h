@@ -24,7 +24,7 @@ constexpr int kMaxThreads = 1024;
 
 // The block's shared memory, if the launch requested `bytes` of it.
 void* shared_memory(size_t bytes, size_t alignment);
-uint32_t shared_offset(const void* address);
+uint32_t shared_address(const void* address);
 
 // ---- barriers
 

@@ -284,6 +284,10 @@ inline bool is_shared(const void* address) {
   return reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(machine.shared) < kMaxShared;
 }
 
+inline uint32_t shared_offset(const void* address) {
+  return static_cast<uint32_t>(static_cast<const std::byte*>(address) - machine.shared);
+}
+
 // A random number below `bound`, from the seeded generator.
 inline uint64_t draw(uint64_t bound) {
   uint64_t& x = machine.random;  // xorshift64
