@@ -28,8 +28,8 @@ using LaneTimes = std::array<Time, 32>;
 constexpr int kManyLanes = 32;  // instead of a lane: several of the warp
 
 // Knowledge of one actor: of all its lanes up to time `all`, and of those in `lanes` up to `some`. Lanes that do the
-// same are at the same time, so two times are enough. Of lanes at a third time less is known than could be: a race may be
-// reported where there is none, which a sync_warp before the arrival cures.
+// same are at the same time, so two times are enough. Of lanes at a third time less is known than could be: a race may
+// be reported where there is none, which a sync_warp before the arrival cures.
 struct Known {
   Time all = 0, some = 0;
   uint32_t lanes = 0;

@@ -1,4 +1,4 @@
-// Kernels with one error each in what warps of different roles share: mbarriers, bulk copies, named barriers, registers.
+// Kernels with one error each in what warps of several roles share: mbarriers, bulk copies, named barriers, registers.
 #include "sm90_parts.cuh"
 
 namespace hypenet::emu_tests {

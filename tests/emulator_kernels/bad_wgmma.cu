@@ -1,4 +1,4 @@
-// Kernels with one error each in their use of wgmma, which their name states. test_emulator_sm90.py checks the messages.
+// Kernels with one error each in their use of wgmma, which their name states. test_emulator_sm90.py has the messages.
 #include "sm90_parts.cuh"
 
 namespace hypenet::emu_tests {

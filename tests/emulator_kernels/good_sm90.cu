@@ -236,8 +236,8 @@ Status bulk_pipeline(const Operands& p, Stream stream) {
   return launch(KERNEL(bulk_pipeline_kernel), p.num_blocks, 288, sizeof(PipelineSmem), stream, p);
 }
 
-// ---- C [64, 64] = the sum of (A B^T) V over n stages, the products in brackets rounded to bf16. Warpgroup 0 multiplies
-// the first two and stores P to shared memory, 1 multiplies by V, 2 copies. A, B, V [64, 64] of a stage are adjacent.
+// ---- C [64, 64] = the sum of P V over n stages, P = A B^T rounded to bf16. Warpgroup 0 forms P and stores it in
+// shared memory, 1 multiplies by V, 2 copies. A, B, V [64, 64] of a stage are adjacent.
 
 struct ChainSmem {
   struct Stage {

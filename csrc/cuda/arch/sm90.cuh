@@ -9,14 +9,14 @@
 // A warpgroup is 4 warps, the first of which is a multiple of 4. Its 128 threads execute fence_wgmma, wgmma,
 // commit_wgmma and wait_wgmma together:
 //
-//   fence_wgmma(d);         // before the first wgmma of a group
+//   fence_wgmma(d);         // before the first wgmma of a group, and after the last write to registers of its A and D
 //   wgmma<bf16>(d, ...);    // any number of them; those on one accumulator are added in order
 //   commit_wgmma();         // closes the group
 //   wait_wgmma<0>(d);       // only now may d be read, and registers and shared memory of the operands be written
 //
 // Fragments of wgmma m64nNk16 in warp w of the warpgroup, lane l: row = 16 w + l / 4, column pair c = 2 (l % 4):
 //   a[4] of A [64, 16]      {(row, c), (row + 8, c), (row, c + 8), (row + 8, c + 8)}, two elements each
-//   d[N / 2] of D [64, N]   d[4 j .. 4 j + 3] = (row, 8 j + c), (row, 8 j + c + 1), (row + 8, 8 j + c), (row + 8, 8 j + c + 1)
+//   d[N / 2] of D [64, N]   d[4 j] to d[4 j + 3]: (row, n), (row, n + 1), (row + 8, n), (row + 8, n + 1), n = 8 j + c
 #pragma once
 
 #include "sm80.cuh"
@@ -115,10 +115,10 @@ enum class Major { kK, kMN };
 
 // An operand in shared memory, in rows of 128 bytes (64 elements) whose 16-byte vectors are swizzled: vector v of row r
 // is stored at v ^ r % 8. Rows come in groups of 8, each 1024 bytes at a multiple of 1024.
-//   K-major    a row is one m (or n). `first` is element (0, k): 0 or a multiple of 16 elements into a row. The groups of
-//              8 rows are `stride_bytes` apart; `leading_bytes` is not used
-//   MN-major   a row is one k, 64 elements of m (or n). The k rows are two groups of 8, `stride_bytes` apart; the next 64
-//              elements of m (or n), if there are more, are `leading_bytes` further on
+//   K-major    a row is one m (or n). `first` is element (0, k), k a multiple of 16 in the row. Groups of 8 rows are
+//              `stride_bytes` apart; `leading_bytes` is not used
+//   MN-major   a row is one k, 64 elements of m (or n). The 16 rows are two groups of 8, `stride_bytes` apart; the next
+//              64 elements of m (or n), if there are more, are `leading_bytes` further on
 __device__ __forceinline__ uint64_t matrix_descriptor(const void* first, int stride_bytes,
                                                       int leading_bytes = 0) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
