@@ -91,6 +91,17 @@ class HypeNetPreTrainedModel(PreTrainedModel):
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
         """Do nothing, as `HypeNetConfig.register_for_auto_class`."""
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does, but refuse tensor parallelism, whose empty plan would divide nothing."""
+        config = kwargs.get("distributed_config")
+        for name in ("tp_plan", "tp_size"):
+            value = kwargs.get(name) or getattr(config, name, None)
+            if value not in (None, 1):
+                rule = "be None (there is no plan for tensor parallelism; shard with FSDP2)"
+                raise ValueError(f"{cls.__name__}: {name} must {rule}, got {value!r}")
+        return super().from_pretrained(*args, **kwargs)
+
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         """Accept the names that transformers and its hub of kernels have, and say that they change nothing."""
         name = attn_implementation

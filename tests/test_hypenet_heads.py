@@ -14,6 +14,7 @@ from transformers import (
     Trainer,
     pipeline,
 )
+from transformers.distributed import DistributedConfig
 
 from hypenet import HypeNetCache, HypeNetForSequenceClassification
 from hypenet import modeling_hypenet as modeling
@@ -109,6 +110,17 @@ def test_token_classification_and_question_answering(folder, tmp_path):
     tagger.save_pretrained(tmp_path)
     again = AutoModelForTokenClassification.from_pretrained(tmp_path)
     assert_close(again(ids).logits, tagger(ids).logits)
+
+
+# ---- several devices
+
+
+@pytest.mark.parametrize("name", ["tp_plan", "tp_size", "distributed_config"])
+def test_tensor_parallelism_is_refused(folder, name):
+    """transformers would load the whole model into every process."""
+    value = {"tp_plan": "auto", "tp_size": 2, "distributed_config": DistributedConfig(tp_size=2, tp_plan="auto")}[name]
+    with pytest.raises(ValueError, match=r"^HypeNetForCausalLM: tp_(plan|size) must be None \(there is no plan"):
+        AutoModelForCausalLM.from_pretrained(folder, **{name: value})
 
 
 # ---- training
