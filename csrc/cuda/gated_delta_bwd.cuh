@@ -71,6 +71,12 @@ __device__ __forceinline__ void multiply(float (&d)[kM][kN][4], LoadA&& load_a, 
   }
 }
 
+// The same with two of its steps in line, so that nothing spills.
+template <class Element, int kDepth, int kN, class LoadA, class LoadB>
+__device__ __forceinline__ void multiply_by_twos(float (&d)[1][kN][4], LoadA&& load_a, LoadB&& load_b) {
+  multiply<Element, kDepth, 2>(d, load_a, load_b);
+}
+
 template <int kM, int kN>
 __device__ __forceinline__ void set_zero(float (&d)[kM][kN][4]) {
 #pragma unroll

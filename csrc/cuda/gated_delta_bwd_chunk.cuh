@@ -24,9 +24,9 @@
 // Mapping: a block owns one (chunk, key head), blocks numbered along x with the head fastest, and goes
 // through the value heads of the group in order, and in each through its column tiles of V: (1) to (5) a
 // tile, (6) to (8) a value head. dQ and dK stay in fp32 registers all the time, X and dA over the tiles of a
-// head. Blocks past the last chunk leave at once. Warp w owns the (w / 4)-th half of the columns of every product, and 16
-// rows, chosen so that warps of the same w % 4 have different ones: of L, X and dA only the blocks [16, 16] on and below
-// the diagonal are processed. Of K = 256 a launch makes half
+// head. Blocks past the last chunk leave at once. Warp w owns the (w / 4)-th of four equal parts of the
+// columns of every product, and 16 rows, chosen so that warps of the same w % 4 have different ones: of L, X
+// and dA only the blocks [16, 16] on and below the diagonal are processed. Of K = 256 a launch makes half
 // of the columns of dq and dk, for which registers and shared memory suffice, and computes what leads there
 // anew; dg is the sum of both (Smem::kPart).
 //
@@ -39,9 +39,9 @@
 //                                       copied; V, high part of B, of E; at the end of a value head dN
 //   stage[2].dB   [C, columns]    8 K   copied as dO. Where the chunk is compensated: (1) to (3) of the tile before
 //                                       low part of its dB, then copied; at the end low part of dN
-//   sums                          3 K   of rows and columns of one value head: a warp's part each
+//   sums                          4 K   of rows and columns of one value head: a warp's part each
 //   gates, place                  1 K
-// 156 KB; K = 64: 108 KB, K = 256: 220 KB. One block of 8 warps per SM of compute capability 8.0, 9.0 or
+// 157 KB; K = 64: 109 KB, K = 256: 221 KB. One block of 16 warps per SM of compute capability 8.0, 9.0 or
 // 10.0: registers allow no second one. gated_delta_bwd_chunk_small.cuh is for blocks that have 99 KB.
 //
 // Pipeline: copies run one tile ahead, those of a stage's v (and dB) only once the low parts there are done
@@ -102,7 +102,7 @@ __device__ __forceinline__ void form_residual(Square& rB, Smem& sm, typename Sme
   const int col = part.column();
   Square rZ;
   set_zero(rZ);
-  multiply<typename Smem::Element, Smem::K, Smem::kSteps>(
+  multiply_by_twos<typename Smem::Element, Smem::K>(
       rZ, [&](auto& a, int m, int k) { load_a(a, sm.k, part.row + m, k); },
       [&](auto& b, int k, int n) { load_b(b, stage.S0, k, col + n); });
   arch::sync_warp();
@@ -150,23 +150,19 @@ __device__ __forceinline__ void form_pseudo_values(Square& rE, const Tile& L, ty
   const int col = part.column();
 #pragma unroll 2
   for (int k = 0; k <= part.row; k += 16) {
-    uint32_t L_high[4], L_low[4];
+    uint32_t L_high[4], L_low[4], b[2][2];
     load_a(L_high, L, part.row, k);
     load_a_transposed(L_low, L, part.row, k);
     if (k == part.row) keep_triangle<true, 2>(L_high), keep_triangle<true, 2>(L_low);
+    load_b(b, stage.v, k, col);
 #pragma unroll
-    for (int n = 0; n < kChunkPart / 8; n += 2) {
-      uint32_t b[2][2];
-      load_b(b, stage.v, k, col + 8 * n);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        arch::mma_16x8x16<Element>(rE[0][n + i], L_low, b[i]);
-        arch::mma_16x8x16<Element>(rE[0][n + i], L_high, b[i]);
-      }
-      load_b(b, low, k, col + 8 * n);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) arch::mma_16x8x16<Element>(rE[0][n + i], L_high, b[i]);
+    for (int n = 0; n < 2; ++n) {
+      arch::mma_16x8x16<Element>(rE[0][n], L_low, b[n]);
+      arch::mma_16x8x16<Element>(rE[0][n], L_high, b[n]);
     }
+    load_b(b, low, k, col);
+#pragma unroll
+    for (int n = 0; n < 2; ++n) arch::mma_16x8x16<Element>(rE[0][n], L_high, b[n]);
   }
   arch::sync_block();
   release_L();
@@ -181,7 +177,7 @@ __device__ __forceinline__ void multiply_by_values(Square& rX, const typename Sm
   arch::sync_warp();
   const Part part;
   if (part.above_diagonal()) return;
-  multiply<typename Smem::Element, kColumns, Smem::kSteps>(
+  multiply_by_twos<typename Smem::Element, kColumns>(
       rX, [&](auto& a, int m, int k) { load_a(a, stage.dO, part.row + m, k); },
       [&](auto& b, int k, int n) { load_b_transposed(b, stage.v, k, part.column() + n); });
 }
@@ -198,30 +194,25 @@ __device__ __forceinline__ void multiply_by_pseudo_values(Square& rX, Square& rd
   const int col = part.column();
 #pragma unroll 2
   for (int k = 0; k < kColumns; k += 16) {
-    uint32_t dO[4], dB[4], dB_rest[4] = {};
+    uint32_t dO[4], dB[4], E[2][2];
     load_a(dO, stage.dO, part.row, k);
     load_a(dB, stage.dB, part.row, k);
-    if (dB_low != nullptr) load_a(dB_rest, *dB_low, part.row, k);
+    load_b_transposed(E, E_low, k, col);
 #pragma unroll
-    for (int n = 0; n < kChunkPart / 8; n += 2) {
-      if (col + 8 * n > part.row) break;
-      uint32_t E[2][2];
-      load_b_transposed(E, E_low, k, col + 8 * n);
+    for (int n = 0; n < 2; ++n) {
+      arch::mma_16x8x16<Element>(rdA[0][n], dB, E[n]);
+      if (dB_low != nullptr) arch::mma_16x8x16<Element>(rX[0][n], dO, E[n]);
+    }
+    load_b_transposed(E, stage.v, k, col);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        arch::mma_16x8x16<Element>(rdA[0][n + i], dB, E[i]);
-        if (dB_low != nullptr) arch::mma_16x8x16<Element>(rX[0][n + i], dO, E[i]);
-      }
-      load_b_transposed(E, stage.v, k, col + 8 * n);
+    for (int n = 0; n < 2; ++n) {
+      arch::mma_16x8x16<Element>(rX[0][n], dO, E[n]);
+      arch::mma_16x8x16<Element>(rdA[0][n], dB, E[n]);
+    }
+    if (dB_low != nullptr) {
+      load_a(dB, *dB_low, part.row, k);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        arch::mma_16x8x16<Element>(rX[0][n + i], dO, E[i]);
-        arch::mma_16x8x16<Element>(rdA[0][n + i], dB, E[i]);
-      }
-      if (dB_low != nullptr) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) arch::mma_16x8x16<Element>(rdA[0][n + i], dB_rest, E[i]);
-      }
+      for (int n = 0; n < 2; ++n) arch::mma_16x8x16<Element>(rdA[0][n], dB, E[n]);
     }
   }
 }
@@ -239,10 +230,10 @@ __device__ __forceinline__ void through_state(Wide<Smem>& total, const From& fro
   Wide<Smem> product;
   set_zero(product);
   const auto load_state = [&](auto& b, int k, int n) { load_b_transposed(b, state, k, first_row + col + n); };
-  multiply<Element, kColumns, Smem::kSteps>(
+  multiply_by_twos<Element, kColumns>(
       product, [&](auto& a, int m, int k) { load_a(a, from, part.row + m, k); }, load_state);
   if (low != nullptr) {
-    multiply<Element, kColumns, Smem::kSteps>(
+    multiply_by_twos<Element, kColumns>(
         product, [&](auto& a, int m, int k) { load_a(a, *low, part.row + m, k); }, load_state);
   }
   arch::sync_warp();
@@ -314,7 +305,7 @@ __device__ __forceinline__ void through_product(Square& gradient, const X& x, Sm
   set_zero(product);
   if (part.above_diagonal()) return;
   if constexpr (Smem::kFirstPart) {
-    multiply<typename Smem::Element, Smem::K, Smem::kSteps>(
+    multiply_by_twos<typename Smem::Element, Smem::K>(
         product, [&](auto& a, int m, int k) { load_a(a, x, part.row + m, k); },
         [&](auto& b, int k, int n) { load_b_transposed(b, sm.k, k, col + n); });
   }
@@ -408,17 +399,17 @@ __device__ __forceinline__ void through_key_head(Smem& sm, const Tile& dN, const
   const Part part;
   const int col = Smem::kFirst + part.template wide_column<Smem>();
   const auto load_k = [&](auto& b, int k, int n) { load_b(b, sm.k, k, col + n); };
-  multiply<Element, kChunk, Smem::kSteps>(
+  multiply_by_twos<Element, kChunk>(
       rdQ, [&](auto& a, int m, int k) { load_a(a, dN, part.row + m, k); }, load_k);
   if (dN_low != nullptr) {
-    multiply<Element, kChunk, Smem::kSteps>(
+    multiply_by_twos<Element, kChunk>(
         rdQ, [&](auto& a, int m, int k) { load_a(a, *dN_low, part.row + m, k); }, load_k);
   }
-  multiply<Element, kChunk, Smem::kSteps>(
+  multiply_by_twos<Element, kChunk>(
       rdK, [&](auto& a, int m, int k) { load_a_transposed(a, dN, part.row + m, k); },
       [&](auto& b, int k, int n) { load_b(b, sm.q, k, col + n); });
   if constexpr (Smem::kDelta) {
-    multiply<Element, kChunk, Smem::kSteps>(
+    multiply_by_twos<Element, kChunk>(
         rdK, [&](auto& a, int m, int k) { load_a(a, dM, part.row + m, k); }, load_k);
   }
 }

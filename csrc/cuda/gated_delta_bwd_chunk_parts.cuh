@@ -6,7 +6,7 @@
 
 namespace hypenet::cuda::gated_delta::bwd::chunk {
 
-constexpr int kRowWarps = 4, kColWarps = 2;
+constexpr int kRowWarps = 4, kColWarps = 4;
 constexpr int kThreads = kRowWarps * kColWarps * arch::kWarpSize;
 constexpr int kColumns = 64;  // of V, per tile
 constexpr int kChunkPart = kChunk / kColWarps;
@@ -66,7 +66,6 @@ struct Smem {
   using Element = Element_;
   static constexpr int K = K_, kPart = kPart_;
   static constexpr bool kDelta = kRule == Rule::kDelta;
-  static constexpr int kSteps = kDelta ? 2 : 4;  // of a product that stand in line; more would spill
   static constexpr int kOut = K < kMostOut ? K : kMostOut, kFirst = kPart * kOut;
   static constexpr bool kFirstPart = kFirst == 0, kLastPart = kFirst + kOut == K;
 
@@ -87,21 +86,24 @@ struct Smem {
 static_assert(sizeof(Smem<arch::bf16, 128, Rule::kDelta>) <= 163 * 1024, "Ampere's shared memory of a block");
 static_assert(sizeof(Smem<arch::bf16, 256, Rule::kDelta>) <= 227 * 1024, "Hopper's");
 
-// Block row of every warp. Warps w and w + 4 share a quarter of the SM, and columns go by w / 4: of a triangle of
-// blocks [16, 16] no quarter has more than three.
-__device__ constexpr int block_row(int warp) { return warp < kRowWarps ? warp : 2 * kRowWarps - 1 - warp; }
+// Block row of every warp, two bits each: that of warp w is 3 (w % 4) + 2 (w / 4) in the field of four
+// elements. Warps w, w + 4, w + 8, w + 12 share a quarter of the SM, and columns go by w / 4: of a
+// triangle of blocks no quarter has more than three.
+constexpr uint32_t kBlockRows = 0xc963369c;
+__device__ constexpr int block_row(int warp) { return kBlockRows >> 2 * warp & 3; }
 
 __device__ constexpr bool balanced() {
+  unsigned blocks = 0;  // that have a warp
   for (int quarter = 0; quarter < 4; ++quarter) {
     int rows = 0, in_triangle = 0;
-    for (int part = 0; part < kColWarps; ++part) {
-      const int row = block_row(quarter + 4 * part);
-      rows += row;
-      for (int col = 0; col < kChunkPart / 16; ++col) in_triangle += row >= part * kChunkPart / 16 + col;
+    for (int col = 0; col < kColWarps; ++col) {
+      const int row = block_row(quarter + 4 * col);
+      rows += row, in_triangle += row >= col;
+      blocks |= 1u << (kColWarps * row + col);
     }
-    if (rows != 0 + 3 || in_triangle > 3) return false;
+    if (rows != 0 + 1 + 2 + 3 || in_triangle > 3) return false;
   }
-  return true;
+  return blocks == 0xffff;
 }
 static_assert(balanced());
 

@@ -8,13 +8,14 @@
 //   low           [C, columns]    8 K   low part of B, then of E; at the end of a value head sums of columns
 //   early.L, dB_low              16 K   (1) to (3), dB_low only with beta > 1
 //     dS1         [K, columns]          the same 16 K, after (3); at the end of a value head rs(K . dK_S1)
-//   sums                          1 K   of rows of one value head, one part per warp
+//   sums                          2 K   of rows of one value head, one part per warp
 //   gates, place                  1 K
-// 98 KB: one block of 8 warps per SM.
+// 98.8 KB: one block of 16 warps per SM.
 //
 // Pipeline: there is one stage, so that the copies of a tile start when the tile before is done. Only those of
 // dS1 overlap with computation, the two products with S0 in (4), which therefore come before that with dS1. L is
-// copied for every tile, not once a value head. The sum rs(K . dK_S1) is kept in one register of a lane. Barriers: seven a tile, eight with beta > 1, two without delta; two a value head.
+// copied for every tile, not once a value head. The sum rs(K . dK_S1) is kept in one register of a lane, since
+// 1 KB more would not fit. Barriers: seven a tile, eight with beta > 1, two without delta; two a value head.
 #pragma once
 
 #include "gated_delta_bwd_chunk.cuh"
@@ -24,7 +25,7 @@ namespace hypenet::cuda::gated_delta::bwd::chunk {
 template <class Element_, int K_, Rule kRule>
 struct SmallSmem {
   using Element = Element_;
-  static constexpr int K = K_, kPart = 0, kOut = K, kFirst = 0, kSteps = 2;
+  static constexpr int K = K_, kPart = 0, kOut = K, kFirst = 0;
   static constexpr bool kDelta = kRule == Rule::kDelta, kFirstPart = true, kLastPart = true;
 
   struct Stage {
