@@ -4,6 +4,7 @@ The whole default suite runs in two processes, each with one thread; named files
 """
 
 import os
+import sys
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -35,6 +36,8 @@ def seeded_and_poisoned():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+    if dynamo := sys.modules.get("torch._dynamo"):
+        dynamo.reset()  # or functions that several tests compile would reach dynamo's limit of recompilations
 
 
 @pytest.fixture(scope="module")
