@@ -14,16 +14,17 @@
 // S is written there, rounded, before each chunk. Where sequences are split, a segment of one is processed
 // like a sequence, from the state that gated_delta_segments.cuh found.
 //
-// Mapping: a block owns 16 kWarps columns of V of one (sequence or segment, value head); blocks are numbered
-// along x, the column tile fastest. Every warp owns 16 columns from the first chunk to the last and shares
-// nothing with the others but the tiles that they read, so that a chunk costs one block barrier. Simple GLA has a second
-// one, before (4), for P: of K = 128, blocks of two or eight warps have four more, helpers, which make P while the others
-// do (1), of two warps also (5); else the warps share out its ten blocks. A warp holds S^T [16, K] as results of mma. Everything
-// is computed transposed, so that results, rounded where they lie, are the next product's operand A: S^T of Z^T = S^T K^T
-// and of O^T = S^T Q^T, B^T, made from Z^T in place,
-// of E^T = B^T + B^T L^T, again in place, and E^T of S^T += E^T K and of O^T += E^T P^T. Between the tiles'
-// arrival and the store of O nothing passes through shared memory. Two warps, four or eight is a question of how
-// many blocks there are (choices.h); the results are the same bits.
+// Mapping: a block owns 16 kWarps columns of V of one (sequence or segment, value head); blocks are
+// numbered along x, the column tile fastest. Every warp owns 16 columns from the first chunk to the last
+// and shares nothing with the others but the tiles that they read, so that a chunk costs one block barrier.
+// Simple GLA has a second one, before (4), for P: of K = 128, blocks of two or eight warps have four more,
+// helpers, which make P while the others do (1), of two warps also (5); else the warps share out its ten
+// blocks. A warp holds S^T [16, K] as results of mma. Everything is computed transposed, so that results,
+// rounded where they lie, are the next product's operand A: S^T of Z^T = S^T K^T and of O^T = S^T Q^T, B^T,
+// made from Z^T in place, of E^T = B^T + B^T L^T, again in place, and E^T of S^T += E^T K and of O^T += E^T
+// P^T. Between the tiles' arrival and the store of O nothing but simple GLA's P passes through shared
+// memory. Two warps, four or eight is a question of how many blocks there are (choices.h); the results are
+// the same bits.
 //
 // Shared memory, two stages of (K = 128, eight warps; for four, v is half as large):
 //   k, q           [64, K]      Element   32 KB
@@ -43,9 +44,9 @@
 // in K S and E to the chunk's end are hi/lo pairs too.
 //
 // Cost per chunk and 16 columns, K = 128: 292 mma (420 with some beta > 1, 148 without delta) behind 130
-// ldmatrix (194, 78), and 33 exponentials a lane; without delta 160 mma, 160 ldmatrix and 80 exponentials a block more.
-// Per chunk and block 45 KB of tiles besides v (32 KB without delta), which the blocks of one head share in L2. Bound by
-// the latency of a chunk where there are few heads, else by mma.
+// ldmatrix (194, 78), and 33 exponentials a lane; without delta 160 mma, 160 ldmatrix and 80 exponentials a
+// block more. Per chunk and block 45 KB of tiles besides v (32 KB without delta), which the blocks of one
+// head share in L2. Bound by the latency of a chunk where there are few heads, else by mma.
 //
 // Limits: bf16, fp16; fewer than 2^31 tokens in a sequence; 2^31 - 1 blocks.
 #pragma once

@@ -1,4 +1,4 @@
-// What a thread knows of the past: which accesses of others happened before what it does now.
+// Happens-before, as vector clocks: which accesses of others happened before a thread's next one.
 //
 // Time. Each warp, and each other actor (below), counts its own time. A warp has `now`, the time of its last
 // synchronisation as a whole; a lane that releases something alone, by arriving at an mbarrier or by a fence, runs
@@ -48,7 +48,7 @@ inline Known known_of(const LaneTimes& times) {
   return known;
 }
 
-// What either knows.
+// The union of two states of knowledge.
 inline Known either(const Known& a, const Known& b) {
   Known known{std::max(a.all, b.all), 0, 0};
   const bool from_a = a.lanes != 0 && a.some > known.all, from_b = b.lanes != 0 && b.some > known.all;
@@ -67,7 +67,7 @@ inline Known either(const Known& a, const Known& b) {
   return known;
 }
 
-// What both know.
+// Their intersection.
 inline Known both(const Known& a, const Known& b) {
   const Time all = std::min(a.all, b.all);
   const bool more_of_a = a.all > all, more_of_b = b.all > all;

@@ -38,7 +38,7 @@ int index_of(const MbarrierState& bar) {
   return index;
 }
 
-// What the running thread did and knows.
+// Adds the accesses of the running thread, and its knowledge of others, to those that a phase makes known.
 void record(Arrivals& arrivals, Thread& self) {
   const Warp& warp = *machine.warp;
   LaneTimes &until = arrivals.until[self.warp], &fenced = arrivals.fenced[self.warp];

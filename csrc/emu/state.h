@@ -77,7 +77,7 @@ struct Barrier {
   std::unique_ptr<Knowledge> announced;  // by arrive_group
 };
 
-// What arrivals at an mbarrier make known. Lanes arrive one by one, and are kept apart until the phase ends.
+// The knowledge that arrivals at an mbarrier pass on. Lanes arrive one by one, and are kept apart until the phase ends.
 struct Arrivals {
   uint32_t warps = 0;
   Knowledge known;
@@ -218,7 +218,7 @@ const Knowledge& knowledge(const Thread& thread);
 void learn(Knowledge& known, const Knowledge& other);
 // The thread learns, and the rest of its warp does not.
 void learn_alone(Thread& thread, const Knowledge& other);
-// What the lanes of a warp know becomes common to them.
+// Gives every lane of a warp the knowledge of all its lanes.
 void unite_lanes(Warp& warp);
 // All accesses of a warp so far happened before its later ones.
 void advance(Warp& warp);

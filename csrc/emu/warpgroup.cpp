@@ -86,7 +86,7 @@ std::vector<uint16_t> read(const SharedOperand& x, const Descriptor& d) {
   return elements;
 }
 
-// What all threads of a warpgroup know.
+// The knowledge that all threads of a warpgroup share.
 Knowledge common_knowledge(const Warpgroup& group) {
   const Machine& m = machine;
   Knowledge common;

@@ -20,8 +20,7 @@ __device__ void share_a_stage(int expected, int parity) {
       arch::arrive(smem.full);
     } else {
       arch::wait(smem.full, kFlips ? round % 2 ^ parity : parity);
-      float d[32];
-      multiply_and_wait(d, smem);
+      multiply_and_wait(smem);
       if (arch::thread_idx() == 0) arch::arrive(smem.empty);
     }
   }
@@ -75,44 +74,46 @@ __device__ void mbarrier_overwritten(const Operands&) {
   arch::arrive(smem.full);
 }
 
-__device__ void one_lane_waits_for_its_warp(const Operands& p) {
+// Threads 0 to 63 write an element each and call after_write, the others call before_read and read it.
+template <class AfterWrite, class BeforeRead>
+__device__ void hand_over(const Operands& p, int count, AfterWrite&& after_write, BeforeRead&& before_read) {
   auto& smem = memory();
-  init(smem.full, 64);
+  init(smem.full, count);
   const int i = arch::thread_idx();
   if (i < 64) {
     smem.x[i] = 1.0f;
-    arch::arrive(smem.full);
+    after_write(smem, i);
   } else {
-    if (i % 32 == 0) arch::wait(smem.full, 0);
+    before_read(smem, i);
     out(p)[i] = smem.x[i - 64];
   }
+}
+
+__device__ void one_lane_waits_for_its_warp(const Operands& p) {
+  hand_over(
+      p, 64, [](Smem& smem, int) { arch::arrive(smem.full); },
+      [](Smem& smem, int i) {
+        if (i % 32 == 0) arch::wait(smem.full, 0);
+      });
 }
 
 __device__ void one_lane_arrives_for_its_warp(const Operands& p) {
-  auto& smem = memory();
-  init(smem.full, 2);
-  const int i = arch::thread_idx();
-  if (i < 64) {
-    smem.x[i] = 1.0f;
-    if (i % 32 == 0) arch::arrive(smem.full);
-  } else {
-    arch::wait(smem.full, 0);
-    out(p)[i] = smem.x[i - 64];
-  }
+  hand_over(
+      p, 2,
+      [](Smem& smem, int i) {
+        if (i % 32 == 0) arch::arrive(smem.full);
+      },
+      [](Smem& smem, int) { arch::wait(smem.full, 0); });
 }
 
 __device__ void write_after_arrival(const Operands& p) {
-  auto& smem = memory();
-  init(smem.full, 64);
-  const int i = arch::thread_idx();
-  if (i < 64) {
-    smem.x[i] = 1.0f;
-    arch::arrive(smem.full);
-    smem.x[i] = 2.0f;
-  } else {
-    arch::wait(smem.full, 0);
-    out(p)[i] = smem.x[i - 64];
-  }
+  hand_over(
+      p, 64,
+      [](Smem& smem, int i) {
+        arch::arrive(smem.full);
+        smem.x[i] = 2.0f;
+      },
+      [](Smem& smem, int) { arch::wait(smem.full, 0); });
 }
 
 // ---- bulk copies

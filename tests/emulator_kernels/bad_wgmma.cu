@@ -10,8 +10,7 @@ __device__ void missing_proxy_fence(const Operands&) {
   auto& smem = memory();
   fill(smem.a), fill(smem.b);
   arch::sync_block();
-  float d[32];
-  multiply_and_wait(d, smem);
+  multiply_and_wait(smem);
 }
 
 __device__ void proxy_fence_by_the_reader_only(const Operands&) {
@@ -20,8 +19,7 @@ __device__ void proxy_fence_by_the_reader_only(const Operands&) {
   arch::sync_block();
   if (arch::thread_idx() >= 128) return;
   arch::fence_async_proxy();
-  float d[32];
-  multiply_and_wait(d, smem);
+  multiply_and_wait(smem);
 }
 
 __device__ void proxy_fence_before_the_write(const Operands&) {
@@ -30,16 +28,14 @@ __device__ void proxy_fence_before_the_write(const Operands&) {
   arch::fence_async_proxy();
   fill(smem.b);
   arch::sync_block();
-  float d[32];
-  multiply_and_wait(d, smem);
+  multiply_and_wait(smem);
 }
 
 __device__ void proxy_fence_without_barrier(const Operands&) {
   auto& smem = memory();
   fill(smem.a), fill(smem.b);
   arch::fence_async_proxy();
-  float d[32];
-  multiply_and_wait(d, smem);
+  multiply_and_wait(smem);
 }
 
 __device__ void proxy_fence_after_the_barrier(const Operands&) {
@@ -47,8 +43,7 @@ __device__ void proxy_fence_after_the_barrier(const Operands&) {
   fill(smem.a), fill(smem.b);
   arch::sync_block();
   arch::fence_async_proxy();
-  float d[32];
-  multiply_and_wait(d, smem);
+  multiply_and_wait(smem);
 }
 
 __device__ void proxy_fence_by_one_lane(const Operands&) {
@@ -56,8 +51,7 @@ __device__ void proxy_fence_by_one_lane(const Operands&) {
   fill(smem.a), fill(smem.b);
   if (arch::thread_idx() % 32 == 0) arch::fence_async_proxy();
   arch::sync_block();
-  float d[32];
-  multiply_and_wait(d, smem);
+  multiply_and_wait(smem);
 }
 
 __device__ void copies_fenced_before_they_land(const Operands& p) {
@@ -66,8 +60,7 @@ __device__ void copies_fenced_before_they_land(const Operands& p) {
   arch::fence_async_proxy();
   arch::wait_copies<0>();
   arch::sync_block();
-  float d[32];
-  multiply_and_wait(d, smem);
+  multiply_and_wait(smem);
 }
 
 __device__ void copies_not_waited_for(const Operands& p) {
@@ -76,8 +69,7 @@ __device__ void copies_not_waited_for(const Operands& p) {
   arch::wait_copies<1>();
   arch::fence_async_proxy();
   arch::sync_block();
-  float d[32];
-  multiply_and_wait(d, smem);
+  multiply_and_wait(smem);
 }
 
 __device__ void unwritten_operand(const Operands&) {
@@ -85,8 +77,7 @@ __device__ void unwritten_operand(const Operands&) {
   fill(smem.a);
   arch::fence_async_proxy();
   arch::sync_block();
-  float d[32];
-  multiply_and_wait(d, smem);
+  multiply_and_wait(smem);
 }
 
 // ---- groups of wgmma, and their registers

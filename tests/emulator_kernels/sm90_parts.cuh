@@ -81,6 +81,10 @@ __device__ inline void multiply_and_wait(float (&d)[32], const Smem& smem) {
   arch::commit_wgmma();
   arch::wait_wgmma<0>(d);
 }
+__device__ inline void multiply_and_wait(const Smem& smem) {
+  float d[32];
+  multiply_and_wait(d, smem);
+}
 
 // A group that is under way.
 __device__ inline void start_to_multiply(float (&d)[32], const Smem& smem) {

@@ -1,5 +1,5 @@
-// What sm_90a adds to sm80.cuh: one function per instruction, and inline PTX nowhere else. On a host csrc/emu executes
-// the same functions.
+// The instructions that sm_90a adds to sm80.cuh: one function each, and inline PTX nowhere else. On a host csrc/emu
+// executes the same functions.
 //
 // Proxies. Ordinary loads, stores and cp.async go through the generic proxy; wgmma reads shared memory, and copy_bulk
 // writes it, through the async proxy. What a thread wrote through the generic proxy is visible to a wgmma only if that
